@@ -1,0 +1,42 @@
+"""Every limit of the SMTP machine, with its reason.
+
+A limit that a user may set (message size, recipients) is a key of the service in the settings; the
+rest are here because a hostile peer must not be able to make us hold more than this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Limits"]
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one SMTP session may cost; octets unless it says otherwise.
+
+    ``message``             a message as it comes, announced as SIZE (RFC 1870); then 552.
+    ``recipients``          accepted RCPTs of a transaction (RFC 5321 4.5.3.1.8: at least 100);
+                            then 452, and the client sends the rest in another transaction.
+    ``command_line``        a command with its CRLF.  RFC 5321 4.5.3.1.4 has 512; SIZE, SMTPUTF8
+                            and the DSN parameters add up to about 1,200 (RFC 3461 4).
+    ``text_line``           a line of the message.  RFC 5321 4.5.3.1.6 has 1,000, but the client
+                            has taken such mail from the world already, and refusing it here would
+                            bounce what every mail reader shows; only the absurd is refused.
+    ``errors``              syntax and sequence errors before ``421``: a peer that does not speak
+                            SMTP (a port scanner, a browser) goes away soon.
+    ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered.
+    ``unanswered_octets``   the same, in octets: bounds the memory of a session at one message
+                            plus this.
+    """
+
+    message: int = 50 * MIB
+    recipients: int = 1000
+    command_line: int = 4 * KIB
+    text_line: int = 1 * MIB
+    errors: int = 20
+    unanswered_messages: int = 16
+    unanswered_octets: int = 1 * MIB

@@ -1,0 +1,652 @@
+"""The server role of SMTP, without I/O (RFC 5321).
+
+How it is used.  The caller owns the connection and the time; the machine owns the protocol::
+
+    receiver = Receiver("mail.example.org", Limits(), accept_recipient)
+    send(receiver.data_to_send())                      # the 220 greeting
+    for event in receiver.receive_bytes(data):         # as often as bytes come
+        if isinstance(event, Transaction):             # one whole message
+            ...                                        # deliver it, at leisure
+            receiver.answer(event, reply)              # only now does the client hear 250
+    send(receiver.data_to_send())
+
+How it works.  A session is in one of the states of :class:`State`.  In three of them bytes are
+content (``DATA``, ``CHUNK``) or thrown away (``LONG_LINE``); in the others they are lines.  Each
+state that takes bytes has one method in ``_READERS``, which consumes what it can of the input
+buffer and says whether it got anywhere; the loop in ``_run`` is all the control flow there is.
+Each command has one method ``_on_<verb>``, which returns a reply and may set the next state;
+``_EXPECTED`` says in which states the verb may come, and with which reply it is sent away
+elsewhere.
+
+Replies go out in the order of the commands (RFC 2920 3.1), although a transaction is answered by
+the caller when it pleases: reading goes on behind an unanswered transaction, and the replies to
+what was read wait in ``_waiting`` behind its place.  ``paused`` says when the caller should stop
+reading until something is answered.
+
+What is content?  Only CRLF.CRLF ends DATA (RFC 5321 4.1.1.4) and only CRLF ends a command: with
+any laxer rule a line end that the previous hop took for text ends a message here, and what comes
+after it is another message that nobody sent (CVE-2023-51764 and its kin).  A bare CR or LF in
+content stays where it is; in a command it is an error.  After BDAT come exactly as many octets as
+it said, also when the command is refused (RFC 3030 4.2).
+
+What it costs.  Content is searched and cut in blocks; each octet is copied into the input buffer,
+into the message, and out of it, whatever the pieces it came in.  Memory is bounded by
+:class:`~salmon_revsmtp.smtp.limits.Limits`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from salmon_revsmtp.smtp.addresses import AddressError, parse_path
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.limits import Limits
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Event", "Quit", "Receiver", "Refused", "Transaction"]
+
+
+class State(Enum):
+    """Where a session is (RFC 5321 4.1.4, RFC 3030 3)."""
+
+    CONNECTED = auto()  #: greeted by us, no EHLO or HELO yet
+    IDLE = auto()  #: between transactions
+    MAIL = auto()  #: a sender, no accepted recipient
+    RCPT = auto()  #: a sender and recipients
+    CHUNKS = auto()  #: at least one BDAT taken, LAST not yet
+    DATA = auto()  #: bytes are content up to CRLF.CRLF
+    CHUNK = auto()  #: bytes are content, as many as BDAT said
+    LONG_LINE = auto()  #: bytes are the rest of a command that is too long
+    CLOSED = auto()  #: after QUIT or 421: bytes are ignored
+
+
+@dataclass(frozen=True, eq=False)
+class Transaction:
+    """A whole message; the client waits for :meth:`Receiver.answer`.
+
+    ``envelope``  its accepted sender and recipients.
+    ``data``      its octets as the client meant them: dots unstuffed, line ends as they came
+                  (CRLF, and bare CR or LF where there were any).
+    """
+
+    envelope: Envelope
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A sender, recipient or message was refused; the client has the reply already.
+
+    ``recipients`` whom it concerned; empty for a MAIL.
+    """
+
+    recipients: tuple[str, ...]
+    reply: Reply
+
+
+@dataclass(frozen=True)
+class Quit:
+    """The session is over by QUIT (``reply`` 221) or because the client was sent away (421)."""
+
+    reply: Reply
+
+
+Event = Transaction | Refused | Quit
+
+
+@dataclass
+class _Slot:
+    """A place in the order of replies: ``data`` once it is known."""
+
+    transaction: Transaction | None = None
+    data: bytearray = field(default_factory=bytearray)
+
+
+OK = Reply(250, "ok", "2.0.0")
+SYNTAX = "5.5.4"
+SEQUENCE = "5.5.1"
+
+_ANYWHERE = frozenset(
+    {State.CONNECTED, State.IDLE, State.MAIL, State.RCPT, State.CHUNKS},
+)
+_GREETED = _ANYWHERE - {State.CONNECTED}
+
+# verb -> the states in which it may come.  RFC 5321 4.1.4; RFC 3030 3 for BDAT.
+_EXPECTED: Mapping[str, frozenset[State]] = {
+    "EHLO": _ANYWHERE,
+    "HELO": _ANYWHERE,
+    "MAIL": frozenset({State.IDLE}),
+    "RCPT": frozenset({State.MAIL, State.RCPT}),
+    "DATA": frozenset({State.MAIL, State.RCPT}),
+    "BDAT": _ANYWHERE,  # its octets come whether or not it is expected
+    "RSET": _ANYWHERE,
+    "NOOP": _ANYWHERE,
+    "VRFY": _GREETED,
+    "HELP": _ANYWHERE,
+    "QUIT": _ANYWHERE,
+}
+
+# What RFC 5321 and its extensions know and we do not do: 502 and not 500 (RFC 5321 4.2.4).
+_NOT_IMPLEMENTED = frozenset({"EXPN", "TURN", "ATRN", "ETRN", "STARTTLS", "AUTH"})
+_NOT_IMPLEMENTED_REPLY = Reply(502, "command not implemented", SEQUENCE)
+
+_OUT_OF_ORDER: Mapping[State, Reply] = {
+    State.CONNECTED: Reply(503, "send EHLO first", SEQUENCE),
+    State.IDLE: Reply(503, "send MAIL first", SEQUENCE),
+    State.MAIL: Reply(503, "a transaction is under way, send RCPT or RSET", SEQUENCE),
+    State.RCPT: Reply(503, "a transaction is under way, send the data or RSET", SEQUENCE),
+    State.CHUNKS: Reply(503, "more BDAT is expected, or RSET", SEQUENCE),
+}
+
+_COMMAND = re.compile(r"([A-Za-z]{4,8})(?: +(.*?))? *")
+_UNPRINTABLE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", re.IGNORECASE)
+# RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8 values.
+_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
+
+# RFC 5321 4.5.3.1, 1870, 6152, 6531, draft-hall-prdr, 3461: what a value may look like.
+_MAIL_PARAMETERS: Mapping[str, re.Pattern[str]] = {
+    "SIZE": re.compile(r"[0-9]{1,20}"),
+    "BODY": re.compile(r"7BIT|8BITMIME", re.IGNORECASE),
+    "SMTPUTF8": re.compile(""),
+    "PRDR": re.compile(""),
+    "RET": re.compile(r"FULL|HDRS", re.IGNORECASE),
+    "ENVID": re.compile(rf"(?=.{{1,100}}$){_XTEXT.pattern}"),
+}
+_NOTIFY = r"(?:SUCCESS|FAILURE|DELAY)"
+_RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
+    "NOTIFY": re.compile(rf"NEVER|{_NOTIFY}(?:,{_NOTIFY}){{0,2}}", re.IGNORECASE),
+    "ORCPT": re.compile(r"[A-Za-z0-9-]+;[^\x00-\x20=\x7f]{1,500}"),
+}
+
+_END_OF_DATA = b"\r\n.\r\n"
+_TOO_LONG = Reply(500, "line too long", "5.5.2")
+_BAD_OCTETS = Reply(500, "control characters in a command; only CRLF ends a line", "5.5.2")
+
+
+class _CommandError(Exception):
+    """A command's own refusal; ends in its reply and counts as an error of the client."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+class Receiver:
+    """One SMTP session in the server role.
+
+    ``hostname``          what the greeting and EHLO name.
+    ``limits``            what a session may cost.
+    ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
+                          :class:`Reply` that refuses it.  It must not block.
+    """
+
+    def __init__(
+        self,
+        hostname: str,
+        limits: Limits | None = None,
+        accept_recipient: Callable[[str], Reply | None] = lambda mailbox: None,
+    ) -> None:
+        self.hostname = hostname
+        self.limits = limits or Limits()
+        self._accept_recipient = accept_recipient
+
+        self._state = State.CONNECTED
+        self._buffer = bytearray()
+        self._ready = bytearray()
+        self._waiting: deque[_Slot] = deque()
+        self._events: list[Event] = []
+        self._errors = 0
+        self._unanswered_messages = 0
+        self._unanswered_octets = 0
+
+        self._helo = ""
+        self._esmtp = False
+        self._reset()
+        self._reply(Reply(220, f"{hostname} ESMTP", ""))
+
+    def _reset(self) -> None:
+        """Forget the transaction (RFC 5321 4.1.1.5)."""
+        self._sender = ""
+        self._recipients: list[str] = []
+        self._mail_options: dict[str, str] = {}
+        self._rcpt_options: dict[str, dict[str, str]] = {}
+        self._content = bytearray()
+        self._size = 0  # octets of content that came, also those that were thrown away
+        self._chunk_left = 0
+        self._last_chunk = False
+        self._chunk_refusal: Reply | None = None
+        if self._state is not State.CONNECTED:
+            self._state = State.IDLE
+
+    # -- what the caller sees ---------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """Enough is unanswered: stop reading until :meth:`answer` (bytes that come all the same
+        are kept)."""
+        return (
+            self._unanswered_messages >= self.limits.unanswered_messages
+            or self._unanswered_octets > self.limits.unanswered_octets
+        )
+
+    @property
+    def closed(self) -> bool:
+        """The session is over and every reply is in :meth:`data_to_send`: close the connection."""
+        return self._state is State.CLOSED and not self._waiting
+
+    @property
+    def in_transaction(self) -> bool:
+        """Between an accepted MAIL and the end of its message."""
+        return self._state not in (State.CONNECTED, State.IDLE, State.CLOSED)
+
+    def data_to_send(self) -> bytes:
+        """The reply bytes that may go out now; each is returned once."""
+        data = bytes(self._ready)
+        self._ready.clear()
+        return data
+
+    def receive_bytes(self, data: bytes) -> list[Event]:
+        """Take what came from the client; returns what happened, in order.  Never raises on any
+        bytes."""
+        if self._state is not State.CLOSED:
+            self._buffer += data
+        return self._run()
+
+    def answer(
+        self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()
+    ) -> list[Event]:
+        """Answer a transaction; returns the events of what was held back by ``paused``.
+
+        ``each`` is one reply per recipient, in order, and is sent when the client asked for that
+        (PRDR): ``353``, each, then ``reply`` (draft-hall-prdr 3).  Raises :class:`KeyError` for a
+        transaction that has been answered, or is not of this session.
+        """
+        slot = next((slot for slot in self._waiting if slot.transaction is transaction), None)
+        if slot is None:
+            raise KeyError("this transaction has its answer already, or is of another session")
+        replies = [reply]
+        if transaction.envelope.prdr and each:
+            replies = [Reply(353, "one reply per recipient follows"), *each, reply]
+        slot.data[:0] = b"".join(one.encode() for one in replies)
+        slot.transaction = None
+        self._unanswered_messages -= 1
+        self._unanswered_octets -= len(transaction.data)
+        while self._waiting and self._waiting[0].transaction is None:
+            self._ready += self._waiting.popleft().data
+        return self._run()
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _run(self) -> list[Event]:
+        while self._buffer and not self.paused and self._READERS[self._state](self):
+            pass
+        events, self._events = self._events, []
+        return events
+
+    def _reply(self, reply: Reply) -> None:
+        if self._waiting:
+            self._waiting[-1].data += reply.encode()
+        else:
+            self._ready += reply.encode()
+
+    # -- readers: one per kind of state; True if they consumed anything ---------------------
+
+    def _read_command(self) -> bool:
+        limit = self.limits.command_line
+        end = self._buffer.find(b"\r\n", 0, limit)
+        if end < 0:
+            if len(self._buffer) < limit:
+                return False
+            self._long_line_from = self._state
+            self._state = State.LONG_LINE
+            return True
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 2]
+        self._command(line)
+        return True
+
+    def _read_long_line(self) -> bool:
+        end = self._buffer.find(b"\r\n")
+        if end < 0:
+            del self._buffer[:-1]  # the last octet may be the CR of the CRLF
+            return False
+        del self._buffer[: end + 2]
+        self._state = self._long_line_from
+        self._refuse_command(_TOO_LONG)
+        return True
+
+    def _read_data(self) -> bool:
+        # Search from where an end of data may begin in what was there before.
+        old = len(self._content)
+        self._content += self._buffer
+        self._buffer.clear()
+        end = self._content.find(_END_OF_DATA, max(0, old - 4))
+        if end < 0:
+            self._size += len(self._content) - old
+            # Surely too big, whatever part of this is the end of data already.
+            if self._size > self.limits.message + len(_END_OF_DATA):
+                del self._content[:-4]
+            return False
+        self._buffer += memoryview(self._content)[end + 5 :]
+        self._size += end + 2 - old
+        del self._content[end + 2 :]
+        del self._content[:2]
+        self._size -= 2
+        if self._size <= self.limits.message:
+            # RFC 5321 4.5.2: the first dot of a line that has more after it.
+            content = bytes(self._content)
+            if content.startswith(b"."):
+                content = content[1:]
+            self._finish(content.replace(b"\r\n.", b"\r\n"))
+        else:
+            self._finish(b"")
+        return True
+
+    def _read_chunk(self) -> bool:
+        take = min(self._chunk_left, len(self._buffer))
+        if self._chunk_refusal is None:
+            self._content += memoryview(self._buffer)[:take]
+        del self._buffer[:take]
+        self._chunk_left -= take
+        if self._chunk_left == 0:
+            self._end_of_chunk()
+        return True
+
+    def _read_nothing(self) -> bool:
+        self._buffer.clear()
+        return False
+
+    _READERS: Mapping[State, Callable[[Receiver], bool]] = {
+        **dict.fromkeys(_ANYWHERE, _read_command),
+        State.LONG_LINE: _read_long_line,
+        State.DATA: _read_data,
+        State.CHUNK: _read_chunk,
+        State.CLOSED: _read_nothing,
+    }
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def _command(self, line: bytes) -> None:
+        try:
+            verb, argument = _split(line)
+            if verb in _NOT_IMPLEMENTED:
+                raise _CommandError(_NOT_IMPLEMENTED_REPLY)
+            states = _EXPECTED.get(verb)
+            if states is None:
+                raise _CommandError(Reply(500, "command not recognized", "5.5.2"))
+            if self._state not in states:
+                raise _CommandError(_OUT_OF_ORDER[self._state])
+            reply = self._HANDLERS[verb](self, argument)
+        except _CommandError as error:
+            self._refuse_command(error.reply)
+        else:
+            if reply is not None:
+                self._reply(reply)
+
+    def _refuse_command(self, reply: Reply) -> None:
+        self._errors += 1
+        if self._errors < self.limits.errors:
+            self._reply(reply)
+        else:
+            # RFC 5321 3.8: a server may close after 421.
+            self._close(Reply(421, f"{self.hostname} too many errors, closing", "4.7.0"))
+
+    def _close(self, reply: Reply) -> None:
+        self._reset()
+        self._state = State.CLOSED
+        self._buffer.clear()
+        self._reply(reply)
+        self._events.append(Quit(reply))
+
+    def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply:
+        """A refusal that is policy and not the client's error."""
+        self._events.append(Refused(recipients, reply))
+        return reply
+
+    def _on_ehlo(self, argument: str) -> Reply:
+        self._greet(argument, esmtp=True)
+        keywords = (
+            f"SIZE {self.limits.message}",
+            "8BITMIME",
+            "PIPELINING",
+            "ENHANCEDSTATUSCODES",
+            "CHUNKING",
+            "SMTPUTF8",
+            "PRDR",
+            "HELP",
+        )
+        return Reply(250, "\n".join((self.hostname, *keywords)), "")
+
+    def _on_helo(self, argument: str) -> Reply:
+        self._greet(argument, esmtp=False)
+        return Reply(250, self.hostname, "")
+
+    def _greet(self, argument: str, *, esmtp: bool) -> None:
+        if not argument or " " in argument:
+            raise _CommandError(Reply(501, "EHLO and HELO take one host name", SYNTAX))
+        self._state = State.IDLE
+        self._reset()
+        self._helo, self._esmtp = argument, esmtp
+
+    def _on_mail(self, argument: str) -> Reply:
+        mailbox, options = self._path("FROM", argument, _MAIL_PARAMETERS)
+        if not mailbox.isascii() and "SMTPUTF8" not in options:
+            raise _CommandError(Reply(553, "a UTF-8 address needs SMTPUTF8", "5.6.7"))
+        size = int(options.get("SIZE", "0"))
+        if size > self.limits.message:
+            return self._refuse((), self._too_big())  # RFC 1870 6.1
+        self._sender, self._mail_options = mailbox, options
+        self._state = State.MAIL
+        return Reply(250, "sender ok", "2.1.0")
+
+    def _on_rcpt(self, argument: str) -> Reply:
+        mailbox, options = self._path("TO", argument, _RCPT_PARAMETERS)
+        if not mailbox:
+            raise _CommandError(Reply(501, "a recipient cannot be <>", "5.1.3"))
+        if not mailbox.isascii() and "SMTPUTF8" not in self._mail_options:
+            raise _CommandError(Reply(553, "a UTF-8 address needs SMTPUTF8", "5.6.7"))
+        if len(self._recipients) >= self.limits.recipients:
+            reply = Reply(452, "too many recipients, send the rest again", "4.5.3")
+            return self._refuse((mailbox,), reply)
+        if refusal := self._accept_recipient(mailbox):
+            return self._refuse((mailbox,), refusal)
+        self._recipients.append(mailbox)
+        self._rcpt_options[mailbox] = options
+        self._state = State.RCPT
+        return Reply(250, "recipient ok", "2.1.5")
+
+    def _path(
+        self, keyword: str, argument: str, known: Mapping[str, re.Pattern[str]]
+    ) -> tuple[str, dict[str, str]]:
+        """``FROM:<path> parameters`` -> mailbox and parameters."""
+        if argument[: len(keyword) + 1].upper() != keyword + ":":
+            raise _CommandError(Reply(501, f"{keyword}:<address> is expected", SYNTAX))
+        try:
+            mailbox, rest = parse_path(argument[len(keyword) + 1 :])
+        except AddressError:
+            status = "5.1.7" if keyword == "FROM" else "5.1.3"
+            raise _CommandError(Reply(501, "that is no address in < >", status)) from None
+        if keyword == "TO" and "@" not in mailbox and mailbox.lower() not in ("", "postmaster"):
+            raise _CommandError(Reply(501, "an address needs a domain", "5.1.3"))
+        if rest and not self._esmtp:
+            raise _CommandError(Reply(555, "parameters need EHLO", SYNTAX))
+        return mailbox, _parameters(rest, known)
+
+    def _no_recipients(self) -> Reply:
+        # RFC 5321 3.3: all were refused.  The client is not at fault, and the transaction is over
+        # for it: it may go on with MAIL or with RSET.
+        self._reset()
+        return Reply(554, "no valid recipients", SEQUENCE)
+
+    def _on_data(self, argument: str) -> Reply:
+        if argument:
+            raise _CommandError(Reply(501, "DATA takes no argument", SYNTAX))
+        if not self._recipients:
+            return self._no_recipients()
+        # A lone dot may be the very first line: the CRLF of DATA itself goes before it.
+        self._content += b"\r\n"
+        self._size = 2
+        self._state = State.DATA
+        return Reply(354, "end the message with <CRLF>.<CRLF>")
+
+    def _on_bdat(self, argument: str) -> None:
+        found = _BDAT.fullmatch(argument)
+        if not found:
+            # Nobody knows where the octets end: whatever comes next may be content.
+            self._close(Reply(421, "BDAT takes a number of octets and LAST, closing", "4.5.4"))
+            return
+        self._chunk_left = int(found[1])
+        self._last_chunk = found[2] is not None
+        self._chunk_refusal = self._bdat_refusal(self._chunk_left)
+        self._size += self._chunk_left
+        self._chunk_from = self._state
+        self._state = State.CHUNK
+        if self._chunk_left == 0:
+            self._end_of_chunk()
+
+    def _bdat_refusal(self, octets: int) -> Reply | None:
+        """Why a chunk is thrown away, if it is (RFC 3030 3, 4.2)."""
+        if self._state in (State.CONNECTED, State.IDLE):
+            return _OUT_OF_ORDER[self._state]
+        if not self._recipients:
+            return Reply(554, "no valid recipients", SEQUENCE)
+        if self._size + octets > self.limits.message:
+            return self._too_big()
+        return None
+
+    def _end_of_chunk(self) -> None:
+        refusal, self._chunk_refusal = self._chunk_refusal, None
+        self._state = self._chunk_from
+        if refusal in (_OUT_OF_ORDER[State.CONNECTED], _OUT_OF_ORDER[State.IDLE]):
+            self._refuse_command(refusal)
+        elif refusal is not None and not self._recipients:
+            if self._last_chunk:
+                self._reset()
+            self._reply(refusal)
+        elif self._last_chunk:
+            self._finish(bytes(self._content))
+        elif refusal is not None:
+            self._content.clear()
+            self._state = State.CHUNKS
+            self._reply(refusal)
+        else:
+            self._state = State.CHUNKS
+            self._reply(Reply(250, "chunk ok", "2.0.0"))
+
+    def _finish(self, content: bytes) -> None:
+        """The whole message is here."""
+        if self._size > self.limits.message:
+            reply = self._refuse(tuple(self._recipients), self._too_big())
+        elif _has_long_line(content, self.limits.text_line):
+            reply = self._refuse(
+                tuple(self._recipients),
+                Reply(554, f"a line of more than {self.limits.text_line} octets", "5.6.0"),
+            )
+        else:
+            envelope = Envelope(
+                self._sender,
+                tuple(self._recipients),
+                self._mail_options,
+                self._rcpt_options,
+                self._helo,
+                self._esmtp,
+            )
+            transaction = Transaction(envelope, content)
+            self._waiting.append(_Slot(transaction))
+            self._unanswered_messages += 1
+            self._unanswered_octets += len(content)
+            self._events.append(transaction)
+            self._reset()
+            return
+        self._reset()
+        self._reply(reply)
+
+    def _too_big(self) -> Reply:
+        return Reply(552, f"more than {self.limits.message} octets are not taken", "5.3.4")
+
+    def _on_rset(self, argument: str) -> Reply:
+        if argument:
+            raise _CommandError(Reply(501, "RSET takes no argument", SYNTAX))
+        self._reset()
+        return OK
+
+    def _on_noop(self, argument: str) -> Reply:
+        return OK
+
+    def _on_vrfy(self, argument: str) -> Reply:
+        if not argument:
+            raise _CommandError(Reply(501, "VRFY takes an address", SYNTAX))
+        # RFC 5321 3.5.3: we do not say who is there.
+        return Reply(252, "send some mail, we will try to deliver it", "2.5.0")
+
+    def _on_help(self, argument: str) -> Reply:
+        return Reply(214, "commands: " + " ".join(_EXPECTED), "2.0.0")
+
+    def _on_quit(self, argument: str) -> None:
+        if argument:
+            raise _CommandError(Reply(501, "QUIT takes no argument", SYNTAX))
+        self._close(Reply(221, f"{self.hostname} closing", "2.0.0"))
+
+    _HANDLERS: Mapping[str, Callable[[Receiver, str], Reply | None]] = {
+        "EHLO": _on_ehlo,
+        "HELO": _on_helo,
+        "MAIL": _on_mail,
+        "RCPT": _on_rcpt,
+        "DATA": _on_data,
+        "BDAT": _on_bdat,
+        "RSET": _on_rset,
+        "NOOP": _on_noop,
+        "VRFY": _on_vrfy,
+        "HELP": _on_help,
+        "QUIT": _on_quit,
+    }
+
+
+def _split(line: bytes) -> tuple[str, str]:
+    """A command line without its CRLF -> verb in upper case, argument."""
+    if _UNPRINTABLE.search(line):
+        raise _CommandError(_BAD_OCTETS)
+    try:
+        text = line.decode("utf-8").replace("\t", " ")
+    except UnicodeDecodeError:
+        raise _CommandError(Reply(500, "a command is ASCII, or UTF-8", "5.5.2")) from None
+    found = _COMMAND.fullmatch(text)
+    if not found:
+        raise _CommandError(Reply(500, "command not recognized", "5.5.2"))
+    return found[1].upper(), found[2] or ""
+
+
+def _parameters(text: str, known: Mapping[str, re.Pattern[str]]) -> dict[str, str]:
+    """The ESMTP parameters of MAIL or RCPT (RFC 5321 4.1.2)."""
+    options: dict[str, str] = {}
+    for word in text.split():
+        found = _PARAMETER.fullmatch(word)
+        if not found:
+            raise _CommandError(Reply(501, "that is no KEY=VALUE parameter", SYNTAX))
+        key, value = found[1].upper(), found[2] or ""
+        if key not in known:
+            raise _CommandError(Reply(555, f"parameter {key[:40]} not implemented", SYNTAX))
+        if key in options:
+            raise _CommandError(Reply(501, f"parameter {key} twice", SYNTAX))
+        if not known[key].fullmatch(value):
+            raise _CommandError(Reply(501, f"parameter {key} has a wrong value", SYNTAX))
+        options[key] = value
+    return options
+
+
+def _has_long_line(content: bytes, limit: int) -> bool:
+    """Whether any line has more than ``limit`` octets: leaps from line end to line end, never
+    further than ``limit``, so that short lines are not looked at one by one."""
+    start = 0
+    while len(content) - start > limit:
+        end = content.rfind(b"\n", start, start + limit)
+        if end < 0:
+            return True
+        start = end + 1
+    return False

@@ -1,0 +1,159 @@
+"""SMTP replies: what a server says after each command (RFC 5321 4.2, RFC 2034, RFC 3463).
+
+A :class:`Reply` is a value; :class:`ReplyParser` makes replies of a peer's bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["Reply", "ReplyError", "ReplyParser"]
+
+# RFC 5321 4.5.3.1.5: a reply line has 512 octets with its code and CRLF; peers send longer ones.
+MAX_LINE = 8192
+# An EHLO answer has a few dozen lines of a few dozen octets; this much is no reply any more.
+MAX_REPLY = 64 * 1024
+# What we write ourselves: 512 octets less "250-", an enhanced code and CRLF.
+MAX_TEXT = 480
+
+_ENHANCED = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?: |$)")
+_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*))?", re.DOTALL)
+_NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
+
+
+class ReplyError(ValueError):
+    """A peer sent something that is no SMTP reply; the text quotes what it was."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One SMTP reply.
+
+    ``code``      three digits, 200 to 599.
+    ``text``      what a person reads; ``\\n`` separates the lines of a multi-line reply.
+    ``enhanced``  an enhanced status code such as ``"5.7.1"`` (RFC 3463).  ``None``: the code in
+                  ``text`` if it begins with one, else ``"X.0.0"`` of the reply's class; ``""``:
+                  none at all, as greetings, EHLO answers and 3yz replies have it (RFC 2034 4).
+    """
+
+    code: int
+    text: str
+    enhanced: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 200 <= self.code <= 599:
+            raise ValueError(f"{self.code} is no SMTP reply code: 200 to 599")
+
+    @property
+    def positive(self) -> bool:
+        """2yz: the command was carried out."""
+        return self.code < 300
+
+    @property
+    def transient(self) -> bool:
+        """4yz: not now, the peer is to try again (RFC 5321 4.2.1)."""
+        return 400 <= self.code < 500
+
+    @property
+    def permanent(self) -> bool:
+        """5yz: no, and not later either (RFC 5321 4.2.1)."""
+        return self.code >= 500
+
+    @property
+    def status(self) -> str:
+        """The enhanced status code, ``""`` where none applies."""
+        if self.enhanced is not None:
+            return self.enhanced
+        klass = self.code // 100
+        if klass == 3:
+            return ""
+        if found := _ENHANCED.match(self.text):
+            return found[0].rstrip() if int(found[1]) == klass else f"{klass}.0.0"
+        return f"{klass}.0.0"
+
+    @property
+    def message(self) -> str:
+        """The text without an enhanced status code that it may begin with."""
+        if self.enhanced is None and (found := _ENHANCED.match(self.text)):
+            return self.text[found.end() :]
+        return self.text
+
+    def encode(self) -> bytes:
+        """The reply's lines as they go on the wire, CRLF and all."""
+        status = self.status
+        prefix = f"{status} " if status else ""
+        lines = [
+            prefix + _NOT_PRINTABLE.sub("?", line)[:MAX_TEXT]
+            for line in (self.message.splitlines() or [""])
+        ]
+        last = len(lines) - 1
+        return "".join(
+            f"{self.code}{'-' if number < last else ' '}{line}\r\n"
+            for number, line in enumerate(lines)
+        ).encode("ascii")
+
+    def __str__(self) -> str:
+        text = self.text if self.enhanced in (None, "") else f"{self.enhanced} {self.text}"
+        return f"{self.code} {' / '.join(text.splitlines())}".rstrip()
+
+
+class ReplyParser:
+    """Makes replies of a peer's bytes, however they are split (RFC 5321 4.2.1).
+
+    A line may end in a bare LF: that is all that some servers send, and nothing after a reply
+    is ever taken for a command here.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._lines: list[str] = []
+        self._code = 0
+        self._size = 0
+
+    @property
+    def pending(self) -> bytes:
+        """Bytes that came and belong to no whole reply yet."""
+        return bytes(self._buffer)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing has come that is not part of a reply already returned."""
+        return not self._buffer and not self._lines
+
+    def receive_bytes(self, data: bytes) -> None:
+        """Take what came from the peer; :meth:`next_reply` gives what it makes."""
+        self._buffer += data
+
+    def next_reply(self) -> Reply | None:
+        """The next whole reply, or ``None`` until more bytes come.
+
+        Raises :class:`ReplyError` on a line that is no reply line, is too long, or has another
+        code than the lines before it.
+        """
+        while (end := self._buffer.find(b"\n")) >= 0:
+            line = bytes(self._buffer[:end]).rstrip(b"\r")
+            del self._buffer[: end + 1]
+            if reply := self._take(line):
+                return reply
+        if len(self._buffer) > MAX_LINE:
+            raise ReplyError(f"a reply line of more than {MAX_LINE} octets")
+        return None
+
+    def _take(self, line: bytes) -> Reply | None:
+        self._size += len(line)
+        if len(line) > MAX_LINE or self._size > MAX_REPLY:
+            raise ReplyError(f"a reply of more than {MAX_REPLY} octets")
+        found = _LINE.fullmatch(line)
+        if not found:
+            raise ReplyError(f"{line[:80]!r} is no SMTP reply")
+        code = int(found[1])
+        if self._lines and code != self._code:
+            raise ReplyError(f"{line[:80]!r} continues a reply that began with {self._code}")
+        self._code = code
+        self._lines.append((found[3] or b"").decode("utf-8", "replace"))
+        if found[2] == b"-":
+            return None
+        reply = Reply(code, "\n".join(self._lines))
+        self._lines, self._size = [], 0
+        return reply
