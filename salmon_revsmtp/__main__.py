@@ -1,0 +1,5 @@
+"""``python -m salmon_revsmtp``: the command without its script."""
+
+from salmon_revsmtp.cli import main
+
+main()

@@ -1,0 +1,360 @@
+"""The command ``salmon-revsmtp`` (click, as Salmon's own command is).
+
+Exit status: 0 when there is nothing for a person to do, 1 when any agent ended otherwise, 2 for
+usage and settings errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.agents.base import Agent, Check
+    from salmon_revsmtp.plugins import Plugins
+    from salmon_revsmtp.project import Project
+    from salmon_revsmtp.report import Report
+    from salmon_revsmtp.settings import Configuration
+
+__all__ = ["cli", "main"]
+
+ATTENTION = 1
+USAGE = 2
+
+_terminal = logging.StreamHandler()
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Options:
+    """The options that every command has, and that may stand before or behind its name."""
+
+    def __init__(self) -> None:
+        self.chdir: str = "."
+        self.settings: str | None = None
+        self.boot: str | None = None
+        self.verbose = False
+        self.plugins: Plugins | None = None
+
+    def update(self, given: dict[str, Any]) -> None:
+        for name in ("chdir", "settings", "boot", "verbose"):
+            if value := given.pop(name):
+                setattr(self, name, value)
+
+    def load_plugins(self) -> Plugins:
+        if self.plugins is None:
+            from salmon_revsmtp.plugins import Plugins
+
+            self.plugins = Plugins.load()
+        return self.plugins
+
+    def open(self) -> tuple[Project, Configuration]:
+        """The project and its valid settings; usage errors end the command with status 2."""
+        from salmon_revsmtp.project import Project, ProjectError
+        from salmon_revsmtp.settings import SettingsError, load
+
+        try:
+            project = Project.open(self.chdir, self.settings)
+            return project, load(project.settings, self.load_plugins())
+        except ProjectError as error:
+            raise _stop(str(error)) from None
+        except SettingsError as error:
+            raise _stop(*error.problems) from None
+
+    def boot_project(self, project: Project) -> None:
+        """Import the boot module."""
+        from salmon_revsmtp.project import ProjectError
+
+        try:
+            project.boot(self.boot)
+        except ProjectError as error:
+            raise _stop(str(error)) from None
+
+    def log_to_terminal(self) -> None:
+        """Our own log lines go to standard error, whatever the project's logging does."""
+        ours = logging.getLogger("salmon_revsmtp")
+        if _terminal not in ours.handlers:
+            _terminal.setFormatter(logging.Formatter("%(message)s"))
+            ours.addHandler(_terminal)
+            ours.setLevel(logging.INFO)
+        _terminal.setLevel(logging.DEBUG if self.verbose else logging.ERROR)
+        # Every line of SMTP is for -v only, however verbose the project's own log is.
+        level = logging.DEBUG if self.verbose else logging.INFO
+        logging.getLogger("salmon_revsmtp.dialogue").setLevel(level)
+
+
+class _Stop(click.ClickException):
+    exit_code = USAGE
+
+    def show(self, file: Any = None) -> None:
+        for line in self.message.splitlines():
+            click.echo(f"error: {line}", err=True, file=file)
+
+
+def _stop(*problems: str) -> _Stop:
+    return _Stop("\n".join(problems))
+
+
+def _shared(command: Command) -> Command:
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show the SMTP dialogue."),
+        click.option("--boot", metavar="MODULE", help="Boot module [default: config.boot]."),
+        click.option(
+            "--settings",
+            metavar="MODULE",
+            help="Settings module [default: SALMON_SETTINGS_MODULE or config.settings].",
+        ),
+        click.option("--chdir", metavar="DIR", help="The Salmon project's folder [default: .]."),
+    ):
+        command = option(command)
+    return command
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Hands a command its :class:`Options`, merged with those before its name."""
+
+    @functools.wraps(function)
+    def command(**given: Any) -> Any:
+        options = click.get_current_context().ensure_object(Options)
+        options.update(given)
+        options.log_to_terminal()
+        return function(options, **given)
+
+    return _shared(command)
+
+
+@click.group()
+@click.version_option(package_name="salmon-revsmtp", message="%(version)s")
+@_with_options
+def cli(options: Options) -> None:
+    """Collect waiting mail into a Salmon project by reverse SMTP."""
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+
+
+# -- agents ------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_json
+@_with_options
+def agents(options: Options, as_json: bool) -> None:
+    """List the mail collection agents."""
+    _, configuration = options.open()
+    if as_json:
+        for agent in configuration.agents:
+            _print_json(_agent_row(agent))
+        return
+    if not configuration.agents:
+        click.echo("No agents: collection_agents in the settings is empty.")
+        return
+    _table(
+        "Mail Collection Agents",
+        ("name", "protocol", "server", "schedule", "last outcome", "next run"),
+        [
+            (agent.title, agent.protocol, agent.address, _schedule(agent), "-", "-")
+            for agent in configuration.agents
+        ],
+    )
+
+
+def _agent_row(agent: Agent) -> dict[str, object]:
+    return {
+        "agent": agent.name,
+        "title": agent.title,
+        "protocol": agent.protocol,
+        "enabled": agent.settings.enabled,
+        "server": getattr(agent.settings, "server", None),
+        "port": getattr(agent.settings, "port", None),
+        "every": agent.settings.every,
+        "outcome": None,
+        "next": None,
+    }
+
+
+def _schedule(agent: Agent) -> str:
+    every = agent.settings.every
+    if every is None:
+        return "on demand"
+    return "every minute" if every == 1 else f"every {every:g} minutes"
+
+
+# -- collect -----------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--all", "every_one", is_flag=True, help="All agents.")
+@_json
+@_with_options
+def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bool) -> None:
+    """Collect waiting mail now."""
+    if bool(names) == every_one:
+        raise click.UsageError("name the agents to collect from, or give --all")
+    project, configuration = options.open()
+    chosen = configuration.agents if every_one else _named(configuration, names)
+    options.boot_project(project)
+    reports = _collect(options, project, configuration, chosen, as_json)
+    if not all(report.outcome.good for report in reports):
+        sys.exit(ATTENTION)
+
+
+def _named(configuration: Configuration, names: Sequence[str]) -> list[Agent]:
+    chosen, unknown = [], []
+    for name in dict.fromkeys(names):
+        agent = configuration.agent(name)
+        chosen.append(agent) if agent else unknown.append(name)
+    if unknown:
+        known = ", ".join(agent.name for agent in configuration.agents) or "none"
+        raise _stop(*(f"no agent is named {name!r}; there are: {known}" for name in unknown))
+    return [agent for agent in chosen if agent]
+
+
+def _collect(
+    options: Options,
+    project: Project,
+    configuration: Configuration,
+    chosen: Sequence[Agent],
+    as_json: bool,
+) -> list[Report]:
+    from salmon_revsmtp.progress import Progress
+    from salmon_revsmtp.runtime import Runtime
+
+    def done(report: Report) -> None:
+        if as_json:
+            _print_json(report.as_dict())
+        else:
+            progress.done(report)
+
+    with (
+        Progress(live=not as_json and not options.verbose) as progress,
+        Runtime(configuration, options.load_plugins(), lambda: project.settings.relay) as runtime,
+    ):
+        try:
+            return asyncio.run(runtime.collect(chosen, progress.watch, done))
+        except KeyboardInterrupt:
+            raise click.ClickException(
+                "interrupted; what was not answered with 250 stays with the provider"
+            ) from None
+
+
+# -- check ---------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("name")
+@_json
+@_with_options
+def check(options: Options, name: str, as_json: bool) -> None:
+    """Try everything but collecting: dial, TLS, EHLO, AUTH."""
+    from salmon_revsmtp.agents.base import Check
+    from salmon_revsmtp.report import CollectionError
+    from salmon_revsmtp.service import Service
+
+    _, configuration = options.open()
+    [agent] = _named(configuration, [name])
+    settings = configuration.services[agent.settings.service]
+    service = Service(agent.settings.service, settings)
+    outcome, result = None, Check()
+    try:
+        result = asyncio.run(agent.check(service))
+    except CollectionError as error:
+        outcome = error.outcome.value
+        result.problems.append(str(error))
+    if as_json:
+        _print_json(
+            {
+                "agent": agent.name,
+                "protocol": agent.protocol,
+                "outcome": outcome,
+                "error": result.problems[0] if outcome else None,
+                **asdict(result),
+            }
+        )
+    else:
+        _show_check(agent, result, outcome)
+    if outcome:
+        sys.exit(ATTENTION)
+
+
+def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
+    if outcome is None:
+        secured = f"by {result.tls}" if result.tls else "in the clear"
+        login = f"logged in with {result.auth}" if result.auth else "not logged in"
+        click.echo(f"{agent.title}: {agent.address} reached {secured}, {login}")
+        click.echo("it offers: " + ", ".join(sorted(result.offers)))
+    for problem in result.problems:
+        click.echo(f"{outcome or 'warning'}: {problem}")
+    if not result.problems:
+        click.echo("nothing found that would fail")
+
+
+# -- plugins ---------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_json
+@_with_options
+def plugins(options: Options, as_json: bool) -> None:
+    """List the plugins and their agent types."""
+    loaded = options.load_plugins().loaded
+    if as_json:
+        for plugin in loaded:
+            _print_json(asdict(plugin))
+        return
+    _table(
+        "Plugins",
+        ("plugin", "distribution", "version", "agent types", "hooks"),
+        [
+            (
+                plugin.name,
+                plugin.distribution,
+                plugin.version,
+                ", ".join(plugin.agent_types) or "-",
+                plugin.error or ", ".join(plugin.hooks) or "-",
+            )
+            for plugin in loaded
+        ],
+    )
+
+
+# -- output ----------------------------------------------------------------------------------------
+
+
+def _print_json(row: dict[str, object]) -> None:
+    click.echo(json.dumps(row))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; into a pipe, lines with tabs between the columns."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            click.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: plugins may add commands, then click takes over."""
+    options = Options()
+    options.log_to_terminal()
+    loaded = options.load_plugins()
+    loaded.call("register_commands", cli=cli)
+    cli.main(args=arguments, prog_name="salmon-revsmtp", obj=options)

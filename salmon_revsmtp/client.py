@@ -1,0 +1,473 @@
+"""The customer's side before the reversal: dial, TLS, EHLO, AUTH, one more command.
+
+Dialling, STARTTLS and AUTH are aiosmtplib's.  What is added here: SCRAM (scramp), the choice of the
+strongest mechanism, a transcript without secrets, the refusal of bytes that come glued behind an
+answer, and errors that say what to try.  Whoever wants the transport for another protocol asks
+:meth:`Connection.last_command` and gets it handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import aiosmtplib
+from aiosmtplib.typing import Default
+from scramp import ScramClient, ScramException
+
+from salmon_revsmtp.agents.base import ServerSettings
+from salmon_revsmtp.report import CollectionError, Deferred, Failed, Refused
+from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
+
+__all__ = ["Connection", "error_for"]
+
+# -v shows it; its lines never hold a secret.
+dialogue = logging.getLogger("salmon_revsmtp.dialogue")
+
+HIDDEN = "***"
+
+# Strongest first.  The first four prove the password without sending it; the others send it, and
+# are used under TLS only (RFC 4954 4, RFC 2645 5.1.1 wants CRAM-MD5 of every provider).
+CHALLENGES = ("SCRAM-SHA-256", "SCRAM-SHA-1", "CRAM-MD5")
+PASSWORDS = ("PLAIN", "LOGIN")
+
+# Seconds for the answer to a QUIT whose outcome changes nothing.
+GOODBYE = 5.0
+
+# RFC 4954 4: the server does not do this mechanism after all; another may work.
+TRY_ANOTHER = (504, 534)
+
+
+def error_for(reply: Reply, doing: str, advice: str = "") -> CollectionError:
+    """The error for a reply that is not the one hoped for: 4yz later, 5yz no, others broken."""
+    kind = Deferred if reply.transient else Refused if reply.permanent else Failed
+    return kind(f"{doing}: the server said {reply}" + (f"; {advice}" if advice else ""))
+
+
+class Connection:
+    """An SMTP connection in the client role, up to the command that ends that role.
+
+    ``tls``         the TLS version, or ``None``.
+    ``auth``        the SASL mechanism that let us in, or ``None``.
+    ``extensions``  the server's EHLO keywords in upper case, with their parameters.
+    ``peer``        the server's address and port.
+    """
+
+    def __init__(self, settings: ServerSettings, hostname: str) -> None:
+        self.settings = settings
+        self.tls: str | None = None
+        self.auth: str | None = None
+        self.extensions: dict[str, str] = {}
+        self.peer: tuple[str, int] = ("", 0)
+        self._where = f"{settings.server}:{settings.port}"
+        self._hide = _hider(settings)
+        self._smtp = _SMTP(
+            self._hide,
+            hostname=settings.server,
+            port=settings.port,
+            use_tls=settings.tls == "implicit",
+            start_tls=False,
+            tls_context=_tls_context(settings),
+            timeout=settings.timeout,
+            local_hostname=hostname,
+        )
+
+    @classmethod
+    async def open(cls, settings: ServerSettings, hostname: str) -> Connection:
+        """Dial, TLS as ``tls`` says, EHLO, AUTH if there is an account.
+
+        ``hostname`` is what we call ourselves.  Raises
+        :class:`~salmon_revsmtp.report.CollectionError`; nothing is left open then.
+        """
+        connection = cls(settings, hostname)
+        try:
+            await connection._open()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _open(self) -> None:
+        await self._dial()
+        await self._ehlo()
+        if self.settings.tls in ("starttls", "opportunistic"):
+            await self._starttls()
+        if self.settings.account is not None:
+            await self._authenticate()
+            await self._ehlo()  # RFC 4954 4: what was said before may not hold any more
+
+    def close(self) -> None:
+        """Drop the connection without a word."""
+        self._smtp.close()
+
+    async def quit(self) -> None:
+        """Say QUIT, wait for the answer, and close (RFC 5321 4.1.1.10)."""
+        with contextlib.suppress(aiosmtplib.SMTPException, OSError):
+            await self._smtp.execute_command(b"QUIT", timeout=GOODBYE)
+        self.close()
+
+    # -- the steps ----------------------------------------------------------------------------
+
+    async def _dial(self) -> None:
+        doing = f"connecting to {self._where}"
+        try:
+            greeting = await self._smtp.connect()
+        except aiosmtplib.SMTPConnectResponseError as error:
+            raise error_for(self._reply(error.code, error.message), doing) from None
+        except aiosmtplib.SMTPException as error:
+            raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
+        dialogue.debug("S: %s", self._reply(greeting.code, greeting.message))
+        self.peer = self._transport().get_extra_info("peername")[:2]
+        self._note_tls()
+
+    async def _ehlo(self) -> None:
+        doing = f"greeting {self._where} with EHLO"
+        try:
+            await self._smtp.ehlo()
+        except aiosmtplib.SMTPHeloError as error:
+            raise error_for(self._reply(error.code, error.message), doing) from None
+        except (aiosmtplib.SMTPException, OSError) as error:
+            raise self._broken(doing, error) from None
+        self.extensions = {
+            keyword.upper(): self._hide(parameters)
+            for keyword, parameters in self._smtp.esmtp_extensions.items()
+        }
+
+    async def _starttls(self) -> None:
+        if "STARTTLS" not in self.extensions:
+            if self.settings.tls == "opportunistic":
+                return
+            raise Failed(
+                f"{self._where} offers no STARTTLS; set tls to 'implicit' if it speaks TLS from "
+                "the start, or to 'none' to send everything in the clear"
+            )
+        doing = f"STARTTLS with {self._where}"
+        transport = self._transport()
+        watch = _Watch(transport)
+        transport.set_protocol(watch)
+        dialogue.debug("C: STARTTLS")
+        try:
+            response = await self._smtp.starttls()
+        except aiosmtplib.SMTPResponseException as error:
+            raise error_for(self._reply(error.code, error.message), doing) from None
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            if watch.glued:
+                raise Failed(f"{doing}: {_GLUED}") from None
+            raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
+        dialogue.debug("S: %s", self._reply(response.code, response.message))
+        self._note_tls()
+        await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
+
+    async def _authenticate(self) -> None:
+        offered = self.extensions.get("AUTH", "").upper().split()
+        usable = [name for name in CHALLENGES if name in offered]
+        if self.tls:
+            usable += [name for name in PASSWORDS if name in offered]
+        if not usable:
+            raise Failed(self._no_mechanism(offered))
+        for number, mechanism in enumerate(usable):
+            reply = await self._try_mechanism(mechanism)
+            if reply.positive:
+                self.auth = mechanism
+                return
+            if reply.code not in TRY_ANOTHER or number == len(usable) - 1:
+                raise error_for(
+                    reply,
+                    f"logging in to {self._where} as {self.settings.account} with {mechanism}",
+                    "check account and password" if reply.permanent else "",
+                )
+
+    def _no_mechanism(self, offered: Sequence[str]) -> str:
+        if not offered:
+            if "STARTTLS" in self.extensions and not self.tls:
+                return f"{self._where} offers no AUTH without TLS; set tls to 'starttls'"
+            return f"{self._where} offers no AUTH, so {self.settings.account} cannot log in"
+        methods = " ".join(offered)
+        if any(name in offered for name in PASSWORDS):
+            return (
+                f"{self._where} offers AUTH {methods} only, which sends the password as it is: "
+                "that needs TLS; set tls to 'starttls' or 'implicit'"
+            )
+        known = " ".join((*CHALLENGES, *PASSWORDS))
+        return f"{self._where} offers AUTH {methods} only; we can do {known}"
+
+    async def _try_mechanism(self, mechanism: str) -> Reply:
+        account = self.settings.account or ""
+        password = self.settings.password.get_secret_value() if self.settings.password else ""
+        doing = f"logging in to {self._where} as {account} with {mechanism}"
+        try:
+            if mechanism.startswith("SCRAM-"):
+                response = await self._scram(mechanism, account, password)
+            elif mechanism == "CRAM-MD5":
+                response = await self._smtp.auth_crammd5(account, password)
+            elif mechanism == "PLAIN":
+                response = await self._smtp.auth_plain(account, password)
+            else:
+                response = await self._smtp.auth_login(account, password)
+        except aiosmtplib.SMTPAuthenticationError as error:
+            return self._reply(error.code, error.message)
+        except ScramException as error:
+            raise Failed(
+                f"{doing}: {self._hide(str(error))}; the server did not prove that it knows the "
+                "password"
+            ) from None
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            raise self._broken(doing, error) from None
+        return self._reply(response.code, response.message)
+
+    async def _scram(self, mechanism: str, account: str, password: str) -> aiosmtplib.SMTPResponse:
+        """RFC 5802 over RFC 4954: two exchanges, and the server proves itself in the second."""
+        client = ScramClient([mechanism], account, password)
+        first = base64.b64encode(client.get_client_first().encode())
+        response = await self._smtp.execute_command(b"AUTH", mechanism.encode(), first)
+        if response.code == 334:
+            client.set_server_first(_challenge(response))
+            # PBKDF2 with as many rounds as the server likes: not on the event loop.
+            final = await asyncio.to_thread(client.get_client_final)
+            response = await self._smtp.execute_command(base64.b64encode(final.encode()))
+            if response.code == 334:
+                client.set_server_final(_challenge(response))
+                response = await self._smtp.execute_command(b"")
+            elif response.code == 235:
+                raise ScramException("it let us in without its own proof")
+        if response.code != 235:
+            raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
+        return response
+
+    # -- the last command ---------------------------------------------------------------------
+
+    async def last_command(self, line: str, timeout: float) -> tuple[Reply, LastAnswer]:
+        """Send a command after which the transport may belong to another protocol, and wait
+        ``timeout`` seconds for its answer.
+
+        Returns the reply and the :class:`LastAnswer` that hands the transport over.  Raises
+        :class:`~salmon_revsmtp.report.Failed` when no answer comes, or no SMTP reply.
+        """
+        verb = line.partition(" ")[0]
+        doing = f"waiting for the answer of {self._where} to {verb}"
+        answer = LastAnswer(self._transport(), doing)
+        dialogue.debug("C: %s", line)
+        try:
+            reply = await asyncio.wait_for(answer.ask(line.encode("ascii") + b"\r\n"), timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise Failed(f"{doing}: nothing in {timeout:g} seconds") from None
+        reply = Reply(reply.code, self._hide(reply.text))
+        dialogue.debug("S: %s", reply)
+        return reply, answer
+
+    async def say_goodbye(self, answer: LastAnswer) -> None:
+        """QUIT after a last command that was answered with no; waits a little for the answer."""
+        dialogue.debug("C: QUIT")
+        with contextlib.suppress(CollectionError, asyncio.TimeoutError, TimeoutError):
+            reply = await asyncio.wait_for(answer.ask(b"QUIT\r\n"), GOODBYE)
+            dialogue.debug("S: %s", Reply(reply.code, self._hide(reply.text)))
+        self.close()
+
+    # -- details ------------------------------------------------------------------------------
+
+    def _transport(self) -> asyncio.Transport:
+        transport = self._smtp.transport
+        if transport is None or transport.is_closing():
+            raise Failed(f"{self._where} closed the connection")
+        return cast(asyncio.Transport, transport)
+
+    def _note_tls(self) -> None:
+        tls = self._transport().get_extra_info("ssl_object")
+        self.tls = tls.version() if tls is not None else None
+
+    def _reply(self, code: int, message: str) -> Reply:
+        try:
+            return Reply(code, self._hide(message))
+        except ValueError:
+            raise Failed(f"{self._where} sent no SMTP reply: {self._hide(message)[:80]}") from None
+
+    def _broken(self, doing: str, error: Exception) -> CollectionError:
+        return Failed(f"{doing}: {self._hide(_network_reason(error, self.settings))}")
+
+
+_GLUED = (
+    "more bytes came behind the answer, before anyone may speak; either the server is broken or "
+    "somebody on the way injects commands"
+)
+
+
+class LastAnswer(asyncio.Protocol):
+    """Waits for one reply on a transport, and hands the transport to the next protocol.
+
+    Whatever comes behind the reply before the hand-over is a protocol error, not a command
+    (the reversal's form of CVE-2011-0411).
+    """
+
+    def __init__(self, transport: asyncio.Transport, doing: str) -> None:
+        self.peer: tuple[str, int] = transport.get_extra_info("peername")[:2]
+        self._reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._transport = transport
+        self._doing = doing
+        self._parser = ReplyParser()
+        self._lost = False
+        transport.set_protocol(self)
+
+    async def ask(self, command: bytes) -> Reply:
+        """Send a command line with its CRLF and wait for its reply."""
+        if self._lost:
+            raise Failed(f"{self._doing}: the server closed the connection")
+        self._reply = asyncio.get_running_loop().create_future()
+        self._transport.write(command)
+        return await self._reply
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.receive_bytes(data)
+        if self._reply.done():
+            return
+        try:
+            reply = self._parser.next_reply()
+        except ReplyError as error:
+            self._fail(f"{self._doing}: {error}")
+        else:
+            if reply:
+                self._reply.set_result(reply)
+
+    def eof_received(self) -> None:
+        self._lost = True
+        self._fail(f"{self._doing}: the server closed the connection")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        reason = f": {exc}" if exc else ""
+        self._fail(f"{self._doing}: the connection was lost{reason}")
+
+    def _fail(self, message: str) -> None:
+        if not self._reply.done():
+            self._reply.set_exception(Failed(message))
+
+    def hand_over(self, protocol: asyncio.Protocol) -> None:
+        """Give the transport to ``protocol``, whose ``connection_made`` is called.
+
+        Raises :class:`~salmon_revsmtp.report.Failed` if bytes came behind the reply, or the
+        connection is gone.
+        """
+        if not self._parser.idle:
+            raise Failed(f"{self._doing}: {_GLUED}")
+        if self._lost or self._transport.is_closing():
+            raise Failed(f"{self._doing}: the server closed the connection behind it")
+        self._transport.set_protocol(protocol)
+        protocol.connection_made(self._transport)
+
+
+class _Watch(asyncio.Protocol):
+    """Stands before aiosmtplib's protocol during STARTTLS and drops the connection when anything
+    comes behind the reply (RFC 3207 4.2, CVE-2011-0411).  TLS takes its place."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.glued = False
+        self._transport = transport
+        self._inner = cast(Any, transport.get_protocol())
+        self._parser = ReplyParser()
+        self._answered = False
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.receive_bytes(data)
+        if not self._answered:
+            with contextlib.suppress(ReplyError):  # aiosmtplib has its own words for it
+                self._answered = self._parser.next_reply() is not None
+        if self._answered and not self._parser.idle:
+            self.glued = True
+            self._transport.abort()
+            return
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return cast("bool | None", self._inner.eof_received())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._inner.connection_lost(exc)
+
+
+class _SMTP(aiosmtplib.SMTP):
+    """aiosmtplib's client with a transcript in which no secret stands."""
+
+    def __init__(self, hide: Callable[[str], str], **options: Any) -> None:
+        super().__init__(**options)
+        self._hide_secrets = hide
+        self._in_auth = False
+
+    async def execute_command(
+        self,
+        *args: bytes,
+        timeout: Any = Default.token,
+    ) -> aiosmtplib.SMTPResponse:
+        if self._in_auth:
+            shown = HIDDEN
+        else:
+            public = args[:2] if args[:1] == (b"AUTH",) else args
+            shown = b" ".join(public).decode("utf-8", "replace")
+            shown += f" {HIDDEN}" if len(public) < len(args) else ""
+        dialogue.debug("C: %s", shown)
+        self._in_auth = False
+        response = await super().execute_command(*args, timeout=timeout)
+        self._in_auth = response.code == 334
+        text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
+        dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
+        return response
+
+
+def _challenge(response: aiosmtplib.SMTPResponse) -> str:
+    try:
+        return base64.b64decode(response.message, validate=True).decode()
+    except ValueError:
+        raise ScramException("the server's challenge is no base64") from None
+
+
+def _hider(settings: ServerSettings) -> Callable[[str], str]:
+    """A function that blanks the password in what a server sends back to us."""
+    if settings.password is None:
+        return lambda text: text
+    password = settings.password.get_secret_value()
+    plain = f"\0{settings.account or ''}\0{password}"
+    secrets = [password, *(base64.b64encode(one.encode()).decode() for one in (password, plain))]
+
+    def hide(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, HIDDEN)
+        return text
+
+    return hide
+
+
+def _tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
+    if settings.tls == "none":
+        return None
+    context = ssl.create_default_context()
+    if settings.tls == "opportunistic":
+        # RFC 7435: encrypted is better than not, whoever is at the other end.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif settings.ca_file is not None:
+        context = ssl.create_default_context(cafile=str(settings.ca_file))
+        # A server's own certificate may be the anchor, and one made by hand lacks what the strict
+        # checks of Python 3.13 ask of a CA.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def _network_reason(error: BaseException, settings: ServerSettings) -> str:
+    """What went wrong below SMTP, and what to try."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"its certificate was not accepted ({cause.verify_message}); set ca_file to the "
+                "certificate or CA to trust, or server to the name in the certificate"
+            )
+        if isinstance(cause, ssl.SSLError):
+            hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
+            return f"TLS failed ({cause.reason or cause}); does it want tls {hint}?"
+        cause = cause.__cause__ or cause.__context__
+    text = str(error).strip() or type(error).__name__
+    return text.removeprefix(f"Error connecting to {settings.server} on port {settings.port}: ")

@@ -1,0 +1,154 @@
+"""Delivery status notifications: the message that tells a sender who did not get the mail.
+
+RFC 3464 for the report, RFC 6522 for the multipart around it, RFC 3461 6.2 for who wants one.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from email.message import Message
+from email.mime.base import MIMEBase
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
+from email.utils import formatdate, make_msgid
+from pathlib import Path
+from typing import Any
+
+from salmon import queue
+
+from salmon_revsmtp.delivery.router import disk_reply, push_safely
+from salmon_revsmtp.delivery.trace import with_envelope
+from salmon_revsmtp.service import Service
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["UNSENT", "Bouncer", "notification"]
+
+# Where a notification waits that the relay did not take.
+UNSENT = "run/unsent"
+
+log = logging.getLogger(__name__)
+
+
+class Bouncer:
+    """Sends notifications through the project's relay.
+
+    ``service``  has our name.
+    ``relay``    is asked for Salmon's relay when one is needed: ``settings.relay`` may be set late.
+    """
+
+    def __init__(self, service: Service, relay: Callable[[], Any]) -> None:
+        self._service = service
+        self._relay = relay
+
+    def bounce(
+        self, envelope: Envelope, failed: Mapping[str, Reply], content: bytes
+    ) -> Reply | None:
+        """Tell the sender about the failed recipients.
+
+        Nothing goes to a null sender, and nothing about a recipient with ``NOTIFY=NEVER``.  A
+        notification that the relay does not take is kept in :data:`UNSENT`.  Returns ``None``
+        when the sender knows or the disk does, else the 4yz with which to answer the message.
+        """
+        wanted = {
+            recipient: reply
+            for recipient, reply in failed.items()
+            if _wants_failures(envelope.rcpt_options.get(recipient, {}))
+        }
+        if not envelope.reverse_path or not wanted:
+            return None
+        message = notification(self._service.hostname, envelope, wanted, content)
+        try:
+            self._relay().deliver(message, To=envelope.reverse_path, From="<>")
+        except Exception as error:
+            log.error(
+                "to=<%s> the notification was not sent: %s: %s; kept in %s",
+                envelope.reverse_path,
+                type(error).__name__,
+                error,
+                UNSENT,
+            )
+            return self._keep(envelope.reverse_path, message)
+        log.info("to=<%s> notified of %d failed recipients", envelope.reverse_path, len(wanted))
+        return None
+
+    def _keep(self, to: str, message: Message) -> Reply | None:
+        try:
+            Path(UNSENT).parent.mkdir(parents=True, exist_ok=True)
+            push_safely(queue.Queue(UNSENT), with_envelope("", to, message.as_bytes()))
+        except OSError as error:
+            log.error("to=<%s> the notification was not kept either: %s", to, error)
+            return disk_reply(error)
+        return None
+
+
+def _wants_failures(options: Mapping[str, str]) -> bool:
+    """RFC 3461 4.1: without NOTIFY, failures are what is told."""
+    notify = options.get("NOTIFY", "FAILURE").upper()
+    return "FAILURE" in notify.split(",")
+
+
+def notification(
+    hostname: str, envelope: Envelope, failed: Mapping[str, Reply], content: bytes
+) -> Message:
+    """The report as a message of pure ASCII, which any relay takes."""
+    report = MIMEMultipart("report", report_type="delivery-status")
+    report["From"] = f"Mail Delivery System <MAILER-DAEMON@{hostname}>"
+    report["To"] = _header_safe(envelope.reverse_path)
+    report["Subject"] = "Undelivered mail"
+    report["Date"] = formatdate(localtime=True)
+    report["Message-ID"] = make_msgid(domain=_header_safe(hostname))
+    report["Auto-Submitted"] = "auto-replied"  # RFC 3834 5: nobody is to answer this
+    report.attach(MIMEText(_explanation(hostname, failed), "plain", "utf-8"))
+    report.attach(_status(hostname, envelope, failed))
+    headers = content.partition(b"\n\n")[0].decode("utf-8", "replace")
+    part = MIMEText(headers + "\n", "rfc822-headers", "utf-8")
+    report.attach(part)
+    return report
+
+
+def _explanation(hostname: str, failed: Mapping[str, Reply]) -> str:
+    lines = [f"This is the mail system at {hostname}.", ""]
+    lines += ["Your message was not delivered to:", ""]
+    lines += [f"  <{recipient}>: {reply}" for recipient, reply in failed.items()]
+    lines += ["", "Its headers follow.", ""]
+    return "\n".join(lines)
+
+
+def _status(hostname: str, envelope: Envelope, failed: Mapping[str, Reply]) -> Message:
+    """message/delivery-status (RFC 3464 2.1): a block for the message, one per recipient."""
+    part = MIMEBase("message", "delivery-status")
+    part.attach(
+        _block(
+            ("Reporting-MTA", f"dns; {hostname}"),
+            ("Original-Envelope-Id", envelope.mail_options.get("ENVID")),
+        )
+    )
+    for recipient, reply in failed.items():
+        kind = "rfc822" if recipient.isascii() else "utf-8"  # RFC 6533 3
+        part.attach(
+            _block(
+                ("Original-Recipient", envelope.rcpt_options.get(recipient, {}).get("ORCPT")),
+                ("Final-Recipient", f"{kind}; {recipient}"),
+                ("Action", "failed"),
+                ("Status", reply.status or "5.0.0"),
+                ("Diagnostic-Code", f"smtp; {str(reply)[:400]}"),
+            )
+        )
+    return part
+
+
+def _block(*fields: tuple[str, str | None]) -> Message:
+    block = Message()
+    for name, value in fields:
+        if value is not None:
+            block[name] = _header_safe(value)
+    return block
+
+
+def _header_safe(text: str) -> str:
+    """No line ends, ASCII only (RFC 6533's ``\\x{...}`` form for the rest)."""
+    flat = re.sub(r"[\x00-\x1f\x7f]+", " ", text)
+    return "".join(char if char.isascii() else f"\\x{{{ord(char):X}}}" for char in flat)

@@ -1,0 +1,81 @@
+"""The header lines that we add: Received, and the envelope (RFC 5321 4.4, RFC 9228)."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from email.utils import formatdate
+
+from salmon_revsmtp.smtp.envelope import Envelope
+
+__all__ = ["MAX_HOPS", "Hop", "hops", "split_envelope", "with_envelope"]
+
+# RFC 5321 6.3: that many Received lines are a loop.
+MAX_HOPS = 100
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
+_RECEIVED = re.compile(rb"^received:", re.IGNORECASE | re.MULTILINE)
+_FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The way by which a message reached us.
+
+    ``client``     the address of whoever sent it: the provider.
+    ``hostname``   what we call ourselves.
+    ``agent``      the agent's name.
+    ``tls``, ``authenticated``  how the connection was secured (RFC 3848).
+    """
+
+    client: str
+    hostname: str
+    agent: str
+    tls: bool
+    authenticated: bool = True
+
+    def protocol(self, envelope: Envelope) -> str:
+        """The word after ``with`` (RFC 3848, RFC 6531 4.3): ``ESMTPSA`` and its kin."""
+        if not envelope.esmtp:
+            return "SMTP"
+        suffix = ("S" if self.tls else "") + ("A" if self.authenticated else "")
+        return ("UTF8SMTP" if envelope.smtputf8 else "ESMTP") + suffix
+
+    def received(self, envelope: Envelope, recipient: str) -> bytes:
+        """A whole ``Received:`` header with LF line ends."""
+        helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
+        client = f"IPv6:{self.client}" if ":" in self.client else self.client
+        return (
+            f"Received: from {helo} ([{client}])\n"
+            f"\tby {self.hostname} (salmon-revsmtp agent {self.agent})\n"
+            f"\twith {self.protocol(envelope)} id {secrets.token_hex(8)}\n"
+            f"\tfor <{recipient}>; {formatdate(localtime=True)}\n"
+        ).encode()
+
+
+def hops(content: bytes) -> int:
+    """How many Received headers a message (with LF line ends) has."""
+    end = content.find(b"\n\n")
+    return len(_RECEIVED.findall(content, 0, end if end >= 0 else len(content)))
+
+
+def with_envelope(reverse_path: str, recipient: str, content: bytes) -> bytes:
+    """A message with its envelope on top, for where only the message is kept."""
+    return f"Return-Path: <{reverse_path}>\nDelivered-To: {recipient}\n".encode() + content
+
+
+def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
+    """What :func:`with_envelope` put together: reverse-path, recipient, message.
+
+    ``None`` for what the first lines do not have.
+    """
+    reverse_path = recipient = None
+    if (found := _FIELD.match(stored)) and found[1].lower() == b"return-path":
+        reverse_path = found[2].decode("utf-8", "replace").strip().removeprefix("<")
+        reverse_path = reverse_path.removesuffix(">")
+        stored = stored[found.end() :]
+    if (found := _FIELD.match(stored)) and found[1].lower() == b"delivered-to":
+        recipient = found[2].decode("utf-8", "replace").strip()
+        stored = stored[found.end() :]
+    return reverse_path, recipient, stored

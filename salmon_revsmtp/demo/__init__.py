@@ -1,0 +1,1 @@
+"""``salmon-revsmtp demo``: a provider with sample mail, and the example project collecting it."""

@@ -1,0 +1,1 @@
+"""Where an installed package keeps the example project (``config/`` and ``app/`` of the source)."""

@@ -1,0 +1,62 @@
+"""The hooks that a plugin may implement (pluggy; mark them with ``salmon_revsmtp.hookimpl``).
+
+A hook that raises is logged with its plugin's name and costs no mail.  Hooks are called in
+threads beside the network, one at a time per message; they may block, and only their own
+collection waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from salmon_revsmtp.agents.base import Agent
+    from salmon_revsmtp.report import Report
+    from salmon_revsmtp.service import Session
+    from salmon_revsmtp.smtp.envelope import Envelope
+    from salmon_revsmtp.smtp.replies import Reply
+
+hookspec = pluggy.HookspecMarker("salmon_revsmtp")
+
+
+@hookspec
+def register_agent_types(register: Callable[[type[Agent]], None]) -> None:
+    """At start: call ``register(AgentClass)`` for each agent type of the plugin."""
+
+
+@hookspec
+def collection_started(agent: Agent) -> None:
+    """A collection of ``agent`` begins."""
+
+
+@hookspec
+def collection_finished(agent: Agent, report: Report) -> None:
+    """A collection of ``agent`` has ended as ``report`` says; also when it ended badly."""
+
+
+@hookspec
+def connection_reversed(agent: Agent, session: Session) -> None:
+    """Right after the reversal, before our 220: ``session.peer`` is the provider's address."""
+
+
+@hookspec(firstresult=True)
+def message_received(agent: Agent, envelope: Envelope, message: bytes) -> Reply | None:
+    """Before delivery: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz) to refuse the message.
+
+    ``message`` is what the handlers would get: bytes with LF line ends, ``Received:`` on top.
+    """
+
+
+@hookspec
+def message_delivered(agent: Agent, envelope: Envelope, recipient: str, reply: Reply) -> None:
+    """After each recipient, with what the delivery said: 2yz delivered, 4yz or 5yz not."""
+
+
+@hookspec
+def register_commands(cli: click.Group) -> None:
+    """Add click commands to ``salmon-revsmtp``: ``cli.add_command(...)``."""

@@ -1,0 +1,87 @@
+"""What a person sees while collections run: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.collection import Collection
+    from salmon_revsmtp.report import Report
+
+__all__ = ["Progress", "line"]
+
+
+def line(report: Report) -> str:
+    """A report as one line: ``isp: collected 3 messages ...``."""
+    text = f"{report.agent}: {report.outcome}"
+    if report.messages:
+        text += f", {_counts(report.messages, report.bytes)}"
+        text += f" for {_number(report.recipients, 'recipient')}"
+    if report.refused:
+        text += f", {_number(report.refused, 'recipient')} refused"
+    if report.sessions:
+        how = " ".join(word for word in (report.tls, report.auth) if word) or "in the clear"
+        text += f" ({_number(report.sessions, 'session')}, {how}, {report.seconds:.1f} s)"
+    return f"{text}\n  {report.error}" if report.error else text
+
+
+def _counts(messages: int, octets: int) -> str:
+    return f"{_number(messages, 'message')}, {octets:,} bytes"
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+class Progress:
+    """Shows collections while they run.  ``live``: on a terminal, redraw; else only the ends."""
+
+    def __init__(self, live: bool) -> None:
+        self._console = Console()
+        self._running: dict[str, Collection] = {}
+        self._live: Live | None = None
+        if live and sys.stdout.isatty():
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._draw,
+                refresh_per_second=10,
+                transient=True,
+            )
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def watch(self, collection: Collection) -> None:
+        """Show a collection from now on."""
+        self._running[collection.agent.name] = collection
+
+    def done(self, report: Report) -> None:
+        """Show how a collection ended."""
+        self._running.pop(report.agent, None)
+        self._console.print(line(report), highlight=False, markup=False, soft_wrap=True)
+
+    def _draw(self) -> Group:
+        return Group(
+            *(
+                Spinner("dots", Text(f"{name}: {_counts(one.tally.messages, one.tally.bytes)}"))
+                for name, one in list(self._running.items())
+            )
+        )

@@ -1,0 +1,124 @@
+"""The Salmon project that we are a plugin of: its folder, ``.env``, settings and boot module."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import dotenv
+
+__all__ = ["Project", "ProjectError", "enable_logging"]
+
+DEFAULT_SETTINGS = "config.settings"
+DEFAULT_BOOT = "config.boot"
+
+
+class ProjectError(Exception):
+    """The project cannot be loaded; the text says which file and why, without quoting values."""
+
+
+class Project:
+    """A Salmon project, with its settings imported.
+
+    ``folder``    its folder, which is the current one from now on, as for ``salmon start``.
+    ``settings``  its settings module, after ``.env`` was read into the environment.
+    """
+
+    def __init__(self, folder: Path, settings: ModuleType) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    @classmethod
+    def open(cls, folder: str | Path = ".", settings: str | None = None) -> Project:
+        """Read ``.env`` and import the settings, as Salmon does.
+
+        ``settings`` is a module name; else ``SALMON_SETTINGS_MODULE``, else ``config.settings``.
+        What is in the environment already wins over ``.env``.  Raises :class:`ProjectError`.
+        """
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise ProjectError(f"changing to the folder {folder}: {error.strerror}") from None
+        here = Path.cwd()
+        if str(here) not in sys.path:
+            sys.path.insert(0, str(here))
+        with _explained(".env"):
+            dotenv.load_dotenv(here / ".env")
+        if settings:
+            os.environ["SALMON_SETTINGS_MODULE"] = settings
+        name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
+        from salmon import utils
+
+        with _explained(name):
+            module = utils.import_settings(False)
+        return cls(here, module)
+
+    def boot(self, module: str | None = None) -> None:
+        """Import the boot module: logging, relay, routes and handlers.
+
+        No receiver of the boot module listens: this process is not the server, which may be
+        running already on the same port.  Raises :class:`ProjectError`.
+        """
+        name = module or DEFAULT_BOOT
+        with _explained(name), _nothing_listens():
+            importlib.import_module(name)
+        enable_logging()
+
+
+def enable_logging() -> None:
+    """Salmon's ``logging.config.fileConfig`` disables every logger that it does not name; ours are
+    to be heard all the same."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "salmon_revsmtp" and isinstance(logger, logging.Logger):
+            logger.disabled = False
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what a project's own file raises into one sentence with the line that raised it."""
+    try:
+        yield
+    except ProjectError:
+        raise
+    except ModuleNotFoundError as error:
+        hint = ""
+        if error.name and (what == error.name or what.startswith(error.name + ".")):
+            hint = "; run this in a Salmon project's folder, or with --chdir"
+        raise ProjectError(f"{what}: {error}{_where(error)}{hint}") from None
+    except KeyError as error:
+        raise ProjectError(
+            f"{what}: the variable or key {error} is not set{_where(error)}; is it in .env?"
+        ) from None
+    except Exception as error:
+        raise ProjectError(f"{what}: {type(error).__name__}: {error}{_where(error)}") from None
+
+
+def _where(error: BaseException) -> str:
+    """The last line below the current folder that an error passed through."""
+    here = str(Path.cwd())
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(here) and "site-packages" not in frame.filename:
+            return f" ({Path(frame.filename).relative_to(here)}, line {frame.lineno})"
+    return ""
+
+
+@contextlib.contextmanager
+def _nothing_listens() -> Iterator[None]:
+    """Salmon's receivers bind and listen when they are made; while this lasts, they do not."""
+    from salmon._vendor import asyncore
+
+    dispatcher = asyncore.dispatcher
+    bind, listen = dispatcher.bind, dispatcher.listen
+    dispatcher.bind = lambda self, address: None
+    dispatcher.listen = lambda self, backlog: None
+    try:
+        yield
+    finally:
+        dispatcher.bind, dispatcher.listen = bind, listen

@@ -1,0 +1,108 @@
+"""What a process needs to run collections: services, the delivery thread, journal, plugins.
+
+Handlers run in one delivery thread, because Salmon wants that: ``Router.RELOAD`` re-imports the
+handlers at each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not
+thread safe.  The event loop never waits for a handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+from salmon_revsmtp import collection
+from salmon_revsmtp.agents.base import Agent
+from salmon_revsmtp.collection import Collection
+from salmon_revsmtp.delivery.bounce import Bouncer
+from salmon_revsmtp.delivery.courier import Courier, Delivery
+from salmon_revsmtp.delivery.queue import QueueDelivery
+from salmon_revsmtp.delivery.router import RouterDelivery
+from salmon_revsmtp.journal import Journal
+from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.report import Report
+from salmon_revsmtp.service import Service
+from salmon_revsmtp.settings import Configuration, ServiceSettings
+
+__all__ = ["Runtime"]
+
+
+class Runtime:
+    """Runs collections of a configuration; a context manager that waits for its delivery thread.
+
+    ``relay``  asked for Salmon's relay when a notification has to go out.
+    """
+
+    def __init__(
+        self, configuration: Configuration, plugins: Plugins, relay: Callable[[], Any]
+    ) -> None:
+        self.configuration = configuration
+        self._plugins = plugins
+        self._relay = relay
+        self._journal = Journal()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery")
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    @cached_property
+    def services(self) -> dict[str, Service]:
+        """The inbound services by name."""
+        return {
+            name: Service(name, settings) for name, settings in self.configuration.services.items()
+        }
+
+    @cached_property
+    def _couriers(self) -> dict[str, Courier]:
+        return {
+            name: Courier(
+                name,
+                _delivery(service.settings),
+                self._journal,
+                self._plugins,
+                Bouncer(service, self._relay),
+            )
+            for name, service in self.services.items()
+        }
+
+    def collection(self, agent: Agent) -> Collection:
+        """A new collection of an agent, to be run with :func:`salmon_revsmtp.collection.run`."""
+        name = agent.settings.service
+        return Collection(
+            agent, self.services[name], self._couriers[name], self._plugins, self._executor
+        )
+
+    async def collect(
+        self,
+        agents: Iterable[Agent],
+        watch: Callable[[Collection], None] = lambda collection: None,
+        done: Callable[[Report], None] = lambda report: None,
+    ) -> list[Report]:
+        """Collect from several agents at the same time; returns their reports in order.
+
+        ``watch`` gets each collection before it runs, ``done`` each report as it comes.
+        """
+
+        async def one(agent: Agent) -> Report:
+            current = self.collection(agent)
+            watch(current)
+            report = await collection.run(current)
+            done(report)
+            return report
+
+        return list(await asyncio.gather(*(one(agent) for agent in agents)))
+
+
+def _delivery(settings: ServiceSettings) -> Delivery:
+    return QueueDelivery(settings.queue) if settings.delivery == "queue" else RouterDelivery()

@@ -1,0 +1,303 @@
+"""Inbound SMTP services: who may send what to whom, and the driver of a session's transport.
+
+A service is policy (host name, domains, access control, limits) around a delivery.  A
+:class:`Session` is one connection: it moves bytes between an asyncio transport and the SMTP
+machine, and whole messages to the delivery.  It knows nothing of agents but the name that hooks
+and trace headers get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from salmon_revsmtp.settings import ANY_DOMAIN, ServiceSettings
+from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.limits import Limits
+from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, Transaction
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Answer", "Service", "Session", "Tally"]
+
+dialogue = logging.getLogger("salmon_revsmtp.dialogue")
+log = logging.getLogger(__name__)
+
+# RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command.
+COMMAND_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a delivery says of one message.
+
+    ``reply``      for the whole message.
+    ``each``       one reply per recipient, in the envelope's order.
+    ``delivered``  how many recipients have it now who had it not before.
+    ``digest``     the SHA-256 of the message's octets.
+    """
+
+    reply: Reply
+    each: tuple[Reply, ...]
+    delivered: int
+    digest: bytes
+
+
+#: A message as the provider sees it: digest, reverse-path, recipients.
+_Message = tuple[bytes, str, tuple[str, ...]]
+
+
+@dataclass
+class Tally:
+    """Counts over all sessions of a collection, live."""
+
+    messages: int = 0
+    recipients: int = 0
+    bytes: int = 0
+    refused: int = 0
+    #: How often each message (by its digest and envelope) was answered 250.
+    accepted: Counter[_Message] = field(default_factory=Counter)
+    #: The last 4yz or 5yz that we gave for a recipient or a message.
+    last_refusal: Reply | None = None
+
+    def refuse(self, recipients: int, reply: Reply) -> None:
+        """Recipients that were not taken, by their number."""
+        self.refused += recipients
+        self.last_refusal = reply
+
+    def add(self, answer: Answer, octets: int) -> None:
+        """A message of so many octets, as it was answered."""
+        self.recipients += answer.delivered
+        if answer.delivered:
+            self.messages += 1
+            self.bytes += octets
+        for reply in answer.each:
+            if not reply.positive:
+                self.refuse(1, reply)
+
+
+class Service:
+    """The policy of one inbound SMTP service.  ``name`` is its key in ``smtp_services``."""
+
+    def __init__(self, name: str, settings: ServiceSettings) -> None:
+        self.name = name
+        self.settings = settings
+        self._allow = [ipaddress.ip_network(network) for network in settings.allow]
+        self._deny = [ipaddress.ip_network(network) for network in settings.deny]
+
+    @cached_property
+    def hostname(self) -> str:
+        """What we call ourselves.  May ask DNS for the machine's name, once."""
+        return self.settings.hostname or socket.getfqdn() or "localhost"
+
+    @property
+    def limits(self) -> Limits:
+        """The machine's limits with what the user has set."""
+        return Limits(
+            message=self.settings.max_message_size, recipients=self.settings.max_recipients
+        )
+
+    def refuses_client(self, address: str) -> str | None:
+        """The rule that shuts a client's address out, as the settings have it; ``None`` lets it
+        in.  ``deny`` wins over ``allow``; an empty ``allow`` admits everyone."""
+        client = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(client, ipaddress.IPv6Address) and client.ipv4_mapped:
+            client = client.ipv4_mapped
+        for network in self._deny:
+            if client in network:
+                return f"deny {network}"
+        if self._allow and not any(client in network for network in self._allow):
+            return f"allow {' '.join(str(network) for network in self._allow)}"
+        return None
+
+    def recipient_policy(self, asked_for: Iterable[str]) -> Callable[[str], Reply | None]:
+        """The function that accepts (``None``) or refuses a recipient.
+
+        Accepted are the service's domains, or, if it has none, those that were asked for.
+        """
+        accepted = frozenset(self.settings.domains or asked_for)
+        anyone = ANY_DOMAIN in accepted
+
+        def policy(mailbox: str) -> Reply | None:
+            # RFC 5321 4.5.1: "postmaster" without a domain is always for us.
+            if anyone or domain_of(mailbox) in accepted or mailbox.lower() == "postmaster":
+                return None
+            return Reply(550, "we do not take mail for this domain", "5.7.1")
+
+        return policy
+
+
+Deliver = Callable[[Transaction, "Session"], Awaitable[Answer]]
+
+
+class Session(asyncio.Protocol):
+    """One SMTP session in the server role on an asyncio transport.
+
+    ``peer``    the client's address and port.
+    ``tls``     the connection is encrypted.
+    ``clean``   it ended with QUIT.
+    ``ended``   a future: done when the connection is over and every delivery has returned; its
+                exception is what broke it, if anything did.
+    ``served``  messages answered 250 that brought the provider forward: new ones, or a repeat of
+                one whose 250 may have been lost on its way.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        policy: Callable[[str], Reply | None],
+        deliver: Deliver,
+        tally: Tally,
+        idle_timeout: float = COMMAND_TIMEOUT,
+    ) -> None:
+        self.service = service
+        self.peer: tuple[str, int] = ("", 0)
+        self.tls = False
+        self.clean = False
+        self.served = 0
+        self.broken: str | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._deliver = deliver
+        self._tally = tally
+        self._idle_timeout = idle_timeout
+        self._receiver = Receiver(service.hostname, service.limits, policy)
+        self._transport: asyncio.Transport | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self._congested = False
+        self._eof = False
+        self._lost = False
+        self._trace = dialogue.isEnabledFor(logging.DEBUG)
+
+    # -- asyncio calls these --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.peer = transport.get_extra_info("peername")[:2]
+        self.tls = transport.get_extra_info("ssl_object") is not None
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self._trace:
+            dialogue.debug("provider: %s", _shown(data))
+        self._handle(self._receiver.receive_bytes(data))
+        self._flush()
+
+    def eof_received(self) -> bool:
+        """The client has no more to say; what it waits for is still answered (not under TLS, where
+        a close ends both directions)."""
+        self._eof = True
+        return bool(self._deliveries) and not self.tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        if self._idle:
+            self._idle.cancel()
+        if not self.clean and self.broken is None:
+            self.broken = "the provider broke the connection off" + (f": {exc}" if exc else "")
+        self._finish()
+
+    def pause_writing(self) -> None:
+        self._congested = True
+        self._regulate()
+
+    def resume_writing(self) -> None:
+        self._congested = False
+        self._regulate()
+
+    # -- the session ------------------------------------------------------------------------------
+
+    def _handle(self, events: Iterable[object]) -> None:
+        for event in events:
+            if isinstance(event, Transaction):
+                task = asyncio.get_running_loop().create_task(self._transaction(event))
+                self._deliveries.add(task)
+                task.add_done_callback(self._delivered)
+            elif isinstance(event, Refused):
+                self._tally.refuse(len(event.recipients) or 1, event.reply)
+            elif isinstance(event, Quit):
+                self.clean = event.reply.positive
+                if not self.clean:
+                    self.broken = f"we sent the provider away: {event.reply}"
+
+    async def _transaction(self, transaction: Transaction) -> None:
+        """Deliver a message, and only then answer it: 250 means safe."""
+        answer = await self._deliver(transaction, self)
+        envelope, tally = transaction.envelope, self._tally
+        if answer.reply.positive:
+            seen = (answer.digest, envelope.reverse_path, envelope.recipients)
+            tally.accepted[seen] += 1
+            # A repeat is progress once: the first 250 may not have arrived.
+            self.served += tally.accepted[seen] <= 2
+        tally.add(answer, len(transaction.data))
+        self._handle(self._receiver.answer(transaction, answer.reply, answer.each))
+        self._flush()
+
+    def _delivered(self, task: asyncio.Task[None]) -> None:
+        self._deliveries.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            # Our own bug: the message has no 250, so the provider keeps it.
+            log.error("delivery failed", exc_info=error)
+            self.abort(f"a delivery failed: {type(error).__name__}: {error}")
+        if self._eof and not self._deliveries and self._transport is not None:
+            self._transport.close()
+        self._finish()
+
+    def _flush(self) -> None:
+        data = self._receiver.data_to_send()
+        if self._lost or self._transport is None:
+            return
+        if data:
+            if self._trace:
+                dialogue.debug("customer: %s", _shown(data))
+            self._transport.write(data)
+        if self._receiver.closed:
+            self._transport.close()
+        self._regulate()
+        self._wait()
+
+    def _regulate(self) -> None:
+        """Read only while there is room: for messages, and for our replies."""
+        transport = self._transport
+        if transport is None or self._lost or transport.is_closing():
+            return
+        if self._congested or self._receiver.paused:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+    def _wait(self) -> None:
+        """Restart the clock on a silent client; it does not run while we are delivering."""
+        if self._idle:
+            self._idle.cancel()
+            self._idle = None
+        if not self._deliveries and not self._lost:
+            loop = asyncio.get_running_loop()
+            self._idle = loop.call_later(self._idle_timeout, self._idled)
+
+    def _idled(self) -> None:
+        self.abort(f"the provider was silent for {self._idle_timeout:g} seconds")
+
+    def abort(self, reason: str) -> None:
+        """Drop the connection; what was not answered stays with the client."""
+        if self.broken is None:
+            self.broken = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _finish(self) -> None:
+        if self._lost and not self._deliveries and not self.ended.done():
+            self.ended.set_result(None)
+
+
+def _shown(data: bytes) -> str:
+    """Wire bytes for a person: lines with / between them, and no more than a few."""
+    text = data[:300].decode("utf-8", "backslashreplace").replace("\r\n", " / ").rstrip(" /")
+    more = f" ... [{len(data)} octets]" if len(data) > 300 else ""
+    return "".join(char if char.isprintable() else "?" for char in text) + more

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="salmon-revsmtp",
+    version="0.1.0",
+    description="Reverse SMTP for Salmon: collect waiting mail by ODMR (RFC 2645)",
+    long_description=Path(__file__).with_name("README.rst").read_text(encoding="utf-8"),
+    long_description_content_type="text/x-rst",
+    license="GPL-3.0-or-later",
+    license_files=["LICENSE"],
+    keywords="smtp odmr atrn mail salmon",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Framework :: AsyncIO",
+        "Intended Audience :: System Administrators",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Communications :: Email :: Mail Transport Agents",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["salmon_revsmtp", "salmon_revsmtp.*"]),
+        # The runnable project of config/ and app/ goes along, for `salmon-revsmtp demo`.
+        "salmon_revsmtp.demo.project.config",
+        "salmon_revsmtp.demo.project.app",
+        "salmon_revsmtp.demo.project.app.handlers",
+    ],
+    package_dir={
+        "salmon_revsmtp.demo.project.config": "config",
+        "salmon_revsmtp.demo.project.app": "app",
+        "salmon_revsmtp.demo.project.app.handlers": "app/handlers",
+    },
+    package_data={
+        "salmon_revsmtp": ["py.typed"],
+        "salmon_revsmtp.demo": ["*.pem"],
+        "salmon_revsmtp.demo.project.config": ["*.conf"],
+    },
+    install_requires=[
+        "aiosmtplib>=5.1",
+        "click>=8.1",
+        "pluggy>=1.5",
+        "pydantic>=2.8",
+        "python-dotenv>=1.0",
+        "rich>=13",
+        "salmon-mail>=3.3,<4",
+        "scramp>=1.4.5",
+    ],
+    extras_require={
+        "dev": [
+            "build",
+            "coverage",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "sphinx",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli:main"],
+        "salmon_revsmtp": ["odmr = salmon_revsmtp.agents.odmr"],
+    },
+)

@@ -1,0 +1,463 @@
+"""Collections by ODMR, as dialogues with a provider that follows a script (RFC 2645)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+
+import pytest
+from conftest import (
+    CERTIFICATE,
+    PASSWORD,
+    Dialogue,
+    Salmon,
+    agent_keys,
+    collect,
+    no_more_mail,
+    scripted,
+    server_tls,
+)
+
+from salmon_revsmtp.report import Outcome, Report
+
+MESSAGE = b"From: a@example.net\r\nTo: b@example.org\r\nSubject: hi\r\n\r\n.hello\r\n"
+
+
+def run(salmon: Salmon, *scripts: object, **keys: object) -> Report:
+    """Collect once from a provider with these scripts."""
+    tls = server_tls() if keys.get("tls") == "implicit" else None
+
+    async def main() -> Report:
+        async with scripted(*scripts, tls=tls) as port:  # type: ignore[arg-type]
+            [report] = await collect(salmon, agent_keys(port, **keys))
+        return report
+
+    return asyncio.run(main())
+
+
+def test_a_collection_from_greeting_to_453(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def first(provider: Dialogue) -> None:
+        provider.say("220 odmr.example.net ready")
+        await provider.asks("EHLO mail.example.org", "250-odmr", "250-AUTH CRAM-MD5", "250 ATRN")
+        await provider.asks("AUTH CRAM-MD5", "334 " + base64.b64encode(b"<17@odmr>").decode())
+        answer = base64.b64decode(await provider.hear()).decode()
+        digest = hmac.new(PASSWORD.encode(), b"<17@odmr>", hashlib.md5).hexdigest()
+        assert answer == f"acme {digest}"
+        provider.say("235 welcome")
+        await provider.asks("EHLO mail.example.org", "250-odmr", "250-AUTH CRAM-MD5", "250 ATRN")
+        assert await provider.hear() == "ATRN example.org,example.com"
+        provider.say("250 OK now reversing the connection")
+        assert (await provider.replied(220)).startswith("220 mail.example.org ")
+        provider.say("EHLO odmr.example.net")
+        await provider.replied(250)
+        assert (await provider.send(MESSAGE)).startswith("250 2.")
+        await provider.quit()
+
+    report = run(salmon, first, no_more_mail, domains=["example.org", "Example.COM."])
+    assert report.outcome is Outcome.COLLECTED
+    assert (report.messages, report.recipients, report.bytes) == (1, 1, len(MESSAGE))
+    assert (report.sessions, report.refused, report.tls, report.auth) == (2, 0, None, "CRAM-MD5")
+    assert report.error is None
+    [message] = salmon.handled
+    assert message.Peer[0] == "127.0.0.1"
+    assert (message.From, message.To) == ("a@example.net", "b@example.org")
+    trace, _, rest = message.Data.partition(b"\nFrom: ")
+    assert rest == b"a@example.net\nTo: b@example.org\nSubject: hi\n\n.hello"
+    trace = b" ".join(trace.split())
+    assert trace.startswith(b"Received: from odmr.example.net ([127.0.0.1]) by mail.example.org")
+    assert b"agent isp) with ESMTPA id " in trace
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ("450 ATRN request refused", Outcome.DEFERRED),
+        ("451 unable to process ATRN now", Outcome.DEFERRED),
+        ("453 you have no mail", Outcome.NO_MAIL),
+        ("500 what?", Outcome.REFUSED),
+        ("502 not implemented", Outcome.REFUSED),
+        ("530 authentication required", Outcome.REFUSED),
+        ("550 not your domain", Outcome.REFUSED),
+        ("421 closing", Outcome.DEFERRED),
+        ("354 go on", Outcome.FAILED),
+        ("welcome", Outcome.FAILED),
+    ],
+)
+def test_each_answer_to_atrn_has_its_outcome(salmon: Salmon, answer: str, outcome: Outcome) -> None:
+    async def script(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        await provider.asks("ATRN example.org", answer)
+
+    report = run(salmon, script)
+    assert report.outcome is outcome
+    if outcome is not Outcome.NO_MAIL:
+        assert report.error is not None and answer.split()[-1] in report.error
+    assert salmon.handled == []
+
+
+def test_a_provider_that_does_not_list_atrn_is_tried(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5")
+        await provider.asks("AUTH", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", "250 odmr")
+        await provider.asks("ATRN", "502 not here")
+
+    report = run(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and "502 not here" in report.error
+
+
+def test_no_domains_ask_for_the_providers_default(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        assert await provider.hear() == "ATRN"
+        provider.say("453 no mail")
+
+    async def main() -> Report:
+        async with scripted(script) as port:
+            keys = agent_keys(port, domains=[])
+            [report] = await collect(salmon, keys, default={"domains": ["example.org"]})
+        return report
+
+    assert asyncio.run(main()).outcome is Outcome.NO_MAIL
+
+
+def test_domains_go_out_in_idna_and_parameters_as_they_are(salmon: Salmon) -> None:
+    async def idna(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        assert await provider.hear() == "ATRN xn--mller-kva.example,xn--jxalpdlp.example"
+        provider.say("453 no mail")
+
+    async def verbatim(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        assert await provider.hear() == "ATRN #queue  7"
+        provider.say("453 no mail")
+
+    report = run(salmon, idna, domains=["Müller.example", "δοκιμή.example"])
+    assert report.outcome is Outcome.NO_MAIL
+    report = run(salmon, verbatim, parameters="#queue  7")
+    assert report.outcome is Outcome.NO_MAIL
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(535, Outcome.REFUSED), (454, Outcome.DEFERRED)])
+def test_a_login_that_fails(salmon: Salmon, code: int, outcome: Outcome) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5 SCRAM-SHA-1")
+        await provider.asks("AUTH SCRAM-SHA-1", f"{code} no")
+
+    report = run(salmon, script)
+    assert report.outcome is outcome
+    assert report.error is not None and "acme" in report.error and f"{code} no" in report.error
+    assert report.sessions == 0
+
+
+def test_a_mechanism_that_the_provider_does_not_do_after_all(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH PLAIN CRAM-MD5 SCRAM-SHA-256")
+        await provider.asks("AUTH SCRAM-SHA-256", "504 not really")
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", "250 odmr")
+        await provider.asks("ATRN", "453 no mail")
+
+    report = run(salmon, script)
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
+
+
+@pytest.mark.parametrize("offered", ["AUTH PLAIN LOGIN", "AUTH XOAUTH2", "SIZE", "STARTTLS"])
+def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", f"250 {offered}")
+        await provider.silence()
+
+    report = run(salmon, script)
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None
+    if "PLAIN" in offered or "STARTTLS" in offered:
+        assert "set tls to" in report.error
+
+
+def test_a_scram_server_that_does_not_prove_itself(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-256")
+        first = (await provider.hear("AUTH SCRAM-SHA-256 ")).split()[2]
+        nonce = base64.b64decode(first).decode().split("r=")[1]
+        challenge = f"r={nonce}evil,s={base64.b64encode(b'salt' * 4).decode()},i=4096"
+        provider.say("334 " + base64.b64encode(challenge.encode()).decode())
+        await provider.hear()
+        provider.say("334 " + base64.b64encode(b"v=AAAA").decode())
+        await provider.silence()
+
+    report = run(salmon, script)
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "prove" in report.error
+
+
+def test_starttls_that_is_not_offered_is_a_failure_by_default(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5")
+        await provider.silence()
+
+    report = run(salmon, script, tls="starttls")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "offers no STARTTLS" in report.error
+
+
+def test_opportunistic_goes_on_without_tls(salmon: Salmon) -> None:
+    report = run(salmon, no_more_mail, tls="opportunistic")
+    assert (report.outcome, report.tls) == (Outcome.NO_MAIL, None)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_bytes_glued_to_the_answer_of_starttls(salmon: Salmon, together: bool) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 STARTTLS")
+        await provider.hear("STARTTLS")
+        if together:
+            provider.say("220 go ahead\r\n235 injected")
+        else:
+            provider.say("220 go ahead")
+            provider.say("235 injected")
+
+    report = run(salmon, script, tls="starttls")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "STARTTLS" in report.error
+    if together:
+        assert "behind the answer" in report.error
+
+
+def test_bytes_glued_to_the_answer_of_atrn_are_no_commands(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        await provider.hear("ATRN")
+        provider.say("250 reversing\r\nEHLO evil\r\nMAIL FROM:<x@example.net>")
+        await provider.silence()
+
+    report = run(salmon, script)
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "behind the answer" in report.error
+    assert salmon.handled == []
+
+
+def test_a_certificate_that_is_not_trusted(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        raise AssertionError("nobody may speak on an untrusted connection")
+
+    async def main() -> Report:
+        async with scripted(tls=server_tls()) as port:
+            [report] = await collect(salmon, agent_keys(port, tls="implicit"))
+        return report
+
+    report = asyncio.run(main())
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "ca_file" in report.error
+
+
+def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
+    salmon: Salmon,
+) -> None:
+    salmon.handle(".*")
+
+    def one(number: int) -> object:
+        async def script(provider: Dialogue) -> None:
+            await provider.reverse()
+            assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
+            provider.abort()
+
+        return script
+
+    scripts = [one(number) for number in range(5)]
+    report = run(salmon, *scripts, no_more_mail, tls="implicit", ca_file=str(CERTIFICATE))
+    assert report.outcome is Outcome.COLLECTED
+    assert (report.messages, report.sessions) == (5, 6)
+    assert report.tls is not None and report.tls.startswith("TLSv1.")
+    assert len(salmon.handled) == 5
+    assert b"with ESMTPSA id" in salmon.handled[0].Data
+
+
+def test_a_provider_that_breaks_off_without_giving_anything(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.abort()
+
+    report = run(salmon, script)
+    assert (report.outcome, report.sessions) == (Outcome.FAILED, 1)
+    assert report.error is not None and "broke the connection off" in report.error
+
+
+def test_a_provider_that_gives_the_same_message_for_ever(salmon: Salmon) -> None:
+    """It may have missed the first 250; the second it has heard."""
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        provider.abort()
+
+    report = run(salmon, script, script, script)
+    assert report.outcome is Outcome.FAILED
+    assert report.messages == 1
+    assert len(salmon.handled) == 1
+
+
+def test_a_session_that_brings_nothing_is_the_last(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        await provider.quit()
+
+    report = run(salmon, script)
+    assert (report.outcome, report.sessions) == (Outcome.NO_MAIL, 1)
+
+
+def test_a_message_that_is_cut_off_is_not_delivered(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say("MAIL FROM:<a@example.net>", "RCPT TO:<b@example.org>", "DATA")
+        await provider.replied(250)
+        await provider.replied(250)
+        await provider.replied(354)
+        provider.say("Subject: half", "", "half of it")
+        provider.abort()
+
+    report = run(salmon, script)
+    assert (report.outcome, report.messages) == (Outcome.FAILED, 0)
+    assert salmon.handled == []
+
+
+def test_recipients_outside_the_domains_are_refused_and_counted(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say("MAIL FROM:<a@example.net>")
+        await provider.replied(250)
+        provider.say("RCPT TO:<b@elsewhere.example>")
+        assert (await provider.replied(550)).startswith("550 5.7.1 ")
+        provider.say("RCPT TO:<b@EXAMPLE.org>", "BDAT 2 LAST", "")
+        await provider.replied(250)
+        await provider.replied(250)
+        await provider.quit()
+
+    report = run(salmon, script, no_more_mail)
+    assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 1, 1)
+
+
+def test_a_provider_that_the_service_shuts_out(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+
+    async def main() -> Report:
+        async with scripted(script) as port:
+            [report] = await collect(salmon, agent_keys(port), default={"deny": ["127.0.0.0/8"]})
+        return report
+
+    report = asyncio.run(main())
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "deny 127.0.0.0/8" in report.error
+
+
+def test_nobody_listens(salmon: Salmon) -> None:
+    async def main() -> Report:
+        async with scripted() as port:
+            pass
+        [report] = await collect(salmon, agent_keys(port))
+        return report
+
+    report = asyncio.run(main())
+    assert (report.outcome, report.sessions) == (Outcome.FAILED, 0)
+    assert report.error is not None and "connecting to localhost" in report.error
+
+
+@pytest.mark.parametrize(
+    ("greeting", "outcome"), [("554 no", Outcome.REFUSED), ("421 busy", Outcome.DEFERRED)]
+)
+def test_a_provider_that_greets_with_no(salmon: Salmon, greeting: str, outcome: Outcome) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say(greeting)
+
+    assert run(salmon, script).outcome is outcome
+
+
+@pytest.mark.parametrize("step", ["connect", "reversed"])
+def test_a_silent_provider_is_left_after_the_timeout(salmon: Salmon, step: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        if step == "reversed":
+            await provider.reverse()
+        await provider.silence()
+
+    report = run(salmon, script, timeout=0.3)
+    assert report.outcome is Outcome.FAILED
+
+
+def test_a_disabled_agent_does_not_call(salmon: Salmon) -> None:
+    assert run(salmon, enabled=False).outcome is Outcome.DISABLED
+
+
+def test_two_collections_of_one_agent_never_run_at_once(salmon: Salmon) -> None:
+    held = asyncio.Event()
+
+    async def main() -> None:
+        async def script(provider: Dialogue) -> None:
+            await provider.up_to_atrn()
+            held.set()
+            await provider.hear("ATRN")
+            await second_done.wait()
+            provider.say("453 no mail")
+
+        second_done = asyncio.Event()
+        async with scripted(script) as port:
+            first = asyncio.create_task(collect(salmon, agent_keys(port)))
+            await held.wait()
+            [second] = await collect(salmon, agent_keys(port))
+            assert second.outcome is Outcome.BUSY
+            second_done.set()
+            [report] = await first
+            assert report.outcome is Outcome.NO_MAIL
+
+    asyncio.run(main())
+
+
+def test_a_slow_handler_delays_no_other_agents_network(salmon: Salmon) -> None:
+    """The handler of one agent's mail waits until the other agent's collection has ended."""
+    import threading
+
+    finished = threading.Event()
+    salmon.handle("slow@.*", lambda message: finished.wait(20) and None)
+
+    async def main() -> None:
+        async def slow(provider: Dialogue) -> None:
+            await provider.reverse()
+            assert (await provider.send(MESSAGE, "slow@example.org")).startswith("250")
+            await provider.quit()
+
+        async def quick(provider: Dialogue) -> None:
+            await provider.reverse()
+            await provider.quit()
+            finished.set()
+
+        async with scripted(slow, no_more_mail) as one, scripted(quick) as other:
+            reports = await collect(
+                salmon, agent_keys(one, name="slow"), agent_keys(other, name="quick")
+            )
+        assert [report.outcome for report in reports] == [Outcome.COLLECTED, Outcome.NO_MAIL]
+        assert finished.is_set()
+
+    asyncio.run(main())
