@@ -62,6 +62,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "setuptools>=70",
             "sphinx",
         ],
     },

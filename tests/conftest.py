@@ -75,7 +75,7 @@ def salmon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Salmon:
     return Salmon(tmp_path)
 
 
-def agent_keys(port: int, **keys: Any) -> dict[str, Any]:
+def agent_keys(port: Any, /, **keys: Any) -> dict[str, Any]:
     return {
         "name": "isp",
         "protocol": "odmr",

@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all their own set-up, in .venv below this folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test interop lint types docs wheel clean
+
+$(READY): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# The whole thing on one machine: a provider with sample mail, a collection, what became of it.
+demo: $(READY)
+	mkdir -p $(VENV)/tmp
+	TMPDIR=$(abspath $(VENV))/tmp $(BIN)/salmon-revsmtp demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not interop"
+
+# Against real servers; tests/interop/install-exim provides Exim (as root).
+interop: $(READY)
+	$(BIN)/python -m pytest -m interop
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy --strict salmon_revsmtp
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist docs/_build *.egg-info

@@ -1,0 +1,150 @@
+"""Wrong settings: one clear sentence each, all at once, and never a secret."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import CERTIFICATE, PASSWORD, agent_keys, configuration
+
+from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.settings import SettingsError, load
+
+
+def problems(*agents: Any, **services: Any) -> list[str]:
+    with pytest.raises(SettingsError) as raised:
+        configuration(*agents, **services)
+    assert PASSWORD not in str(raised.value) + repr(raised.value)
+    return raised.value.problems
+
+
+def one(**keys: Any) -> str:
+    """The one problem of an agent with these keys."""
+    [problem] = problems(agent_keys(366, **keys))
+    return problem
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in agent_keys(366).items() if key not in keys}
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    [agent] = configuration(without("port", "tls")).agents
+    settings = agent.settings
+    assert (settings.enabled, settings.port, settings.tls) == (True, 366, "starttls")
+    assert (settings.ca_file, settings.service, settings.every) == (None, "default", 10)
+    assert (settings.timeout, settings.parameters) == (60, None)
+    service = configuration().services["default"]
+    assert (service.max_message_size, service.max_recipients) == (50 * 2**20, 1000)
+    assert (service.delivery, service.queue, service.listen) == ("router", "run/inbound", None)
+
+
+def test_no_settings_at_all_are_no_agents() -> None:
+    module: Any = SimpleNamespace()
+    valid = load(module, Plugins.load())
+    assert valid.agents == ()
+    assert list(valid.services) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("name", "i s p", ["name: found 'i s p'", "letters, digits"]),
+        ("protocol", "pop3", ["protocol: found 'pop3'", "'odmr'"]),
+        ("enabled", "perhaps", ["enabled: found 'perhaps'", "True or False"]),
+        ("server", "", ["server: found ''", "host name"]),
+        ("server", "acme@odmr.example.net", ["server: found", "host name"]),
+        ("port", 70000, ["port: found 70000", "1 to 65535"]),
+        ("port", "smtp", ["port: found 'smtp'", "1 to 65535"]),
+        ("tls", "yes", ["tls: found 'yes'", "'implicit', 'starttls'"]),
+        ("ca_file", "/nowhere.pem", ["ca_file: found '/nowhere.pem'", "No such file", "PEM"]),
+        ("account", None, ["account: found None", "log in"]),
+        ("account", "a\nb", ["account: found 'a\\nb'", "control characters"]),
+        ("password", "", ["password: found that value", ".env"]),
+        ("password", 12345678, ["password: found that value", "text"]),
+        ("password", f"{PASSWORD}\n", ["password: found that value", "control characters"]),
+        ("domains", "example.org", ["domains: found 'example.org'", "a list"]),
+        ("domains", ["exa mple.org"], ["domains", "'exa mple.org'", "list of domain"]),
+        ("domains", ["straße.example"], ["domains", "xn--"]),
+        ("domains", [17], ["domains: found 17", "list of domain"]),
+        ("parameters", "x\r\nQUIT", ["parameters", "control characters"]),
+        ("parameters", ["a", "b"], ["parameters: found a list", "a text"]),
+        ("service", "other", ["service: found 'other'", "'default'"]),
+        ("every", 0, ["every: found 0", "minutes above 0"]),
+        ("every", float("nan"), ["every: found nan", "minutes above 0"]),
+        ("timeout", -1, ["timeout: found -1", "seconds"]),
+        ("passwort", PASSWORD, ["passwort: unknown key", "did you mean password?"]),
+    ],
+)
+def test_a_wrong_value_names_agent_key_finding_and_what_is_allowed(
+    key: str, value: object, words: list[str]
+) -> None:
+    problem = one(**{key: value})
+    assert problem.startswith(f'agent "{"i s p" if key == "name" else "isp"}": ')
+    for word in words:
+        assert word in problem
+
+
+def test_missing_keys() -> None:
+    keys = without("server", "account", "password")
+    found = problems(keys)
+    assert [problem.split(":")[1].strip() for problem in found] == [
+        "server",
+        "account",
+        "password",
+    ]
+    assert all("missing" in problem for problem in found)
+
+
+def test_all_wrong_settings_at_once() -> None:
+    found = problems(
+        agent_keys(0, every="often", service="nowhere"),
+        agent_keys(366),
+        agent_keys(366, name="other", tls="always"),
+        "not a dict",
+        default={"deny": ["300.0.0.0/8"], "hostnam": "x"},
+        slow={"delivery": "pigeon", "max_recipients": 0},
+    )
+    text = "\n".join(found)
+    for words in (
+        'agent "isp": port: found 0',
+        'agent "isp": every: found \'often\'',
+        'agent "isp": service: found \'nowhere\'',
+        'agent "isp": name: found twice',
+        'agent "other": tls: found \'always\'',
+        "agent number 4: found 'not a dict'",
+        'service "default": deny: found',
+        'service "default": hostnam: unknown key',
+        "did you mean hostname?",
+        'service "slow": delivery: found \'pigeon\'',
+        'service "slow": max_recipients: found 0',
+    ):
+        assert words in text, text
+
+
+def test_an_agent_without_domains_needs_a_service_with_domains() -> None:
+    assert "every recipient would be refused" in one(domains=[])
+    assert configuration(agent_keys(366, domains=[]), default={"domains": ["example.org"]})
+    assert configuration(agent_keys(366, domains=[], parameters="example.org,example.com"))
+    assert configuration(agent_keys(366, domains=[]), default={"domains": ["*"]})
+
+
+@pytest.mark.parametrize("value", [{"isp": {}}, "isp", 5])
+def test_collection_agents_that_are_no_list(value: object) -> None:
+    module: Any = SimpleNamespace(collection_agents=value)
+    with pytest.raises(SettingsError, match="collection_agents: found .* a list of dicts"):
+        load(module, Plugins.load())
+
+
+def test_smtp_services_that_are_no_dict() -> None:
+    module: Any = SimpleNamespace(smtp_services=["default"])
+    with pytest.raises(SettingsError, match="smtp_services: found a list, allowed: a dict"):
+        load(module, Plugins.load())
+
+
+def test_a_password_stands_in_no_repr() -> None:
+    valid = configuration(agent_keys(366, ca_file=str(CERTIFICATE)))
+    [agent] = valid.agents
+    for text in (repr(valid), repr(agent), str(agent.settings), repr(agent.settings)):
+        assert PASSWORD not in text
