@@ -316,7 +316,7 @@ def plugins(options: Options, as_json: bool) -> None:
         ("plugin", "distribution", "version", "agent types", "hooks"),
         [
             (
-                plugin.name,
+                plugin.plugin,
                 plugin.distribution,
                 plugin.version,
                 ", ".join(plugin.agent_types) or "-",

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class Plugin:
     """One plugin as ``salmon-revsmtp plugins`` shows it; ``error`` says why it did not load."""
 
-    name: str
+    plugin: str
     distribution: str = ""
     version: str = ""
     agent_types: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Plugins(pluggy.PluginManager):
         return super().register(stand_in, name)
 
     def _collect_agent_types(self) -> None:
-        by_name = {entry.name: entry for entry in self.loaded}
+        by_name = {entry.plugin: entry for entry in self.loaded}
         for implementation in self.hook.register_agent_types.get_hookimpls():
             entry = by_name.get(implementation.plugin_name) or Plugin(implementation.plugin_name)
             register = functools.partial(self._register_agent_type, entry)
@@ -130,7 +130,7 @@ class Plugins(pluggy.PluginManager):
 
 
 def _who(entry: Plugin) -> tuple[str, str]:
-    return entry.name, entry.distribution
+    return entry.plugin, entry.distribution
 
 
 def _guarded(function: Callable[..., Any], hook: str, plugin: str) -> Callable[..., Any]:

@@ -178,7 +178,7 @@ def _agent(keys: Any, where: str, plugins: Plugins, problems: list[str]) -> Agen
         agent_type = plugins.agent_types.get(protocol)
     if agent_type is None:
         found = "missing" if protocol is None else f"found {_quote(protocol)}"
-        broken = [f"; plugin {one.name}: {one.error}" for one in plugins.loaded if one.error]
+        broken = [f"; plugin {one.plugin}: {one.error}" for one in plugins.loaded if one.error]
         known = _words(plugins.agent_types)
         problems.append(f"{where}: protocol: {found}, allowed: {known}{''.join(broken)}")
         return None

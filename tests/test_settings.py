@@ -109,15 +109,15 @@ def test_all_wrong_settings_at_once() -> None:
     text = "\n".join(found)
     for words in (
         'agent "isp": port: found 0',
-        'agent "isp": every: found \'often\'',
-        'agent "isp": service: found \'nowhere\'',
+        "agent \"isp\": every: found 'often'",
+        "agent \"isp\": service: found 'nowhere'",
         'agent "isp": name: found twice',
-        'agent "other": tls: found \'always\'',
+        "agent \"other\": tls: found 'always'",
         "agent number 4: found 'not a dict'",
         'service "default": deny: found',
         'service "default": hostnam: unknown key',
         "did you mean hostname?",
-        'service "slow": delivery: found \'pigeon\'',
+        "service \"slow\": delivery: found 'pigeon'",
         'service "slow": max_recipients: found 0',
     ):
         assert words in text, text

@@ -70,11 +70,14 @@ class QueueConsumer:
     It has ``start`` as Salmon's receivers have, so ``settings.receiver = QueueConsumer()`` in a
     boot module makes a process of it.
 
-    ``folder``  the queue, as in the service's settings.
-    ``sleep``   seconds to wait when it is empty, and before a message that a handler put off
-                (``SMTPError`` 4yz) is tried again.
-    ``service`` whose host name notifications bear; this machine's if there is none.
-    ``relay``   asked for the relay when a notification goes out; that of the settings by default.
+    ``folder``: the queue, as in the service's settings.
+
+    ``sleep``: seconds to wait when it is empty, and before a message that a handler put off
+    (``SMTPError`` 4yz) is tried again.
+
+    ``service``: whose host name notifications bear; this machine's if there is none.
+
+    ``relay``: asked for the relay when a notification goes out; that of the settings by default.
     """
 
     def __init__(

@@ -30,11 +30,13 @@ class ReplyError(ValueError):
 class Reply:
     """One SMTP reply.
 
-    ``code``      three digits, 200 to 599.
-    ``text``      what a person reads; ``\\n`` separates the lines of a multi-line reply.
-    ``enhanced``  an enhanced status code such as ``"5.7.1"`` (RFC 3463).  ``None``: the code in
-                  ``text`` if it begins with one, else ``"X.0.0"`` of the reply's class; ``""``:
-                  none at all, as greetings, EHLO answers and 3yz replies have it (RFC 2034 4).
+    ``code``: three digits, 200 to 599.
+
+    ``text``: what a person reads; line feeds separate the lines of a multi-line reply.
+
+    ``enhanced``: an enhanced status code such as ``"5.7.1"`` (RFC 3463).  ``None``: the code in
+    ``text`` if it begins with one, else ``"X.0.0"`` of the reply's class; ``""``: none at all, as
+    greetings, EHLO answers and 3yz replies have it (RFC 2034 4).
     """
 
     code: int

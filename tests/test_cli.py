@@ -1,0 +1,438 @@
+"""The command, as a user runs it: in a fresh project of ``salmon gen``, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import PASSWORD, Dialogue, Script, no_more_mail, scripted
+from salmon import queue
+from salmon.commands import main as salmon_command
+
+HERE = Path(__file__).parent
+MESSAGE = b"From: a@example.net\r\nTo: b@example.org\r\nSubject: hi\r\n\r\nhello\r\n"
+REPORT_KEYS = [
+    "agent",
+    "protocol",
+    "outcome",
+    "messages",
+    "recipients",
+    "bytes",
+    "refused",
+    "sessions",
+    "seconds",
+    "tls",
+    "auth",
+    "error",
+]
+
+HANDLER = """
+from salmon import queue
+from salmon.routing import route, stateless
+
+@route("(address)@(host)", address=".+")
+@stateless
+def STORE(message, address=None, host=None):
+    queue.Queue("run/got").push(message.Data)
+"""
+
+
+class Project:
+    """A fresh ``salmon gen`` project with our line in its boot module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        CliRunner().invoke(salmon_command, ["gen", str(folder)], catch_exceptions=False)
+        (folder / "app/handlers/sample.py").write_text(HANDLER)
+        boot = folder / "config/boot.py"
+        boot.write_text(
+            boot.read_text()
+            .replace("from salmon import queue", "import salmon_revsmtp\nfrom salmon import queue")
+            .replace(
+                "settings.receiver = LMTPReceiver(settings.receiver_config['host'],\n"
+                "                                 settings.receiver_config['port'])",
+                "settings.receiver = salmon_revsmtp.attach(settings, LMTPReceiver(\n"
+                "    settings.receiver_config['host'], settings.receiver_config['port']))",
+            )
+        )
+        assert "attach" in boot.read_text()
+        (folder / ".env").write_text(f"ISP_PASSWORD='{PASSWORD}'\n")
+
+    def configure(self, *agents: dict[str, Any], services: str = "{}") -> None:
+        settings = self.folder / "config/settings.py"
+        lines = [
+            "{" + ", ".join(f"{key!r}: {value}" for key, value in keys.items()) + "}"
+            for keys in agents
+        ]
+        settings.write_text(
+            settings.read_text().partition("\nimport os")[0]
+            + f"\nimport os\ncollection_agents = [{', '.join(lines)}]\n"
+            + f"smtp_services = {services}\n"
+        )
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "salmon_revsmtp", *arguments],
+            cwd=self.folder,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert PASSWORD not in done.stdout + done.stderr
+        assert base64.b64encode(PASSWORD.encode()).decode() not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def got(self) -> list[bytes]:
+        target = queue.Queue(str(self.folder / "run/got"))
+        return [target.mbox.get_bytes(key) for key in target.keys()]
+
+
+def isp(port: int, **keys: str) -> dict[str, str]:
+    """An agent's keys as Python source."""
+    return {
+        "name": "'isp'",
+        "protocol": "'odmr'",
+        "server": "'localhost'",
+        "port": str(port),
+        "tls": "'none'",
+        "account": "'acme'",
+        "password": "os.environ['ISP_PASSWORD']",
+        "domains": "['example.org']",
+        **keys,
+    }
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+@contextlib.contextmanager
+def provider(*scripts: Script) -> Iterator[int]:
+    """The scripted provider, in a thread of its own; yields its port."""
+    ports: list[int] = []
+    started, ending = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    async def main() -> None:
+        async with scripted(*scripts) as port:
+            ports.append(port)
+            started.set()
+            await asyncio.to_thread(ending.wait, 60)
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    started.wait()
+    try:
+        yield ports[0]
+    finally:
+        ending.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+async def one_message(provider: Dialogue) -> None:
+    await provider.reverse()
+    await provider.send(MESSAGE)
+    await provider.quit()
+
+
+def test_collect_in_a_fresh_salmon_project(project: Project) -> None:
+    with provider(one_message, no_more_mail) as port:
+        project.configure(isp(port))
+        done = project.run("collect", "isp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        f"isp: collected, 1 message, {len(MESSAGE)} bytes for 1 recipient (2 sessions"
+    )
+    [message] = project.got()
+    assert message.endswith(b"Subject: hi\n\nhello")
+
+
+def test_collect_from_all_as_json_one_object_per_line(project: Project) -> None:
+    async def wrong_password(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5")
+        await provider.asks("AUTH", "334 PDFAeD4=")
+        # A provider that shows what it got must not make us show it.
+        await provider.asks("", f"535 {PASSWORD} is wrong")
+
+    with provider(one_message, no_more_mail) as good, provider(wrong_password) as bad:
+        project.configure(
+            isp(good),
+            isp(bad, name="'other'"),
+            isp(good, name="'off'", enabled="False"),
+        )
+        done = project.run("collect", "--all", "--json")
+    assert done.returncode == 1
+    rows = {row["agent"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert set(rows) == {"isp", "other", "off"}
+    for row in rows.values():
+        assert list(row) == REPORT_KEYS
+    assert rows["isp"]["outcome"] == "collected"
+    assert (rows["isp"]["messages"], rows["isp"]["error"]) == (1, None)
+    assert rows["other"]["outcome"] == "refused"
+    assert "535 *** is wrong" in rows["other"]["error"]
+    assert rows["off"]["outcome"] == "disabled"
+
+
+def test_verbose_shows_the_dialogue_without_secrets(project: Project) -> None:
+    with provider(one_message, no_more_mail) as port:
+        project.configure(isp(port))
+        done = project.run("collect", "-v", "isp")
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert "C: AUTH CRAM-MD5" in lines
+    assert "C: ***" in lines
+    assert "C: ATRN example.org" in lines
+    assert any(line.startswith("customer: 220 ") for line in lines)
+    assert any("MAIL FROM:<a@example.net>" in line for line in lines)
+
+
+def test_collect_shows_live_progress_on_a_terminal(project: Project) -> None:
+    seen = threading.Event()
+
+    async def slow(provider: Dialogue) -> None:
+        await provider.reverse()
+        await provider.send(MESSAGE)
+        await asyncio.to_thread(seen.wait, 30)
+        await provider.quit()
+
+    with provider(slow, no_more_mail) as port:
+        project.configure(isp(port))
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "salmon_revsmtp", "collect", "isp"],
+            cwd=project.folder,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+            stdout=theirs,
+            stderr=subprocess.STDOUT,
+        )
+        os.close(theirs)
+        output = b""
+        with contextlib.suppress(OSError):  # how a terminal says that it is over
+            while data := os.read(ours, 4096):
+                output += data
+                if b"isp: 1 message, %d bytes" % len(MESSAGE) in output:
+                    seen.set()
+        os.close(ours)
+        assert process.wait() == 0
+    assert seen.is_set()
+    assert b"isp: collected, 1 message" in output
+
+
+def test_the_project_is_found_with_chdir_and_settings_before_or_behind_the_command(
+    project: Project, tmp_path: Path
+) -> None:
+    project.configure(isp(366))
+    (project.folder / "config/other.py").write_text("collection_agents = []")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    inside, project.folder = project.folder, elsewhere
+    for arguments in (
+        ["--chdir", str(inside), "agents", "--json"],
+        ["agents", "--json", "--chdir", str(inside)],
+    ):
+        done = project.run(*arguments)
+        assert json.loads(done.stdout)["agent"] == "isp"
+    project.folder = inside
+    assert project.run("agents", "--json", "--settings", "config.other").stdout == ""
+    done = project.run("agents", "--json", SALMON_SETTINGS_MODULE="config.other")
+    assert done.stdout == ""
+
+
+def test_agents_lists_them_with_their_state(project: Project) -> None:
+    project.configure(isp(366), isp(367, name="'spare'", enabled="False", every="None"))
+    done = project.run("agents")
+    assert done.returncode == 0
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert rows[1][:4] == ["isp", "odmr", "localhost:366", "every 10 minutes"]
+    assert rows[2][:4] == ["spare (Disabled)", "odmr", "localhost:367", "on demand"]
+    first, second = map(json.loads, project.run("agents", "--json").stdout.splitlines())
+    assert (first["agent"], first["enabled"], first["port"]) == ("isp", True, 366)
+    assert (second["title"], second["every"]) == ("spare (Disabled)", None)
+
+
+def test_check_logs_in_and_asks_for_nothing(project: Project) -> None:
+    async def script(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        await provider.asks("QUIT", "221 bye")
+
+    with provider(script, script) as port:
+        project.configure(isp(port))
+        done = project.run("check", "isp")
+        assert done.returncode == 0
+        assert "logged in with CRAM-MD5" in done.stdout
+        assert "ATRN" in done.stdout
+        row = json.loads(project.run("check", "isp", "--json").stdout)
+    assert (row["agent"], row["outcome"], row["auth"]) == ("isp", None, "CRAM-MD5")
+    assert (row["problems"], "ATRN" in row["offers"]) == ([], True)
+
+
+def test_check_says_what_would_fail(project: Project) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH PLAIN")
+
+    with provider(script) as port:
+        project.configure(isp(port))
+        done = project.run("check", "isp")
+    assert done.returncode == 1
+    assert "failed: localhost:" in done.stdout
+    assert "set tls to 'starttls'" in done.stdout
+
+
+def test_plugins_lists_distribution_and_version(project: Project) -> None:
+    rows = [json.loads(line) for line in project.run("plugins", "--json").stdout.splitlines()]
+    [odmr] = [row for row in rows if row["plugin"] == "odmr"]
+    assert (odmr["distribution"], odmr["agent_types"]) == ("salmon-revsmtp", ["odmr"])
+    assert odmr["version"] == project.run("--version").stdout.strip()
+
+
+def test_wrong_settings_are_all_reported_with_status_2(project: Project) -> None:
+    project.configure(
+        isp(0, every="'often'"), isp(1, name="'two'", passwort="os.environ['ISP_PASSWORD']")
+    )
+    for command in (["agents"], ["collect", "--all"], ["collect", "isp"], ["check", "isp"]):
+        done = project.run(*command)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert [line.partition(": found")[0] for line in done.stderr.splitlines()[:2]] == [
+            'error: agent "isp": every',
+            'error: agent "isp": port',
+        ]
+        assert 'agent "two": passwort: unknown key' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["collect"], "or give --all"),
+        (["collect", "isp", "--all"], "or give --all"),
+        (["collect", "nobody"], "no agent is named 'nobody'; there are: isp"),
+        (["check", "nobody"], "no agent is named 'nobody'"),
+        (["agents", "--chdir", "/nowhere"], "/nowhere"),
+        (["agents", "--settings", "no.such"], "no.such"),
+        (["collect", "isp", "--boot", "config.no_such"], "config.no_such"),
+    ],
+)
+def test_usage_errors_have_status_2(project: Project, arguments: list[str], words: str) -> None:
+    project.configure(isp(1))
+    done = project.run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_a_variable_that_is_not_in_env_is_named(project: Project) -> None:
+    project.configure(isp(1, password="os.environ['NOT_THERE']"))
+    done = project.run("agents")
+    assert done.returncode == 2
+    assert "'NOT_THERE' is not set (config/settings.py, line" in done.stderr
+
+
+def test_a_folder_that_is_no_project(project: Project, tmp_path: Path) -> None:
+    project.folder = tmp_path
+    done = project.run("agents")
+    assert done.returncode == 2
+    assert "Salmon project's folder" in done.stderr
+
+
+def test_collect_beside_a_running_salmon(project: Project) -> None:
+    """The boot module's receiver has its port taken, and collect does not take it either."""
+    import socket
+
+    with socket.socket() as taken, provider(no_more_mail) as port:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        project.configure(isp(port))
+        settings = project.folder / "config/settings.py"
+        settings.write_text(
+            settings.read_text()
+            + f"receiver_config = {{'host': '127.0.0.1', 'port': {taken.getsockname()[1]}}}\n"
+        )
+        done = project.run("collect", "isp")
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["isp:", "no-mail"])
+
+
+# -- a third party's plugin ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The plugin of the docs, installed by pip into a folder of its own."""
+    import shutil
+
+    place = tmp_path_factory.mktemp("spool")
+    shutil.copytree(HERE / "plugins/spool", place / "source")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+        + ["--no-index", "--target", str(place / "installed"), str(place / "source")],
+        check=True,
+        capture_output=True,
+    )
+    return str(place / "installed")
+
+
+def test_the_agent_of_the_documentation_collects(project: Project, spool: str) -> None:
+    pile = project.folder / "run/pile"
+    pile.mkdir()
+    (pile / "1.eml").write_bytes(MESSAGE)
+    project.configure(
+        {
+            "name": "'pile'",
+            "protocol": "'spool'",
+            "folder": "'run/pile'",
+            "recipient": "'b@example.org'",
+        }
+    )
+    assert project.run("spool", "run/pile", PYTHONPATH=spool).stdout == "1 waiting\n"
+    rows = project.run("plugins", "--json", PYTHONPATH=spool).stdout.splitlines()
+    [row] = [row for row in map(json.loads, rows) if row["plugin"] == "spool"]
+    assert (row["distribution"], row["version"]) == ("salmon-revsmtp-spool", "1.0")
+    done = project.run("collect", "pile", "--json", PYTHONPATH=spool)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["outcome"], report["messages"]) == ("collected", 1)
+    assert list(pile.iterdir()) == []
+    assert len(project.got()) == 1
+    done = project.run("collect", "pile", "--json", PYTHONPATH=spool)
+    assert json.loads(done.stdout)["outcome"] == "no-mail"
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(project: Project, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    (broken / "broken-1.0.dist-info").mkdir(parents=True)
+    (broken / "broken-1.0.dist-info/METADATA").write_text("Name: broken\nVersion: 1.0\n")
+    (broken / "broken-1.0.dist-info/entry_points.txt").write_text(
+        "[salmon_revsmtp]\nbroken = no_such_module\n"
+    )
+    project.configure(isp(1), isp(1, name="'pigeon'", protocol="'pigeon'"))
+    done = project.run("agents", PYTHONPATH=str(broken))
+    assert done.returncode == 2
+    assert "plugin=broken distribution=broken not loaded" in done.stderr
+    assert "agent \"pigeon\": protocol: found 'pigeon', allowed: 'odmr'" in done.stderr
+    rows = project.run("plugins", "--json", PYTHONPATH=str(broken)).stdout.splitlines()
+    assert "no_such_module" in [row for row in map(json.loads, rows) if row["error"]][0]["error"]
