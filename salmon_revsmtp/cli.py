@@ -85,7 +85,7 @@ class Options:
             _terminal.setFormatter(logging.Formatter("%(message)s"))
             ours.addHandler(_terminal)
             ours.setLevel(logging.INFO)
-        _terminal.setLevel(logging.DEBUG if self.verbose else logging.ERROR)
+        _terminal.setLevel(logging.DEBUG if self.verbose else logging.WARNING)
         # Every line of SMTP is for -v only, however verbose the project's own log is.
         level = logging.DEBUG if self.verbose else logging.INFO
         logging.getLogger("salmon_revsmtp.dialogue").setLevel(level)
@@ -325,6 +325,20 @@ def plugins(options: Options, as_json: bool) -> None:
             for plugin in loaded
         ],
     )
+
+
+# -- demo ------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_with_options
+def demo(options: Options) -> None:
+    """Show it all on this machine: a provider with sample mail, and a project that collects it."""
+    from salmon_revsmtp.demo import show
+
+    if not options.verbose:
+        _terminal.setLevel(logging.CRITICAL)  # the table shows what the log would
+    sys.exit(show.run(options.load_plugins()))
 
 
 # -- output ----------------------------------------------------------------------------------------

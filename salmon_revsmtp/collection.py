@@ -43,7 +43,7 @@ class Collection:
 
     ``agent``    the agent.
     ``service``  the inbound service that receives; ``service.hostname`` is our name.
-    ``report``   the report in the making.  The agent may set ``tls``, ``auth``, ``error``.
+    ``report``   the report in the making.  The agent sets ``sessions``, ``tls`` and ``auth``.
     ``tally``    the counts, live.
     """
 

@@ -62,13 +62,14 @@ class Tally:
     refused: int = 0
     #: How often each message (by its digest and envelope) was answered 250.
     accepted: Counter[_Message] = field(default_factory=Counter)
-    #: The last 4yz or 5yz that we gave for a recipient or a message.
-    last_refusal: Reply | None = None
+    #: The last 4yz that we gave for a recipient or a message.
+    put_off: Reply | None = None
 
     def refuse(self, recipients: int, reply: Reply) -> None:
         """Recipients that were not taken, by their number."""
         self.refused += recipients
-        self.last_refusal = reply
+        if reply.transient:
+            self.put_off = reply
 
     def add(self, answer: Answer, octets: int) -> None:
         """A message of so many octets, as it was answered."""
@@ -220,6 +221,7 @@ class Session(asyncio.Protocol):
                 self._deliveries.add(task)
                 task.add_done_callback(self._delivered)
             elif isinstance(event, Refused):
+                log.warning("peer=%s to=%r reply=%r", self.peer, event.recipients, str(event.reply))
                 self._tally.refuse(len(event.recipients) or 1, event.reply)
             elif isinstance(event, Quit):
                 self.clean = event.reply.positive

@@ -387,9 +387,10 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     place = tmp_path_factory.mktemp("spool")
     shutil.copytree(HERE / "plugins/spool", place / "source")
+    options = "--quiet --no-deps --no-build-isolation --no-index --target".split()
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--no-index", "--target", str(place / "installed"), str(place / "source")],
+        [sys.executable, "-m", "pip", "install", *options, str(place / "installed"), "."],
+        cwd=place / "source",
         check=True,
         capture_output=True,
     )
@@ -435,4 +436,5 @@ def test_a_plugin_that_cannot_be_imported_is_named(project: Project, tmp_path: P
     assert "plugin=broken distribution=broken not loaded" in done.stderr
     assert "agent \"pigeon\": protocol: found 'pigeon', allowed: 'odmr'" in done.stderr
     rows = project.run("plugins", "--json", PYTHONPATH=str(broken)).stdout.splitlines()
-    assert "no_such_module" in [row for row in map(json.loads, rows) if row["error"]][0]["error"]
+    [row] = [row for row in map(json.loads, rows) if row["error"]]
+    assert "no_such_module" in row["error"]

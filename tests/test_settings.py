@@ -133,7 +133,7 @@ def test_an_agent_without_domains_needs_a_service_with_domains() -> None:
 @pytest.mark.parametrize("value", [{"isp": {}}, "isp", 5])
 def test_collection_agents_that_are_no_list(value: object) -> None:
     module: Any = SimpleNamespace(collection_agents=value)
-    with pytest.raises(SettingsError, match="collection_agents: found .* a list of dicts"):
+    with pytest.raises(SettingsError, match=r"collection_agents: found .* a list of dicts"):
         load(module, Plugins.load())
 
 

@@ -111,13 +111,14 @@ class OdmrAgent(Agent):
                 raise Failed(f"receiving from {self.address}: {session.broken}")
             break
         tally = collection.tally
-        if tally.messages == 0 and tally.refused == 0 and not tally.accepted:
-            return Outcome.NO_MAIL
-        if tally.last_refusal is not None:
-            collection.report.error = (
-                f"{tally.refused} recipients were refused, the last with: {tally.last_refusal}"
+        if tally.accepted:
+            return Outcome.COLLECTED
+        if tally.put_off is not None:
+            raise Failed(
+                f"receiving from {self.address}: all that came was put off, the last with "
+                f"{tally.put_off}; the provider keeps it, the log says why"
             )
-        return Outcome.COLLECTED
+        return Outcome.COLLECTED if tally.refused else Outcome.NO_MAIL
 
     async def _session(self, collection: Collection) -> Session | None:
         """One connection; ``None`` when the provider has no mail for us (453)."""

@@ -101,7 +101,8 @@ class Courier:
         reply = self._asked(agent, envelope, message)
         if reply is None:
             reply = self._delivery.deliver(peer, envelope, recipient, message)
-        log.info(
+        log.log(
+            logging.INFO if reply.positive else logging.WARNING,
             "agent=%s from=<%s> to=<%s> bytes=%d reply=%r",
             agent.name,
             envelope.reverse_path,

@@ -1,0 +1,166 @@
+"""The demo: the example project collects sample mail from a provider in the same process.
+
+Everything is real but the distance: TLS with a certificate, a login, ATRN, the reversal, the
+project's own boot module and handlers.  It happens in a temporary folder, which is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from salmon_revsmtp.demo.samples import Sample, samples
+from salmon_revsmtp.plugins import Plugins, hookimpl
+from salmon_revsmtp.progress import line
+from salmon_revsmtp.project import Project
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.report import Report
+from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.settings import load
+
+__all__ = ["run"]
+
+HERE = Path(__file__).parent
+CERTIFICATE = HERE / "localhost-certificate.pem"
+PRIVATE_KEY = HERE / "localhost-key.pem"
+
+
+class Witness:
+    """Sees who handled what: a plugin, and a listener on Salmon's own log of its routing."""
+
+    def __init__(self) -> None:
+        self.replies: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+        self._handlers: list[str] = []
+        self._log = logging.Handler(logging.DEBUG)
+        self._log.emit = self._routed  # type: ignore[method-assign]
+
+    def listen(self) -> None:
+        """Salmon says at DEBUG which function handled a message."""
+        routing = logging.getLogger("routing")
+        routing.addHandler(self._log)
+        routing.setLevel(logging.DEBUG)
+
+    def _routed(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and "was handled by" in str(record.msg):
+            self._handlers.append(f"{record.args[1]}.{record.args[2]}")
+
+    @hookimpl
+    def message_received(self, envelope: Any, message: bytes) -> None:
+        self._handlers = []
+        self._message = message
+
+    @hookimpl
+    def message_delivered(self, recipient: str, reply: Any) -> None:
+        handled = ", ".join(self._handlers)
+        if not handled:
+            handled = "undeliverable queue" if reply.positive else "refused by its handler"
+        # The Message-ID names a sample, the recipient a delivery of it.
+        head = self._message.partition(b"\n\n")[0]
+        [found] = [one for one in head.split(b"\n") if one.lower().startswith(b"message-id:")]
+        self.replies[found.decode().split()[1]].append((recipient, handled, str(reply)))
+
+
+def run(plugins: Plugins) -> int:
+    """Run the demo and print what happens; returns the exit status."""
+    console = Console(highlight=False)
+    held = samples()
+    with tempfile.TemporaryDirectory(prefix="salmon-revsmtp-demo-") as name:
+        folder = Path(name)
+        project = _copy_project(folder / "project")
+        queue = HoldQueue(folder / "provider")
+        for sample in held:
+            queue.put(sample.envelope, sample.data)
+        console.print(f"A provider on this machine holds {len(held)} messages for example.org.")
+        console.print("The example project (config/, app/handlers/) collects them by ODMR:\n")
+        witness = Witness()
+        plugins.register(witness)
+        reports, left, seconds = asyncio.run(_collect(project, queue, plugins, witness))
+    _show(console, held, witness)
+    for report in reports:
+        console.print(line(report), soft_wrap=True)
+    console.print(
+        f"\nThe provider has {left} messages left, the whole took {seconds:.1f} s.  "
+        "Now your own: README.rst, «Five minutes»."
+    )
+    lost = [one.kind for one in held if not _delivered(one, witness)]
+    if lost or left or not all(report.outcome.good for report in reports):
+        console.print(f"Something went wrong; not delivered: {', '.join(lost) or 'nothing'}")
+        return 1
+    return 0
+
+
+def _copy_project(target: Path) -> Path:
+    """The example project: beside the package in a source tree, inside it when installed."""
+    source = HERE.parent.parent
+    if not (source / "setup.py").exists():
+        source = HERE / "project"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("config", "app"):
+        shutil.copytree(source / name, target / name, ignore=ignored)
+    for name in ("logs", "run"):
+        (target / name).mkdir()
+    return target
+
+
+async def _collect(
+    folder: Path, queue: HoldQueue, plugins: Plugins, witness: Witness
+) -> tuple[list[Report], int, float]:
+    password = secrets.token_urlsafe()
+    accounts = Accounts([Account("acme", password, ("example.org", "example.com"))])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(CERTIFICATE, PRIVATE_KEY)
+    async with Provider(accounts, queue, "odmr.example.net", tls) as provider:
+        (folder / ".env").write_text(
+            f"ISP_SERVER=127.0.0.1\nISP_PORT={provider.port}\n"
+            f"ISP_CA_FILE={CERTIFICATE}\nISP_PASSWORD={password}\n"
+        )
+        sys.path.insert(0, str(folder))
+        project = Project.open(folder, "config.settings")
+        configuration = load(project.settings, plugins)
+        project.boot()
+        witness.listen()
+        started = time.monotonic()
+        with Runtime(configuration, plugins, lambda: project.settings.relay) as runtime:
+            reports = await runtime.collect(configuration.agents)
+            reports += await runtime.collect(configuration.agents)
+        return reports, len(queue), time.monotonic() - started
+
+
+def _message_id(sample: Sample) -> str:
+    head = sample.data.partition(b"\r\n\r\n")[0]
+    [found] = [one for one in head.split(b"\r\n") if one.startswith(b"Message-ID:")]
+    return found.decode().split()[1]
+
+
+def _delivered(sample: Sample, witness: Witness) -> bool:
+    seen = [recipient for recipient, _, _ in witness.replies[_message_id(sample)]]
+    return seen == list(sample.envelope.recipients)
+
+
+def _show(console: Console, held: list[Sample], witness: Witness) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("message", "bytes", "recipient", "handled by", "answer to the provider"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for sample in held:
+        kind, size = sample.kind, f"{len(sample.data):,}"
+        for recipient, handled, reply in witness.replies[_message_id(sample)]:
+            table.add_row(kind, size, recipient, handled, reply)
+            kind = size = ""
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table)
+    console.print()

@@ -1,0 +1,132 @@
+"""The hold queue: mail that waits for its customer, on disk.
+
+One file per message: a line of JSON with the envelope, then the message, octet for octet.  The
+order of writes, so that a crash at any instruction loses nothing:
+
+1. The file is written under ``tmp/`` and synced, then renamed into ``hold/``, and ``hold/`` is
+   synced.  Only then has :meth:`HoldQueue.put` taken the message.
+2. When the customer has answered, recipients that it took are struck off by writing the file anew
+   in the same way, over the old one.  Those that it refused for good go first into ``refused/``.
+3. Only when no recipient is left is the file removed.
+
+A crash between the customer's 250 and step 2 sends the message again (RFC 1047's duplicate), which
+is better than not at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["HoldQueue"]
+
+log = logging.getLogger(__name__)
+
+
+class HoldQueue:
+    """Messages that wait below a folder, which is made if it is not there.  Its methods block."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tmp, self._hold = folder / "tmp", folder / "hold"
+        self._refused, self._broken = folder / "refused", folder / "broken"
+        for one in (self._tmp, self._hold, self._refused, self._broken):
+            one.mkdir(parents=True, exist_ok=True)
+        self._numbers = itertools.count()
+
+    def put(self, envelope: Envelope, data: bytes) -> str:
+        """Take a message; it survives a power cut when this returns its key."""
+        key = f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
+        self._write(self._hold, key, envelope, data)
+        return key
+
+    def waiting(self, domains: Collection[str]) -> list[str]:
+        """The keys of messages with a recipient in one of these domains, oldest first."""
+        keys = sorted(path.name for path in self._hold.iterdir())
+        return [key for key in keys if self._recipients(key, domains)]
+
+    def load(self, key: str, domains: Collection[str]) -> tuple[Envelope, bytes] | None:
+        """A message for its recipients in these domains; ``None`` if it is gone or unreadable."""
+        stored = self._read(key)
+        if stored is None:
+            return None
+        envelope, data = stored
+        wanted = tuple(one for one in envelope.recipients if domain_of(one) in domains)
+        return replace(envelope, recipients=wanted), data
+
+    def settle(self, key: str, replies: Mapping[str, Reply]) -> None:
+        """Take note of what the customer said: 2yz is gone, 5yz is set aside under ``refused/``,
+        4yz stays."""
+        stored = self._read(key)
+        if stored is None:
+            return
+        envelope, data = stored
+        refused = tuple(one for one in envelope.recipients if _says(replies, one, "permanent"))
+        if refused:
+            self._write(self._refused, key, replace(envelope, recipients=refused), data)
+        left = tuple(
+            one
+            for one in envelope.recipients
+            if one not in refused and not _says(replies, one, "positive")
+        )
+        if not left:
+            (self._hold / key).unlink()
+            _sync(self._hold)
+        elif left != envelope.recipients:
+            self._write(self._hold, key, replace(envelope, recipients=left), data)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._hold.iterdir())
+
+    def _recipients(self, key: str, domains: Collection[str]) -> tuple[str, ...]:
+        loaded = self.load(key, domains)
+        return loaded[0].recipients if loaded else ()
+
+    def _write(self, folder: Path, key: str, envelope: Envelope, data: bytes) -> None:
+        path = self._tmp / key
+        try:
+            with path.open("wb") as file:
+                file.write(json.dumps(asdict(envelope)).encode() + b"\n")
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            path.rename(folder / key)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        _sync(folder)
+
+    def _read(self, key: str) -> tuple[Envelope, bytes] | None:
+        path = self._hold / key
+        try:
+            head, _, data = path.read_bytes().partition(b"\n")
+            fields = json.loads(head)
+            fields["recipients"] = tuple(fields["recipients"])
+            return Envelope(**fields), data
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            log.error("key=%s is unreadable, set aside in %s: %s", key, self._broken, error)
+            path.rename(self._broken / key)
+            return None
+
+
+def _says(replies: Mapping[str, Reply], recipient: str, what: str) -> bool:
+    return recipient in replies and bool(getattr(replies[recipient], what))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,262 @@
+"""The provider's listener, and one connection through both of its halves.
+
+Before the reversal ``provider.session`` speaks, after it ``smtp.sender``; a connection moves bytes
+between them and the transport, and files between them and the hold queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Iterable
+from types import TracebackType
+
+from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.session import AtrnRequest, Goodbye, Session, StartTls
+from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
+
+__all__ = ["Provider"]
+
+log = logging.getLogger(__name__)
+
+# RFC 5321 4.5.3.2: the longest that either half has to wait.
+IDLE_TIMEOUT = 600.0
+# Octets handed to the transport at a time.
+PIECE = 256 * 1024
+
+
+class Provider:
+    """Listens for customers.  ``tls`` offers STARTTLS, or TLS from the start with
+    ``implicit_tls``.  ``timeout`` in seconds without a byte from the customer."""
+
+    def __init__(
+        self,
+        accounts: Accounts,
+        queue: HoldQueue,
+        hostname: str = "localhost",
+        tls: ssl.SSLContext | None = None,
+        implicit_tls: bool = False,
+        timeout: float = IDLE_TIMEOUT,
+    ) -> None:
+        self.accounts, self.queue, self.hostname = accounts, queue, hostname
+        self.tls, self.implicit_tls, self.timeout = tls, implicit_tls, timeout
+        self.sending: set[str] = set()  # keys that a connection is sending now
+        self._connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port that it listens on."""
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen; port 0 takes a free one."""
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: _Connection(self, self._connections),
+            host,
+            port,
+            ssl=self.tls if self.implicit_tls else None,
+        )
+
+    async def stop(self) -> None:
+        """Close the listener and every connection; what was not answered with 250 stays."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            await connection.abort()
+
+    async def __aenter__(self) -> Provider:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, provider: Provider, everyone: set[_Connection]) -> None:
+        self._provider, self._everyone = provider, everyone
+        self._session = Session(
+            provider.hostname,
+            provider.accounts,
+            tls_offered=provider.tls is not None,
+            tls=provider.implicit_tls,
+        )
+        self._sender: Sender | None = None
+        self._transport: asyncio.Transport | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._outgoing: deque[memoryview] = deque()
+        self._congested = False
+        self._closing = False
+        self._idle: asyncio.TimerHandle | None = None
+        self._sent: asyncio.Future[Sent] | None = None
+
+    # -- asyncio calls these --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._everyone.add(self)
+        self._wait()
+        self._write([self._session.data_to_send()])
+
+    def data_received(self, data: bytes) -> None:
+        self._wait()
+        if self._sender is None:
+            self._handle(self._session.receive_bytes(data))
+            self._write([self._session.data_to_send()])
+        else:
+            self._handle(self._sender.receive_bytes(data))
+            self._write(self._sender.data_to_send())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._everyone.discard(self)
+        if self._idle:
+            self._idle.cancel()
+        self._fail("the customer closed the connection")
+
+    def pause_writing(self) -> None:
+        self._congested = True
+
+    def resume_writing(self) -> None:
+        self._congested = False
+        self._pump()
+
+    # -- the two halves -------------------------------------------------------------------------
+
+    def _handle(self, events: Iterable[object]) -> None:
+        for event in events:
+            if isinstance(event, StartTls):
+                self._start(self._starttls())
+            elif isinstance(event, AtrnRequest):
+                self._start(self._atrn(event))
+            elif isinstance(event, Goodbye | Closed):
+                self._closing = True
+            elif isinstance(event, Sent):
+                if self._sent is not None and not self._sent.done():
+                    self._sent.set_result(event)
+            elif isinstance(event, Broken):
+                log.warning("reason=%r the session is broken", event.reason)
+                self._fail(event.reason)
+                self._closing = True
+
+    def _start(self, work: object) -> None:
+        assert asyncio.iscoroutine(work)
+        task = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._worked)
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            if not isinstance(error, ConnectionError | ssl.SSLError):
+                log.error("connection failed", exc_info=error)
+            if self._transport is not None:
+                self._transport.abort()
+
+    async def _starttls(self) -> None:
+        assert self._transport is not None and self._provider.tls is not None
+        if self._session.pending:
+            raise ConnectionError("bytes behind STARTTLS")
+        self._transport = await asyncio.get_running_loop().start_tls(
+            self._transport, self, self._provider.tls, server_side=True
+        )
+        self._handle(self._session.tls_started())
+        self._write([self._session.data_to_send()])
+
+    async def _atrn(self, request: AtrnRequest) -> None:
+        queue, name = self._provider.queue, request.account.name
+        keys = await asyncio.to_thread(queue.waiting, request.domains)
+        keys = [key for key in keys if key not in self._provider.sending]
+        if not keys:
+            self._handle(self._session.answer(Reply(453, "you have no mail", "4.2.0")))
+            self._write([self._session.data_to_send()])
+            return
+        log.info("account=%s messages=%d the connection is reversed", name, len(keys))
+        self._sender = Sender(self._provider.hostname)
+        self._session.answer(Reply(250, "now reversing the connection", "2.0.0"))
+        self._write([self._session.data_to_send()])
+        for key in keys:
+            await self._send(key, request)
+        self._handle(self._sender.quit())
+        self._write(self._sender.data_to_send())
+
+    async def _send(self, key: str, request: AtrnRequest) -> None:
+        """One message: read, sent, and settled as the customer answered."""
+        queue, sending = self._provider.queue, self._provider.sending
+        if key in sending:
+            return
+        sending.add(key)
+        try:
+            loaded = await asyncio.to_thread(queue.load, key, request.domains)
+            if loaded is None or not loaded[0].recipients:
+                return
+            assert self._sender is not None
+            if self._transport is None or self._transport.is_closing():
+                raise ConnectionError("the customer closed the connection")
+            self._sent = asyncio.get_running_loop().create_future()
+            self._handle(self._sender.send(Outgoing(key, *loaded)))
+            self._write(self._sender.data_to_send())
+            sent = await self._sent
+            recipients = loaded[0].recipients
+            replies = dict(zip(recipients, sent.replies, strict=True))
+            log.info(
+                "account=%s key=%s replies=%r",
+                request.account.name,
+                key,
+                [str(reply) for reply in sent.replies],
+            )
+            await asyncio.to_thread(queue.settle, key, replies)
+        finally:
+            sending.discard(key)
+
+    # -- the transport --------------------------------------------------------------------------
+
+    def _write(self, pieces: Iterable[bytes]) -> None:
+        for piece in pieces:
+            view = memoryview(piece)
+            self._outgoing.extend(
+                view[start : start + PIECE] for start in range(0, len(view), PIECE)
+            )
+        self._pump()
+
+    def _pump(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        while self._outgoing and not self._congested:
+            transport.write(self._outgoing.popleft())
+        if self._closing and not self._outgoing:
+            transport.close()
+
+    def _wait(self) -> None:
+        if self._idle:
+            self._idle.cancel()
+        loop = asyncio.get_running_loop()
+        self._idle = loop.call_later(self._provider.timeout, self._idled)
+
+    def _idled(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _fail(self, reason: str) -> None:
+        if self._sent is not None and not self._sent.done():
+            self._sent.set_exception(ConnectionError(reason))
+
+    async def abort(self) -> None:
+        """Drop the connection and end its work."""
+        for task in list(self._work):
+            task.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+        if self._transport is not None:
+            self._transport.abort()

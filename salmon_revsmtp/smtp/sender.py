@@ -1,0 +1,379 @@
+"""The client role of SMTP, without I/O (RFC 5321).
+
+How it is used, the mirror of ``receiver``::
+
+    sender = Sender("odmr.example.net")
+    sender.send(Outgoing(key, envelope, data))         # as often as there are messages
+    sender.quit()
+    for event in sender.receive_bytes(data):           # as often as bytes come
+        if isinstance(event, Sent): ...                # what became of a message
+    write(sender.data_to_send())
+
+How it works.  Commands wait in ``_commands``, each with the method that takes its reply; those that
+have been written wait for their replies in ``_expected``, in the same order.  ``_pump`` moves
+commands from one to the other: all of them where the peer does PIPELINING (RFC 2920), one at a
+time where not, and none past a command after which the client must wait (EHLO, DATA, QUIT).
+Everything else is one small method per reply.  One transaction is under way at a time.
+
+Content leaves here with CRLF line ends and nothing else, dot-stuffed for DATA, counted for BDAT: no
+next hop, however lax, can find the end of the message anywhere but at its end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
+
+__all__ = ["Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+_NO_8BIT = Reply(554, "the message has 8-bit octets and the peer takes none", "5.6.3")
+_NO_UTF8 = Reply(553, "the message needs SMTPUTF8 and the peer has it not", "5.6.7")
+_NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
+
+
+@dataclass(frozen=True, eq=False)
+class Outgoing:
+    """A message to send; ``key`` is the caller's name for it."""
+
+    key: Hashable
+    envelope: Envelope
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The peer has greeted; ``extensions`` are its EHLO keywords with their parameters."""
+
+    extensions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a message: one reply per recipient, in the envelope's order."""
+
+    message: Outgoing
+    replies: tuple[Reply, ...]
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The peer answered our QUIT."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The session cannot go on; messages without a :class:`Sent` were not taken."""
+
+    reason: str
+
+
+Event = Ready | Sent | Closed | Broken
+
+_OnReply = Callable[[Reply], None]
+
+
+@dataclass
+class _Command:
+    pieces: tuple[bytes, ...]
+    on_reply: _OnReply
+    wait: bool = False  # nothing may be written behind it until its reply is here
+
+
+class _Transaction:
+    """The message under way, and what has been said of each recipient."""
+
+    def __init__(self, message: Outgoing) -> None:
+        self.message = message
+        self.replies: dict[int, Reply] = {}
+        self.accepted: list[int] = []
+        self.sender_refused = False
+
+
+class Sender:
+    """One SMTP session in the client role.  ``hostname`` is what EHLO says."""
+
+    def __init__(self, hostname: str) -> None:
+        self._hostname = hostname
+        self._parser = ReplyParser()
+        self._commands: deque[_Command] = deque()
+        self._expected: deque[_Command] = deque([_Command((), self._on_greeting, wait=True)])
+        self._out: list[bytes] = []
+        self._events: list[Event] = []
+        self._messages: deque[Outgoing] = deque()
+        self._current: _Transaction | None = None
+        self._extensions: dict[str, str] = {}
+        self._ready = False
+        self._quitting = False
+        self._over = False
+
+    # -- what the caller sees ---------------------------------------------------------------
+
+    def send(self, message: Outgoing) -> list[Event]:
+        """Queue a message; it goes out when those before it have their replies.
+
+        Returns what happens at once: a message that this peer cannot take.
+        """
+        self._messages.append(message)
+        return self._go_on()
+
+    def quit(self) -> list[Event]:
+        """Say QUIT when everything queued has been sent."""
+        self._quitting = True
+        return self._go_on()
+
+    def data_to_send(self) -> list[bytes]:
+        """The pieces to write now, in order; each is returned once."""
+        pieces, self._out = self._out, []
+        return pieces
+
+    def receive_bytes(self, data: bytes) -> list[Event]:
+        """Take what came from the peer; returns what happened, in order."""
+        self._parser.receive_bytes(data)
+        try:
+            while not self._over and (reply := self._parser.next_reply()):
+                self._take(reply)
+                self._advance()
+        except ReplyError as error:
+            self._break(str(error))
+        return self._go_on()
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _take(self, reply: Reply) -> None:
+        if reply.code == 421:
+            # RFC 5321 3.8: the peer is closing, whatever was asked.
+            self._break(f"the peer closes: {reply}")
+        elif not self._expected:
+            self._break(f"a reply to nothing: {reply}")
+        else:
+            self._expected.popleft().on_reply(reply)
+
+    def _go_on(self) -> list[Event]:
+        self._advance()
+        events, self._events = self._events, []
+        return events
+
+    def _advance(self) -> None:
+        if self._over:
+            return
+        while self._ready and self._current is None and self._messages:
+            self._begin(self._messages.popleft())
+        if self._ready and self._current is None and not self._commands and self._quitting:
+            self._quitting = False
+            self._command(b"QUIT", self._on_quit, wait=True)
+        self._pump()
+
+    def _pump(self) -> None:
+        while self._commands:
+            if self._expected and (self._expected[-1].wait or not self._has("PIPELINING")):
+                return
+            command = self._commands.popleft()
+            self._expected.append(command)
+            self._out += command.pieces
+
+    def _command(
+        self, line: bytes, on_reply: _OnReply, *content: bytes, wait: bool = False
+    ) -> None:
+        self._commands.append(_Command((line + b"\r\n", *content), on_reply, wait))
+
+    def _has(self, keyword: str) -> bool:
+        return keyword in self._extensions
+
+    def _break(self, reason: str) -> None:
+        self._over = True
+        self._commands.clear()
+        self._events.append(Broken(reason))
+
+    # -- greeting -------------------------------------------------------------------------------
+
+    def _on_greeting(self, reply: Reply) -> None:
+        if reply.code != 220:
+            self._break(f"the peer greets with {reply}")
+        else:
+            self._command(f"EHLO {self._hostname}".encode(), self._on_ehlo, wait=True)
+
+    def _on_ehlo(self, reply: Reply) -> None:
+        if reply.permanent:  # RFC 5321 3.2: an old server
+            self._command(f"HELO {self._hostname}".encode(), self._on_helo, wait=True)
+        elif not reply.positive:
+            self._break(f"the peer answers EHLO with {reply}")
+        else:
+            for line in reply.text.split("\n")[1:]:
+                keyword, _, parameters = line.strip().partition(" ")
+                self._extensions[keyword.upper()] = parameters
+            self._get_ready()
+
+    def _on_helo(self, reply: Reply) -> None:
+        if reply.positive:
+            self._get_ready()
+        else:
+            self._break(f"the peer answers HELO with {reply}")
+
+    def _get_ready(self) -> None:
+        self._ready = True
+        self._events.append(Ready(dict(self._extensions)))
+
+    def _on_quit(self, reply: Reply) -> None:
+        self._over = True
+        self._events.append(Closed())
+
+    # -- a transaction --------------------------------------------------------------------------
+
+    def _begin(self, message: Outgoing) -> None:
+        content = _with_crlf(message.data)
+        if refusal := self._cannot_take(message.envelope, content):
+            replies = (refusal,) * len(message.envelope.recipients)
+            self._events.append(Sent(message, replies))
+            return
+        self._current = _Transaction(message)
+        self._command(self._mail(message.envelope, content), self._on_mail)
+        for number, recipient in enumerate(message.envelope.recipients):
+            line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
+            self._command(line.encode(), self._on_rcpt(number))
+        if self._has("CHUNKING"):  # RFC 3030: one round trip for all of it
+            self._command(b"BDAT %d LAST" % len(content), self._on_end, content)
+        else:
+            self._command(b"DATA", self._on_data(content), wait=True)
+
+    def _cannot_take(self, envelope: Envelope, content: bytes) -> Reply | None:
+        if not self._has("SMTPUTF8"):
+            mailboxes = (envelope.reverse_path, *envelope.recipients)
+            if envelope.smtputf8 or not all(mailbox.isascii() for mailbox in mailboxes):
+                return _NO_UTF8
+        if not content.isascii() and not self._has("8BITMIME"):
+            return _NO_8BIT
+        return None
+
+    def _mail(self, envelope: Envelope, content: bytes) -> bytes:
+        words = [f"MAIL FROM:<{envelope.reverse_path}>"]
+        if self._has("SIZE"):
+            words.append(f"SIZE={len(content)}")
+        if not content.isascii():
+            words.append("BODY=8BITMIME")
+        mailboxes = (envelope.reverse_path, *envelope.recipients)
+        if envelope.smtputf8 or not all(mailbox.isascii() for mailbox in mailboxes):
+            words.append("SMTPUTF8")
+        if self._has("PRDR") and len(envelope.recipients) > 1:
+            words.append("PRDR")
+        if self._has("DSN"):
+            words += _parameters(envelope.mail_options, "RET", "ENVID")
+        return " ".join(words).encode()
+
+    def _dsn(self, envelope: Envelope, recipient: str) -> str:
+        if not self._has("DSN"):
+            return ""
+        options = envelope.rcpt_options.get(recipient, {})
+        return "".join(f" {word}" for word in _parameters(options, "NOTIFY", "ORCPT"))
+
+    @property
+    def _transaction(self) -> _Transaction:
+        assert self._current is not None
+        return self._current
+
+    def _on_mail(self, reply: Reply) -> None:
+        if reply.positive:
+            return
+        transaction = self._transaction
+        transaction.sender_refused = True
+        everyone = range(len(transaction.message.envelope.recipients))
+        transaction.replies = dict.fromkeys(everyone, reply)
+        self._give_up()
+
+    def _on_rcpt(self, number: int) -> _OnReply:
+        def on_reply(reply: Reply) -> None:
+            transaction = self._transaction
+            if transaction.sender_refused:
+                return
+            if reply.positive:
+                transaction.accepted.append(number)
+            else:
+                transaction.replies[number] = reply
+            recipients = len(transaction.message.envelope.recipients)
+            if number == recipients - 1 and not transaction.accepted:
+                self._give_up()
+
+        return on_reply
+
+    def _give_up(self) -> None:
+        """Nobody takes it: what has not been written of this transaction never will be."""
+        if self._commands:
+            self._commands.clear()
+            if not self._expected:
+                self._finish()
+
+    def _on_data(self, content: bytes) -> _OnReply:
+        def on_reply(reply: Reply) -> None:
+            if reply.code != 354:
+                self._on_end(reply)
+            elif self._transaction.accepted:
+                self._commands.append(_Command((_stuffed(content), b".\r\n"), self._on_end))
+            else:  # RFC 2920 3.1: nobody is there, and it wants data all the same
+                self._commands.append(_Command((b".\r\n",), self._on_end))
+
+        return on_reply
+
+    def _on_end(self, reply: Reply) -> None:
+        """The reply to the whole message, or the 353 that announces one per recipient."""
+        transaction = self._transaction
+        if reply.code == 353 and transaction.accepted:
+            for number in transaction.accepted:
+                self._expected.append(_Command((), self._on_each(number), wait=True))
+            self._expected.append(_Command((), self._on_message, wait=True))
+            return
+        if reply.code < 400 and not reply.positive:
+            self._break(f"the peer answers the message with {reply}")
+            return
+        transaction.replies.update(dict.fromkeys(transaction.accepted, reply))
+        self._finish()
+
+    def _on_each(self, number: int) -> _OnReply:
+        def on_reply(reply: Reply) -> None:
+            self._transaction.replies[number] = reply
+
+        return on_reply
+
+    def _on_message(self, reply: Reply) -> None:
+        """draft-hall-prdr 3: a last reply that refuses, refuses for everyone."""
+        if not reply.positive:
+            for number in self._transaction.accepted:
+                if self._transaction.replies[number].positive:
+                    self._transaction.replies[number] = reply
+        self._finish()
+
+    def _finish(self) -> None:
+        transaction, self._current = self._transaction, None
+        recipients = range(len(transaction.message.envelope.recipients))
+        replies = tuple(transaction.replies.get(number, _NO_REPLY) for number in recipients)
+        self._events.append(Sent(transaction.message, replies))
+        if not any(reply.positive for reply in replies):
+            # The peer may still be in a transaction (RFC 5321 4.1.1.5).
+            self._command(b"RSET", self._on_rset)
+
+    def _on_rset(self, reply: Reply) -> None:
+        if not reply.positive:
+            self._break(f"the peer answers RSET with {reply}")
+
+
+def _parameters(options: Mapping[str, str], *keys: str) -> list[str]:
+    return [f"{key}={options[key]}" for key in keys if key in options]
+
+
+def _with_crlf(data: bytes) -> bytes:
+    """The message with CRLF and no other CR or LF, its last line ended."""
+    ends = data.count(b"\r\n")
+    if data.count(b"\r") != ends or data.count(b"\n") != ends:
+        data = _LINE_END.sub(b"\r\n", data)
+    return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
+
+
+def _stuffed(content: bytes) -> bytes:
+    """RFC 5321 4.5.2: a dot before each line that begins with one."""
+    content = content.replace(b"\r\n.", b"\r\n..")
+    return b"." + content if content.startswith(b".") else content

@@ -1,0 +1,314 @@
+"""The built-in provider: what a customer hears, and what becomes of the mail that it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiosmtplib
+import pytest
+from conftest import CERTIFICATE, PASSWORD, Salmon, agent_keys, collect, server_tls
+from salmon.mail import MailRequest
+from salmon.server import SMTPError
+
+from salmon_revsmtp.demo.samples import samples
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.session import AtrnRequest, Goodbye, Session, StartTls
+from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply, ReplyParser
+
+ACME = Account("acme", PASSWORD, ("example.org", "example.com"))
+OTHER = Account("other", "another one", ("example.net",))
+MESSAGE = b"From: a@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
+OK = Reply(250, "ok")
+
+
+def mail(*recipients: str) -> Envelope:
+    return Envelope("a@example.net", recipients)
+
+
+# -- the hold queue ----------------------------------------------------------------------------
+
+
+def test_mail_waits_for_its_domains_oldest_first(tmp_path: Path) -> None:
+    queue = HoldQueue(tmp_path)
+    first = queue.put(mail("a@example.org"), b"1")
+    queue.put(mail("a@example.net"), b"2")
+    third = queue.put(mail("a@EXAMPLE.com", "b@example.net"), b"3")
+    assert queue.waiting(ACME.domains) == [first, third]
+    assert queue.load(third, ACME.domains) == (mail("a@EXAMPLE.com"), b"3")
+    assert HoldQueue(tmp_path).waiting(ACME.domains) == [first, third]
+
+
+def test_a_message_goes_only_when_every_recipient_was_answered(tmp_path: Path) -> None:
+    queue = HoldQueue(tmp_path)
+    key = queue.put(mail("a@example.org", "b@example.org", "c@example.org"), MESSAGE)
+    queue.settle(key, {"a@example.org": OK, "b@example.org": Reply(451, "later")})
+    assert queue.load(key, ACME.domains) == (mail("b@example.org", "c@example.org"), MESSAGE)
+    queue.settle(key, {"b@example.org": OK, "c@example.org": Reply(550, "never")})
+    assert len(queue) == 0
+    [refused] = (tmp_path / "refused").iterdir()
+    head, _, data = refused.read_bytes().partition(b"\n")
+    assert json.loads(head)["recipients"] == ["c@example.org"]
+    assert data == MESSAGE
+
+
+def test_content_is_kept_octet_for_octet(tmp_path: Path) -> None:
+    queue = HoldQueue(tmp_path)
+    for data in (b"", b"\n\n", bytes(range(256)), b"no end"):
+        key = queue.put(mail("a@example.org"), data)
+        loaded = queue.load(key, ACME.domains)
+        assert loaded is not None and loaded[1] == data
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]\nx", b'{"recipients": 5}\n', b"\xff\xfe\n"])
+def test_a_damaged_file_is_set_aside(tmp_path: Path, damage: bytes) -> None:
+    queue = HoldQueue(tmp_path)
+    key = queue.put(mail("a@example.org"), MESSAGE)
+    (tmp_path / "hold" / key).write_bytes(damage)
+    other = queue.put(mail("a@example.org"), MESSAGE)
+    assert queue.waiting(ACME.domains) == [other]
+    assert (tmp_path / "broken" / key).read_bytes() == damage
+
+
+# -- before the reversal -----------------------------------------------------------------------
+
+
+class Customer:
+    """Speaks to a session that has no connection."""
+
+    def __init__(self, **options: bool) -> None:
+        self.session = Session("odmr", Accounts([ACME, OTHER]), **options)
+        self.events: list[object] = []
+        self.replies = self._heard()
+        assert [reply.code for reply in self.replies] == [220]
+
+    def _heard(self) -> list[Reply]:
+        parser = ReplyParser()
+        parser.receive_bytes(self.session.data_to_send())
+        heard = []
+        while reply := parser.next_reply():
+            heard.append(reply)
+        return heard
+
+    def say(self, *lines: str) -> list[int]:
+        data = "".join(f"{line}\r\n" for line in lines).encode()
+        self.events += self.session.receive_bytes(data)
+        self.replies = self._heard()
+        return [reply.code for reply in self.replies]
+
+    def log_in(self, account: Account = ACME) -> None:
+        assert self.say("EHLO x") == [250]
+        assert self.say("AUTH CRAM-MD5") == [334]
+        challenge = base64.b64decode(self.replies[0].text)
+        digest = hmac.new(account.password.encode(), challenge, hashlib.md5).hexdigest()
+        assert self.say(base64.b64encode(f"{account.name} {digest}".encode()).decode()) == [235]
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def test_ehlo_offers_passwords_under_tls_only() -> None:
+    for tls in (False, True):
+        customer = Customer(tls=tls, tls_offered=True)
+        customer.say("EHLO x")
+        words = customer.replies[0].text
+        assert "ATRN" in words
+        assert "AUTH SCRAM-SHA-256 SCRAM-SHA-1 CRAM-MD5" in words
+        assert (("PLAIN" in words), ("STARTTLS" in words)) == (tls, not tls)
+    assert Customer().say("EHLO x", "AUTH PLAIN " + encoded("\0acme\0x")) == [250, 504]
+
+
+@pytest.mark.parametrize(
+    ("lines", "codes"),
+    [
+        (["AUTH PLAIN " + encoded(f"\0acme\0{PASSWORD}")], [235]),
+        (["AUTH PLAIN", encoded(f"\0acme\0{PASSWORD}")], [334, 235]),
+        (["AUTH PLAIN", encoded("\0acme\0wrong")], [334, 535]),
+        (["AUTH PLAIN =", "QUIT"], [535, 221]),
+        (["AUTH LOGIN", encoded("acme"), encoded(PASSWORD)], [334, 334, 235]),
+        (["AUTH LOGIN " + encoded("nobody"), encoded(PASSWORD)], [334, 535]),
+        (["AUTH CRAM-MD5", "*"], [334, 501]),
+        (["AUTH CRAM-MD5", "no base64!"], [334, 501]),
+        (["AUTH CRAM-MD5", encoded("acme 00")], [334, 535]),
+        (["AUTH SCRAM-SHA-256 " + encoded("nonsense")], [535]),
+        (["AUTH GSSAPI"], [504]),
+        (["AUTH PLAIN !"], [501]),
+    ],
+)
+def test_logins(lines: list[str], codes: list[int]) -> None:
+    customer = Customer(tls=True)
+    customer.say("EHLO x")
+    assert customer.say(*lines) == codes
+
+
+def test_three_wrong_passwords_are_enough() -> None:
+    customer = Customer(tls=True)
+    customer.say("EHLO x")
+    wrong = "AUTH PLAIN " + encoded("\0acme\0wrong")
+    assert customer.say(wrong, wrong, wrong, "NOOP") == [535, 535, 421]
+    assert customer.events == [Goodbye()]
+
+
+def test_atrn_needs_a_login_and_ones_own_domains() -> None:
+    customer = Customer()
+    assert customer.say("EHLO x", "ATRN example.org") == [250, 530]
+    customer = Customer()
+    customer.log_in()
+    assert customer.say("ATRN example.net", "ATRN example.org,example.net", "ATRN a..b") == [
+        450,
+        450,
+        501,
+    ]
+    assert customer.say("ATRN Example.ORG") == []
+    assert customer.events == [AtrnRequest(ACME, ("example.org",))]
+    customer.session.answer(Reply(453, "no mail"))
+    assert customer.say("ATRN") == [453]
+    assert customer.events[-1] == AtrnRequest(ACME, ACME.domains)
+
+
+def test_everything_else_is_not_done_here() -> None:
+    customer = Customer()
+    assert customer.say("MAIL FROM:<>", "FOO", "NOOP", "RSET", "QUIT") == [502, 502, 250, 250, 221]
+
+
+def test_bytes_behind_starttls_are_never_read() -> None:
+    customer = Customer(tls_offered=True)
+    assert customer.say("EHLO x", "STARTTLS", "EHLO evil") == [250, 421]
+    customer = Customer(tls_offered=True)
+    assert customer.say("EHLO x", "STARTTLS") == [250, 220]
+    assert customer.events == [StartTls()]
+    assert customer.say("EHLO evil") == []
+    assert customer.session.pending
+
+
+def test_an_endless_line_ends_the_session() -> None:
+    customer = Customer()
+    assert customer.say("x" * 20000) == [421]
+
+
+# -- with a customer ---------------------------------------------------------------------------
+
+
+def with_provider(
+    tmp_path: Path, work: Callable[[Provider], Awaitable[Any]], **options: Any
+) -> HoldQueue:
+    queue = HoldQueue(tmp_path / "provider")
+
+    async def main() -> None:
+        accounts = Accounts([ACME, OTHER])
+        async with Provider(accounts, queue, "odmr.example.net", **options) as provider:
+            await work(provider)
+
+    asyncio.run(main())
+    return queue
+
+
+@pytest.mark.parametrize("tls", ["none", "starttls", "implicit"])
+def test_every_sample_arrives_once_as_it_was(salmon: Salmon, tmp_path: Path, tls: str) -> None:
+    salmon.handle(".*")
+    held = samples()
+    reports: list[Report] = []
+
+    async def work(provider: Provider) -> None:
+        for sample in held:
+            provider.queue.put(sample.envelope, sample.data)
+        keys = agent_keys(provider.port, tls=tls, server="127.0.0.1")
+        keys.update(ca_file=str(CERTIFICATE), domains=["example.org", "example.com"])
+        reports.extend(await collect(salmon, keys))
+        reports.extend(await collect(salmon, keys))
+
+    context = None if tls == "none" else server_tls()
+    queue = with_provider(tmp_path, work, tls=context, implicit_tls=tls == "implicit")
+    first, second = reports
+    assert (first.outcome, second.outcome) == (Outcome.COLLECTED, Outcome.NO_MAIL)
+    assert first.messages == len(held)
+    assert (first.tls is None, first.auth) == (tls == "none", "SCRAM-SHA-256")
+    assert len(queue) == 0
+    # One of them never gets past Salmon's parser.
+    arrived = [message.Data.split(b"\n", 4)[4] for message in salmon.handled]
+    arrived += [one.split(b"\n", 6)[6] for one in salmon.undeliverable()]
+    expected = [
+        sample.data.replace(b"\r\n", b"\n").removesuffix(b"\n")
+        for sample in held
+        for _ in sample.envelope.recipients
+    ]
+    assert sorted(arrived) == sorted(expected)
+
+
+def test_what_is_put_off_stays_and_what_is_refused_is_set_aside(
+    salmon: Salmon, tmp_path: Path
+) -> None:
+    def later(message: MailRequest) -> None:
+        raise SMTPError(451, "later")
+
+    def never(message: MailRequest) -> None:
+        raise SMTPError(550, "never")
+
+    salmon.handle("good@.*")
+    salmon.handle("later@.*", later)
+    salmon.handle("never@.*", never)
+    reports: list[Report] = []
+
+    async def work(provider: Provider) -> None:
+        everyone = [f"{name}@example.org" for name in ("good", "later", "never")]
+        provider.queue.put(mail(*everyone), MESSAGE)
+        reports.extend(await collect(salmon, agent_keys(provider.port)))
+        reports.extend(await collect(salmon, agent_keys(provider.port)))
+
+    queue = with_provider(tmp_path, work)
+    [key] = queue.waiting(ACME.domains)
+    assert queue.load(key, ACME.domains) == (mail("later@example.org"), MESSAGE)
+    assert len(list((tmp_path / "provider/refused").iterdir())) == 1
+    assert [message.To for message in salmon.handled].count("good@example.org") == 1
+    assert [report.outcome for report in reports] == [Outcome.COLLECTED, Outcome.FAILED]
+    assert reports[1].error is not None and "451 later" in reports[1].error
+
+
+def test_a_wrong_password_and_other_peoples_domains(salmon: Salmon, tmp_path: Path) -> None:
+    reports: list[Report] = []
+
+    async def work(provider: Provider) -> None:
+        provider.queue.put(mail("x@example.net"), MESSAGE)
+        wrong = agent_keys(provider.port, password="wrong")
+        foreign = agent_keys(provider.port, domains=["example.net"])
+        reports.extend(await collect(salmon, wrong))
+        reports.extend(await collect(salmon, foreign))
+
+    queue = with_provider(tmp_path, work)
+    assert [report.outcome for report in reports] == [Outcome.REFUSED, Outcome.DEFERRED]
+    assert len(queue) == 1
+
+
+def test_a_customer_that_breaks_off_leaves_the_mail(tmp_path: Path) -> None:
+    async def work(provider: Provider) -> None:
+        provider.queue.put(mail("a@example.org"), MESSAGE)
+        client = aiosmtplib.SMTP(hostname="127.0.0.1", port=provider.port, start_tls=False)
+        await client.connect()
+        await client.login("acme", PASSWORD)
+        # aiosmtplib is a stranger to ATRN, and to what comes after it.
+        answer = await client.execute_command(b"ATRN")
+        assert answer.code == 250
+        client.close()
+
+    assert len(with_provider(tmp_path, work)) == 1
+
+
+def test_a_silent_customer_is_left(tmp_path: Path) -> None:
+    async def work(provider: Provider) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+        writer.write(b"NOOP\r\n")
+        assert await asyncio.wait_for(reader.read(), 20) != b"", "it closed before its greeting"
+        writer.close()
+
+    with_provider(tmp_path, work, timeout=0.2)
