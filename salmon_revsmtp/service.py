@@ -31,6 +31,12 @@ log = logging.getLogger(__name__)
 # RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command.
 COMMAND_TIMEOUT = 300.0
 
+# Exim 4.100.1 as provider encrypts every message but the first of a session twice: what comes out
+# of the connection's TLS is a TLS record, cut off where the message should end.  It takes the
+# message for unsent when the connection breaks, and sends it in the next session.  No message that
+# anybody wrote begins with these octets (RFC 8446 5.1: application_data, legacy version).
+TLS_RECORD = b"\x17\x03"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -217,6 +223,9 @@ class Session(asyncio.Protocol):
     def _handle(self, events: Iterable[object]) -> None:
         for event in events:
             if isinstance(event, Transaction):
+                if self.tls and event.data.startswith(TLS_RECORD):
+                    self.abort("a message came encrypted twice; the provider keeps it")
+                    return
                 task = asyncio.get_running_loop().create_task(self._transaction(event))
                 self._deliveries.add(task)
                 task.add_done_callback(self._delivered)

@@ -387,7 +387,7 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     place = tmp_path_factory.mktemp("spool")
     shutil.copytree(HERE / "plugins/spool", place / "source")
-    options = "--quiet --no-deps --no-build-isolation --no-index --target".split()
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, str(place / "installed"), "."],
         cwd=place / "source",

@@ -291,6 +291,31 @@ def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
     assert b"with ESMTPSA id" in salmon.handled[0].Data
 
 
+def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Salmon) -> None:
+    """Exim 4.100.1 does that to every message of a session but the first."""
+    salmon.handle(".*")
+    record = b"\x17\x03\x03\x00\x40" + bytes(range(64))
+
+    async def first(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        provider.say("MAIL FROM:<a@example.net>", "RCPT TO:<b@example.org>")
+        await provider.replied(250)
+        await provider.replied(250)
+        provider.say(b"BDAT %d LAST" % len(MESSAGE), record)
+        await provider.silence()
+
+    async def second(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE + b"second\r\n")).startswith("250")
+        await provider.quit()
+
+    keys = {"tls": "implicit", "ca_file": str(CERTIFICATE)}
+    report = run(salmon, first, second, no_more_mail, **keys)
+    assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 2, 0)
+    assert len(salmon.handled) == 2
+
+
 def test_a_provider_that_breaks_off_without_giving_anything(salmon: Salmon) -> None:
     async def script(provider: Dialogue) -> None:
         await provider.reverse()

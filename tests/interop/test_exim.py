@@ -1,0 +1,142 @@
+"""Collections from a real Exim as the provider."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, collect
+from exim import ACCOUNTS, Exim, find_exim
+
+from salmon_revsmtp.demo.samples import Sample, samples
+from salmon_revsmtp.report import Outcome, Report
+
+pytestmark = pytest.mark.interop
+
+DOMAINS = ["example.org", "example.com"]
+
+
+@pytest.fixture
+def root() -> Path:
+    found = find_exim()
+    if isinstance(found, str):
+        if os.environ.get("CI"):
+            pytest.fail(found)
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture
+def exim(root: Path) -> Iterator[Exim]:
+    with Exim(root) as running:
+        yield running
+
+
+@pytest.fixture
+def exim_with_tls(root: Path) -> Iterator[Exim]:
+    with Exim(root, CERTIFICATE, PRIVATE_KEY) as running:
+        yield running
+
+
+def collected(salmon: Salmon, exim: Exim, **keys: object) -> Report:
+    tls = {"tls": "none", "domains": DOMAINS, "password": ACCOUNTS["acme"], "timeout": 30}
+    [report] = asyncio.run(
+        collect(salmon, agent_keys(exim.port, **{"server": "127.0.0.1", **tls, **keys}))
+    )
+    return report
+
+
+def submit(exim: Exim, held: list[Sample]) -> None:
+    for sample in held:
+        options = [
+            f"{key}={value}" if value else key
+            for key, value in sample.envelope.mail_options.items()
+        ]
+        exim.submit(sample.envelope.reverse_path, sample.envelope.recipients, sample.data, options)
+    assert exim.waiting() == len(held)
+
+
+def arrived(salmon: Salmon) -> list[tuple[str, bytes]]:
+    """Recipient and message without our Received, of everything that came."""
+    found = [(one.To, one.Data.split(b"\n", 4)[4]) for one in salmon.handled]
+    for one in salmon.undeliverable():
+        _, recipient, _, _, _, _, message = one.split(b"\n", 6)
+        found.append((recipient.removeprefix(b"Delivered-To: ").decode(), message))
+    return sorted(found)
+
+
+def expected(held: list[Sample]) -> list[tuple[str, bytes]]:
+    return sorted(
+        (recipient, sample.data.replace(b"\r\n", b"\n").removesuffix(b"\n"))
+        for sample in held
+        for recipient in sample.envelope.recipients
+    )
+
+
+def downconverted(one: tuple[str, bytes]) -> tuple[str, bytes]:
+    """In the clear Exim 4.100.1 uses none of our extensions on a reversed connection, so it
+    rewrites a UTF-8 mailbox to what an old server would take."""
+    recipient, message = one
+    return recipient.replace("δοκιμή@", "xn--jxalpdlp@"), message
+
+
+def test_every_sample_once_and_octet_for_octet_with_cram_md5(salmon: Salmon, exim: Exim) -> None:
+    salmon.handle(".*")
+    held = samples()
+    submit(exim, held)
+    report = collected(salmon, exim)
+    assert report.outcome is Outcome.COLLECTED, (report, exim.log())
+    assert (report.auth, report.tls, report.messages) == ("CRAM-MD5", None, len(held))
+    assert arrived(salmon) == sorted(map(downconverted, expected(held)))
+    assert exim.waiting() == 0
+    assert collected(salmon, exim).outcome is Outcome.NO_MAIL
+
+
+def test_every_sample_once_and_octet_for_octet_under_starttls_with_plain(
+    salmon: Salmon, exim_with_tls: Exim
+) -> None:
+    exim = exim_with_tls
+    salmon.handle(".*")
+    held = samples()
+    submit(exim, held)
+    report = collected(salmon, exim, tls="starttls", ca_file=str(CERTIFICATE))
+    assert report.outcome is Outcome.COLLECTED, (report, exim.log())
+    assert (report.auth, report.messages) == ("PLAIN", len(held))
+    assert report.tls is not None
+    assert arrived(salmon) == expected(held)
+    assert exim.waiting() == 0
+
+
+def test_an_empty_queue(salmon: Salmon, exim: Exim) -> None:
+    report = collected(salmon, exim)
+    assert (report.outcome, report.sessions, report.error) == (Outcome.NO_MAIL, 1, None)
+
+
+def test_a_wrong_password(salmon: Salmon, exim: Exim) -> None:
+    report = collected(salmon, exim, password="wrong")
+    assert (report.outcome, report.sessions) == (Outcome.REFUSED, 0)
+    assert report.error is not None and "535" in report.error
+
+
+def test_a_domain_of_somebody_else(salmon: Salmon, exim: Exim) -> None:
+    report = collected(salmon, exim, domains=["example.net"])
+    assert report.outcome in (Outcome.REFUSED, Outcome.DEFERRED)
+
+
+def test_one_of_several_domains(salmon: Salmon, exim: Exim) -> None:
+    salmon.handle(".*")
+    exim.submit("a@example.net", ["b@example.org"], b"Subject: org\r\n\r\nx\r\n")
+    exim.submit("a@example.net", ["b@example.com"], b"Subject: com\r\n\r\nx\r\n")
+    report = collected(salmon, exim, domains=["example.com"])
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1), exim.log()
+    assert [message.To for message in salmon.handled] == ["b@example.com"]
+    assert exim.waiting() == 1
+
+
+def test_an_untrusted_certificate(salmon: Salmon, exim_with_tls: Exim) -> None:
+    report = collected(salmon, exim_with_tls, tls="starttls")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "ca_file" in report.error
