@@ -153,6 +153,7 @@ async def run(collection: Collection, lock_folder: Path | None = Path("run")) ->
             report.outcome = Outcome.BUSY
             report.error = "another collection of this agent is running; wait for it to end"
             return report
+        await collection.service.find_hostname()
         await collection._call("collection_started")
         try:
             report.outcome = await agent.collect(collection)

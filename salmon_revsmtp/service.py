@@ -99,8 +99,12 @@ class Service:
 
     @cached_property
     def hostname(self) -> str:
-        """What we call ourselves.  May ask DNS for the machine's name, once."""
+        """What we call ourselves.  May ask DNS for the machine's name, once, and block then."""
         return self.settings.hostname or socket.getfqdn() or "localhost"
+
+    async def find_hostname(self) -> str:
+        """:attr:`hostname`, without blocking the event loop."""
+        return await asyncio.to_thread(lambda: self.hostname)
 
     @property
     def limits(self) -> Limits:

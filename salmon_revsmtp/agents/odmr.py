@@ -161,7 +161,7 @@ class OdmrAgent(Agent):
 
     async def check(self, service: Service) -> Check:
         """Dial, TLS, EHLO, AUTH; no ATRN."""
-        connection = await Connection.open(self.settings, service.hostname)
+        connection = await Connection.open(self.settings, await service.find_hostname())
         result = Check(connection.tls, connection.auth, connection.extensions)
         try:
             self._admit(service, connection)
