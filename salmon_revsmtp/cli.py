@@ -82,13 +82,27 @@ class Options:
         """Our own log lines go to standard error, whatever the project's logging does."""
         ours = logging.getLogger("salmon_revsmtp")
         if _terminal not in ours.handlers:
-            _terminal.setFormatter(logging.Formatter("%(message)s"))
             ours.addHandler(_terminal)
             ours.setLevel(logging.INFO)
+        _terminal.setFormatter(_Line(self.verbose))
         _terminal.setLevel(logging.DEBUG if self.verbose else logging.WARNING)
         # Every line of SMTP is for -v only, however verbose the project's own log is.
         level = logging.DEBUG if self.verbose else logging.INFO
         logging.getLogger("salmon_revsmtp.dialogue").setLevel(level)
+
+
+class _Line(logging.Formatter):
+    """A log record on the terminal: one line; the traceback is for ``-v`` and the project's log."""
+
+    def __init__(self, verbose: bool) -> None:
+        super().__init__("%(message)s")
+        self._verbose = verbose
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self._verbose or not record.exc_info or record.exc_info[1] is None:
+            return super().format(record)
+        error = record.exc_info[1]
+        return f"{record.getMessage()}: {type(error).__name__}: {error}"
 
 
 class _Stop(click.ClickException):

@@ -305,6 +305,7 @@ class LastAnswer(asyncio.Protocol):
 
     def __init__(self, transport: asyncio.Transport, doing: str) -> None:
         self.peer: tuple[str, int] = transport.get_extra_info("peername")[:2]
+        self.tls = transport.get_extra_info("ssl_object") is not None
         self._reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._transport = transport
         self._doing = doing

@@ -75,7 +75,7 @@ class Collection:
             self.service, self._policy, self._deliver_transaction, self.tally, idle_timeout
         )
         # The hook comes before our 220: a session whose plugins are not ready has not begun.
-        session.peer = answer.peer
+        session.peer, session.tls = answer.peer, answer.tls
         await self._call("connection_reversed", session=session)
         answer.hand_over(session)
         try:
