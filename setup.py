@@ -68,6 +68,9 @@ setup(
     },
     entry_points={
         "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli:main"],
-        "salmon_revsmtp": ["odmr = salmon_revsmtp.agents.odmr"],
+        "salmon_revsmtp": [
+            "etrn = salmon_revsmtp.agents.etrn",
+            "odmr = salmon_revsmtp.agents.odmr",
+        ],
     },
 )

@@ -239,6 +239,18 @@ class Connection:
             raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
         return response
 
+    async def command(self, line: str) -> Reply:
+        """Send a command line and wait for its reply, ``timeout`` seconds at most.
+
+        Raises :class:`~salmon_revsmtp.report.Failed` when none comes.
+        """
+        verb = line.partition(" ")[0]
+        try:
+            response = await self._smtp.execute_command(line.encode("ascii"))
+        except (aiosmtplib.SMTPException, OSError) as error:
+            raise self._broken(f"sending {verb} to {self._where}", error) from None
+        return self._reply(response.code, response.message)
+
     # -- the last command ---------------------------------------------------------------------
 
     async def last_command(self, line: str, timeout: float) -> tuple[Reply, LastAnswer]:

@@ -29,7 +29,8 @@ def line(report: Report) -> str:
     if report.sessions:
         how = " ".join(word for word in (report.tls, report.auth) if word) or "in the clear"
         text += f" ({_number(report.sessions, 'session')}, {how}, {report.seconds:.1f} s)"
-    return f"{text}\n  {report.error}" if report.error else text
+    details = [*report.answers, *([report.error] if report.error else [])]
+    return "\n  ".join((text, *details))
 
 
 def _counts(messages: int, octets: int) -> str:

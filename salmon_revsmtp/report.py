@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 
 __all__ = ["CollectionError", "Deferred", "Failed", "Outcome", "Refused", "Report"]
@@ -47,6 +47,7 @@ class Report:
     ``tls``         the TLS version of the last session, ``None`` without TLS.
     ``auth``        the SASL mechanism of the last session, ``None`` without.
     ``error``       a sentence for a person: what was being done, what came back, what to try.
+    ``answers``     what the server said to each request, for agent types that make several.
     """
 
     agent: str
@@ -61,10 +62,14 @@ class Report:
     tls: str | None = None
     auth: str | None = None
     error: str | None = None
+    answers: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """The report as JSON has it; the keys are stable."""
-        return {**asdict(self), "outcome": self.outcome.value, "seconds": round(self.seconds, 3)}
+        """The report as JSON has it; the keys are stable, ``answers`` is there if there are any."""
+        row = {**asdict(self), "outcome": self.outcome.value, "seconds": round(self.seconds, 3)}
+        if not self.answers:
+            del row["answers"]
+        return row
 
 
 class CollectionError(Exception):

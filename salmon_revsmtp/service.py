@@ -133,10 +133,15 @@ class Service:
         """
         accepted = frozenset(self.settings.domains or asked_for)
         anyone = ANY_DOMAIN in accepted
+        # RFC 1985 5.2: "@example.org" is example.org and all below it.
+        trees = tuple(f".{one[1:]}" for one in accepted if one.startswith("@"))
 
         def policy(mailbox: str) -> Reply | None:
+            domain = domain_of(mailbox)
             # RFC 5321 4.5.1: "postmaster" without a domain is always for us.
-            if anyone or domain_of(mailbox) in accepted or mailbox.lower() == "postmaster":
+            if anyone or domain in accepted or mailbox.lower() == "postmaster":
+                return None
+            if trees and f".{domain}".endswith(trees):
                 return None
             return Reply(550, "we do not take mail for this domain", "5.7.1")
 

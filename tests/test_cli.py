@@ -434,7 +434,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(project: Project, tmp_path: P
     done = project.run("agents", PYTHONPATH=str(broken))
     assert done.returncode == 2
     assert "plugin=broken distribution=broken not loaded" in done.stderr
-    assert "agent \"pigeon\": protocol: found 'pigeon', allowed: 'odmr'" in done.stderr
+    assert "agent \"pigeon\": protocol: found 'pigeon', allowed: 'etrn', 'odmr'" in done.stderr
     rows = project.run("plugins", "--json", PYTHONPATH=str(broken)).stdout.splitlines()
     [row] = [row for row in map(json.loads, rows) if row["error"]]
     assert "no_such_module" in row["error"]
