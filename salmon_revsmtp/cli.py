@@ -13,12 +13,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from salmon_revsmtp.agents.base import Agent, Check
+    from salmon_revsmtp.journal import Journal
     from salmon_revsmtp.plugins import Plugins
     from salmon_revsmtp.project import Project
     from salmon_revsmtp.report import Report
@@ -163,10 +165,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="One JSON object pe
 @_with_options
 def agents(options: Options, as_json: bool) -> None:
     """List the mail collection agents."""
+    from salmon_revsmtp.journal import Journal
+
     _, configuration = options.open()
+    journal = Journal()
+    rows = [_agent_row(agent, journal) for agent in configuration.agents]
     if as_json:
-        for agent in configuration.agents:
-            _print_json(_agent_row(agent))
+        for row in rows:
+            _print_json(row)
         return
     if not configuration.agents:
         click.echo("No agents: collection_agents in the settings is empty.")
@@ -175,22 +181,33 @@ def agents(options: Options, as_json: bool) -> None:
         "Mail Collection Agents",
         ("name", "protocol", "server", "schedule", "last outcome", "next run"),
         [
-            (agent.title, agent.protocol, agent.address, _schedule(agent), "-", "-")
-            for agent in configuration.agents
+            (
+                str(row["title"]),
+                agent.protocol,
+                agent.address,
+                _schedule(agent),
+                str(row["outcome"] or "-"),
+                str(row["next"] or "-"),
+            )
+            for agent, row in zip(configuration.agents, rows, strict=True)
         ],
     )
 
 
-def _agent_row(agent: Agent) -> dict[str, object]:
+def _agent_row(agent: Agent, journal: Journal) -> dict[str, object]:
+    kept = journal.state(agent.name).enabled
+    enabled = agent.settings.enabled if kept is None else kept
+    last = journal.history(agent.name, 1)
     return {
         "agent": agent.name,
-        "title": agent.title,
+        "title": agent.name if enabled else f"{agent.name} (Disabled)",
         "protocol": agent.protocol,
-        "enabled": agent.settings.enabled,
+        "enabled": enabled,
         "server": getattr(agent.settings, "server", None),
         "port": getattr(agent.settings, "port", None),
         "every": agent.settings.every,
-        "outcome": None,
+        "outcome": last[0].outcome if last else None,
+        "ended": _iso(last[0].ended) if last else None,
         "next": None,
     }
 
@@ -259,6 +276,82 @@ def _collect(
             raise click.ClickException(
                 "interrupted; what was not answered with 250 stays with the provider"
             ) from None
+
+
+# -- enable, disable, history ------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("name")
+@_with_options
+def enable(options: Options, name: str) -> None:
+    """Enable an agent, whatever the settings file says."""
+    _set_enabled(options, name, True)
+
+
+@cli.command()
+@click.argument("name")
+@_with_options
+def disable(options: Options, name: str) -> None:
+    """Disable an agent, whatever the settings file says."""
+    _set_enabled(options, name, False)
+
+
+def _set_enabled(options: Options, name: str, enabled: bool) -> None:
+    from salmon_revsmtp.journal import DEFAULT_JOURNAL, Journal
+
+    _, configuration = options.open()
+    [agent] = _named(configuration, [name])
+    if not Journal().set_enabled(agent.name, enabled):
+        raise click.ClickException(f"{DEFAULT_JOURNAL} could not be written")
+    click.echo(f"{agent.name} is {'enabled' if enabled else 'disabled'}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--limit", default=50, show_default=True, help="How many at most.")
+@_json
+@_with_options
+def history(options: Options, name: str | None, limit: int, as_json: bool) -> None:
+    """List past collections, newest first."""
+    from salmon_revsmtp.journal import Journal
+
+    _, configuration = options.open()
+    if name is not None:
+        _named(configuration, [name])
+    entries = Journal().history(name, limit)
+    if as_json:
+        for entry in entries:
+            _print_json(
+                {
+                    **asdict(entry),
+                    "started": _iso(entry.started),
+                    "ended": _iso(entry.ended),
+                    "seconds": round(entry.ended - entry.started, 3),
+                }
+            )
+        return
+    _table(
+        "Collections",
+        ("started", "agent", "outcome", "messages", "refused", "seconds", "error"),
+        [
+            (
+                _iso(entry.started),
+                entry.agent,
+                entry.outcome,
+                str(entry.messages),
+                str(entry.refused),
+                f"{entry.ended - entry.started:.1f}",
+                entry.error or "",
+            )
+            for entry in entries
+        ],
+    )
+
+
+def _iso(seconds: float) -> str:
+    """A time since the epoch, in the local zone, as ISO 8601 has it."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 # -- check ---------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class Collection:
         return await self._in_thread(transaction.envelope, transaction.data, session.peer, hop)
 
     def _hop(self, peer: tuple[str, int], *, tls: bool, authenticated: bool) -> Hop:
-        return Hop(peer[0], self.service.hostname, self.agent.name, tls, authenticated)
+        return Hop(peer[0], self.service.hostname, f"agent {self.agent.name}", tls, authenticated)
 
     async def _in_thread(
         self, envelope: Envelope, data: bytes, peer: tuple[str, int], hop: Hop
@@ -144,9 +144,6 @@ async def run(collection: Collection, lock_folder: Path | None = Path("run")) ->
     the second is ``busy``.
     """
     report, agent = collection.report, collection.agent
-    if not agent.settings.enabled:
-        report.outcome = Outcome.DISABLED
-        return report
     started = time.monotonic()
     with _lock(lock_folder, agent.name) as ours:
         if not ours:

@@ -45,16 +45,22 @@ def connection_reversed(agent: Agent, session: Session) -> None:
 
 
 @hookspec(firstresult=True)
-def message_received(agent: Agent, envelope: Envelope, message: bytes) -> Reply | None:
+def message_received(agent: Agent | None, envelope: Envelope, message: bytes) -> Reply | None:
     """Before delivery: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz) to refuse the message.
 
     ``message`` is what the handlers would get: bytes with LF line ends, ``Received:`` on top.
+    ``agent`` is ``None`` for mail that came to a listening service.
     """
 
 
 @hookspec
-def message_delivered(agent: Agent, envelope: Envelope, recipient: str, reply: Reply) -> None:
-    """After each recipient, with what the delivery said: 2yz delivered, 4yz or 5yz not."""
+def message_delivered(
+    agent: Agent | None, envelope: Envelope, recipient: str, reply: Reply
+) -> None:
+    """After each recipient, with what the delivery said: 2yz delivered, 4yz or 5yz not.
+
+    ``agent`` is ``None`` for mail that came to a listening service.
+    """
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""What a process needs to run collections: services, the delivery thread, journal, plugins.
+"""What a process needs to run collections: services, the delivery thread, plugins.
 
 Handlers run in one delivery thread, because Salmon wants that: ``Router.RELOAD`` re-imports the
 handlers at each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not
@@ -8,6 +8,7 @@ thread safe.  The event loop never waits for a handler.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -21,9 +22,11 @@ from salmon_revsmtp.delivery.bounce import Bouncer
 from salmon_revsmtp.delivery.courier import Courier, Delivery
 from salmon_revsmtp.delivery.queue import QueueDelivery
 from salmon_revsmtp.delivery.router import RouterDelivery
+from salmon_revsmtp.delivery.served import ServedMemory
 from salmon_revsmtp.journal import Journal
+from salmon_revsmtp.listener import Listener
 from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Report
+from salmon_revsmtp.report import Outcome, Report
 from salmon_revsmtp.service import Service
 from salmon_revsmtp.settings import Configuration, ServiceSettings
 
@@ -42,7 +45,8 @@ class Runtime:
         self.configuration = configuration
         self._plugins = plugins
         self._relay = relay
-        self._journal = Journal()
+        self.journal = Journal()
+        self._served = ServedMemory()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery")
 
     def __enter__(self) -> Runtime:
@@ -69,12 +73,25 @@ class Runtime:
             name: Courier(
                 name,
                 _delivery(service.settings),
-                self._journal,
+                self._served,
                 self._plugins,
                 Bouncer(service, self._relay),
             )
             for name, service in self.services.items()
         }
+
+    def listeners(self) -> list[Listener]:
+        """One for each service that has ``listen``; not started."""
+        return [
+            Listener(
+                service,
+                service.recipient_policy(self.configuration.asked_for(name)),
+                self._couriers[name],
+                self._executor,
+            )
+            for name, service in self.services.items()
+            if service.settings.listen
+        ]
 
     def collection(self, agent: Agent) -> Collection:
         """A new collection of an agent, to be run with :func:`salmon_revsmtp.collection.run`."""
@@ -82,6 +99,23 @@ class Runtime:
         return Collection(
             agent, self.services[name], self._couriers[name], self._plugins, self._executor
         )
+
+    def enabled(self, agent: Agent) -> bool:
+        """What ``enable`` or ``disable`` said, else what the settings say.  Reads the journal."""
+        kept = self.journal.state(agent.name).enabled
+        return bool(agent.settings.enabled if kept is None else kept)
+
+    async def run(self, current: Collection) -> Report:
+        """Run one collection, if its agent is enabled, and write it down."""
+        started = time.time()
+        if not await asyncio.to_thread(self.enabled, current.agent):
+            current.report.outcome = Outcome.DISABLED
+            return current.report
+        report = await collection.run(current)
+        if report.outcome is not Outcome.BUSY:
+            good = report.outcome.good
+            await asyncio.to_thread(self.journal.record, report, started, good)
+        return report
 
     async def collect(
         self,
@@ -97,7 +131,7 @@ class Runtime:
         async def one(agent: Agent) -> Report:
             current = self.collection(agent)
             watch(current)
-            report = await collection.run(current)
+            report = await self.run(current)
             done(report)
             return report
 

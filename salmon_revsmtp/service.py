@@ -12,6 +12,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from functools import cached_property
 from salmon_revsmtp.settings import ANY_DOMAIN, ServiceSettings
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.limits import Limits
-from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, Transaction
+from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Answer", "Service", "Session", "Tally"]
@@ -170,6 +171,9 @@ class Session(asyncio.Protocol):
         deliver: Deliver,
         tally: Tally,
         idle_timeout: float = COMMAND_TIMEOUT,
+        *,
+        starttls: ssl.SSLContext | None = None,
+        admit: Callable[[Session], Reply | None] = lambda session: None,
     ) -> None:
         self.service = service
         self.peer: tuple[str, int] = ("", 0)
@@ -181,10 +185,14 @@ class Session(asyncio.Protocol):
         self._deliver = deliver
         self._tally = tally
         self._idle_timeout = idle_timeout
-        self._receiver = Receiver(service.hostname, service.limits, policy)
+        self._starttls, self._admit = starttls, admit
+        self._receiver = Receiver(
+            service.hostname, service.limits, policy, starttls=starttls is not None
+        )
         self._transport: asyncio.Transport | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._deliveries: set[asyncio.Task[None]] = set()
+        self._handshakes: set[asyncio.Task[None]] = set()
         self._congested = False
         self._eof = False
         self._lost = False
@@ -195,11 +203,18 @@ class Session(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self.peer = transport.get_extra_info("peername")[:2]
+        self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
         self.tls = transport.get_extra_info("ssl_object") is not None
-        self._flush()
+        if refusal := self._admit(self):
+            log.warning("service=%s peer=%s %s", self.service.name, self.peer[0], refusal)
+            transport.write(refusal.encode())
+            transport.close()
+        else:
+            self._flush()
 
     def data_received(self, data: bytes) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
         if self._trace:
             dialogue.debug("provider: %s", _shown(data))
         self._handle(self._receiver.receive_bytes(data))
@@ -241,10 +256,30 @@ class Session(asyncio.Protocol):
             elif isinstance(event, Refused):
                 log.warning("peer=%s to=%r reply=%r", self.peer, event.recipients, str(event.reply))
                 self._tally.refuse(len(event.recipients) or 1, event.reply)
+            elif isinstance(event, StartTls):
+                task = asyncio.get_running_loop().create_task(self._handshake())
+                self._handshakes.add(task)
+                task.add_done_callback(self._shaken)
             elif isinstance(event, Quit):
                 self.clean = event.reply.positive
                 if not self.clean:
                     self.broken = f"we sent the provider away: {event.reply}"
+
+    async def _handshake(self) -> None:
+        assert self._transport is not None and self._starttls is not None
+        if self._receiver.pending:
+            raise ConnectionError("bytes behind STARTTLS")
+        self._transport = await asyncio.get_running_loop().start_tls(
+            self._transport, self, self._starttls, server_side=True
+        )
+        self.tls = True
+        self._handle(self._receiver.tls_started())
+        self._flush()
+
+    def _shaken(self, task: asyncio.Task[None]) -> None:
+        self._handshakes.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self.abort(f"the TLS handshake failed: {error}")
 
     async def _transaction(self, transaction: Transaction) -> None:
         """Deliver a message, and only then answer it: 250 means safe."""
@@ -303,6 +338,11 @@ class Session(asyncio.Protocol):
 
     def _idled(self) -> None:
         self.abort(f"the provider was silent for {self._idle_timeout:g} seconds")
+
+    def shut_down(self) -> None:
+        """End at the next message boundary: the message in hand is answered, a new one gets 421."""
+        self._handle(self._receiver.shut_down())
+        self._flush()
 
     def abort(self, reason: str) -> None:
         """Drop the connection; what was not answered stays with the client."""

@@ -9,12 +9,21 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+import ssl
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from salmon_revsmtp.smtp.addresses import to_ascii
 
@@ -29,6 +38,8 @@ __all__ = ["Configuration", "ServiceSettings", "SettingsError", "load"]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ANY_DOMAIN = "*"
+
+_HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]*)):([0-9]{1,5})")
 
 
 class SettingsError(Exception):
@@ -68,7 +79,13 @@ class ServiceSettings(BaseModel):
         "run/inbound"
     )
     listen: Annotated[
-        None, Field(description="None: services receive over reversed connections only")
+        str | None, Field(description="'host:port' such as '0.0.0.0:25' or '[::]:25', or None")
+    ] = None
+    tls_cert: Annotated[
+        Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
+    ] = None
+    tls_key: Annotated[
+        Path | None, Field(description="a PEM file: the key of tls_cert, if that has it not")
     ] = None
 
     @field_validator("domains", "allow", "deny", mode="before")
@@ -84,6 +101,37 @@ class ServiceSettings(BaseModel):
         if value is not None and not re.fullmatch(r"[!-~]{1,255}", value):
             raise ValueError("a host name has no spaces or control characters")
         return value
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str | None) -> str | None:
+        if value is not None and not _HOST_AND_PORT.fullmatch(value):
+            raise ValueError("that is no host and port")
+        return value
+
+    @model_validator(mode="after")
+    def _tls(self) -> ServiceSettings:
+        if self.tls_cert is None and self.tls_key is not None:
+            raise ValueError("tls_key: there is no tls_cert that it could be the key of")
+        try:
+            self.tls_context()
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"tls_cert, tls_key: {error.strerror or error}") from None
+        return self
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """What a listening service does TLS with, ``None`` without a certificate."""
+        if self.tls_cert is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.tls_cert, self.tls_key)
+        return context
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of ``listen``; the empty host is every address."""
+        found = _HOST_AND_PORT.fullmatch(self.listen or "")
+        return (found[1] or found[2], int(found[3])) if found else ("", 0)
 
     @field_validator("domains")
     @classmethod
@@ -102,6 +150,11 @@ class Configuration:
 
     agents: tuple[Agent, ...]
     services: Mapping[str, ServiceSettings]
+
+    def asked_for(self, service: str) -> tuple[str, ...]:
+        """The domains that the agents of a service ask for."""
+        agents = [agent for agent in self.agents if agent.settings.service == service]
+        return tuple(dict.fromkeys(domain for agent in agents for domain in agent.domains))
 
     def agent(self, name: str) -> Agent | None:
         """The agent of that name, if there is one."""
@@ -123,9 +176,16 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
         if settings := services.get(agent.settings.service):
             found = agent.problems(Service(agent.settings.service, settings))
             problems += [f'agent "{agent.name}": {problem}' for problem in found]
+    configuration = Configuration(tuple(agents), services)
+    problems += [
+        f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
+        "recipient would be refused; name the domains"
+        for name, settings in services.items()
+        if settings.listen and not settings.domains and not configuration.asked_for(name)
+    ]
     if problems:
         raise SettingsError(problems)
-    return Configuration(tuple(agents), services)
+    return configuration
 
 
 def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:

@@ -438,3 +438,36 @@ def test_a_plugin_that_cannot_be_imported_is_named(project: Project, tmp_path: P
     rows = project.run("plugins", "--json", PYTHONPATH=str(broken)).stdout.splitlines()
     [row] = [row for row in map(json.loads, rows) if row["error"]]
     assert "no_such_module" in row["error"]
+
+
+# -- the journal -----------------------------------------------------------------------------------
+
+
+def test_history_and_the_last_outcome(project: Project) -> None:
+    with provider(one_message, no_more_mail, no_more_mail) as port:
+        project.configure(isp(port))
+        assert project.run("history", "--json").stdout == ""
+        project.run("collect", "isp")
+        project.run("collect", "isp")
+    rows = [json.loads(line) for line in project.run("history", "--json").stdout.splitlines()]
+    assert [(row["agent"], row["outcome"], row["messages"]) for row in rows] == [
+        ("isp", "no-mail", 0),
+        ("isp", "collected", 1),
+    ]
+    lines = project.run("history", "isp").stdout.splitlines()
+    assert lines[1].split("\t")[1:4] == ["isp", "no-mail", "0"]
+    assert json.loads(project.run("agents", "--json").stdout)["outcome"] == "no-mail"
+    assert project.run("history", "nobody").returncode == 2
+
+
+def test_disable_and_enable_win_over_the_settings(project: Project) -> None:
+    project.configure(isp(1), isp(1, name="'spare'", enabled="False"))
+    assert project.run("disable", "isp").stdout == "isp is disabled\n"
+    assert project.run("enable", "spare").stdout == "spare is enabled\n"
+    first, second = map(json.loads, project.run("agents", "--json").stdout.splitlines())
+    assert (first["title"], first["enabled"]) == ("isp (Disabled)", False)
+    assert (second["title"], second["enabled"]) == ("spare", True)
+    done = project.run("collect", "--all", "--json")
+    rows = {row["agent"]: row["outcome"] for row in map(json.loads, done.stdout.splitlines())}
+    assert rows == {"isp": "disabled", "spare": "failed"}
+    assert project.run("disable", "nobody").returncode == 2

@@ -5,7 +5,7 @@ hears each; for the others they are put together so that nobody is served twice 
 forgotten (RFC 5321 4.1.1.4 knows one reply only):
 
 - all succeeded: 250;
-- a temporary failure among them: that one.  The journal remembers who has been served, so that the
+- a temporary failure among them: that one.  Who has been served is remembered, so that the
   client's retry serves only the rest;
 - permanent failures beside successes: 250, after a delivery status notification for the failed
   ones (RFC 3464) has gone to the sender;
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from salmon_revsmtp.delivery.bounce import Bouncer
+from salmon_revsmtp.delivery.served import Served, ServedMemory
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Hop, hops
-from salmon_revsmtp.journal import Journal, Served
 from salmon_revsmtp.service import Answer
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
@@ -58,20 +58,23 @@ class Courier:
         self,
         service: str,
         delivery: Delivery,
-        journal: Journal,
+        memory: ServedMemory,
         plugins: Plugins,
         bouncer: Bouncer,
     ) -> None:
         self._service = service
         self._delivery = delivery
-        self._journal = journal
+        self._memory = memory
         self._plugins = plugins
         self._bouncer = bouncer
 
     def deliver(
-        self, agent: Agent, peer: tuple[str, int], hop: Hop, envelope: Envelope, data: bytes
+        self, agent: Agent | None, peer: tuple[str, int], hop: Hop, envelope: Envelope, data: bytes
     ) -> Answer:
-        """Deliver a message to every recipient; returns when all of them are safe or refused."""
+        """Deliver a message to every recipient; returns when all of them are safe or refused.
+
+        ``agent`` is for hooks and the log; ``None``: it came to a listening service.
+        """
         digest = Served.digest_of(data)
         content = as_salmon_has_it(data)
         if hops(content) >= MAX_HOPS:
@@ -80,11 +83,11 @@ class Courier:
         delivered = 0
         for recipient in envelope.recipients:
             served = Served(self._service, envelope.reverse_path, recipient, digest)
-            reply = self._journal.reply_to(served)
+            reply = self._memory.reply_to(served)
             if reply is None:
                 message = hop.received(envelope, recipient) + content
                 reply = self._hand_over(agent, peer, envelope, recipient, message)
-                self._journal.record(served, reply)
+                self._memory.record(served, reply)
                 delivered += reply.positive
             replies.append(reply)
         reply = self._put_together(envelope, replies, content)
@@ -92,7 +95,7 @@ class Courier:
 
     def _hand_over(
         self,
-        agent: Agent,
+        agent: Agent | None,
         peer: tuple[str, int],
         envelope: Envelope,
         recipient: str,
@@ -103,8 +106,8 @@ class Courier:
             reply = self._delivery.deliver(peer, envelope, recipient, message)
         log.log(
             logging.INFO if reply.positive else logging.WARNING,
-            "agent=%s from=<%s> to=<%s> bytes=%d reply=%r",
-            agent.name,
+            "%s=%s from=<%s> to=<%s> bytes=%d reply=%r",
+            *(("agent", agent.name) if agent else ("service", self._service)),
             envelope.reverse_path,
             recipient,
             len(message),
@@ -120,7 +123,7 @@ class Courier:
             )
         return reply
 
-    def _asked(self, agent: Agent, envelope: Envelope, message: bytes) -> Reply | None:
+    def _asked(self, agent: Agent | None, envelope: Envelope, message: bytes) -> Reply | None:
         """Whether a plugin refuses the message."""
         if not self._plugins.implemented("message_received"):
             return None

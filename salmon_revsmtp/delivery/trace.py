@@ -25,13 +25,13 @@ class Hop:
 
     ``client``     the address of whoever sent it: the provider.
     ``hostname``   what we call ourselves.
-    ``agent``      the agent's name.
+    ``via``        for the comment: by which agent or service it came.
     ``tls``, ``authenticated``  how the connection was secured (RFC 3848).
     """
 
     client: str
     hostname: str
-    agent: str
+    via: str
     tls: bool
     authenticated: bool = True
 
@@ -48,7 +48,7 @@ class Hop:
         client = f"IPv6:{self.client}" if ":" in self.client else self.client
         return (
             f"Received: from {helo} ([{client}])\n"
-            f"\tby {self.hostname} (salmon-revsmtp agent {self.agent})\n"
+            f"\tby {self.hostname} (salmon-revsmtp {self.via})\n"
             f"\twith {self.protocol(envelope)} id {secrets.token_hex(8)}\n"
             f"\tfor <{recipient}>; {formatdate(localtime=True)}\n"
         ).encode()

@@ -47,7 +47,7 @@ from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Event", "Quit", "Receiver", "Refused", "Transaction"]
+__all__ = ["Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
 
 
 class State(Enum):
@@ -61,6 +61,7 @@ class State(Enum):
     DATA = auto()  #: bytes are content up to CRLF.CRLF
     CHUNK = auto()  #: bytes are content, as many as BDAT said
     LONG_LINE = auto()  #: bytes are the rest of a command that is too long
+    HANDSHAKE = auto()  #: after STARTTLS: bytes wait until the caller has done the handshake
     CLOSED = auto()  #: after QUIT or 421: bytes are ignored
 
 
@@ -95,7 +96,13 @@ class Quit:
     reply: Reply
 
 
-Event = Transaction | Refused | Quit
+@dataclass(frozen=True)
+class StartTls:
+    """The client was told to begin the TLS handshake: send the reply, see that nothing is
+    ``pending``, do the handshake, call :meth:`Receiver.tls_started`."""
+
+
+Event = Transaction | Refused | StartTls | Quit
 
 
 @dataclass
@@ -128,10 +135,11 @@ _EXPECTED: Mapping[str, frozenset[State]] = {
     "VRFY": _GREETED,
     "HELP": _ANYWHERE,
     "QUIT": _ANYWHERE,
+    "STARTTLS": frozenset({State.IDLE}),  # RFC 3207 4 allows more; nobody needs it
 }
 
 # What RFC 5321 and its extensions know and we do not do: 502 and not 500 (RFC 5321 4.2.4).
-_NOT_IMPLEMENTED = frozenset({"EXPN", "TURN", "ATRN", "ETRN", "STARTTLS", "AUTH"})
+_NOT_IMPLEMENTED = frozenset({"EXPN", "TURN", "ATRN", "ETRN", "AUTH"})
 _NOT_IMPLEMENTED_REPLY = Reply(502, "command not implemented", SEQUENCE)
 
 _OUT_OF_ORDER: Mapping[State, Reply] = {
@@ -182,6 +190,7 @@ class Receiver:
 
     ``hostname``          what the greeting and EHLO name.
     ``limits``            what a session may cost.
+    ``starttls``          offer STARTTLS (RFC 3207).
     ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
                           :class:`Reply` that refuses it.  It must not block.
     """
@@ -191,10 +200,14 @@ class Receiver:
         hostname: str,
         limits: Limits | None = None,
         accept_recipient: Callable[[str], Reply | None] = lambda mailbox: None,
+        *,
+        starttls: bool = False,
     ) -> None:
         self.hostname = hostname
         self.limits = limits or Limits()
         self._accept_recipient = accept_recipient
+        self._starttls = starttls
+        self._shutting_down: Reply | None = None
 
         self._state = State.CONNECTED
         self._buffer = bytearray()
@@ -244,6 +257,28 @@ class Receiver:
     def in_transaction(self) -> bool:
         """Between an accepted MAIL and the end of its message."""
         return self._state not in (State.CONNECTED, State.IDLE, State.CLOSED)
+
+    @property
+    def pending(self) -> bool:
+        """Bytes came that nobody has looked at.  Before a TLS handshake that is an attack: what was
+        said in the clear must not be taken for said under TLS (CVE-2011-0411)."""
+        return bool(self._buffer)
+
+    def tls_started(self) -> list[Event]:
+        """The handshake is done: what was said before is forgotten (RFC 3207 4.2).  Returns the
+        events of what the client has said since."""
+        self._starttls = False
+        self._helo, self._esmtp = "", False
+        self._state = State.CONNECTED
+        return self._run()
+
+    def shut_down(self) -> list[Event]:
+        """End the session at the next message boundary: a message whose data is coming is taken
+        and answered, anything else hears 421 (RFC 5321 3.8)."""
+        self._shutting_down = Reply(421, f"{self.hostname} is shutting down", "4.3.2")
+        if self._state not in (State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED):
+            self._close(self._shutting_down)
+        return self._run()
 
     def data_to_send(self) -> bytes:
         """The reply bytes that may go out now; each is returned once."""
@@ -367,6 +402,7 @@ class Receiver:
         State.LONG_LINE: _read_long_line,
         State.DATA: _read_data,
         State.CHUNK: _read_chunk,
+        State.HANDSHAKE: lambda self: False,
         State.CLOSED: _read_nothing,
     }
 
@@ -420,6 +456,7 @@ class Receiver:
             "SMTPUTF8",
             "PRDR",
             "HELP",
+            *(("STARTTLS",) if self._starttls else ()),
         )
         return Reply(250, "\n".join((self.hostname, *keywords)), "")
 
@@ -563,9 +600,15 @@ class Receiver:
             self._unanswered_octets += len(content)
             self._events.append(transaction)
             self._reset()
+            self._end_if_shutting_down()
             return
         self._reset()
         self._reply(reply)
+        self._end_if_shutting_down()
+
+    def _end_if_shutting_down(self) -> None:
+        if self._shutting_down is not None:
+            self._close(self._shutting_down)
 
     def _too_big(self) -> Reply:
         return Reply(552, f"more than {self.limits.message} octets are not taken", "5.3.4")
@@ -584,6 +627,20 @@ class Receiver:
             raise _CommandError(Reply(501, "VRFY takes an address", SYNTAX))
         # RFC 5321 3.5.3: we do not say who is there.
         return Reply(252, "send some mail, we will try to deliver it", "2.5.0")
+
+    def _on_starttls(self, argument: str) -> Reply | None:
+        if not self._starttls:
+            raise _CommandError(_NOT_IMPLEMENTED_REPLY)
+        if argument:
+            raise _CommandError(Reply(501, "STARTTLS takes no argument", SYNTAX))
+        if self._waiting:
+            raise _CommandError(Reply(503, "wait for the answer to your mail", SEQUENCE))
+        if self.pending:
+            self._close(Reply(421, "bytes behind STARTTLS, closing", "4.7.0"))
+            return None
+        self._state = State.HANDSHAKE
+        self._events.append(StartTls())
+        return Reply(220, "go ahead", "")
 
     def _on_help(self, argument: str) -> Reply:
         return Reply(214, "commands: " + " ".join(_EXPECTED), "2.0.0")
@@ -605,6 +662,7 @@ class Receiver:
         "VRFY": _on_vrfy,
         "HELP": _on_help,
         "QUIT": _on_quit,
+        "STARTTLS": _on_starttls,
     }
 
 

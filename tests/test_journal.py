@@ -1,0 +1,112 @@
+"""The journal: what is kept, by whom it may be written, and what happens when it cannot be."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from salmon_revsmtp import journal as journal_module
+from salmon_revsmtp.journal import AgentState, Journal
+from salmon_revsmtp.report import Outcome, Report
+
+NOW = time.time()
+
+
+def report(agent: str = "isp", outcome: Outcome = Outcome.COLLECTED, **counts: int) -> Report:
+    return Report(agent, "odmr", outcome, seconds=1.5, tls="TLSv1.3", **counts)  # type: ignore[arg-type]
+
+
+def test_collections_are_kept_newest_first(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run/journal")
+    assert journal.history() == []
+    journal.record(report(messages=3), NOW - 20, True)
+    journal.record(report("other", Outcome.FAILED), NOW - 10, False)
+    first, second = journal.history()
+    assert (first.agent, first.outcome, first.started) == ("other", "failed", NOW - 10)
+    assert (second.messages, second.tls, second.ended) == (3, "TLSv1.3", NOW - 18.5)
+    assert [entry.agent for entry in journal.history("isp")] == ["isp"]
+    assert len(journal.history(limit=1)) == 1
+
+
+def test_failing_since_is_kept_until_it_recovers(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.record(report(outcome=Outcome.FAILED), NOW - 20, False)
+    journal.record(report(outcome=Outcome.FAILED), NOW - 10, False)
+    assert journal.state("isp") == AgentState(None, NOW - 18.5)
+    journal.record(report(), NOW, True)
+    assert journal.state("isp") == AgentState(None, None)
+
+
+def test_enabled_is_kept_beside_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    assert journal.state("isp") == AgentState()
+    assert journal.set_enabled("isp", False)
+    journal.record(report(outcome=Outcome.FAILED), NOW, False)
+    assert journal.state("isp") == AgentState(False, NOW + 1.5)
+    assert journal.set_enabled("isp", True)
+    assert Journal(tmp_path / "journal").state("isp").enabled is True
+
+
+def test_old_collections_are_forgotten(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.record(report(), NOW - 91 * 86400, True)
+    journal.record(report(), NOW - 89 * 86400, True)
+    assert len(journal.history()) == 1
+
+
+def test_several_processes_may_write_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from salmon_revsmtp.journal import Journal\n"
+        "from salmon_revsmtp.report import Report\n"
+        "for number in range(25):\n"
+        "    Journal(Path(sys.argv[1])).record(Report('isp', 'odmr'), time.time(), True)\n"
+    )
+    path = str(tmp_path / "journal")
+    writers = [subprocess.Popen([sys.executable, "-c", program, path]) for _ in range(4)]
+    assert [writer.wait(60) for writer in writers] == [0] * 4
+    assert len(Journal(Path(path)).history(limit=1000)) == 100
+
+
+def test_an_older_schema_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal"
+    Journal(path).record(report(), NOW, True)
+    later = "ALTER TABLE agents ADD COLUMN colour TEXT"
+    monkeypatch.setattr(journal_module, "MIGRATIONS", (*journal_module.MIGRATIONS, later))
+    assert len(Journal(path).history()) == 1
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        database.execute("SELECT colour FROM agents")
+
+
+def test_the_schema_of_a_later_version_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal"
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA user_version = 99")
+    assert Journal(path).history() == []
+    assert "of a later salmon-revsmtp" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["a folder", "no database"])
+def test_a_journal_that_cannot_be_used_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    path = tmp_path / "journal"
+    if damage == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"not a database at all" * 100)
+    journal = Journal(path)
+    journal.record(report(), NOW, True)
+    journal.record(report(), NOW, True)
+    assert journal.state("isp") == AgentState()
+    assert not journal.set_enabled("isp", True)
+    assert caplog.text.count("mail is not affected") == 1
