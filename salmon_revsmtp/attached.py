@@ -1,37 +1,94 @@
-"""``attach``: the line in a project's boot module that makes it ours."""
+"""``attach``: the line in a project's boot module that makes it ours; and what runs from then on.
+
+The server runs on an event loop in a thread of its own, beside Salmon's receiver, which has its
+own thread.  Signals end both: SIGHUP (``salmon stop``), SIGTERM and SIGINT (ctrl-c).  Python runs
+signal handlers in the main thread, which may be anywhere in Salmon's code; so the handlers do
+nothing, and the event loop hears of the signal by the wake-up descriptor.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import contextlib
 import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
+from salmon_revsmtp.daemon import GRACE, Daemon
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.project import enable_logging
+from salmon_revsmtp.runtime import Runtime
 from salmon_revsmtp.settings import Configuration, load
 
-__all__ = ["AttachedReceiver", "attach"]
+__all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
 
 class AttachedReceiver:
-    """Stands where Salmon's receiver stood, and starts it.
+    """Stands where Salmon's receiver stood; starts it, and the server beside it.
 
     ``configuration``  the valid agents and services.
     ``receiver``       Salmon's receiver, or ``None``.
     """
 
-    def __init__(self, configuration: Configuration, receiver: Any = None) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        plugins: Plugins,
+        relay: Callable[[], Any],
+        receiver: Any = None,
+        grace: float = GRACE,
+    ) -> None:
         self.configuration = configuration
         self.receiver = receiver
+        self._plugins = plugins
+        self._relay = relay
+        self._grace = grace
 
     def start(self) -> None:
-        """What ``salmon start`` calls.  Agents are collected by ``salmon-revsmtp collect``."""
-        for agent in self.configuration.agents:
-            log.info("agent=%s is collected on demand: salmon-revsmtp collect", agent.title)
+        """What ``salmon start`` calls, after it has daemonised and dropped its privileges.
+
+        Does not return: the process ends when a signal has stopped the server.  (When Python's main
+        thread ends, no other thread can hand work to a thread pool any more.)  Raises
+        :class:`OSError` when an address cannot be had.
+        """
+        enable_logging()
+        listening: Future[None] = Future()
+        signals = _heard_signals()
+        threading.Thread(target=self._serve, args=(listening, signals), name="revsmtp").start()
+        listening.result()
         if self.receiver is not None:
             self.receiver.start()
+        threading.Event().wait()
+
+    def _serve(self, listening: Future[None], signals: socket.socket | None) -> None:
+        try:
+            asyncio.run(
+                _serve(
+                    self.configuration,
+                    self._plugins,
+                    self._relay,
+                    self._grace,
+                    signals,
+                    lambda: listening.set_result(None),
+                )
+            )
+        except BaseException as error:
+            if not listening.done():
+                listening.set_exception(error)
+                return
+            log.exception("the server failed")
+        _end_process()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.receiver, name)
@@ -42,7 +99,69 @@ def attach(settings: ModuleType, receiver: Any = None) -> AttachedReceiver:
 
         settings.receiver = salmon_revsmtp.attach(settings, LMTPReceiver(...))
 
-    Raises :class:`~salmon_revsmtp.SettingsError` with every problem that there is.
+    ``attach(settings)`` alone does without one.  Raises
+    :class:`~salmon_revsmtp.SettingsError` with every problem that there is.
     """
     enable_logging()
-    return AttachedReceiver(load(settings, Plugins.load()), receiver)
+    plugins = Plugins.load()
+    configuration = load(settings, plugins)
+    return AttachedReceiver(configuration, plugins, lambda: settings.relay, receiver)
+
+
+def serve_in_foreground(
+    configuration: Configuration, plugins: Plugins, relay: Callable[[], Any]
+) -> None:
+    """Run the server in the main thread until a signal stops it.  Raises :class:`OSError`."""
+    signals = _heard_signals()
+    asyncio.run(_serve(configuration, plugins, relay, GRACE, signals, lambda: None))
+    _end_process()
+
+
+async def _serve(
+    configuration: Configuration,
+    plugins: Plugins,
+    relay: Callable[[], Any],
+    grace: float,
+    signals: socket.socket | None,
+    started: Callable[[], None],
+) -> None:
+    runtime = Runtime(configuration, plugins, relay)
+    daemon = Daemon(runtime, plugins, grace)
+    if signals is not None:
+        loop = asyncio.get_running_loop()
+
+        def heard() -> None:
+            numbers = signals.recv(16)
+            log.info("stopping on signal %s", numbers[0] if numbers else "")
+            daemon.stop()
+
+        loop.add_reader(signals, heard)
+    try:
+        await daemon.run(started)
+    finally:
+        runtime.close(wait=False)
+
+
+def _heard_signals() -> socket.socket | None:
+    """A socket from which the numbers of signals can be read; ``None`` outside the main thread,
+    where Python has no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    reading, writing = socket.socketpair()
+    reading.setblocking(False)
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    return reading
+
+
+def _end_process() -> None:
+    """Salmon's own threads run for ever: what is to happen at exit happens here, then it is over.
+
+    A handler that is still running has not been answered 250; the provider keeps its message.
+    """
+    logging.shutdown()
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    os._exit(0)

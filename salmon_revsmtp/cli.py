@@ -170,6 +170,10 @@ def agents(options: Options, as_json: bool) -> None:
     _, configuration = options.open()
     journal = Journal()
     rows = [_agent_row(agent, journal) for agent in configuration.agents]
+    for name, at in _next_runs().items():
+        for row in rows:
+            if row["agent"] == name and row["enabled"]:
+                row["next"] = _iso(at)
     if as_json:
         for row in rows:
             _print_json(row)
@@ -192,6 +196,17 @@ def agents(options: Options, as_json: bool) -> None:
             for agent, row in zip(configuration.agents, rows, strict=True)
         ],
     )
+
+
+def _next_runs() -> dict[str, float]:
+    """When the running server runs each agent next; empty if none runs."""
+    from salmon_revsmtp.control import NoServer, ask
+
+    try:
+        [answer] = ask({"do": "state"})
+    except (NoServer, OSError, ValueError):
+        return {}
+    return dict(answer.get("next", {}))
 
 
 def _agent_row(agent: Agent, journal: Journal) -> dict[str, object]:
@@ -233,8 +248,10 @@ def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bo
         raise click.UsageError("name the agents to collect from, or give --all")
     project, configuration = options.open()
     chosen = configuration.agents if every_one else _named(configuration, names)
-    options.boot_project(project)
-    reports = _collect(options, project, configuration, chosen, as_json)
+    reports = _ask_server(options, chosen, as_json)
+    if reports is None:
+        options.boot_project(project)
+        reports = _collect(options, project, configuration, chosen, as_json)
     if not all(report.outcome.good for report in reports):
         sys.exit(ATTENTION)
 
@@ -248,6 +265,36 @@ def _named(configuration: Configuration, names: Sequence[str]) -> list[Agent]:
         known = ", ".join(agent.name for agent in configuration.agents) or "none"
         raise _stop(*(f"no agent is named {name!r}; there are: {known}" for name in unknown))
     return [agent for agent in chosen if agent]
+
+
+def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> list[Report] | None:
+    """Have the running server collect; ``None`` if there is none."""
+    from salmon_revsmtp.control import NoServer, ask
+    from salmon_revsmtp.progress import Progress
+    from salmon_revsmtp.report import Outcome, Report
+
+    reports, ended = [], False
+    try:
+        with Progress(live=not as_json and not options.verbose) as progress:
+            names = [agent.name for agent in chosen]
+            for answer in ask({"do": "collect", "agents": names}):
+                if "report" in answer:
+                    row = answer["report"]
+                    report = Report(**{**row, "outcome": Outcome(row["outcome"])})
+                    reports.append(report)
+                    _print_json(row) if as_json else progress.done(report)
+                elif "agent" in answer:
+                    progress.update(answer["agent"], answer["messages"], answer["bytes"])
+                elif "error" in answer:
+                    raise click.ClickException(answer["error"])
+                ended = "end" in answer
+    except NoServer:
+        return None
+    except OSError as error:
+        raise click.ClickException(f"asking the running server: {error}") from None
+    if not ended:
+        raise click.ClickException("the server ended before the collection did")
+    return reports
 
 
 def _collect(
@@ -276,6 +323,21 @@ def _collect(
             raise click.ClickException(
                 "interrupted; what was not answered with 250 stays with the provider"
             ) from None
+
+
+@cli.command()
+@_with_options
+def run(options: Options) -> None:
+    """Run listeners and schedule in the foreground, without `salmon start`."""
+    from salmon_revsmtp.attached import serve_in_foreground
+
+    project, configuration = options.open()
+    options.boot_project(project)
+    plugins = options.load_plugins()
+    try:
+        serve_in_foreground(configuration, plugins, lambda: project.settings.relay)
+    except OSError as error:
+        raise click.ClickException(f"listening: {error}") from None
 
 
 # -- enable, disable, history ------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Collection:
     ``service``  the inbound service that receives; ``service.hostname`` is our name.
     ``report``   the report in the making.  The agent sets ``sessions``, ``tls`` and ``auth``.
     ``tally``    the counts, live.
+    ``stopping`` somebody wants it to end: an agent begins nothing new.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Collection:
         self._plugins = plugins
         self._executor = executor
         self._policy = service.recipient_policy(agent.domains)
+        self._session: Session | None = None
+        self.stopping = False
 
     async def receive(self, answer: LastAnswer, idle_timeout: float = COMMAND_TIMEOUT) -> Session:
         """Reverse the roles: be the SMTP server on the transport that ``answer`` waits on, until
@@ -78,12 +81,26 @@ class Collection:
         session.peer, session.tls = answer.peer, answer.tls
         await self._call("connection_reversed", session=session)
         answer.hand_over(session)
+        self._session = session
         try:
             await session.ended
         except asyncio.CancelledError:
             session.abort("the collection was cancelled")
             raise
+        finally:
+            self._session = None
         return session
+
+    def stop(self) -> bool:
+        """End at the next message boundary: the message in hand is answered, a new one gets 421.
+
+        ``False``: no message can be in hand, the collection may as well be cancelled.
+        """
+        self.stopping = True
+        if self._session is None:
+            return False
+        self._session.shut_down()
+        return True
 
     async def deliver(
         self, envelope: Envelope, data: bytes, peer: tuple[str, int] = ("127.0.0.1", 0)
@@ -168,7 +185,9 @@ async def run(collection: Collection, lock_folder: Path | None = Path("run")) ->
             report.messages, report.recipients = tally.messages, tally.recipients
             report.bytes, report.refused = tally.bytes, tally.refused
             report.seconds = time.monotonic() - started
-            log.info("agent=%s %s", agent.name, _line(report))
+            quiet = report.outcome in (Outcome.NO_MAIL, Outcome.BUSY) or not report.outcome.good
+            level = logging.DEBUG if quiet else logging.INFO
+            log.log(level, "agent=%s %s", agent.name, _line(report))
         await collection._call("collection_finished", report=report)
     return report
 

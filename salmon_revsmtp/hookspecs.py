@@ -29,6 +29,11 @@ def register_agent_types(register: Callable[[type[Agent]], None]) -> None:
     """At start: call ``register(AgentClass)`` for each agent type of the plugin."""
 
 
+@hookspec(firstresult=True)
+def may_collect(agent: Agent) -> str | None:
+    """Before a scheduled collection: return a reason such as ``"offline"`` to skip it."""
+
+
 @hookspec
 def collection_started(agent: Agent) -> None:
     """A collection of ``agent`` begins."""

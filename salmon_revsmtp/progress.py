@@ -46,7 +46,8 @@ class Progress:
 
     def __init__(self, live: bool) -> None:
         self._console = Console()
-        self._running: dict[str, Collection] = {}
+        self._running: dict[str, tuple[int, int]] = {}
+        self._collections: dict[str, Collection] = {}
         self._live: Live | None = None
         if live and sys.stdout.isatty():
             self._live = Live(
@@ -71,18 +72,25 @@ class Progress:
             self._live.stop()
 
     def watch(self, collection: Collection) -> None:
-        """Show a collection from now on."""
-        self._running[collection.agent.name] = collection
+        """Show a collection of this process from now on."""
+        self._collections[collection.agent.name] = collection
+
+    def update(self, agent: str, messages: int, octets: int) -> None:
+        """Show how far a collection of the server's is."""
+        self._running[agent] = (messages, octets)
 
     def done(self, report: Report) -> None:
         """Show how a collection ended."""
         self._running.pop(report.agent, None)
+        self._collections.pop(report.agent, None)
         self._console.print(line(report), highlight=False, markup=False, soft_wrap=True)
 
     def _draw(self) -> Group:
+        for name, one in list(self._collections.items()):
+            self._running[name] = (one.tally.messages, one.tally.bytes)
         return Group(
             *(
-                Spinner("dots", Text(f"{name}: {_counts(one.tally.messages, one.tally.bytes)}"))
-                for name, one in list(self._running.items())
+                Spinner("dots", Text(f"{name}: {_counts(*counts)}"))
+                for name, counts in list(self._running.items())
             )
         )

@@ -58,7 +58,11 @@ class Runtime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self.close(wait=True)
+
+    def close(self, wait: bool) -> None:
+        """Deliver no more; ``wait`` for a delivery that is under way."""
+        self._executor.shutdown(wait=wait, cancel_futures=True)
 
     @cached_property
     def services(self) -> dict[str, Service]:

@@ -52,6 +52,8 @@ def STORE(message, address=None, host=None):
 class Project:
     """A fresh ``salmon gen`` project with our line in its boot module."""
 
+    receiver_port = 8823
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         CliRunner().invoke(salmon_command, ["gen", str(folder)], catch_exceptions=False)

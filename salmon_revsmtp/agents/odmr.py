@@ -103,7 +103,7 @@ class OdmrAgent(Agent):
         """
         while True:
             session = await self._session(collection)
-            if session is None:
+            if session is None or collection.stopping:
                 break
             if session.served:
                 continue

@@ -1,0 +1,111 @@
+"""The control socket: how ``salmon-revsmtp collect`` asks a running server.
+
+A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, an answer several:
+
+    {"do": "collect", "agents": ["isp"]}
+        {"agent": "isp", "messages": 2, "bytes": 4711}      as it goes on
+        {"report": {...}}                                   one per agent
+        {"end": true}
+    {"do": "state"}
+        {"next": {"isp": 1795498202.5}}                     seconds since the epoch
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SOCKET", "Control", "NoServer", "ask"]
+
+SOCKET = Path("run/revsmtp.sock")
+
+log = logging.getLogger(__name__)
+
+Answers = AsyncIterator[dict[str, Any]]
+
+
+class NoServer(Exception):
+    """No server listens on the control socket."""
+
+
+class Control:
+    """Serves the control socket.  ``handle`` makes the answers to a request."""
+
+    def __init__(self, handle: Callable[[dict[str, Any]], Answers], path: Path = SOCKET) -> None:
+        self._handle = handle
+        self._path = path
+        self._server: asyncio.Server | None = None
+        self._asking: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        """Listen.  A socket that a dead process left is no obstacle; a live one is not taken away:
+        then there is no control socket, and a warning."""
+        if _alive(self._path):
+            log.warning("socket=%s another server has it; collect will ask that one", self._path)
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, str(self._path))
+        except OSError as error:
+            log.warning("socket=%s cannot be made: %s; collect will work alone", self._path, error)
+        finally:
+            os.umask(mask)
+
+    async def stop(self) -> None:
+        """Close the socket and remove it; who is still waiting gets no more answers."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+        for task in list(self._asking):
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._asking.add(task)
+        with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
+            request = json.loads(await reader.readline())
+            async for answer in self._handle(request):
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        self._asking.discard(task)
+        writer.close()
+
+
+def ask(request: dict[str, Any], path: Path = SOCKET) -> Iterator[dict[str, Any]]:
+    """Ask the server; yields its answers.  Blocks.  Raises :class:`NoServer` if there is none."""
+    connection = _connect(path)
+    if connection is None:
+        raise NoServer
+    with connection, connection.makefile("rwb") as stream:
+        stream.write(json.dumps(request).encode() + b"\n")
+        stream.flush()
+        for line in stream:
+            yield json.loads(line)
+
+
+def _connect(path: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+def _alive(path: Path) -> bool:
+    connection = _connect(path)
+    if connection is not None:
+        connection.close()
+    return connection is not None

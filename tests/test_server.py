@@ -1,0 +1,292 @@
+"""The server: beside ``salmon start``, and in the foreground with ``salmon-revsmtp run``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Dialogue, no_more_mail
+from test_cli import MESSAGE, Project, isp, one_message, provider
+
+from salmon_revsmtp.control import ask
+from salmon_revsmtp.journal import Journal
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = Project(tmp_path / "project")
+    # Salmon's own receiver must not meet that of another test.
+    made.receiver_port = free_port()
+    return made
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
+    """Until something that another process does can be seen."""
+    give_up = time.monotonic() + 20
+    while not what():
+        assert process is None or process.poll() is None, "the server has ended"
+        assert time.monotonic() < give_up, "it did not happen"
+        time.sleep(0.02)
+
+
+START = [sys.executable, "-c", "from salmon.commands import main; main()", "start", "--no-daemon"]
+RUN = [sys.executable, "-m", "salmon_revsmtp", "run"]
+
+
+@contextlib.contextmanager
+def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that answers on its control socket."""
+    settings = project.folder / "config/settings.py"
+    text = settings.read_text()
+    settings.write_text(
+        text + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+    )
+    environment = {**os.environ, "ISP_PASSWORD": "correct horse battery"}
+    log = (project.folder / "server.log").open("wb")
+    process = subprocess.Popen(
+        command, cwd=project.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        wait_for(lambda: answers(project), process)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def answers(project: Project) -> bool:
+    """Whether a server answers on the project's control socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(project.folder / "run/revsmtp.sock")) == 0
+
+
+def ended_with(project: Project, process: subprocess.Popen[bytes]) -> int:
+    code = process.wait(20)
+    assert not (project.folder / "run/revsmtp.sock").exists()
+    return code
+
+
+@pytest.mark.parametrize("command", [START, [*START[:-1], "--debug"], RUN])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_it_collects_on_schedule_and_ends_on_a_signal(
+    project: Project, command: list[str], number: int
+) -> None:
+    with provider(one_message, no_more_mail) as port:
+        project.configure(isp(port))
+        with server(project, command) as process:
+            wait_for(lambda: len(Journal(project.folder / "run/revsmtp.sqlite3").history()))
+            if command != RUN:
+                with smtplib.LMTP("127.0.0.1", project.receiver_port) as salmon:
+                    assert salmon.noop()[0] == 250, "Salmon's own receiver works beside it"
+            process.send_signal(number)
+            assert ended_with(project, process) == 0
+    [message] = project.got()
+    assert message.endswith(b"Subject: hi\n\nhello")
+
+
+def test_attach_alone_keeps_the_process(project: Project) -> None:
+    project.configure(isp(1, every="None"))
+    boot = project.folder / "config/boot.py"
+    head, _, tail = boot.read_text().partition("attach(settings, LMTPReceiver(")
+    boot.write_text(head + "attach(settings)" + tail.partition("))")[2])
+    with server(project, START) as process:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", project.receiver_port))
+        process.send_signal(signal.SIGHUP)
+        assert ended_with(project, process) == 0
+
+
+def test_salmon_start_as_a_daemon_and_salmon_stop(project: Project) -> None:
+    project.configure(isp(1, every="None"))
+    salmon = [sys.executable, "-c", "from salmon.commands import main; main()"]
+    text = (project.folder / "config/settings.py").read_text()
+    (project.folder / "config/settings.py").write_text(
+        text + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+    )
+    environment = {**os.environ, "ISP_PASSWORD": "x"}
+    subprocess.run([*salmon, "start"], cwd=project.folder, env=environment, check=True, timeout=20)
+    pid_file = project.folder / "run/smtp.pid"
+    wait_for(lambda: answers(project))
+    pid = int(pid_file.read_text())
+    try:
+        subprocess.run([*salmon, "stop"], cwd=project.folder, check=True, timeout=20)
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not (project.folder / "run/revsmtp.sock").exists()
+
+
+def test_a_message_in_hand_is_finished_before_the_end(project: Project) -> None:
+    half, stopped = threading.Event(), threading.Event()
+
+    async def slow(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say("MAIL FROM:<a@example.net>", "RCPT TO:<b@example.org>")
+        await provider.replied(250)
+        await provider.replied(250)
+        provider.say("DATA")
+        await provider.replied(354)
+        provider.say("Subject: half")
+        half.set()
+        await asyncio.to_thread(stopped.wait, 20)
+        provider.say("", "the other half", ".")
+        await provider.replied(250)
+        await provider.replied(421)
+        await provider.silence()
+
+    with provider(slow) as port:
+        project.configure(isp(port))
+        with server(project, RUN) as process:
+            assert half.wait(20)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: b"stopping on signal" in project_log(project))
+            stopped.set()
+            assert ended_with(project, process) == 0
+    [message] = project.got()
+    assert message.endswith(b"Subject: half\n\nthe other half")
+
+
+def project_log(project: Project) -> bytes:
+    return (project.folder / "logs/salmon.log").read_bytes()
+
+
+def test_an_address_that_is_taken_is_said(project: Project) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        project.configure(isp(1), services=f"{{'default': {{'listen': '127.0.0.1:{port}'}}}}")
+        done = project.run("run")
+    assert done.returncode == 1
+    assert "address already in use" in done.stderr.lower()
+
+
+def test_it_listens_for_mail(project: Project) -> None:
+    port = free_port()
+    project.configure(
+        isp(1, every="None"), services=f"{{'default': {{'listen': '127.0.0.1:{port}'}}}}"
+    )
+    with server(project, RUN):
+        with smtplib.SMTP("127.0.0.1", port) as client:
+            client.sendmail("a@example.net", ["b@example.org"], MESSAGE)
+        assert len(project.got()) == 1
+
+
+# -- the control socket --------------------------------------------------------------------------
+
+
+def test_collect_asks_the_running_server_and_shows_its_progress(project: Project) -> None:
+    seen = threading.Event()
+
+    async def slow(provider: Dialogue) -> None:
+        await provider.reverse()
+        await provider.send(MESSAGE)
+        await asyncio.to_thread(seen.wait, 20)
+        await provider.quit()
+
+    with provider(slow, no_more_mail) as port:
+        project.configure(isp(port, every="None"))
+        with server(project, RUN):
+            os.chdir(project.folder)
+            answers = []
+            for answer in ask({"do": "collect", "agents": ["isp"]}):
+                answers.append(answer)
+                if answer.get("messages") == 1 and not seen.is_set():
+                    busy = project.run("collect", "isp", "--json")
+                    assert busy.returncode == 1
+                    assert json.loads(busy.stdout)["outcome"] == "busy"
+                    seen.set()
+            assert {"agent": "isp", "messages": 1, "bytes": len(MESSAGE)} in answers
+            assert answers[-1] == {"end": True}
+            [report] = [answer["report"] for answer in answers if "report" in answer]
+            assert (report["outcome"], report["messages"]) == ("collected", 1)
+    assert len(project.got()) == 1
+
+
+def test_collect_by_the_server_looks_as_by_itself(project: Project) -> None:
+    with provider(one_message, no_more_mail) as port:
+        project.configure(isp(port, every="None"))
+        with server(project, RUN) as process:
+            mode = (project.folder / "run/revsmtp.sock").stat().st_mode & 0o777
+            assert mode == 0o600
+            done = project.run("collect", "isp")
+            assert done.stdout.startswith("isp: collected, 1 message")
+            assert done.returncode == 0
+            assert process.poll() is None
+            row = json.loads(project.run("agents", "--json").stdout)
+            assert (row["outcome"], row["next"]) == ("collected", None)
+
+
+def test_agents_shows_the_next_run_of_the_running_server(project: Project) -> None:
+    project.configure(isp(1), isp(1, name="'late'", every="60"))
+    with server(project, RUN):
+        rows = [json.loads(line) for line in project.run("agents", "--json").stdout.splitlines()]
+        assert all(row["next"] for row in rows)
+
+
+def test_a_socket_that_a_dead_process_left_is_no_obstacle(project: Project) -> None:
+    with provider(no_more_mail) as port:
+        project.configure(isp(port, every="None"))
+        with server(project, RUN) as process:
+            process.kill()
+            process.wait()
+            assert (project.folder / "run/revsmtp.sock").exists()
+        done = project.run("collect", "isp", "--json")
+        assert json.loads(done.stdout)["outcome"] == "no-mail"
+        with server(project, RUN) as process:
+            process.send_signal(signal.SIGTERM)
+            assert ended_with(project, process) == 0
+
+
+def test_two_processes_never_collect_from_one_agent_at_once(project: Project) -> None:
+    held, done = threading.Event(), threading.Event()
+
+    async def slow(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        held.set()
+        await asyncio.to_thread(done.wait, 20)
+        await provider.asks("ATRN", "453 no mail")
+
+    with provider(slow) as port:
+        project.configure(isp(port))
+        first = subprocess.Popen(
+            [sys.executable, "-m", "salmon_revsmtp", "collect", "isp"],
+            cwd=project.folder,
+            stdout=subprocess.DEVNULL,
+        )
+        assert held.wait(20)
+        second = project.run("collect", "isp", "--json")
+        done.set()
+        assert first.wait(20) == 0
+    assert second.returncode == 1
+    assert json.loads(second.stdout)["outcome"] == "busy"
+
+
+def test_an_agent_that_fails_is_one_line_however_often_it_fails(project: Project) -> None:
+    port = free_port()
+    project.configure(isp(port, every="0.005"))
+    with server(project, RUN):
+        journal = Journal(project.folder / "run/revsmtp.sqlite3")
+        wait_for(lambda: len(journal.history()) >= 3)
+        assert project_log(project).count(b"agent=isp fails: failed: connecting") == 1
+    assert project_log(project).count(b"agent=isp fails") == 1
