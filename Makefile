@@ -20,7 +20,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not interop"
 
-# Against real servers; tests/interop/install-exim provides Exim (as root).
+# Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)
 	$(BIN)/python -m pytest -m interop
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -222,3 +223,20 @@ async def no_more_mail(provider: Dialogue) -> None:
     await provider.up_to_atrn()
     await provider.asks("ATRN", "453 you have no mail")
     await provider.asks("QUIT", "221 bye")
+
+
+@pytest.fixture
+def chroot() -> Callable[[str], Path]:
+    """A function that gives the root of a real server's chroot.  A server that is not there is a
+    reason to skip the test, but not in CI."""
+    from servers import find
+
+    def root(name: str) -> Path:
+        found = find(name)
+        if isinstance(found, str):
+            if os.environ.get("CI"):
+                pytest.fail(found)
+            pytest.skip(found)
+        return found
+
+    return root

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, collect
-from exim import ACCOUNTS, Exim, find_exim
+from servers import ACCOUNTS, Exim
 
 from salmon_revsmtp.demo.samples import Sample, samples
 from salmon_revsmtp.report import Outcome, Report
@@ -20,13 +19,8 @@ DOMAINS = ["example.org", "example.com"]
 
 
 @pytest.fixture
-def root() -> Path:
-    found = find_exim()
-    if isinstance(found, str):
-        if os.environ.get("CI"):
-            pytest.fail(found)
-        pytest.skip(found)
-    return found
+def root(chroot: Callable[[str], Path]) -> Path:
+    return chroot("exim")
 
 
 @pytest.fixture

@@ -1,0 +1,400 @@
+"""Real mail servers, in the chroots of ``install-server``, as long as a test wants them.
+
+Each listens on a free port of the loopback, keeps its files in a folder of its own, and takes mail
+for ``example.org`` and ``example.com``: Exim holds it for a customer's ATRN, and all of them try to
+deliver it to ``next_hop`` (a port of the loopback) if there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, TypeVar
+
+__all__ = ["ACCOUNTS", "Exim", "Postfix", "Sendmail", "Server", "find"]
+
+DEFAULT_ROOT = "/var/cache/salmon-revsmtp"
+
+#: account -> password, of Exim
+ACCOUNTS = {"acme": "s3cret of acme"}
+
+Self = TypeVar("Self", bound="Server")
+
+
+def find(name: str) -> Path | str:
+    """The root of a server's chroot, or a sentence that says why there is none."""
+    root = Path(os.environ.get("REVSMTP_SERVERS", DEFAULT_ROOT)) / name
+    if os.geteuid() != 0:
+        return f"{name} runs in a chroot, which needs root"
+    if not root.exists():
+        return f"no {name} in {root}: run tests/interop/install-server {name}"
+    return root
+
+
+class Server(ABC):
+    """A server that runs while the context lasts.
+
+    ``port``      where it listens, on 127.0.0.1.
+    ``next_hop``  the port to which it delivers; 0: nowhere.
+    """
+
+    program: ClassVar[str]
+
+    def __init__(self, root: Path, next_hop: int = 0) -> None:
+        self.root = root
+        self.next_hop = next_hop
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self: Self) -> Self:
+        (self.root / "srv").mkdir(exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="revsmtp-", dir=self.root / "srv"))
+        self.folder.chmod(0o755)
+        self.port = free_port()
+        try:
+            self.configure()
+            self._process = subprocess.Popen(
+                ["chroot", str(self.root), *self.command()],
+                stdin=subprocess.DEVNULL,
+                stdout=(self.folder / "output").open("wb"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._wait_until_it_listens(self._process)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            self.stop(self._process)
+            self._process.wait(20)
+            # What it forked and did not wait for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        shutil.rmtree(self.folder)
+
+    @property
+    def place(self) -> str:
+        """The folder as it is called inside the chroot."""
+        return f"/{self.folder.relative_to(self.root)}"
+
+    @abstractmethod
+    def configure(self) -> None:
+        """Write its configuration into the folder."""
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """What runs it in the foreground, inside the chroot."""
+
+    @abstractmethod
+    def waiting(self) -> int:
+        """How many messages it holds."""
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        process.terminate()
+
+    def inside(self, *command: str) -> str:
+        """The output of a command inside the chroot."""
+        done = subprocess.run(
+            ["chroot", str(self.root), *command], capture_output=True, text=True, check=False
+        )
+        return done.stdout
+
+    def log(self) -> str:
+        """What it logged, for a test that fails."""
+        files = [self.folder / "mainlog", self.folder / "mail.log", self.folder / "output"]
+        return "\n".join(file.read_text() for file in files if file.exists())
+
+    def _wait_until_it_listens(self, process: subprocess.Popen[bytes]) -> None:
+        give_up = time.monotonic() + 30
+        while time.monotonic() < give_up and process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+        raise RuntimeError(f"{self.program} does not listen: {self.log()}")
+
+    def submit(
+        self, sender: str, recipients: Sequence[str], message: bytes, options: Sequence[str] = ()
+    ) -> None:
+        """Give it a message (CRLF line ends), as it is."""
+        with smtplib.SMTP("127.0.0.1", self.port) as client:
+            client.ehlo("sender.example.net")
+            _expect(client, 250, f"MAIL FROM:<{sender}>{''.join(f' {one}' for one in options)}")
+            for recipient in recipients:
+                _expect(client, 250, f"RCPT TO:<{recipient}>")
+            _expect(client, 354, "DATA")
+            stuffed = message.replace(b"\r\n.", b"\r\n..")
+            client.send((b"." if message[:1] == b"." else b"") + stuffed + b".\r\n")
+            code, text = client.getreply()
+            assert code == 250, (code, text)
+
+
+def _expect(client: smtplib.SMTP, code: int, command: str) -> None:
+    client.send(f"{command}\r\n".encode())
+    got, text = client.getreply()
+    assert got == code, f"{command}: {got} {text!r}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+EXIM = """
+spool_directory = {place}/spool
+log_file_path = {place}/%slog
+primary_hostname = odmr.example.net
+local_interfaces = 127.0.0.1
+daemon_smtp_ports = {port}
+host_lookup =
+rfc1413_hosts = :
+smtp_accept_max = 100
+smtp_accept_queue_per_connection = 0
+smtputf8_advertise_hosts = *
+received_header_text =
+queue_only = {hold}
+queue_run_in_order = true
+smtp_etrn_command = /usr/sbin/exim4 -C {place}/exim.conf -Rf \
+  "${{if inlist{{$domain}}{{example.org:example.com}}{{$value}}fail}}"
+acl_smtp_rcpt = accept_everything
+acl_smtp_data = accept_everything
+acl_smtp_atrn = check_atrn
+acl_smtp_etrn = check_etrn
+{tls}
+
+begin acl
+
+accept_everything:
+  accept
+
+# From the chapter on ODMR in Exim's specification.
+check_atrn:
+  warn  set acl_m0 = example.org,example.com
+  deny  condition = ${{if def:smtp_command_argument}}
+        set acl_m0 = ${{map {{<, $smtp_command_argument}} \\
+          {{${{if inlist{{$item}}{{example.org:example.com}} {{$value}}}}}} }}
+        condition = ${{if !def:acl_m0}}
+  defer !atrn_domains = <, $acl_m0
+        message = 453 You have no mail
+  accept
+
+check_etrn:
+  accept condition = ${{if inlist{{$smtp_command_argument}}{{example.org:example.com}}}}
+  deny  message = 459 node $smtp_command_argument not allowed
+
+begin routers
+
+to_customer:
+  driver = manualroute
+  condition = ${{if def:atrn_host}}
+  route_data = <;$atrn_host
+  self = send
+  transport = call_customer
+
+to_host:
+  driver = manualroute
+  domains = example.org : example.com
+  condition = ${{if >{{{next_hop}}}{{0}}}}
+  route_data = 127.0.0.1
+  self = send
+  transport = call_host
+
+begin transports
+
+call_customer:
+  driver = smtp
+  hosts_try_prdr = *
+  message_linelength_limit = 10000
+
+call_host:
+  driver = smtp
+  port = {next_hop}
+  hosts_avoid_tls = *
+
+begin retry
+
+* * F,1h,1s
+
+begin authenticators
+
+cram:
+  driver = cram_md5
+  public_name = CRAM-MD5
+  server_advertise_condition = ${{if !def:tls_in_cipher}}
+  server_secret = ${{if eq{{$auth1}}{{acme}} {{{password}}}fail}}
+  server_set_id = $auth1
+
+plain:
+  driver = plaintext
+  public_name = PLAIN
+  server_advertise_condition = ${{if def:tls_in_cipher}}
+  server_prompts = :
+  server_condition = ${{if and{{ {{eq{{$auth2}}{{acme}}}} {{eq{{$auth3}}{{{password}}}}} }}}}
+  server_set_id = $auth2
+"""
+
+EXIM_TLS = """
+tls_advertise_hosts = *
+tls_certificate = {place}/certificate.pem
+tls_privatekey = {place}/key.pem
+"""
+
+
+class Exim(Server):
+    """Exim 4.100: ODMR and ETRN.  It changes nothing in a message: no Received, no header made up.
+
+    ``certificate``, ``key``  PEM files: STARTTLS is offered with them.
+    """
+
+    program = "exim"
+
+    def __init__(
+        self,
+        root: Path,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        next_hop: int = 0,
+    ) -> None:
+        super().__init__(root, next_hop)
+        self._tls = (certificate, key)
+
+    def configure(self) -> None:
+        certificate, key = self._tls
+        tls = "tls_advertise_hosts ="
+        if certificate is not None and key is not None:
+            shutil.copy(certificate, self.folder / "certificate.pem")
+            shutil.copy(key, self.folder / "key.pem")
+            (self.folder / "key.pem").chmod(0o644)
+            tls = EXIM_TLS.format(place=self.place)
+        values = {"place": self.place, "port": self.port, "tls": tls, "next_hop": self.next_hop}
+        values |= {"password": ACCOUNTS["acme"], "hold": "false" if self.next_hop else "true"}
+        (self.folder / "exim.conf").write_text(EXIM.format(**values))
+        owner = (self.root / "var/spool/exim4").stat()
+        (self.folder / "spool").mkdir()
+        for path in (self.folder, self.folder / "spool"):
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+    def command(self) -> list[str]:
+        return ["exim4", "-C", f"{self.place}/exim.conf", "-bdf"]
+
+    def waiting(self) -> int:
+        return int(self.inside("exim4", "-C", f"{self.place}/exim.conf", "-bpc"))
+
+
+POSTFIX = """
+compatibility_level = 3.6
+queue_directory = {place}/spool
+data_directory = {place}/data
+maillog_file = {place}/mail.log
+maillog_file_prefixes = /srv
+myhostname = mx.example.net
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mydestination =
+mynetworks = 127.0.0.0/8
+relay_domains = example.org, example.com
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtp_dns_support_level = disabled
+smtputf8_enable = yes
+transport_maps = inline:{{ {{example.org = smtp:[127.0.0.1]:{next_hop}}},
+    {{example.com = smtp:[127.0.0.1]:{next_hop}}} }}
+alias_maps =
+"""
+
+
+class Postfix(Server):
+    """Postfix: ETRN for its relay domains whose mail has been deferred."""
+
+    program = "postfix"
+
+    def configure(self) -> None:
+        conf = self.folder / "conf"
+        conf.mkdir()
+        text = POSTFIX.format(place=self.place, next_hop=self.next_hop)
+        (conf / "main.cf").write_text(text)
+        proto = (self.root / "usr/share/postfix/master.cf.dist").read_text()
+        # No service in a chroot of its own, and the listener on our port.
+        unchrooted = re.sub(r"^(\S+ +\S+ +\S+ +\S+ +)y", r"\1n", proto, flags=re.MULTILINE)
+        listening = re.sub(
+            r"^smtp( +inet)", rf"127.0.0.1:{self.port}\1", unchrooted, flags=re.MULTILINE
+        )
+        (conf / "master.cf").write_text(listening)
+        (self.folder / "spool").mkdir()
+        (self.folder / "data").mkdir()
+        owner = (self.root / "var/lib/postfix").stat()
+        os.chown(self.folder / "data", owner.st_uid, owner.st_gid)
+
+    def command(self) -> list[str]:
+        return ["postfix", "-c", f"{self.place}/conf", "start-fg"]
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        self.inside("postfix", "-c", f"{self.place}/conf", "stop")
+        process.terminate()
+
+    def waiting(self) -> int:
+        listing = self.inside("postqueue", "-c", f"{self.place}/conf", "-j")
+        return len(listing.splitlines())
+
+    def deferred(self) -> int:
+        """How many of them it has tried in vain."""
+        listing = self.inside("postqueue", "-c", f"{self.place}/conf", "-j")
+        return listing.count('"queue_name": "deferred"')
+
+
+SENDMAIL = """
+include(`/usr/share/sendmail/cf/m4/cf.m4')
+OSTYPE(`linux')
+define(`confDOMAIN_NAME', `mx.example.net')
+define(`QUEUE_DIR', `{place}/queue')
+define(`STATUS_FILE', `{place}/statistics')
+define(`confPID_FILE', `{place}/pid')
+define(`confDELIVERY_MODE', `queueonly')
+define(`confDONT_PROBE_INTERFACES', `True')
+define(`confTO_IDENT', `0')
+FEATURE(`no_default_msa')
+FEATURE(`nocanonify')
+FEATURE(`accept_unresolvable_domains')
+DAEMON_OPTIONS(`Port={port}, Addr=127.0.0.1, Name=MTA')
+MAILER(`smtp')
+"""
+
+
+class Sendmail(Server):
+    """sendmail: ETRN for whatever it holds."""
+
+    program = "sendmail"
+
+    def configure(self) -> None:
+        source = self.folder / "sendmail.mc"
+        source.write_text(SENDMAIL.format(place=self.place, port=self.port))
+        (self.folder / "sendmail.cf").write_text(self.inside("m4", f"{self.place}/sendmail.mc"))
+        (self.folder / "queue").mkdir()
+        (self.folder / "queue").chmod(0o700)
+
+    def command(self) -> list[str]:
+        return ["/usr/libexec/sendmail/sendmail", f"-C{self.place}/sendmail.cf", "-bD"]
+
+    def waiting(self) -> int:
+        return len(list((self.folder / "queue").glob("qf*")))
