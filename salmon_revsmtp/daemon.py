@@ -166,14 +166,14 @@ class Daemon:
 
     def _note(self, report: Report) -> None:
         """One line when an agent begins to fail and one when it recovers, not one a try."""
-        if self._stop.is_set() or report.outcome in (Outcome.BUSY, Outcome.DISABLED):
+        if report.outcome in (Outcome.BUSY, Outcome.DISABLED):
             return
         since = self._failing.get(report.agent)
         if report.outcome.good and since is not None:
             del self._failing[report.agent]
             minutes = (time.time() - since) / 60
             log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
-        elif not report.outcome.good and since is None:
+        elif not (report.outcome.good or since is not None or self._stop.is_set()):
             self._failing[report.agent] = time.time()
             log.warning("agent=%s fails: %s: %s", report.agent, report.outcome, report.error)
 
