@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 GRACE = 10.0
 # The schedule is looked at this often at least: a machine that slept is noticed that soon.
 TICK = 15.0
+# And no oftener than this, however near the next time is.
+BLINK = 0.01
 # Seconds between two lines of progress to who asked for a collection.
 PROGRESS = 0.2
 
@@ -117,7 +119,7 @@ class Daemon:
         if self._stop.is_set():
             return
         until = self._schedule.next_time()
-        seconds = TICK if until is None else min(TICK, max(0.0, until - self._clock()))
+        seconds = TICK if until is None else min(TICK, max(BLINK, until - self._clock()))
         with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
             await asyncio.wait_for(self._wake.wait(), seconds)
 
