@@ -158,10 +158,9 @@ def test_a_week(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
     for agent in all_agents:
         every = agent.settings.every * MINUTE
         starts = world.starts[agent.name]
-        begin, end = world.outages.get(agent.name, (0.0, 0.0))
         awake = WEEK - sum(sleeps.values())
         # Once more for each start and each sleep; while it fails, the first tries come sooner.
-        more = len(restarts) + 1 + len(sleeps) + (8 if end else 0)
+        more = len(restarts) + 1 + len(sleeps) + (8 if agent.name in world.outages else 0)
         assert awake / every - more - len(sleeps) <= len(starts) <= awake / every + more, agent
         for earlier, later in pairwise(starts):
             assert later - earlier <= every + 2 * TICK + MINUTE or any(

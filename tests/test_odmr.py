@@ -174,6 +174,27 @@ def test_a_mechanism_that_the_provider_does_not_do_after_all(salmon: Salmon) -> 
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
 
 
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_under_tls_the_password_may_be_sent(salmon: Salmon, mechanism: str) -> None:
+    def encoded(text: str) -> str:
+        return base64.b64encode(text.encode()).decode()
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", f"250 AUTH {mechanism}")
+        if mechanism == "PLAIN":
+            await provider.asks(f"AUTH PLAIN {encoded(f'{chr(0)}acme{chr(0)}{PASSWORD}')}")
+        else:
+            await provider.asks(f"AUTH LOGIN {encoded('acme')}", "334 UGFzc3dvcmQ6")
+            await provider.asks(encoded(PASSWORD))
+        provider.say("235 welcome")
+        await provider.asks("EHLO", "250-odmr", "250 ATRN")
+        await provider.asks("ATRN", "453 no mail")
+
+    report = run(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, mechanism)
+
+
 @pytest.mark.parametrize("offered", ["AUTH PLAIN LOGIN", "AUTH XOAUTH2", "SIZE", "STARTTLS"])
 def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) -> None:
     async def script(provider: Dialogue) -> None:
