@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test interop lint types docs wheel clean
+.PHONY: demo test faults interop lint types docs wheel clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
@@ -18,7 +18,11 @@ demo: $(READY)
 	TMPDIR=$(abspath $(VENV))/tmp $(BIN)/salmon-revsmtp demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not interop"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not interop and not long"
+
+# Everything broken that can break, at length.
+faults: $(READY)
+	$(BIN)/python -m pytest -n auto -m long
 
 # Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)
