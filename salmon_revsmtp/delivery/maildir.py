@@ -27,9 +27,14 @@ CLASHES = 10
 
 
 def open_queue(folder: str | Path) -> Any:
-    """A Salmon Queue in a folder, which is made with those above it.  Raises :class:`OSError`."""
+    """A Salmon Queue in a folder, which is made with those above it.  Raises :class:`OSError`.
+
+    What a process left under ``tmp/`` when it died goes when it is 36 hours old, as Maildir has it.
+    """
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    return queue.Queue(str(folder))
+    opened = queue.Queue(str(folder))
+    opened.mbox.clean()
+    return opened
 
 
 def push_safely(target: Any, message: bytes) -> str:
