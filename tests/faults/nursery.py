@@ -1,12 +1,12 @@
 """A process that brings up others to be killed: imports everything once, then forks.
 
-    python nursery.py FOLDER PORT DELIVERY
+    python nursery.py FOLDER KEYS DELIVERY
 
 A line of JSON on standard input is a life: ``{"do": "collect", "die_at": 17}`` forks a child that
-collects from the provider on PORT (``"consume"``: that handles the queue) in FOLDER, and that kills
-itself at the 17th line that it comes to of the code which makes a message safe.  Answers: ``pid
-4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``, the
-message, its recipient, and the digest of what queue mode stored for it.
+collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue), and that
+kills itself at the 17th line that it comes to of the code which makes a message safe.  Answers:
+``pid 4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``,
+the message, its recipient, and the digest of what queue mode stored for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conftest import agent_keys, configuration
+from conftest import configuration
 from salmon.mail import MailRequest
 from salmon.routing import Router, route, stateless
 from salmon.server import SMTPError
@@ -86,32 +86,32 @@ def die_at(number: int) -> None:
     sys.settrace(called)
 
 
-def collect(port: int, delivery: str) -> None:
+def collect(keys: dict[str, Any], delivery: str) -> None:
     plugins = Plugins.load()
     service = {"hostname": "mail.example.org", "delivery": delivery}
-    valid = configuration(agent_keys(port), plugins=plugins, default=service)
+    valid = configuration(keys, plugins=plugins, default=service)
     with Runtime(valid, plugins, Sent) as runtime:
         asyncio.run(runtime.collect(valid.agents))
 
 
-def live(request: dict[str, Any], port: int, delivery: str) -> None:
+def live(request: dict[str, Any], keys: dict[str, Any], delivery: str) -> None:
     if number := request.get("die_at"):
         die_at(number)
     if request["do"] == "collect":
-        collect(port, delivery)
+        collect(keys, delivery)
     else:
         QueueConsumer("run/inbound", relay=Sent).start(one_shot=True)
 
 
 def main() -> None:
-    folder, port, delivery = sys.argv[1:]
+    folder, keys, delivery = sys.argv[1:]
     os.chdir(folder)
     logging.disable(logging.CRITICAL)
     Router.LOG_EXCEPTIONS = False
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
-            live(json.loads(line), int(port), delivery)
+            live(json.loads(line), json.loads(keys), delivery)
             sys.stdout.flush()
             os._exit(0)
         print("pid", pid, flush=True)

@@ -16,14 +16,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
-import os
 import random
 import re
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PASSWORD
+from conftest import PASSWORD, agent_keys
+from lives import LONG, Nursery
 from salmon import queue
 
 from salmon_revsmtp.provider.accounts import Account, Accounts
@@ -39,11 +35,7 @@ from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.smtp.envelope import Envelope
 
-HERE = Path(__file__).parent
 ACCOUNTS = Accounts([Account("acme", PASSWORD, ("example.org",))])
-
-# Seconds to wait for what takes milliseconds.
-LONG = 60
 
 # Recipients by what their handlers do; "boom" raises, "never" refuses.
 CASTS = (("ann",), ("ann", "bob"), ("boom",), ("ann", "never"), ("never", "boom", "bob"))
@@ -74,53 +66,6 @@ def serving(held: HoldQueue) -> Iterator[Provider]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-
-
-class Nursery:
-    """Processes that may be killed; see nursery.py."""
-
-    def __init__(self, folder: Path, port: int, delivery: str) -> None:
-        command = [sys.executable, str(HERE / "nursery.py"), str(folder), str(port), delivery]
-        environment = {"PYTHONPATH": str(HERE.parent), "PATH": "/usr/bin:/bin"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def _ask(self, **request: Any) -> int:
-        assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._hear("pid")
-
-    def _hear(self, word: str) -> int:
-        assert self._process.stdout is not None
-        said = self._process.stdout.readline().split()
-        assert said[:1] == [word], said
-        return int(said[1])
-
-    def live(self, do: str, kill_after: float | None = None, die_at: int | None = None) -> int:
-        """One life; returns its exit status, -9 if it was killed."""
-        pid = self._ask(do=do, die_at=die_at)
-        if kill_after is None:
-            return self._hear("ended")
-        killer = threading.Timer(kill_after, _kill, [pid])
-        killer.start()
-        try:
-            # The pid is not used again before its end is heard here.
-            return self._hear("ended")
-        finally:
-            killer.cancel()
-            killer.join()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        assert self._process.wait(LONG) == 0
-        self._process.stdout.close()
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 class Books:
@@ -266,7 +211,7 @@ def everything(folder: Path, delivery: str) -> Iterator[tuple[Books, Nursery]]:
     (folder / "run").mkdir()
     books = Books(folder, delivery)
     with serving(books.held) as provider:
-        nursery = Nursery(folder, provider.port, delivery)
+        nursery = Nursery(folder, agent_keys(provider.port), delivery)
         try:
             yield books, nursery
         finally:
