@@ -64,6 +64,7 @@ setup(
             "ruff",
             "setuptools>=70",
             "sphinx",
+            "trustme",
         ],
     },
     entry_points={

@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 # RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command.
 COMMAND_TIMEOUT = 300.0
 
+# Log lines about refused recipients in one session; of the others their number is told.  Enough to
+# see what is wrong, and a provider cannot fill the disk with them.
+LOGGED_REFUSALS = 20
+
 # Exim 4.100.1 as provider encrypts every message but the first of a session twice: what comes out
 # of the connection's TLS is a TLS record, cut off where the message should end.  It takes the
 # message for unsent when the connection breaks, and sends it in the next session.  No message that
@@ -110,8 +114,11 @@ class Service:
     @property
     def limits(self) -> Limits:
         """The machine's limits with what the user has set."""
+        recipients = self.settings.max_recipients
         return Limits(
-            message=self.settings.max_message_size, recipients=self.settings.max_recipients
+            message=self.settings.max_message_size,
+            recipients=recipients,
+            refusals=max(Limits.refusals, 10 * recipients),
         )
 
     def refuses_client(self, address: str) -> str | None:
@@ -191,6 +198,8 @@ class Session(asyncio.Protocol):
         )
         self._transport: asyncio.Transport | None = None
         self._idle: asyncio.TimerHandle | None = None
+        self._seen = (0, 0)  # the receiver's steps and octets when the clock was wound up
+        self._refusals = 0
         self._deliveries: set[asyncio.Task[None]] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._congested = False
@@ -228,8 +237,9 @@ class Session(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
-        if self._idle:
-            self._idle.cancel()
+        self._stop_clock()
+        if self._refusals > LOGGED_REFUSALS:
+            log.warning("peer=%s %d more refused", self.peer, self._refusals - LOGGED_REFUSALS)
         if not self.clean and self.broken is None:
             self.broken = "the provider broke the connection off" + (f": {exc}" if exc else "")
         self._finish()
@@ -254,7 +264,7 @@ class Session(asyncio.Protocol):
                 self._deliveries.add(task)
                 task.add_done_callback(self._delivered)
             elif isinstance(event, Refused):
-                log.warning("peer=%s to=%r reply=%r", self.peer, event.recipients, str(event.reply))
+                self._log_refusal(event)
                 self._tally.refuse(len(event.recipients) or 1, event.reply)
             elif isinstance(event, StartTls):
                 task = asyncio.get_running_loop().create_task(self._handshake())
@@ -264,6 +274,12 @@ class Session(asyncio.Protocol):
                 self.clean = event.reply.positive
                 if not self.clean:
                     self.broken = f"we sent the provider away: {event.reply}"
+
+    def _log_refusal(self, refused: Refused) -> None:
+        self._refusals += 1
+        if self._refusals <= LOGGED_REFUSALS:
+            to = refused.recipients[:LOGGED_REFUSALS]
+            log.warning("peer=%s to=%r reply=%r", self.peer, to, str(refused.reply))
 
     async def _handshake(self) -> None:
         assert self._transport is not None and self._starttls is not None
@@ -328,16 +344,36 @@ class Session(asyncio.Protocol):
             transport.resume_reading()
 
     def _wait(self) -> None:
-        """Restart the clock on a silent client; it does not run while we are delivering."""
-        if self._idle:
-            self._idle.cancel()
-            self._idle = None
-        if not self._deliveries and not self._lost:
+        """The clock on a client that has the word.  What it says winds the clock up when it goes
+        on: a command that became whole (RFC 5321 4.5.3.2), enough content.  An octet now and then
+        does not."""
+        if self._deliveries or self._lost:
+            self._stop_clock()
+        elif self._idle is None or self._went_on():
+            self._stop_clock()
+            self._seen = (self._receiver.steps, self._receiver.content_octets)
             loop = asyncio.get_running_loop()
             self._idle = loop.call_later(self._idle_timeout, self._idled)
 
+    def _went_on(self) -> bool:
+        steps, octets = self._seen
+        enough = self._receiver.limits.content_rate * self._idle_timeout
+        return self._receiver.steps > steps or self._receiver.content_octets - octets >= enough
+
+    def _stop_clock(self) -> None:
+        if self._idle:
+            self._idle.cancel()
+            self._idle = None
+
     def _idled(self) -> None:
-        self.abort(f"the provider was silent for {self._idle_timeout:g} seconds")
+        came = self._receiver.content_octets - self._seen[1]
+        if came:
+            did = f"sent only {came} octets of a message"
+        elif self._receiver.pending:
+            did = "sent no whole command"
+        else:
+            did = "was silent"
+        self.abort(f"the provider {did} for {self._idle_timeout:g} seconds")
 
     def shut_down(self) -> None:
         """End at the next message boundary: the message in hand is answered, a new one gets 421."""
