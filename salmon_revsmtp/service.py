@@ -318,6 +318,7 @@ class Session(asyncio.Protocol):
             self.abort(f"a delivery failed: {type(error).__name__}: {error}")
         if self._eof and not self._deliveries and self._transport is not None:
             self._transport.close()
+        self._wait()
         self._finish()
 
     def _flush(self) -> None:
@@ -368,12 +369,12 @@ class Session(asyncio.Protocol):
     def _idled(self) -> None:
         came = self._receiver.content_octets - self._seen[1]
         if came:
-            did = f"sent only {came} octets of a message"
+            did = f"sent no more than {came} octets of a message"
         elif self._receiver.pending:
             did = "sent no whole command"
         else:
-            did = "was silent"
-        self.abort(f"the provider {did} for {self._idle_timeout:g} seconds")
+            did = "said nothing"
+        self.abort(f"the provider {did} in {self._idle_timeout:g} seconds")
 
     def shut_down(self) -> None:
         """End at the next message boundary: the message in hand is answered, a new one gets 421."""
