@@ -51,7 +51,7 @@ setup(
         "python-dotenv>=1.0",
         "rich>=13",
         "salmon-mail>=3.3,<4",
-        "scramp>=1.5",
+        "scramp>=1.4.10",
     ],
     extras_require={
         "dev": [
