@@ -758,7 +758,7 @@ def _split(line: bytes) -> tuple[str, str]:
 def _parameters(text: str, known: Mapping[str, re.Pattern[str]]) -> dict[str, str]:
     """The ESMTP parameters of MAIL or RCPT (RFC 5321 4.1.2)."""
     options: dict[str, str] = {}
-    for word in text.split():
+    for word in filter(None, text.split(" ")):  # and not at what Unicode calls a space
         found = _PARAMETER.fullmatch(word)
         if not found:
             raise _CommandError(Reply(501, "that is no KEY=VALUE parameter", SYNTAX))
