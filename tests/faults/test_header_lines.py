@@ -4,11 +4,14 @@ none keeps the mail from being delivered."""
 from __future__ import annotations
 
 import email
+import re
 from email import policy
 from email.message import Message
 
 import pytest
 from conftest import Salmon
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
@@ -16,8 +19,9 @@ from test_delivery import exchange
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.bounce import notification
-from salmon_revsmtp.delivery.trace import split_envelope
+from salmon_revsmtp.delivery.trace import Hop, split_envelope, with_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
 
 MESSAGE = b"From: Ann <ann@example.net>\r\nSubject: hi\r\n\r\nhello\r\n"
@@ -66,57 +70,86 @@ def names(data: bytes) -> list[str]:
     return found
 
 
-def domainless(mailbox: str) -> str:
-    return mailbox.rpartition("@")[0]
+RECIPIENTS = [f"{local}@example.org" for local in LOCAL_PARTS]
+KEPT = ["Return-Path", "Delivered-To", "Received", "From", "Subject"]
+ODD_SENDER = "a\u2028Bcc\u0085@example.net"
 
 
-@pytest.mark.parametrize("local", LOCAL_PARTS, ids=ascii)
-def test_a_handler_finds_the_message_and_one_line_of_ours(salmon: Salmon, local: str) -> None:
+def test_handlers_find_the_message_and_one_line_of_ours(salmon: Salmon) -> None:
     salmon.handle(".*")
-    heard, report = exchange(
-        salmon,
-        f"{local}@example.org",
-        sender=f"{local}@example.net",
-        data=MESSAGE,
-        mail=" SMTPUTF8",
-    )
+    heard, report = exchange(salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8")
     assert [line[:3] for line in heard] == ["250"]
-    assert (report.messages, report.recipients) == (1, 1)
-    [message] = salmon.handled
-    assert domainless(message.To) == local.lower()
-    assert names(message.Data) == ["Received", "From", "Subject"]
-    assert message.body() == "hello"
+    assert (report.messages, report.recipients) == (1, len(RECIPIENTS))
+    assert [message.To for message in salmon.handled] == [one.lower() for one in RECIPIENTS]
+    for message in salmon.handled:
+        assert message.From == ODD_SENDER.lower()
+        assert names(message.Data) == ["Received", "From", "Subject"]
+        assert message.body() == "hello"
 
 
-@pytest.mark.parametrize("local", LOCAL_PARTS, ids=ascii)
-def test_the_queue_keeps_the_envelope_in_two_lines_and_gives_it_back(
-    salmon: Salmon, local: str
-) -> None:
+def test_the_queue_keeps_the_envelope_in_two_lines_and_gives_it_back(salmon: Salmon) -> None:
     salmon.handle(".*")
-    sender, recipient = f"{local}@example.net", f"{local}@example.org"
     heard, _ = exchange(
-        salmon, recipient, sender=sender, data=MESSAGE, mail=" SMTPUTF8", delivery="queue"
+        salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8", delivery="queue"
     )
     assert [line[:3] for line in heard] == ["250"]
     inbound = queue.Queue("run/inbound")
-    [key] = inbound.keys()
-    stored = inbound.mbox.get_bytes(key)
-    assert names(stored) == ["Return-Path", "Delivered-To", "Received", "From", "Subject"]
-    assert split_envelope(stored)[:2] == (sender, recipient)
+    envelopes = []
+    for key in inbound.keys():
+        stored = inbound.mbox.get_bytes(key)
+        assert names(stored) == KEPT
+        envelopes.append(split_envelope(stored)[:2])
+    assert sorted(envelopes) == sorted((ODD_SENDER, one) for one in RECIPIENTS)
     assert salmon.handled == []
     QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
-    [message] = salmon.handled
-    assert message.To == recipient.lower()
+    assert sorted(one.To for one in salmon.handled) == sorted(one.lower() for one in RECIPIENTS)
     assert list(inbound.keys()) == []
 
 
-@pytest.mark.parametrize("local", LOCAL_PARTS, ids=ascii)
-def test_what_no_handler_takes_is_kept_in_two_lines(salmon: Salmon, local: str) -> None:
-    sender, recipient = f"{local}@example.net", f"{local}@example.org"
-    exchange(salmon, recipient, sender=sender, data=MESSAGE, mail=" SMTPUTF8")
-    [kept] = salmon.undeliverable()
-    assert names(kept) == ["Return-Path", "Delivered-To", "Received", "From", "Subject"]
-    assert split_envelope(kept)[:2] == (sender, recipient)
+def test_what_no_handler_takes_is_kept_in_two_lines(salmon: Salmon) -> None:
+    exchange(salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8")
+    kept = salmon.undeliverable()
+    for one in kept:
+        assert names(one) == KEPT
+    assert sorted(split_envelope(one)[:2] for one in kept) == sorted(
+        (ODD_SENDER, one) for one in RECIPIENTS
+    )
+
+
+def is_mailbox(text: str) -> bool:
+    """It may come as a sender or recipient, in a command of one line."""
+    line = f"MAIL FROM:<{text}> SMTPUTF8\r\n"
+    receiver = Receiver("h")
+    receiver.receive_bytes(b"EHLO p\r\n" + line.encode("utf-8", "replace"))
+    return receiver.data_to_send().endswith(b"250 2.1.0 sender ok\r\n")
+
+
+ODD = "\u0085\u2028\u2029\u00a0\ufeff\u009b\u202e=?_-%!ab"
+LOCALS = st.one_of(
+    st.text(st.sampled_from(ODD + "."), min_size=1, max_size=12),
+    st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), min_size=1, max_size=12),
+    st.text(st.sampled_from(ODD + ' \\",;:<>()@[]'), max_size=12).map(
+        lambda text: '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    ),
+)
+
+
+@given(LOCALS, LOCALS)
+@settings(deadline=None)
+def test_any_mailbox_that_is_taken_makes_two_lines(one: str, other: str) -> None:
+    sender, recipient = f"{one}@example.net", f"{other}@example.org"
+    assert is_mailbox(sender) and is_mailbox(recipient)
+    content = MESSAGE.replace(b"\r\n", b"\n")
+    hop = Hop("192.0.2.1", "mail.example.org", "agent isp", tls=True)
+    received = hop.received(Envelope(sender, (recipient,), helo=one), recipient)
+    kept = with_envelope(sender, recipient, received + content)
+    assert names(kept) == KEPT
+    assert split_envelope(kept) == (sender, recipient, received + content)
+    report = notification(
+        "h", Envelope(sender, (recipient,)), {recipient: Reply(550, other)}, content
+    )
+    _, about = parts_of(report.as_bytes())
+    assert about.keys() == ["Final-Recipient", "Action", "Status", "Diagnostic-Code"]
 
 
 NOTIFICATION = [
@@ -138,8 +171,7 @@ def parts_of(report: bytes) -> list[Message]:
     return list(status.get_payload())
 
 
-@pytest.mark.parametrize("local", LOCAL_PARTS, ids=ascii)
-def test_a_notification_has_our_header_lines_only(salmon: Salmon, local: str) -> None:
+def test_a_notification_has_our_header_lines_only(salmon: Salmon) -> None:
     def action(message: MailRequest) -> None:
         if message.To != "good@example.org":
             raise SMTPError(550, "no such user\r\nBcc: evil@elsewhere.example\r\n\r\nbody")
@@ -147,25 +179,27 @@ def test_a_notification_has_our_header_lines_only(salmon: Salmon, local: str) ->
     salmon.handle(".*", action)
     heard, _ = exchange(
         salmon,
-        f"{local}@example.org",
+        *RECIPIENTS,
         "good@example.org",
-        sender=f"{local}@example.net",
+        sender=ODD_SENDER,
         data=MESSAGE,
         mail=" SMTPUTF8 ENVID=x+0D+0ABcc:+20evil",
         rcpt=" ORCPT=utf-8;a\u2028b+0Ac",
     )
     assert [line[:3] for line in heard] == ["250"]
     [(_, to, report)] = salmon.relayed
-    assert to == f"{local}@example.net"
-    whole, one = parts_of(report.encode())
+    assert to == ODD_SENDER
+    whole, *each = parts_of(report.encode())
     assert whole.keys() == ["Reporting-MTA", "Original-Envelope-Id"]
-    assert one.keys() == [
-        "Original-Recipient",
-        "Final-Recipient",
-        "Action",
-        "Status",
-        "Diagnostic-Code",
-    ]
+    assert len(each) == len(RECIPIENTS)
+    for one in each:
+        assert one.keys() == [
+            "Original-Recipient",
+            "Final-Recipient",
+            "Action",
+            "Status",
+            "Diagnostic-Code",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +224,6 @@ def test_a_notification_of_any_text(text: str) -> None:
         assert one.keys() == ["Final-Recipient", "Action", "Status", "Diagnostic-Code"]
 
 
-@pytest.mark.parametrize("delivery", ["router", "queue"])
 @pytest.mark.parametrize(
     "beginning",
     [
@@ -213,18 +246,17 @@ def test_a_notification_of_any_text(text: str) -> None:
         b"--\r\n",
     ],
 )
-def test_a_message_that_begins_strangely(salmon: Salmon, beginning: bytes, delivery: str) -> None:
+def test_a_message_that_begins_strangely(salmon: Salmon, beginning: bytes) -> None:
     """The envelope that we keep is the transaction's, and our lines are the first."""
     salmon.handle(".*")
-    heard, _ = exchange(salmon, "b@example.org", data=beginning + MESSAGE, delivery=delivery)
+    heard, _ = exchange(salmon, "b@example.org", data=beginning + MESSAGE, delivery="queue")
     assert [line[:3] for line in heard] == ["250"]
-    if delivery == "queue":
-        inbound = queue.Queue("run/inbound")
-        [key] = inbound.keys()
-        stored = inbound.mbox.get_bytes(key)
-        assert names(stored)[:3] == ["Return-Path", "Delivered-To", "Received"]
-        assert split_envelope(stored)[:2] == ("ann@example.net", "b@example.org")
-        QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    inbound = queue.Queue("run/inbound")
+    [key] = inbound.keys()
+    stored = inbound.mbox.get_bytes(key)
+    assert names(stored)[:3] == KEPT[:3]
+    assert split_envelope(stored)[:2] == ("ann@example.net", "b@example.org")
+    QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
     [message] = salmon.handled
     assert (message.From, message.To) == ("ann@example.net", "b@example.org")
     assert names(message.Data)[0] == "Received"

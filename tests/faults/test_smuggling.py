@@ -147,6 +147,7 @@ PIECES = st.lists(
 
 
 @given(PIECES, st.integers(0, 400))
+@settings(deadline=None)
 def test_the_first_true_end_is_the_only_one(content: bytes, split: int) -> None:
     """A strict reading of RFC 5321 4.1.1.4, by the shortest possible code, finds what we find."""
     stream = content + b"\r\n.\r\n"
@@ -231,7 +232,7 @@ def holds(data: bytes) -> None:
 
 
 @given(CONTENTS)
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @example(b"")
 @example(b".")
 @example(b"..")
@@ -252,6 +253,7 @@ def test_no_smuggling_attempt_leaves_here(end: bytes) -> None:
 
 
 @given(CONTENTS)
+@settings(deadline=None)
 def test_by_bdat_the_same_content_goes_out_counted(data: bytes) -> None:
     """And with CRLF line ends only: the next hop may use DATA, and be lax."""
     wire = on_the_wire(data, "CHUNKING")
@@ -260,6 +262,6 @@ def test_by_bdat_the_same_content_goes_out_counted(data: bytes) -> None:
 
 @pytest.mark.long
 @given(st.lists(st.sampled_from([b"\r", b"\n", b".", b"\x00", b" ", b"x"]), max_size=12))
-@settings(max_examples=20_000)
+@settings(max_examples=20_000, deadline=None)
 def test_whatever_the_content_at_length(pieces: list[bytes]) -> None:
     holds(b"".join(pieces))
