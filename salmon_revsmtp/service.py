@@ -236,6 +236,8 @@ class Session(asyncio.Protocol):
         return bool(self._deliveries) and not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._lost:
+            return
         self._lost = True
         self._stop_clock()
         if self._refusals > LOGGED_REFUSALS:
@@ -274,6 +276,8 @@ class Session(asyncio.Protocol):
                 self.clean = event.reply.positive
                 if not self.clean:
                     self.broken = f"we sent the provider away: {event.reply}"
+                    if self._refusals > LOGGED_REFUSALS:
+                        self.broken += "; the log names the first that were refused, and why"
 
     def _log_refusal(self, refused: Refused) -> None:
         self._refusals += 1
@@ -285,9 +289,12 @@ class Session(asyncio.Protocol):
         assert self._transport is not None and self._starttls is not None
         if self._receiver.pending:
             raise ConnectionError("bytes behind STARTTLS")
-        self._transport = await asyncio.get_running_loop().start_tls(
+        encrypted = await asyncio.get_running_loop().start_tls(
             self._transport, self, self._starttls, server_side=True
         )
+        if encrypted is None:
+            raise ConnectionError("the connection was lost")
+        self._transport = encrypted
         self.tls = True
         self._handle(self._receiver.tls_started())
         self._flush()
@@ -296,6 +303,8 @@ class Session(asyncio.Protocol):
         self._handshakes.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self.abort(f"the TLS handshake failed: {error}")
+            # asyncio tells nobody of a connection that is lost in its handshake.
+            self.connection_lost(None)
 
     async def _transaction(self, transaction: Transaction) -> None:
         """Deliver a message, and only then answer it: 250 means safe."""

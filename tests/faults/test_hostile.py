@@ -15,7 +15,7 @@ import ssl
 import threading
 import tracemalloc
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import trustme
 from conftest import (
     CERTIFICATE,
     PASSWORD,
+    PRIVATE_KEY,
     Dialogue,
     Salmon,
     agent_keys,
@@ -308,6 +309,17 @@ def test_a_flood_behind_the_answer_to_atrn_is_not_kept_while_plugins_get_ready(
 # -- TLS -------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def quiet_asyncio() -> Iterator[None]:
+    """asyncio logs handshakes that fail, in whichever role."""
+    log = logging.getLogger("asyncio")
+    level, log.level = log.level, logging.CRITICAL
+    try:
+        yield
+    finally:
+        log.level = level
+
+
 def collect_under(
     salmon: Salmon, context: ssl.SSLContext, tls: str, ca_file: Path | None = None
 ) -> Report:
@@ -331,12 +343,8 @@ def collect_under(
             [report] = await collect(salmon, agent_keys(port, **keys))
         return report
 
-    asyncio_log = logging.getLogger("asyncio")
-    level, asyncio_log.level = asyncio_log.level, logging.CRITICAL
-    try:
+    with quiet_asyncio():
         return asyncio.run(main())
-    finally:
-        asyncio_log.level = level
 
 
 def tls_server(certificate: trustme.LeafCert) -> ssl.SSLContext:
@@ -478,7 +486,7 @@ def test_a_provider_with_endless_refusals_does_not_fill_the_log(
             await provider.silence()
 
     report = run(salmon, script)
-    assert failed(report, "we sent the provider away", "refusals in a row")
+    assert failed(report, "we sent the provider away", "refusals in a row", "the log names")
     assert report.refused == 10_001
     lines = [one.getMessage() for one in caplog.records if one.name == "salmon_revsmtp.service"]
     assert len(lines) == LOGGED_REFUSALS + 1
@@ -555,3 +563,34 @@ def test_tls_on_the_plain_listening_port_is_over_at_once(salmon: Salmon) -> None
                 )
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("then", ["silence", "a command", "half a hello", "gone", "we stop"])
+def test_a_tls_handshake_that_never_ends_leaves_nothing_open(salmon: Salmon, then: str) -> None:
+    """A client that says STARTTLS and then does no handshake: its place is free afterwards."""
+    octets = {"a command": b"MAIL FROM:<a@example.net>\r\n", "half a hello": b"\x16\x03\x01\x00"}
+
+    async def main() -> None:
+        keys = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}
+        async with listener(salmon, **keys) as one:
+            reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+            client = Dialogue(reader, writer)
+            await client.replied(220)
+            client.say("EHLO x", "STARTTLS")
+            await client.replied(250)
+            await client.replied(220)
+            [session] = one._sessions
+            writer.write(octets.get(then, b""))
+            if then == "gone":
+                client.abort()
+            elif then == "we stop":
+                await one.stop(5)
+            else:
+                assert await outlast(client) <= 350
+            await asyncio.wait_for(session.ended, 5)
+            assert not one._sessions and not one._per_address
+            assert session.broken is not None
+            writer.close()
+
+    with quiet_asyncio():
+        asyncio.run(main())
