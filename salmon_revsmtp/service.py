@@ -113,11 +113,12 @@ class Service:
 
     @property
     def limits(self) -> Limits:
-        """The machine's limits with what the user has set."""
-        recipients = self.settings.max_recipients
+        """The machine's limits with what the user has set, and what grows with it."""
+        message, recipients = self.settings.max_message_size, self.settings.max_recipients
         return Limits(
-            message=self.settings.max_message_size,
+            message=message,
             recipients=recipients,
+            chunks=max(Limits.chunks, message // 1024),
             refusals=max(Limits.refusals, 10 * recipients),
         )
 

@@ -125,8 +125,9 @@ def test_a_message_in_a_great_many_tiny_chunks_ends_the_session() -> None:
 
 
 def test_the_largest_message_in_chunks_of_a_kilobyte_is_taken() -> None:
-    limits = Limits()
-    assert limits.chunks * 1024 >= limits.message
+    for size in (1 * MIB, 50 * MIB, 1 * GIB):
+        limits = Service("x", ServiceSettings(max_message_size=size)).limits
+        assert limits.chunks * 1024 >= limits.message == size
 
 
 def test_empty_chunks_are_no_progress() -> None:
