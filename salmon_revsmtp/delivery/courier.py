@@ -48,9 +48,15 @@ class Delivery(Protocol):
     """How one message for one recipient is handed to Salmon."""
 
     def deliver(
-        self, peer: tuple[str, int], envelope: Envelope, recipient: str, content: bytes
+        self,
+        peer: tuple[str, int],
+        envelope: Envelope,
+        recipient: str,
+        trace: bytes,
+        content: bytes,
     ) -> Reply:
-        """Make it safe, then return 2yz; else the reply that says why not."""
+        """Make ``trace`` and ``content``, the message, safe, then return 2yz; else the reply that
+        says why not."""
 
 
 def as_salmon_has_it(data: bytes) -> bytes:
@@ -174,10 +180,10 @@ class Courier:
 
     def _hand_over(self, errand: Errand, key: MessageKey, recipient: str, content: bytes) -> Reply:
         envelope = errand.envelope
-        message = errand.hop.received(envelope, recipient) + content
-        reply = self._asked(errand.agent, envelope, message)
+        trace = errand.hop.received(envelope, recipient)
+        reply = self._asked(errand.agent, envelope, trace, content)
         if reply is None:
-            reply = self._delivery.deliver(errand.peer, envelope, recipient, message)
+            reply = self._delivery.deliver(errand.peer, envelope, recipient, trace, content)
         self._journal.record(key, recipient, reply)
         log.log(
             logging.INFO if reply.positive else logging.WARNING,
@@ -185,7 +191,7 @@ class Courier:
             self._via(errand),
             envelope.reverse_path,
             recipient,
-            len(message),
+            len(trace) + len(content),
             str(reply),
         )
         if self._plugins.implemented("message_delivered"):
@@ -201,12 +207,14 @@ class Courier:
     def _via(self, errand: Errand) -> str:
         return f"agent={errand.agent.name}" if errand.agent else f"service={self._service.name}"
 
-    def _asked(self, agent: Agent | None, envelope: Envelope, message: bytes) -> Reply | None:
+    def _asked(
+        self, agent: Agent | None, envelope: Envelope, trace: bytes, content: bytes
+    ) -> Reply | None:
         """Whether a plugin refuses the message."""
         if not self._plugins.implemented("message_received"):
             return None
         said = self._plugins.call(
-            "message_received", agent=agent, envelope=envelope, message=message
+            "message_received", agent=agent, envelope=envelope, message=trace + content
         )
         if said is None or (isinstance(said, Reply) and (said.transient or said.permanent)):
             return said

@@ -37,14 +37,15 @@ def open_queue(folder: str | Path) -> Any:
     return opened
 
 
-def push_safely(target: Any, message: bytes) -> str:
-    """Push onto a Salmon Queue and return its key when the message would survive a power cut.
+def push_safely(target: Any, *pieces: bytes) -> str:
+    """Push a message, in pieces so that a large one is not copied, onto a Salmon Queue; returns its
+    key when it would survive a power cut.
 
     A queue that is not Salmon's own writes in its own way; its folder is synced if it has one.
     Raises :class:`OSError`.
     """
     if type(target) is not queue.Queue:
-        key = str(target.push(message))
+        key = str(target.push(b"".join(pieces)))
         if folder := getattr(target, "dir", None):
             sync_folder(Path(folder, "new"))
         return key
@@ -52,7 +53,7 @@ def push_safely(target: Any, message: bytes) -> str:
     tmp = Path(file.name)
     try:
         with file:
-            file.write(message)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         tmp.rename(Path(target.dir, "new", tmp.name))

@@ -19,7 +19,7 @@ from salmon_revsmtp.delivery.bounce import Bouncer
 from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue, push_safely
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
-from salmon_revsmtp.delivery.trace import split_envelope, with_envelope
+from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
 from salmon_revsmtp.delivery.unsent import Unsent
 from salmon_revsmtp.locks import only_one
 from salmon_revsmtp.service import Service
@@ -45,14 +45,19 @@ class QueueDelivery:
         self._queue: Any = None
 
     def deliver(
-        self, peer: tuple[str, int], envelope: Envelope, recipient: str, content: bytes
+        self,
+        peer: tuple[str, int],
+        envelope: Envelope,
+        recipient: str,
+        trace: bytes,
+        content: bytes,
     ) -> Reply:
         """Store a message (bytes, LF line ends) for one recipient, synced to disk."""
-        stored = with_envelope(envelope.reverse_path, recipient, content) + b"\n"
+        lines = envelope_lines(envelope.reverse_path, recipient)
         try:
             if self._queue is None:
                 self._queue = open_queue(self._folder)
-            key = push_safely(self._queue, stored)
+            key = push_safely(self._queue, lines, trace, content, b"\n")
         except OSError as error:
             log.error("queue=%s recipient=%s not stored: %s", self._folder, recipient, error)
             return disk_reply(error)
@@ -154,7 +159,7 @@ class QueueConsumer:
         return reply
 
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
-        reply = self._delivery.deliver((self._folder, 0), envelope, recipient, content)
+        reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)
         if reply.permanent:
             return self._bouncer.bounce(envelope, {recipient: reply}, content) or reply
         return reply

@@ -23,7 +23,7 @@ from salmon.routing import Router
 from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import with_envelope
+from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -38,7 +38,12 @@ class RouterDelivery:
     """Runs handlers before the 250."""
 
     def deliver(
-        self, peer: tuple[str, int], envelope: Envelope, recipient: str, content: bytes
+        self,
+        peer: tuple[str, int],
+        envelope: Envelope,
+        recipient: str,
+        trace: bytes,
+        content: bytes,
     ) -> Reply:
         """Hand a message (bytes, LF line ends) to the handlers that match ``recipient``.
 
@@ -51,10 +56,11 @@ class RouterDelivery:
             # Without a last safe place, what a handler raises on would be gone.
             log.error("recipient=%s no undeliverable queue can be made: %s", recipient, error)
             return disk_reply(error)
-        stored = with_envelope(envelope.reverse_path, recipient, content)
-        with undeliverable.keeping(stored) as kept:
+        message = trace + content
+        lines = envelope_lines(envelope.reverse_path, recipient)
+        with undeliverable.keeping(lines, message) as kept:
             try:
-                request = mail.MailRequest(peer, envelope.reverse_path or "<>", recipient, content)
+                request = mail.MailRequest(peer, envelope.reverse_path or "<>", recipient, message)
                 if recipient:  # Salmon takes the To header where it cannot read the envelope
                     request.To = recipient.lower()
                 kept.request = request
@@ -93,7 +99,7 @@ class _Kept:
     """The message that a thread is delivering, and whether it has gone into the queue."""
 
     queue: Any
-    stored: bytes
+    stored: tuple[bytes, ...]
     request: Any = None
     done: bool = False
     failure: OSError | None = None
@@ -102,7 +108,7 @@ class _Kept:
         if self.done:
             return ""
         try:
-            key = push_safely(self.queue, self.stored)
+            key = push_safely(self.queue, *self.stored)
         except OSError as error:
             self.failure = error
             raise
@@ -141,7 +147,7 @@ class _Undeliverable:
         return push_safely(self.original, stored)
 
     @contextmanager
-    def keeping(self, stored: bytes) -> Iterator[_Kept]:
+    def keeping(self, *stored: bytes) -> Iterator[_Kept]:
         """While this lasts, a push of ``request`` by this thread stores ``stored``."""
         kept = _Kept(self.original, stored)
         self._thread.kept = kept

@@ -9,7 +9,7 @@ from email.utils import formatdate
 
 from salmon_revsmtp.smtp.envelope import Envelope
 
-__all__ = ["MAX_HOPS", "Hop", "hops", "split_envelope", "with_envelope"]
+__all__ = ["MAX_HOPS", "Hop", "envelope_lines", "hops", "split_envelope"]
 
 # RFC 5321 6.3: that many Received lines are a loop.
 MAX_HOPS = 100
@@ -63,13 +63,13 @@ def hops(content: bytes) -> int:
     return len(_RECEIVED.findall(content, 0, end if end >= 0 else len(content)))
 
 
-def with_envelope(reverse_path: str, recipient: str, content: bytes) -> bytes:
-    """A message with its envelope on top, for where only the message is kept."""
-    return f"Return-Path: <{reverse_path}>\nDelivered-To: {recipient}\n".encode() + content
+def envelope_lines(reverse_path: str, recipient: str) -> bytes:
+    """The envelope as header lines, to stand on top where only the message is kept."""
+    return f"Return-Path: <{reverse_path}>\nDelivered-To: {recipient}\n".encode()
 
 
 def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
-    """What :func:`with_envelope` put together: reverse-path, recipient, message.
+    """What :func:`envelope_lines` stands on top of: reverse-path, recipient, message.
 
     ``None`` for what the first lines do not have.
     """

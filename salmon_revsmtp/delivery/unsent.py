@@ -17,7 +17,7 @@ from typing import Any
 
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
-from salmon_revsmtp.delivery.trace import split_envelope, with_envelope
+from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
 from salmon_revsmtp.locks import only_one
 
 __all__ = ["UNSENT", "Unsent"]
@@ -50,7 +50,7 @@ class Unsent:
 
     def put(self, to: str, message: bytes) -> None:
         """Take a notification; it is safe on disk when this returns.  Raises :class:`OSError`."""
-        push_safely(open_queue(self._folder), with_envelope("", to, message))
+        push_safely(open_queue(self._folder), envelope_lines("", to), message)
         self._wake()
 
     @property

@@ -31,7 +31,7 @@ from salmon.server import SMTPError
 
 import salmon_revsmtp
 from salmon_revsmtp import QueueConsumer
-from salmon_revsmtp.delivery.trace import with_envelope
+from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.runtime import Runtime
 
@@ -42,7 +42,7 @@ LEDGER = "ledger"
 
 
 def write_down(what: str, message: MailRequest) -> None:
-    stored = with_envelope(message.From, message.To, message.Data) + b"\n"
+    stored = envelope_lines(message.From, message.To) + message.Data + b"\n"
     digest = hashlib.sha256(stored).hexdigest()
     line = f"{what} {message['Subject']} {message.To} {digest}\n"
     descriptor = os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -19,7 +19,7 @@ from test_delivery import exchange
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.bounce import notification
-from salmon_revsmtp.delivery.trace import Hop, split_envelope, with_envelope
+from salmon_revsmtp.delivery.trace import Hop, envelope_lines, split_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
@@ -142,7 +142,7 @@ def test_any_mailbox_that_is_taken_makes_two_lines(one: str, other: str) -> None
     content = MESSAGE.replace(b"\r\n", b"\n")
     hop = Hop("192.0.2.1", "mail.example.org", "agent isp", tls=True)
     received = hop.received(Envelope(sender, (recipient,), helo=one), recipient)
-    kept = with_envelope(sender, recipient, received + content)
+    kept = envelope_lines(sender, recipient) + received + content
     assert names(kept) == KEPT
     assert split_envelope(kept) == (sender, recipient, received + content)
     report = notification(
