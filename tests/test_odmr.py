@@ -453,6 +453,21 @@ def test_a_silent_provider_is_left_after_the_timeout(salmon: Salmon, step: str) 
     assert report.outcome is Outcome.FAILED
 
 
+def test_a_provider_that_is_silent_behind_its_mail_is_left_after_the_timeout(
+    salmon: Salmon,
+) -> None:
+    """The clock that stands still while a message is delivered goes on when it is answered."""
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        await provider.silence()
+
+    report = run(salmon, script, no_more_mail, timeout=0.3)
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+
+
 def test_a_disabled_agent_does_not_call(salmon: Salmon) -> None:
     assert run(salmon, enabled=False).outcome is Outcome.DISABLED
 
