@@ -135,6 +135,10 @@ class Dialogue:
         """The other side closes without another word."""
         assert await asyncio.wait_for(self._reader.read(), 20) == b""
 
+    async def ignore(self) -> None:
+        """Answer nothing until the other side closes."""
+        await asyncio.wait_for(self._reader.read(), 20)
+
     def say(self, *lines: str | bytes) -> None:
         for line in lines:
             text = line.encode() if isinstance(line, str) else line

@@ -468,6 +468,18 @@ def test_a_provider_that_is_silent_behind_its_mail_is_left_after_the_timeout(
     assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
 
 
+def test_a_tls_handshake_without_an_answer(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 STARTTLS")
+        await provider.asks("STARTTLS", "220 go ahead")
+        await provider.ignore()
+
+    report = run(salmon, script, tls="starttls", timeout=0.3)
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "more than 0.3 seconds" in report.error
+
+
 def test_a_disabled_agent_does_not_call(salmon: Salmon) -> None:
     assert run(salmon, enabled=False).outcome is Outcome.DISABLED
 
