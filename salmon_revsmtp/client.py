@@ -66,6 +66,7 @@ class Connection:
         self.peer: tuple[str, int] = ("", 0)
         self._where = f"{settings.server}:{settings.port}"
         self._hide = _hider(settings)
+        self._dialled: asyncio.Transport | None = None
         self._smtp = _SMTP(
             self._hide,
             hostname=settings.server,
@@ -104,6 +105,10 @@ class Connection:
     def close(self) -> None:
         """Drop the connection without a word."""
         self._smtp.close()
+        if self._dialled is not None:
+            # A close under TLS waits half a minute for the other side's, and aiosmtplib lets go of
+            # a transport that it closes itself.
+            self._dialled.abort()
 
     async def quit(self) -> None:
         """Say QUIT, wait for the answer, and close (RFC 5321 4.1.1.10)."""
@@ -290,7 +295,8 @@ class Connection:
         return cast(asyncio.Transport, transport)
 
     def _note_tls(self) -> None:
-        tls = self._transport().get_extra_info("ssl_object")
+        self._dialled = self._transport()
+        tls = self._dialled.get_extra_info("ssl_object")
         self.tls = tls.version() if tls is not None else None
 
     def _reply(self, code: int, message: str, doing: str = "") -> Reply:
