@@ -20,6 +20,7 @@ import pytest
 from conftest import CERTIFICATE, PASSWORD, Salmon, agent_keys, configuration, server_tls
 from proxy import Direction, Fault, How, Proxy
 
+from salmon_revsmtp.agents import odmr
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
@@ -32,7 +33,7 @@ ACME = Account("acme", PASSWORD, ("example.org",))
 BOTH = ("ann@example.org", "bob@example.org")
 TO_CUSTOMER, TO_PROVIDER = Direction.TO_CUSTOMER, Direction.TO_PROVIDER
 # What is waited for here takes milliseconds; this is for a machine that does much else.
-PATIENCE = 60
+PATIENCE = 20
 
 
 class QuickLogin(Accounts):
@@ -43,9 +44,7 @@ class QuickLogin(Accounts):
 
 
 class Rig:
-    def __init__(
-        self, salmon: Salmon, provider: Provider, proxy: Proxy, runtime: Runtime
-    ) -> None:
+    def __init__(self, salmon: Salmon, provider: Provider, proxy: Proxy, runtime: Runtime) -> None:
         self.queue, self.proxy = provider.queue, proxy
         self._salmon, self._runtime = salmon, runtime
         self._numbers = itertools.count()
@@ -175,3 +174,107 @@ def test_a_cut_at_any_octet(salmon: Salmon, direction: Direction) -> None:
         await cut_at_each(rig, (How.RST, How.FIN), direction)
 
     with_rig(salmon, work)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("direction", Direction)
+def test_a_cut_at_any_octet_in_the_other_way(salmon: Salmon, direction: Direction) -> None:
+    async def work(rig: Rig) -> None:
+        await cut_at_each(rig, (How.FIN, How.RST), direction)
+
+    with_rig(salmon, work)
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize(
+    ("tls", "step"),
+    [
+        ("starttls", 97),
+        ("implicit", 149),
+        pytest.param("starttls", 1, marks=pytest.mark.long),
+        pytest.param("implicit", 5, marks=pytest.mark.long),
+    ],
+)
+def test_a_cut_under_tls(salmon: Salmon, direction: Direction, tls: str, step: int) -> None:
+    async def work(rig: Rig) -> None:
+        await cut_at_each(rig, (How.RST, How.FIN), direction, step)
+
+    with_rig(salmon, work, tls=tls, accounts=Accounts)
+
+
+LARGE = (0, 4_000, 1_000_000, 4_000, 0)
+
+
+async def many_messages(rig: Rig, fault: Fault) -> Report:
+    """Several messages, one of them large, over a connection with a fault, and what it takes then;
+    returns the report of the collection that had the fault."""
+    for octets in LARGE:
+        rig.put(octets)
+    first = await rig.collect(fault)
+    assert first.outcome in (Outcome.COLLECTED, Outcome.FAILED)
+    if first.outcome is Outcome.COLLECTED:
+        assert (first.messages, len(rig.queue)) == (len(LARGE), 0)
+    reports = [first, *await rig.collect_the_rest()]
+    assert sum(report.messages for report in reports) == len(LARGE)
+    assert sum(report.recipients for report in reports) == len(LARGE) * len(BOTH)
+    rig.came_once()
+    return first
+
+
+@pytest.mark.parametrize("tls", ["none", "starttls"])
+@pytest.mark.parametrize(
+    ("direction", "step"),
+    [
+        (TO_CUSTOMER, 98_765),
+        (TO_PROVIDER, 173),
+        pytest.param(TO_CUSTOMER, 7_013, marks=pytest.mark.long),
+        pytest.param(TO_PROVIDER, 11, marks=pytest.mark.long),
+    ],
+)
+def test_a_cut_in_a_large_session(
+    salmon: Salmon, direction: Direction, step: int, tls: str
+) -> None:
+    async def work(rig: Rig) -> None:
+        kinds = itertools.cycle((How.RST, How.FIN))
+        for octets in itertools.count(step, step):
+            fault = Fault(next(kinds), direction, octets)
+            await many_messages(rig, fault)
+            if not fault.struck:
+                break
+        assert octets > 5 * step
+
+    with_rig(salmon, work, tls=tls)
+
+
+# -- stalls and trickles -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("tls", ["none", "starttls"])
+def test_a_connection_that_stalls(
+    salmon: Salmon, direction: Direction, tls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # RFC 2645 5.2.1: 10 minutes for the answer to ATRN, whatever the agent's timeout.
+    monkeypatch.setattr(odmr, "ATRN_TIMEOUT", 0.3)
+
+    async def work(rig: Rig) -> None:
+        for octets in itertools.count(1, 61 if tls == "none" else 347):
+            fault = Fault(How.STALL, direction, octets)
+            first = await one_message(rig, fault)
+            if not fault.struck:
+                break
+            if first.outcome is Outcome.FAILED:
+                assert first.error is not None
+                assert "Timed out" in first.error or "0.3 seconds" in first.error
+
+    with_rig(salmon, work, tls=tls, timeout=0.3)
+
+
+@pytest.mark.parametrize("tls", ["none", "starttls"])
+def test_one_octet_at_a_time(salmon: Salmon, tls: str) -> None:
+    async def work(rig: Rig) -> None:
+        fault = Fault(How.TRICKLE, None)
+        first = await one_message(rig, fault)
+        assert (first.outcome, fault.struck) == (Outcome.COLLECTED, True)
+
+    with_rig(salmon, work, tls=tls)
