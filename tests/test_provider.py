@@ -18,6 +18,7 @@ from salmon.mail import MailRequest
 from salmon.server import SMTPError
 
 from salmon_revsmtp.demo.samples import samples
+from salmon_revsmtp.provider import server
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
@@ -302,6 +303,38 @@ def test_a_customer_that_breaks_off_leaves_the_mail(tmp_path: Path) -> None:
         client.close()
 
     assert len(with_provider(tmp_path, work)) == 1
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_mail_that_another_connection_has_is_not_no_mail(
+    salmon: Salmon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    """A connection that is dead and does not know it holds the mail: whoever asks then waits for
+    it, and hears "later" in the end, never that there is none."""
+    salmon.handle(".*")
+    monkeypatch.setattr(server, "RELEASE_TIMEOUT", 20 if closes else 0.2)
+    reports: list[Report] = []
+
+    async def work(provider: Provider) -> None:
+        provider.queue.put(mail("a@example.org"), MESSAGE)
+        dead = aiosmtplib.SMTP(hostname="127.0.0.1", port=provider.port, start_tls=False)
+        await dead.connect()
+        await dead.login("acme", PASSWORD)
+        assert (await dead.execute_command(b"ATRN")).code == 250
+        collection = asyncio.create_task(collect(salmon, agent_keys(provider.port)))
+        if closes:
+            _, pending = await asyncio.wait([collection], timeout=0.3)
+            assert pending, "it did not wait"
+            dead.close()
+        reports.extend(await collection)
+        dead.close()
+
+    queue = with_provider(tmp_path, work)
+    if closes:
+        assert (reports[0].outcome, len(queue)) == (Outcome.COLLECTED, 0)
+    else:
+        assert (reports[0].outcome, len(queue)) == (Outcome.DEFERRED, 1)
+        assert reports[0].error is not None and "another connection" in reports[0].error
 
 
 def test_a_silent_customer_is_left(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import ssl
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 
 from salmon_revsmtp.provider.accounts import Accounts
@@ -25,8 +25,15 @@ log = logging.getLogger(__name__)
 
 # RFC 5321 4.5.3.2: the longest that either half has to wait.
 IDLE_TIMEOUT = 600.0
+# How long an ATRN waits for mail that another connection is sending: that one may have died without
+# our hearing of it.  RFC 2645 5.2.1 lets a customer wait 10 minutes.
+RELEASE_TIMEOUT = 60.0
 # Octets handed to the transport at a time.
 PIECE = 256 * 1024
+
+# RFC 2645 5.2.1.
+_NO_MAIL = Reply(453, "you have no mail", "4.2.0")
+_BUSY = Reply(451, "another connection of yours is getting the mail, try again later", "4.3.2")
 
 
 class Provider:
@@ -44,7 +51,8 @@ class Provider:
     ) -> None:
         self.accounts, self.queue, self.hostname = accounts, queue, hostname
         self.tls, self.implicit_tls, self.timeout = tls, implicit_tls, timeout
-        self.sending: set[str] = set()  # keys that a connection is sending now
+        self._sending: set[str] = set()  # keys that a connection is sending now
+        self._released = asyncio.Event()
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
 
@@ -53,6 +61,34 @@ class Provider:
         """The TCP port that it listens on."""
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
+
+    def take(self, key: str) -> bool:
+        """Whether a connection may send this message; no other may until :meth:`release`."""
+        if key in self._sending:
+            return False
+        self._sending.add(key)
+        return True
+
+    def release(self, key: str) -> None:
+        """The connection that took this message has done with it."""
+        self._sending.discard(key)
+        self._released.set()
+
+    async def waiting(self, domains: Collection[str]) -> list[str] | None:
+        """The keys of what a customer may have now; empty if there is no mail, ``None`` if
+        another connection is sending it all."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + RELEASE_TIMEOUT
+        while True:
+            self._released.clear()
+            keys = await asyncio.to_thread(self.queue.waiting, domains)
+            free = [key for key in keys if key not in self._sending]
+            if free or not keys:
+                return free
+            try:
+                await asyncio.wait_for(self._released.wait(), deadline - loop.time())
+            except (asyncio.TimeoutError, TimeoutError):
+                return None
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen; port 0 takes a free one."""
@@ -175,14 +211,14 @@ class _Connection(asyncio.Protocol):
         self._write([self._session.data_to_send()])
 
     async def _atrn(self, request: AtrnRequest) -> None:
-        queue, name = self._provider.queue, request.account.name
-        keys = await asyncio.to_thread(queue.waiting, request.domains)
-        keys = [key for key in keys if key not in self._provider.sending]
+        keys = await self._provider.waiting(request.domains)
         if not keys:
-            self._handle(self._session.answer(Reply(453, "you have no mail", "4.2.0")))
+            self._handle(self._session.answer(_NO_MAIL if keys is not None else _BUSY))
             self._write([self._session.data_to_send()])
             return
-        log.info("account=%s messages=%d the connection is reversed", name, len(keys))
+        log.info(
+            "account=%s messages=%d the connection is reversed", request.account.name, len(keys)
+        )
         self._sender = Sender(self._provider.hostname)
         self._session.answer(Reply(250, "now reversing the connection", "2.0.0"))
         self._write([self._session.data_to_send()])
@@ -193,10 +229,9 @@ class _Connection(asyncio.Protocol):
 
     async def _send(self, key: str, request: AtrnRequest) -> None:
         """One message: read, sent, and settled as the customer answered."""
-        queue, sending = self._provider.queue, self._provider.sending
-        if key in sending:
+        queue = self._provider.queue
+        if not self._provider.take(key):
             return
-        sending.add(key)
         try:
             loaded = await asyncio.to_thread(queue.load, key, request.domains)
             if loaded is None or not loaded[0].recipients:
@@ -218,7 +253,7 @@ class _Connection(asyncio.Protocol):
             )
             await asyncio.to_thread(queue.settle, key, replies)
         finally:
-            sending.discard(key)
+            self._provider.release(key)
 
     # -- the transport --------------------------------------------------------------------------
 

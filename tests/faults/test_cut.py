@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def with_rig(
 
 
 def _open_files() -> int:
-    return len(os.listdir("/dev/fd"))
+    return sum(1 for _ in Path("/dev/fd").iterdir())
 
 
 async def one_message(rig: Rig, fault: Fault) -> Report:
