@@ -183,6 +183,10 @@ class Dialogue:
         await self.replied(221)
         await self.silence()
 
+    def end(self) -> None:
+        """Say no more, but listen."""
+        self._writer.write_eof()
+
     def abort(self) -> None:
         """Break the connection off."""
         self._writer.transport.abort()

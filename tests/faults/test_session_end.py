@@ -1,0 +1,216 @@
+"""Sessions that end in another order than the RFC's, or twice, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from conftest import (
+    PASSWORD,
+    Dialogue,
+    Salmon,
+    Script,
+    agent_keys,
+    configuration,
+    no_more_mail,
+    scripted,
+)
+
+from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.smtp.envelope import Envelope
+
+MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
+ENVELOPE = (b"MAIL FROM:<a@example.net>", b"RCPT TO:<b@example.org>")
+DATA = b"BDAT %d LAST\r\n%b" % (len(MESSAGE), MESSAGE)
+
+
+def run(salmon: Salmon, *scripts: Script, collections: int = 1) -> list[Report]:
+    """Collect from a provider with these scripts, so many times with one memory."""
+
+    async def main() -> list[Report]:
+        async with scripted(*scripts) as port:
+            plugins = Plugins.load()
+            valid = configuration(agent_keys(port), plugins=plugins)
+            with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
+                return [(await runtime.collect(valid.agents))[0] for _ in range(collections)]
+
+    return asyncio.run(main())
+
+
+def test_a_message_whose_250_was_lost_comes_again_and_is_not_handled_again(
+    salmon: Salmon,
+) -> None:
+    salmon.handle(".*")
+
+    async def deaf(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        provider.abort()  # as if that had not arrived
+
+    async def again(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        assert (await provider.send(MESSAGE + b"another\r\n")).startswith("250")
+        await provider.quit()
+
+    [report] = run(salmon, deaf, again, no_more_mail)
+    assert (report.outcome, report.messages, report.recipients) == (Outcome.COLLECTED, 2, 2)
+    assert len(salmon.handled) == 2
+
+
+def test_a_message_that_comes_again_in_the_next_collection(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        provider.abort()
+
+    first, second = run(salmon, session, no_more_mail, session, no_more_mail, collections=2)
+    assert (first.outcome, first.messages) == (Outcome.COLLECTED, 1)
+    assert (second.outcome, second.messages) == (Outcome.COLLECTED, 0)
+    assert len(salmon.handled) == 1
+
+
+def test_quit_twice_is_answered_once(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        provider.say("QUIT", "QUIT")
+        await provider.replied(221)
+        await provider.silence()
+
+    [report] = run(salmon, session, no_more_mail)
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+
+
+def test_quit_behind_the_data_before_its_answer(salmon: Salmon) -> None:
+    """RFC 2920: the answers come in order, that to the data first, and only when it is safe."""
+    quitted = threading.Event()
+    salmon.handle(".*", lambda message: quitted.wait(20) and None)
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say(*ENVELOPE, DATA + b"QUIT")
+        await provider.replied(250)
+        await provider.replied(250)
+        quitted.set()
+        await provider.replied(250)
+        await provider.replied(221)
+        await provider.silence()
+
+    [report] = run(salmon, session, no_more_mail)
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+    assert len(salmon.handled) == 1
+
+
+def test_two_messages_and_quit_in_one_write(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        other = b"BDAT 2 LAST\r\n\r\n"
+        provider.say(b"\r\n".join([*ENVELOPE, DATA + ENVELOPE[0], ENVELOPE[1], other + b"QUIT"]))
+        for _ in range(6):
+            await provider.replied(250)
+        await provider.replied(221)
+        await provider.silence()
+
+    [report] = run(salmon, session, no_more_mail)
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 2)
+    assert len(salmon.handled) == 2
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_provider_that_does_not_wait_for_the_221(salmon: Salmon, reset: bool) -> None:
+    salmon.handle(".*")
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        provider.say("QUIT")
+        if reset:
+            provider.abort()
+
+    [report] = run(salmon, session, no_more_mail)
+    assert (report.outcome, report.messages, report.error) == (Outcome.COLLECTED, 1, None)
+
+
+def test_a_provider_that_ends_its_side_behind_the_data_hears_the_answer(salmon: Salmon) -> None:
+    ended = threading.Event()
+    salmon.handle(".*", lambda message: ended.wait(20) and None)
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say(*ENVELOPE)
+        await provider.replied(250)
+        await provider.replied(250)
+        provider.say(DATA[:-2])  # say() adds what is missing
+        provider.end()
+        ended.set()
+        await provider.replied(250)
+        await provider.silence()
+
+    [report] = run(salmon, session, no_more_mail)
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+    assert len(salmon.handled) == 1
+
+
+def test_a_provider_that_ends_its_side_within_the_data(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def session(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say(*ENVELOPE)
+        await provider.replied(250)
+        await provider.replied(250)
+        provider.say(DATA[:-4])
+        provider.end()
+        await provider.silence()
+
+    [report] = run(salmon, session)
+    assert (report.outcome, report.messages) == (Outcome.FAILED, 0)
+    assert salmon.handled == []
+
+
+def test_a_provider_that_dies_before_it_has_struck_the_message_off(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 250 has arrived, and the crash comes before the file is removed: it comes again."""
+    salmon.handle(".*")
+    crashed = threading.Event()
+
+    def crash(self: HoldQueue, *arguments: object) -> None:
+        crashed.set()
+        raise ConnectionError("it has crashed")
+
+    async def main() -> None:
+        queue = HoldQueue(salmon.folder / "provider")
+        accounts = Accounts([Account("acme", PASSWORD, ("example.org",))])
+        queue.put(Envelope("a@example.net", ("a@example.org", "b@example.org")), MESSAGE)
+        plugins = Plugins.load()
+        async with Provider(accounts, queue) as provider:
+            port = provider.port
+            valid = configuration(agent_keys(port, server="127.0.0.1"), plugins=plugins)
+            with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
+                with monkeypatch.context() as patch:
+                    patch.setattr(HoldQueue, "settle", crash)
+                    [first] = await runtime.collect(valid.agents)
+                assert crashed.is_set()
+                # The third time that the same message comes, it brings nobody forward.
+                assert (first.outcome, first.messages) == (Outcome.FAILED, 1)
+                assert len(queue) == 1
+                [second] = await runtime.collect(valid.agents)
+        assert (second.outcome, second.messages) == (Outcome.COLLECTED, 0)
+        assert len(queue) == 0
+
+    asyncio.run(main())
+    assert sorted(message.To for message in salmon.handled) == ["a@example.org", "b@example.org"]
