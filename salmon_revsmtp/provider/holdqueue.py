@@ -52,7 +52,7 @@ class HoldQueue:
     def waiting(self, domains: Collection[str]) -> list[str]:
         """The keys of messages with a recipient in one of these domains, oldest first."""
         keys = sorted(path.name for path in self._hold.iterdir())
-        return [key for key in keys if self._recipients(key, domains)]
+        return [key for key in keys if _wanted(self._envelope(key), domains)]
 
     def load(self, key: str, domains: Collection[str]) -> tuple[Envelope, bytes] | None:
         """A message for its recipients in these domains; ``None`` if it is gone or unreadable."""
@@ -60,19 +60,17 @@ class HoldQueue:
         if stored is None:
             return None
         envelope, data = stored
-        wanted = tuple(one for one in envelope.recipients if domain_of(one) in domains)
-        return replace(envelope, recipients=wanted), data
+        return replace(envelope, recipients=_wanted(envelope, domains)), data
 
     def settle(self, key: str, replies: Mapping[str, Reply]) -> None:
         """Take note of what the customer said: 2yz is gone, 5yz is set aside under ``refused/``,
         4yz stays."""
-        stored = self._read(key)
-        if stored is None:
+        envelope = self._envelope(key)
+        if envelope is None:
             return
-        envelope, data = stored
         refused = tuple(one for one in envelope.recipients if _says(replies, one, "permanent"))
         if refused:
-            self._write(self._refused, key, replace(envelope, recipients=refused), data)
+            self._write_again(self._refused, key, refused)
         left = tuple(
             one
             for one in envelope.recipients
@@ -82,14 +80,15 @@ class HoldQueue:
             (self._hold / key).unlink()
             _sync(self._hold)
         elif left != envelope.recipients:
-            self._write(self._hold, key, replace(envelope, recipients=left), data)
+            self._write_again(self._hold, key, left)
 
     def __len__(self) -> int:
         return sum(1 for _ in self._hold.iterdir())
 
-    def _recipients(self, key: str, domains: Collection[str]) -> tuple[str, ...]:
-        loaded = self.load(key, domains)
-        return loaded[0].recipients if loaded else ()
+    def _write_again(self, folder: Path, key: str, recipients: tuple[str, ...]) -> None:
+        if stored := self._read(key):
+            envelope, data = stored
+            self._write(folder, key, replace(envelope, recipients=recipients), data)
 
     def _write(self, folder: Path, key: str, envelope: Envelope, data: bytes) -> None:
         path = self._tmp / key
@@ -106,18 +105,32 @@ class HoldQueue:
         _sync(folder)
 
     def _read(self, key: str) -> tuple[Envelope, bytes] | None:
+        envelope = self._envelope(key)
+        if envelope is None:
+            return None
+        with (self._hold / key).open("rb") as file:
+            file.readline()
+            return envelope, file.read()
+
+    def _envelope(self, key: str) -> Envelope | None:
+        """The first line of a message's file; the message may be large."""
         path = self._hold / key
         try:
-            head, _, data = path.read_bytes().partition(b"\n")
-            fields = json.loads(head)
+            with path.open("rb") as file:
+                fields = json.loads(file.readline())
             fields["recipients"] = tuple(fields["recipients"])
-            return Envelope(**fields), data
+            return Envelope(**fields)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
             log.error("key=%s is unreadable, set aside in %s: %s", key, self._broken, error)
             path.rename(self._broken / key)
             return None
+
+
+def _wanted(envelope: Envelope | None, domains: Collection[str]) -> tuple[str, ...]:
+    recipients = envelope.recipients if envelope is not None else ()
+    return tuple(one for one in recipients if domain_of(one) in domains)
 
 
 def _says(replies: Mapping[str, Reply], recipient: str, what: str) -> bool:
