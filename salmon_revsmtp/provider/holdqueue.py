@@ -42,6 +42,7 @@ class HoldQueue:
         for one in (self._tmp, self._hold, self._refused, self._broken):
             one.mkdir(parents=True, exist_ok=True)
         self._numbers = itertools.count()
+        self._known: dict[tuple[str, int], Envelope | None] = {}
 
     def put(self, envelope: Envelope, data: bytes) -> str:
         """Take a message; it survives a power cut when this returns its key."""
@@ -51,8 +52,12 @@ class HoldQueue:
 
     def waiting(self, domains: Collection[str]) -> list[str]:
         """The keys of messages with a recipient in one of these domains, oldest first."""
-        keys = sorted(path.name for path in self._hold.iterdir())
-        return [key for key in keys if _wanted(self._envelope(key), domains)]
+        with os.scandir(self._hold) as entries:
+            found = sorted((entry.name, entry.inode()) for entry in entries)
+        # A file is never changed, but written anew.
+        known = {one: self._known.get(one) or self._envelope(one[0]) for one in found}
+        self._known = known
+        return [key for (key, _), envelope in known.items() if _wanted(envelope, domains)]
 
     def load(self, key: str, domains: Collection[str]) -> tuple[Envelope, bytes] | None:
         """A message for its recipients in these domains; ``None`` if it is gone or unreadable."""
@@ -110,7 +115,8 @@ class HoldQueue:
             return None
         with (self._hold / key).open("rb") as file:
             file.readline()
-            return envelope, file.read()
+            size = os.fstat(file.fileno()).st_size
+            return envelope, file.read(size)  # without a size it is read twice over
 
     def _envelope(self, key: str) -> Envelope | None:
         """The first line of a message's file; the message may be large."""
