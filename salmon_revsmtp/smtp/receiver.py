@@ -410,15 +410,14 @@ class Receiver:
         self._buffer += memoryview(self._content)[end + 5 :]
         self._size += end + 2 - old
         del self._content[end + 2 :]
-        del self._content[:2]
+        # RFC 5321 4.5.2: the first dot of a line that has more after it.
+        del self._content[: 3 if self._content.startswith(b"\r\n.") else 2]
         self._size -= 2
         if self._size > self._read_through:
             self._close(self._far_too_big())
         elif self._size <= self.limits.message:
-            # RFC 5321 4.5.2: the first dot of a line that has more after it.
             content = bytes(self._content)
-            if content.startswith(b"."):
-                content = content[1:]
+            self._content.clear()  # a large message is here twice at most
             self._finish(content.replace(b"\r\n.", b"\r\n"))
         else:
             self._finish(b"")
