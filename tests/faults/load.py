@@ -86,8 +86,8 @@ LOADS = {
 @dataclass
 class Result:
     """``before`` and ``peak`` in octets: the customer's memory before its first connection, and the
-    most that it had.  ``left`` is what the provider still has, ``heard`` what it was answered to
-    the messages, by code."""
+    most that it had.  ``left`` is what the provider still has, ``provider`` by how much its memory
+    grew, ``heard`` what it was answered to the messages, by code."""
 
     seconds: float
     before: int
@@ -98,6 +98,7 @@ class Result:
     sessions: int
     refused: int
     left: int = 0
+    provider: int = 0
     heard: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -147,15 +148,21 @@ def messages(load: Load) -> Iterable[tuple[str, bytes]]:
             yield domain(agent), message(next(numbers), KIB)
 
 
-async def provide_by_provider(load: Load) -> None:
+def hold(load: Load) -> None:
+    """Fill the built-in provider's queue."""
     held = HoldQueue(Path("provider"))
     for where, data in messages(load):
         held.put(Envelope("a@example.net", (f"b@{where}",)), data)
+
+
+async def provide_by_provider(load: Load) -> None:
+    held = HoldQueue(Path("provider"))
+    before = memory("VmRSS")
     accounts = [Account(account(one), PASSWORD, (domain(one),)) for one in range(load.agents)]
     async with Provider(Accounts(accounts), held) as provider:
         tell(port=provider.port)
         await end_of_input()
-        tell(left=len(held), heard={})
+        tell(left=len(held), heard={}, provider=memory("VmHWM") - before)
 
 
 async def provide_by_script(load: Load) -> None:
@@ -183,7 +190,7 @@ async def provide_by_script(load: Load) -> None:
     async with server:
         tell(port=server.sockets[0].getsockname()[1])
         await end_of_input()
-        tell(left=0, heard=heard)
+        tell(left=0, heard=heard, provider=0)
 
 
 async def write(writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -342,6 +349,9 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
 def run(load: Load, folder: Path) -> Result:
     """Run a load in an empty folder."""
     words = json.dumps(asdict(load))
+    if load.wire == "provider":
+        with start(folder, "hold", words) as holding:
+            assert holding.wait() == 0
     with start(folder, "provider", words) as provider:
         try:
             port = told(provider)["port"]
@@ -355,7 +365,7 @@ def run(load: Load, folder: Path) -> Result:
             after = told(provider)
         finally:
             provider.kill()
-    result.left, result.heard = after["left"], after["heard"]
+    result.left, result.heard, result.provider = after["left"], after["heard"], after["provider"]
     return result
 
 
@@ -390,6 +400,8 @@ def main() -> None:
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     match sys.argv[1:]:
+        case ["hold", load]:
+            hold(Load(**json.loads(load)))
         case ["provider", load]:
             asyncio.run(provide(Load(**json.loads(load))))
         case ["customer", load, port]:
