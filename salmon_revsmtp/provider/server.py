@@ -211,7 +211,10 @@ class _Connection(asyncio.Protocol):
         self._write([self._session.data_to_send()])
 
     async def _atrn(self, request: AtrnRequest) -> None:
+        if self._idle:
+            self._idle.cancel()  # the customer is silent because it waits for us
         keys = await self._provider.waiting(request.domains)
+        self._wait()
         if not keys:
             self._handle(self._session.answer(_NO_MAIL if keys is not None else _BUSY))
             self._write([self._session.data_to_send()])
@@ -277,6 +280,8 @@ class _Connection(asyncio.Protocol):
     def _wait(self) -> None:
         if self._idle:
             self._idle.cancel()
+        if self._transport is None or self._transport.is_closing():
+            return
         loop = asyncio.get_running_loop()
         self._idle = loop.call_later(self._provider.timeout, self._idled)
 

@@ -29,6 +29,7 @@ class How(Enum):
 
     RST = auto()  #: both connections are reset
     FIN = auto()  #: both connections are closed in order
+    VANISH = auto()  #: the customer's connection is reset, and the provider hears nothing of it
     HALF = auto()  #: this direction is closed in order, the other goes on
     STALL = auto()  #: nothing more gets through in this direction, and nothing is closed
     TRICKLE = auto()  #: from here on, octets get through one at a time
@@ -233,7 +234,10 @@ class _End(asyncio.Protocol):
             return
         for end in (self, self.other):
             end._deaf = True
-            if how is How.RST:
+            if how is How.VANISH:
+                if end._direction is Direction.TO_PROVIDER:
+                    end._reset()
+            elif how is How.RST:
                 end._reset()
             else:
                 end._close_half()
@@ -276,5 +280,7 @@ class _End(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._trickling is not None:
             self._trickling.cancel()
-        self.other.close()
+        fault = self._pair_fault
+        if fault is None or fault.how is not How.VANISH or not fault.struck:
+            self.other.close()
         self._proxy.gone(self)
