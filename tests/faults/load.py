@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -41,6 +42,8 @@ __all__ = ["LOADS", "Load", "Result", "run"]
 KIB, MIB, MB = 1024, 1024 * 1024, 1_000_000
 LARGE = 200 * MB
 PIECE = 256 * KIB
+# Seconds after which a process that says nothing hangs.
+PATIENCE = 1200
 
 
 @dataclass(frozen=True)
@@ -341,7 +344,12 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
-    line = process.stdout.readline()
+    hanging = threading.Timer(PATIENCE, process.kill)
+    hanging.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        hanging.cancel()
     assert line, f"the process {process.args} said nothing"
     return dict(json.loads(line))
 
