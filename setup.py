@@ -65,6 +65,11 @@ setup(
             "setuptools>=70",
             "sphinx",
         ],
+        # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
+        "fuzz": [
+            "atheris>=2.3; sys_platform == 'linux' and platform_machine == 'x86_64'"
+            " and python_version < '3.15'",
+        ],
     },
     entry_points={
         "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli:main"],
