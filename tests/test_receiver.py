@@ -181,6 +181,17 @@ def test_a_shutdown_ends_the_session_when_the_transaction_is_given_up() -> None:
         assert client.receiver.closed
 
 
+def test_a_shutdown_during_the_handshake_is_the_end() -> None:
+    receiver = Receiver("h", Limits(), only_example, starttls=True)
+    receiver.receive_bytes(b"EHLO p\r\nSTARTTLS\r\n")
+    receiver.shut_down()
+    receiver.tls_started()
+    receiver.data_to_send()
+    assert receiver.receive_bytes(b"EHLO p\r\n") == []
+    assert receiver.data_to_send() == b""
+    assert receiver.closed
+
+
 def test_an_answer_is_given_once() -> None:
     receiver = Receiver("h", Limits(), only_example)
     [event] = receiver.receive_bytes(

@@ -271,7 +271,8 @@ class Receiver:
         events of what the client has said since."""
         self._starttls = False
         self._helo, self._esmtp = "", False
-        self._state = State.CONNECTED
+        if self._state is not State.CLOSED:
+            self._state = State.CONNECTED
         return self._run()
 
     def shut_down(self) -> list[Event]:

@@ -85,9 +85,10 @@ def _atheris(target: str, runs: int) -> tuple[int, str]:
     assert process.stderr is not None
     tail: list[str] = []
     for line in process.stderr:
-        tail = [*tail[-40:], line]
         if _PROGRESS.match(line):
             print(line.rstrip(), flush=True)
+        if "DONE" in line or not line.startswith("#"):
+            tail = [*tail[-40:], line]
     done = _DONE.search("".join(tail))
     if process.wait() == 0 and done:
         return int(done[1]), f"{done[2]} edges, {len(list(corpus.iterdir()))} inputs kept"

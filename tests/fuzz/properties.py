@@ -332,6 +332,9 @@ class _ServerDialogue:
         return line if len(line) + 2 <= SERVER.command_line else b""
 
     def _command(self, line: bytes) -> None:
+        if self.shutdown and self.replies and self.replies[0][0] == 421:
+            self._reply()  # it went out before the command came
+            return
         line = line.replace(b"\t", b" ")
         verb = line.partition(b" ")[0].upper()
         if chunk := _BDAT.fullmatch(line):
