@@ -51,7 +51,7 @@ setup(
         "python-dotenv>=1.0",
         "rich>=13",
         "salmon-mail>=3.3,<4",
-        "scramp>=1.4.5",
+        "scramp>=1.4.10",
     ],
     extras_require={
         "dev": [
@@ -64,6 +64,7 @@ setup(
             "ruff",
             "setuptools>=70",
             "sphinx",
+            "trustme",
         ],
         # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
         "fuzz": [

@@ -72,8 +72,9 @@ class AttachedReceiver:
         threading.Event().wait()
 
     def _serve(self, listening: Future[None], signals: socket.socket | None) -> None:
+        stopped_by = None
         try:
-            asyncio.run(
+            stopped_by = asyncio.run(
                 _serve(
                     self.configuration,
                     self._plugins,
@@ -88,7 +89,9 @@ class AttachedReceiver:
                 listening.set_exception(error)
                 return
             log.exception("the server failed")
-        _end_process()
+        # `salmon stop` sends SIGHUP and deletes the PID file itself; it fails when that is gone
+        # already, as it would be if python-daemon's exit function ran.
+        _end_process(exit_functions=stopped_by != signal.SIGHUP)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.receiver, name)
@@ -114,7 +117,7 @@ def serve_in_foreground(
     """Run the server in the main thread until a signal stops it.  Raises :class:`OSError`."""
     signals = _heard_signals()
     asyncio.run(_serve(configuration, plugins, relay, GRACE, signals, lambda: None))
-    _end_process()
+    _end_process(exit_functions=True)
 
 
 async def _serve(
@@ -124,15 +127,19 @@ async def _serve(
     grace: float,
     signals: socket.socket | None,
     started: Callable[[], None],
-) -> None:
+) -> int | None:
+    """Run the server; returns the number of the signal that stopped it."""
+    stopped_by = None
     runtime = Runtime(configuration, plugins, relay)
     daemon = Daemon(runtime, plugins, grace)
     if signals is not None:
         loop = asyncio.get_running_loop()
 
         def heard() -> None:
+            nonlocal stopped_by
             numbers = signals.recv(16)
-            log.info("stopping on signal %s", numbers[0] if numbers else "")
+            stopped_by = numbers[0] if numbers else None
+            log.info("stopping on signal %s", stopped_by)
             daemon.stop()
 
         loop.add_reader(signals, heard)
@@ -140,6 +147,7 @@ async def _serve(
         await daemon.run(started)
     finally:
         runtime.close(wait=False)
+    return stopped_by
 
 
 def _heard_signals() -> socket.socket | None:
@@ -156,12 +164,13 @@ def _heard_signals() -> socket.socket | None:
     return reading
 
 
-def _end_process() -> None:
+def _end_process(exit_functions: bool) -> None:
     """Salmon's own threads run for ever: what is to happen at exit happens here, then it is over.
 
     A handler that is still running has not been answered 250; the provider keeps its message.
     """
     logging.shutdown()
-    with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()
+    if exit_functions:
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
     os._exit(0)

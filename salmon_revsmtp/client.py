@@ -154,7 +154,7 @@ class Connection:
         try:
             response = await self._smtp.starttls()
         except aiosmtplib.SMTPResponseException as error:
-            raise error_for(self._reply(error.code, error.message), doing) from None
+            raise error_for(self._reply(error.code, error.message, doing), doing) from None
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             if watch.glued:
                 raise Failed(f"{doing}: {_GLUED}") from None
@@ -227,7 +227,8 @@ class Connection:
         response = await self._smtp.execute_command(b"AUTH", mechanism.encode(), first)
         if response.code == 334:
             client.set_server_first(_challenge(response))
-            # PBKDF2 with as many rounds as the server likes: not on the event loop.
+            # PBKDF2 with as many rounds as the server likes, some seconds of them at most (scramp
+            # refuses more): not on the event loop.
             final = await asyncio.to_thread(client.get_client_final)
             response = await self._smtp.execute_command(base64.b64encode(final.encode()))
             if response.code == 334:
@@ -292,11 +293,13 @@ class Connection:
         tls = self._transport().get_extra_info("ssl_object")
         self.tls = tls.version() if tls is not None else None
 
-    def _reply(self, code: int, message: str) -> Reply:
+    def _reply(self, code: int, message: str, doing: str = "") -> Reply:
         try:
             return Reply(code, self._hide(message))
         except ValueError:
-            raise Failed(f"{self._where} sent no SMTP reply: {self._hide(message)[:80]}") from None
+            prefix = f"{doing}: " if doing else ""
+            said = self._hide(message)[:80]
+            raise Failed(f"{prefix}{self._where} sent no SMTP reply: {said}") from None
 
     def _broken(self, doing: str, error: Exception) -> CollectionError:
         return Failed(f"{doing}: {self._hide(_network_reason(error, self.settings))}")
@@ -323,6 +326,7 @@ class LastAnswer(asyncio.Protocol):
         self._doing = doing
         self._parser = ReplyParser()
         self._lost = False
+        self._glued = False
         transport.set_protocol(self)
 
     async def ask(self, command: bytes) -> Reply:
@@ -334,9 +338,10 @@ class LastAnswer(asyncio.Protocol):
         return await self._reply
 
     def data_received(self, data: bytes) -> None:
-        self._parser.receive_bytes(data)
         if self._reply.done():
+            self._glued = True  # that it came is enough: nobody wants it, however much it is
             return
+        self._parser.receive_bytes(data)
         try:
             reply = self._parser.next_reply()
         except ReplyError as error:
@@ -364,7 +369,7 @@ class LastAnswer(asyncio.Protocol):
         Raises :class:`~salmon_revsmtp.report.Failed` if bytes came behind the reply, or the
         connection is gone.
         """
-        if not self._parser.idle:
+        if self._glued or not self._parser.idle:
             raise Failed(f"{self._doing}: {_GLUED}")
         if self._lost or self._transport.is_closing():
             raise Failed(f"{self._doing}: the server closed the connection behind it")
@@ -469,6 +474,10 @@ def _tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
     return context
 
 
+# What OpenSSL calls a peer without a TLS version that we take.
+_OLD_TLS = ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW")
+
+
 def _network_reason(error: BaseException, settings: ServerSettings) -> str:
     """What went wrong below SMTP, and what to try."""
     cause: BaseException | None = error
@@ -478,9 +487,31 @@ def _network_reason(error: BaseException, settings: ServerSettings) -> str:
                 f"its certificate was not accepted ({cause.verify_message}); set ca_file to the "
                 "certificate or CA to trust, or server to the name in the certificate"
             )
+        if isinstance(cause, ssl.SSLError) and any(
+            word in (cause.reason or "") for word in _OLD_TLS
+        ):
+            return (
+                f"TLS failed ({cause.reason}): it has no TLS version that is safe today; it has to "
+                "learn TLS 1.2"
+            )
         if isinstance(cause, ssl.SSLError):
             hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
             return f"TLS failed ({cause.reason or cause}); does it want tls {hint}?"
         cause = cause.__cause__ or cause.__context__
-    text = str(error).strip() or type(error).__name__
-    return text.removeprefix(f"Error connecting to {settings.server} on port {settings.port}: ")
+    if isinstance(error, aiosmtplib.SMTPResponseException):
+        return f"it sent no SMTP reply: {error.message[:80]}"
+    text = str(error).strip()
+    if isinstance(error, aiosmtplib.SMTPTimeoutError):
+        waited = "no TLS handshake" if "upgrading" in text else "no whole answer"
+        return f"{waited} in {settings.timeout:g} seconds"
+    dialling = f"Error connecting to {settings.server} on port {settings.port}:"
+    text = text.removeprefix(dialling).strip()
+    if text.startswith("Connection reset while upgrading") or (
+        not text and settings.tls == "implicit"
+    ):
+        hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
+        return (
+            "TLS failed (it broke the connection off in the handshake); does it know TLS 1.2, "
+            f"and does it want tls {hint}?"
+        )
+    return text or f"it broke the connection off ({type(error).__name__})"

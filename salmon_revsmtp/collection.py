@@ -8,17 +8,14 @@ policy and delivery are the same, and the counts go into the same report.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import logging
-import os
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salmon_revsmtp.delivery.courier import Courier, Errand
 from salmon_revsmtp.delivery.trace import Hop
+from salmon_revsmtp.locks import only_one
 from salmon_revsmtp.report import CollectionError, Outcome, Report
 from salmon_revsmtp.service import COMMAND_TIMEOUT, Answer, Service, Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -26,16 +23,15 @@ from salmon_revsmtp.smtp.receiver import Transaction
 from salmon_revsmtp.smtp.replies import Reply
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from salmon_revsmtp.agents.base import Agent
     from salmon_revsmtp.client import LastAnswer
-    from salmon_revsmtp.delivery.courier import Courier
     from salmon_revsmtp.plugins import Plugins
 
 __all__ = ["Collection", "run"]
 
 log = logging.getLogger(__name__)
+
+LOCKS = Path("run")
 
 
 class Collection:
@@ -54,7 +50,6 @@ class Collection:
         service: Service,
         courier: Courier,
         plugins: Plugins,
-        executor: Executor,
     ) -> None:
         self.agent = agent
         self.service = service
@@ -62,7 +57,6 @@ class Collection:
         self.tally = Tally()
         self._courier = courier
         self._plugins = plugins
-        self._executor = executor
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
         self.stopping = False
@@ -125,7 +119,7 @@ class Collection:
                 envelope.esmtp,
             )
             hop = self._hop(peer, tls=False, authenticated=False)
-            answer = await self._in_thread(accepted, data, peer, hop)
+            answer = await self._courier.deliver(Errand(self.agent, peer, hop, accepted, data))
             self.tally.add(answer, len(data))
             replies.update(zip(wanted, answer.each, strict=True))
         return tuple(replies[one] or answer.reply for one in envelope.recipients)
@@ -137,16 +131,12 @@ class Collection:
 
     async def _deliver_transaction(self, transaction: Transaction, session: Session) -> Answer:
         hop = self._hop(session.peer, tls=session.tls, authenticated=True)
-        return await self._in_thread(transaction.envelope, transaction.data, session.peer, hop)
+        return await self._courier.deliver(
+            Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)
+        )
 
     def _hop(self, peer: tuple[str, int], *, tls: bool, authenticated: bool) -> Hop:
         return Hop(peer[0], self.service.hostname, f"agent {self.agent.name}", tls, authenticated)
-
-    async def _in_thread(
-        self, envelope: Envelope, data: bytes, peer: tuple[str, int], hop: Hop
-    ) -> Answer:
-        work = partial(self._courier.deliver, self.agent, peer, hop, envelope, data)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def _call(self, hook: str, **arguments: Any) -> None:
         """A hook, in a thread of its own: it may block, and only this collection waits."""
@@ -154,15 +144,14 @@ class Collection:
             await asyncio.to_thread(self._plugins.call, hook, agent=self.agent, **arguments)
 
 
-async def run(collection: Collection, lock_folder: Path | None = Path("run")) -> Report:
+async def run(collection: Collection) -> Report:
     """Run a collection to its end; returns the report, whatever happens.
 
-    ``lock_folder`` has one lock per agent, so that two collections of one agent never run at once:
-    the second is ``busy``.
+    Two collections of one agent never run at once, in whatever process: the second is ``busy``.
     """
     report, agent = collection.report, collection.agent
     started = time.monotonic()
-    with _lock(lock_folder, agent.name) as ours:
+    with only_one(LOCKS / f"agent-{agent.name}.lock") as ours:
         if not ours:
             report.outcome = Outcome.BUSY
             report.error = "another collection of this agent is running; wait for it to end"
@@ -195,26 +184,3 @@ async def run(collection: Collection, lock_folder: Path | None = Path("run")) ->
 def _line(report: Report) -> str:
     shown = {key: value for key, value in report.as_dict().items() if key != "agent"}
     return " ".join(f"{key}={value!r}" for key, value in shown.items() if value is not None)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path | None, agent: str) -> Iterator[bool]:
-    """Hold the agent's lock; the system lets go of it when the process dies.  A folder that cannot
-    be written is no reason not to collect."""
-    descriptor = None
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / f"agent-{agent}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor or -1)
-        yield False
-        return
-    except OSError as error:
-        log.warning("agent=%s no lock: %s; nothing keeps a second collection away", agent, error)
-    try:
-        yield True
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

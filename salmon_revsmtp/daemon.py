@@ -32,6 +32,8 @@ GRACE = 10.0
 TICK = 15.0
 # And no oftener than this, however near the next time is.
 BLINK = 0.01
+# Seconds until notifications that the relay did not take are tried again.
+NOTIFY_EVERY = 300.0
 # Seconds between two lines of progress to who asked for a collection.
 PROGRESS = 0.2
 
@@ -61,6 +63,7 @@ class Daemon:
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
         self._failing: dict[str, float] = {}
+        self._notify_at = clock()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._listeners: list[Listener] = []
@@ -95,6 +98,7 @@ class Daemon:
             started()
             while not self._stop.is_set():
                 self._start_due()
+                self._send_waiting()
                 await self._sleep()
         finally:
             await self._shut_down()
@@ -113,6 +117,11 @@ class Daemon:
             task = asyncio.get_running_loop().create_task(self._on_schedule(self._agents[name]))
             self._scheduled.add(task)
             task.add_done_callback(self._scheduled.discard)
+
+    def _send_waiting(self) -> None:
+        if self._clock() >= self._notify_at:
+            self._notify_at = self._clock() + NOTIFY_EVERY
+            self._runtime.send_waiting()
 
     async def _sleep(self) -> None:
         self._wake.clear()

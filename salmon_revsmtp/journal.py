@@ -1,8 +1,13 @@
-"""The journal: the SQLite record of collections, and what is kept of each agent between them.
+"""The journal: the SQLite record of collections and deliveries.
+
+:class:`JournalFile` is the file and its schema; :class:`Journal` is the record of collections, and
+what is kept of each agent between them.  The record of deliveries has more to do, in
+``delivery/served.py``.
 
 It is a record and no more: a journal that cannot be written costs no mail and no collection, only
-a warning.  Several processes may use one at the same time; every call opens the file, does its
-work in one transaction and closes it again, so that it may be called from any thread.
+a warning.  Several processes may use one at the same time.  Every call of :class:`Journal` opens
+the file, does its work in one transaction and closes it again, so that it may be called from any
+thread.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from typing import TypeVar
 
 from salmon_revsmtp.report import Report
 
-__all__ = ["DEFAULT_JOURNAL", "AgentState", "Entry", "Journal"]
+__all__ = ["DEFAULT_JOURNAL", "AgentState", "Entry", "Journal", "JournalFile"]
 
 DEFAULT_JOURNAL = Path("run/revsmtp.sqlite3")
 
@@ -51,6 +56,27 @@ MIGRATIONS = (
         agent TEXT PRIMARY KEY,
         enabled INTEGER,
         failing_since REAL
+    );
+    """,
+    """
+    CREATE TABLE deliveries (
+        id INTEGER PRIMARY KEY,
+        digest BLOB NOT NULL,
+        service TEXT NOT NULL,
+        reverse_path TEXT NOT NULL,
+        recipient TEXT NOT NULL,
+        at REAL NOT NULL,
+        code INTEGER NOT NULL,
+        text TEXT NOT NULL,
+        enhanced TEXT,
+        notified INTEGER NOT NULL,
+        UNIQUE (digest, service, reverse_path, recipient)
+    );
+    CREATE TABLE attempts (
+        queue TEXT NOT NULL,
+        key TEXT NOT NULL,
+        begun INTEGER NOT NULL,
+        PRIMARY KEY (queue, key)
     );
     """,
 )
@@ -92,11 +118,59 @@ _COLUMNS = ", ".join(Entry.__annotations__)
 _PLACES = ", ".join("?" for _ in Entry.__annotations__)
 
 
-class Journal:
-    """The journal in a file, which is made when it is first written."""
+class JournalFile:
+    """The file, which is made when it is first opened."""
 
     def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
-        self._path = path
+        self.path = path
+
+    def open(self) -> sqlite3.Connection:
+        """A connection, its schema up to date, without transactions of Python's own.  It may be
+        used from several threads, not at the same time.
+
+        What is committed survives the death of the process.  With a write-ahead log it costs no
+        sync unless the connection asks for that (``PRAGMA synchronous``).  Raises
+        :class:`sqlite3.Error` and :class:`OSError`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+        )
+        try:
+            # A file system without shared memory has no such log; then every commit is synced.
+            with contextlib.suppress(sqlite3.OperationalError):
+                database.execute("PRAGMA journal_mode = WAL")
+            if self._version(database) != len(MIGRATIONS):
+                database.execute("BEGIN IMMEDIATE")
+                self._migrate(database)
+                database.execute("COMMIT")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @staticmethod
+    def _version(database: sqlite3.Connection) -> int:
+        [version] = database.execute("PRAGMA user_version").fetchone()
+        return int(version)
+
+    def _migrate(self, database: sqlite3.Connection) -> None:
+        version = self._version(database)
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError(
+                f"its schema is version {version}, of a later salmon-revsmtp than this one"
+            )
+        for number in range(version, len(MIGRATIONS)):
+            for statement in MIGRATIONS[number].split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {number + 1}")
+
+
+class Journal:
+    """The record of collections in a file, which is made when it is first written."""
+
+    def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
+        self._file = JournalFile(path)
         self._warned = False
 
     def record(self, report: Report, started: float, good: bool) -> None:
@@ -174,8 +248,7 @@ class Journal:
 
     def _write(self, work: Callable[[sqlite3.Connection], None]) -> bool:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open() as database:
+            with self._transaction() as database:
                 work(database)
         except (sqlite3.Error, OSError) as error:
             self._warn("written", error)
@@ -184,41 +257,32 @@ class Journal:
         return True
 
     def _read(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
-        if not self._path.exists():
+        if not self._file.path.exists():
             return otherwise
         try:
-            with self._open() as database:
+            with self._transaction() as database:
                 return work(database)
         except (sqlite3.Error, OSError) as error:
             self._warn("read", error)
             return otherwise
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT, isolation_level=None)
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        database = self._file.open()
         try:
             database.execute("BEGIN IMMEDIATE")
-            self._migrate(database)
             yield database
             database.execute("COMMIT")
         finally:
             database.close()  # rolls back what was not committed
 
-    def _migrate(self, database: sqlite3.Connection) -> None:
-        [version] = database.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            raise sqlite3.DatabaseError(
-                f"its schema is version {version}, of a later salmon-revsmtp than this one"
-            )
-        for number in range(version, len(MIGRATIONS)):
-            for statement in MIGRATIONS[number].split(";"):
-                database.execute(statement)
-            database.execute(f"PRAGMA user_version = {number + 1}")
-
     def _warn(self, doing: str, error: Exception) -> None:
         """Once, not at every collection."""
         if not self._warned:
             log.warning(
-                "journal=%s cannot be %s: %s; mail is not affected", self._path, doing, error
+                "journal=%s cannot be %s: %s; mail is not affected",
+                self._file.path,
+                doing,
+                error,
             )
         self._warned = True

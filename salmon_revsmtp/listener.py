@@ -9,10 +9,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Executor
-from functools import partial
 
-from salmon_revsmtp.delivery.courier import Courier
+from salmon_revsmtp.delivery.courier import Courier, Errand
 from salmon_revsmtp.delivery.trace import Hop
 from salmon_revsmtp.service import COMMAND_TIMEOUT, Answer, Service, Session, Tally
 from salmon_revsmtp.smtp.receiver import Transaction
@@ -42,13 +40,11 @@ class Listener:
         service: Service,
         policy: Callable[[str], Reply | None],
         courier: Courier,
-        executor: Executor,
         idle_timeout: float = COMMAND_TIMEOUT,
     ) -> None:
         self.service = service
         self._policy = policy
         self._courier = courier
-        self._executor = executor
         self._idle_timeout = idle_timeout
         self._tls = service.settings.tls_context()
         self._server: asyncio.Server | None = None
@@ -115,7 +111,6 @@ class Listener:
     async def _deliver(self, transaction: Transaction, session: Session) -> Answer:
         via = f"service {self.service.name}"
         hop = Hop(session.peer[0], self.service.hostname, via, session.tls, authenticated=False)
-        work = partial(
-            self._courier.deliver, None, session.peer, hop, transaction.envelope, transaction.data
+        return await self._courier.deliver(
+            Errand(None, session.peer, hop, transaction.envelope, transaction.data)
         )
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)

@@ -1,13 +1,15 @@
-"""What a process needs to run collections: services, the delivery thread, plugins.
+"""What a process needs to run collections: services, the threads that deliver, plugins.
 
 Handlers run in one delivery thread, because Salmon wants that: ``Router.RELOAD`` re-imports the
 handlers at each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not
-thread safe.  The event loop never waits for a handler.
+thread safe.  Queue mode, which runs no handlers, has a thread of its own, and so have
+notifications, for a relay may take its time.  The event loop never waits for any of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,19 +24,20 @@ from salmon_revsmtp.delivery.bounce import Bouncer
 from salmon_revsmtp.delivery.courier import Courier, Delivery
 from salmon_revsmtp.delivery.queue import QueueDelivery
 from salmon_revsmtp.delivery.router import RouterDelivery
-from salmon_revsmtp.delivery.served import ServedMemory
+from salmon_revsmtp.delivery.served import DeliveryJournal
+from salmon_revsmtp.delivery.unsent import Unsent
 from salmon_revsmtp.journal import Journal
 from salmon_revsmtp.listener import Listener
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.report import Outcome, Report
 from salmon_revsmtp.service import Service
-from salmon_revsmtp.settings import Configuration, ServiceSettings
+from salmon_revsmtp.settings import Configuration
 
 __all__ = ["Runtime"]
 
 
 class Runtime:
-    """Runs collections of a configuration; a context manager that waits for its delivery thread.
+    """Runs collections of a configuration; a context manager that waits for its threads.
 
     ``relay``  asked for Salmon's relay when a notification has to go out.
     """
@@ -44,10 +47,13 @@ class Runtime:
     ) -> None:
         self.configuration = configuration
         self._plugins = plugins
-        self._relay = relay
         self.journal = Journal()
-        self._served = ServedMemory()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery")
+        services = configuration.services.values()
+        self._deliveries = DeliveryJournal(keep=max(one.repeat_seconds for one in services))
+        self._handling = ThreadPoolExecutor(1, thread_name_prefix="delivery")
+        self._queueing = ThreadPoolExecutor(1, thread_name_prefix="queueing")
+        self._notifying = ThreadPoolExecutor(1, thread_name_prefix="notifications")
+        self._unsent = Unsent(relay, self.send_waiting)
 
     def __enter__(self) -> Runtime:
         return self
@@ -61,8 +67,17 @@ class Runtime:
         self.close(wait=True)
 
     def close(self, wait: bool) -> None:
-        """Deliver no more; ``wait`` for a delivery that is under way."""
-        self._executor.shutdown(wait=wait, cancel_futures=True)
+        """Deliver no more; ``wait`` for what is under way."""
+        for executor in (self._handling, self._queueing):
+            executor.shutdown(wait=wait, cancel_futures=True)
+        self._notifying.shutdown(wait=wait)
+        if wait:
+            self._deliveries.close()
+
+    def send_waiting(self) -> None:
+        """Have the notifications that wait sent to the relay, in their thread."""
+        with contextlib.suppress(RuntimeError):  # closed: they go out next time
+            self._notifying.submit(self._unsent.send)
 
     @cached_property
     def services(self) -> dict[str, Service]:
@@ -73,16 +88,15 @@ class Runtime:
 
     @cached_property
     def _couriers(self) -> dict[str, Courier]:
-        return {
-            name: Courier(
-                name,
-                _delivery(service.settings),
-                self._served,
-                self._plugins,
-                Bouncer(service, self._relay),
-            )
-            for name, service in self.services.items()
-        }
+        return {name: self._courier(service) for name, service in self.services.items()}
+
+    def _courier(self, service: Service) -> Courier:
+        delivery: Delivery = RouterDelivery()
+        executor = self._handling
+        if service.settings.delivery == "queue":
+            delivery, executor = QueueDelivery(service.settings.queue), self._queueing
+        bouncer = Bouncer(service, self._unsent)
+        return Courier(service, delivery, self._deliveries, self._plugins, bouncer, executor)
 
     def listeners(self) -> list[Listener]:
         """One for each service that has ``listen``; not started."""
@@ -91,7 +105,6 @@ class Runtime:
                 service,
                 service.recipient_policy(self.configuration.asked_for(name)),
                 self._couriers[name],
-                self._executor,
             )
             for name, service in self.services.items()
             if service.settings.listen
@@ -100,9 +113,7 @@ class Runtime:
     def collection(self, agent: Agent) -> Collection:
         """A new collection of an agent, to be run with :func:`salmon_revsmtp.collection.run`."""
         name = agent.settings.service
-        return Collection(
-            agent, self.services[name], self._couriers[name], self._plugins, self._executor
-        )
+        return Collection(agent, self.services[name], self._couriers[name], self._plugins)
 
     def enabled(self, agent: Agent) -> bool:
         """What ``enable`` or ``disable`` said, else what the settings say.  Reads the journal."""
@@ -139,8 +150,6 @@ class Runtime:
             done(report)
             return report
 
-        return list(await asyncio.gather(*(one(agent) for agent in agents)))
-
-
-def _delivery(settings: ServiceSettings) -> Delivery:
-    return QueueDelivery(settings.queue) if settings.delivery == "queue" else RouterDelivery()
+        reports = list(await asyncio.gather(*(one(agent) for agent in agents)))
+        self.send_waiting()
+        return reports

@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 # RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command.
 COMMAND_TIMEOUT = 300.0
 
+# Log lines about refused recipients in one session; of the others their number is told.  Enough to
+# see what is wrong, and a provider cannot fill the disk with them.
+LOGGED_REFUSALS = 20
+
 # Exim 4.100.1 as provider encrypts every message but the first of a session twice: what comes out
 # of the connection's TLS is a TLS record, cut off where the message should end.  It takes the
 # message for unsent when the connection breaks, and sends it in the next session.  No message that
@@ -109,9 +113,13 @@ class Service:
 
     @property
     def limits(self) -> Limits:
-        """The machine's limits with what the user has set."""
+        """The machine's limits with what the user has set, and what grows with it."""
+        message, recipients = self.settings.max_message_size, self.settings.max_recipients
         return Limits(
-            message=self.settings.max_message_size, recipients=self.settings.max_recipients
+            message=message,
+            recipients=recipients,
+            chunks=max(Limits.chunks, message // 1024),
+            refusals=max(Limits.refusals, 10 * recipients),
         )
 
     def refuses_client(self, address: str) -> str | None:
@@ -191,6 +199,8 @@ class Session(asyncio.Protocol):
         )
         self._transport: asyncio.Transport | None = None
         self._idle: asyncio.TimerHandle | None = None
+        self._seen = (0, 0)  # the receiver's steps and octets when the clock was wound up
+        self._refusals = 0
         self._deliveries: set[asyncio.Task[None]] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._congested = False
@@ -227,9 +237,12 @@ class Session(asyncio.Protocol):
         return bool(self._deliveries) and not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._lost:
+            return
         self._lost = True
-        if self._idle:
-            self._idle.cancel()
+        self._stop_clock()
+        if self._refusals > LOGGED_REFUSALS:
+            log.warning("peer=%s %d more refused", self.peer, self._refusals - LOGGED_REFUSALS)
         if not self.clean and self.broken is None:
             self.broken = "the provider broke the connection off" + (f": {exc}" if exc else "")
         self._finish()
@@ -254,7 +267,7 @@ class Session(asyncio.Protocol):
                 self._deliveries.add(task)
                 task.add_done_callback(self._delivered)
             elif isinstance(event, Refused):
-                log.warning("peer=%s to=%r reply=%r", self.peer, event.recipients, str(event.reply))
+                self._log_refusal(event)
                 self._tally.refuse(len(event.recipients) or 1, event.reply)
             elif isinstance(event, StartTls):
                 task = asyncio.get_running_loop().create_task(self._handshake())
@@ -264,14 +277,25 @@ class Session(asyncio.Protocol):
                 self.clean = event.reply.positive
                 if not self.clean:
                     self.broken = f"we sent the provider away: {event.reply}"
+                    if self._refusals > LOGGED_REFUSALS:
+                        self.broken += "; the log names the first that were refused, and why"
+
+    def _log_refusal(self, refused: Refused) -> None:
+        self._refusals += 1
+        if self._refusals <= LOGGED_REFUSALS:
+            to = refused.recipients[:LOGGED_REFUSALS]
+            log.warning("peer=%s to=%r reply=%r", self.peer, to, str(refused.reply))
 
     async def _handshake(self) -> None:
         assert self._transport is not None and self._starttls is not None
         if self._receiver.pending:
             raise ConnectionError("bytes behind STARTTLS")
-        self._transport = await asyncio.get_running_loop().start_tls(
+        encrypted = await asyncio.get_running_loop().start_tls(
             self._transport, self, self._starttls, server_side=True
         )
+        if encrypted is None:
+            raise ConnectionError("the connection was lost")
+        self._transport = encrypted
         self.tls = True
         self._handle(self._receiver.tls_started())
         self._flush()
@@ -280,6 +304,8 @@ class Session(asyncio.Protocol):
         self._handshakes.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self.abort(f"the TLS handshake failed: {error}")
+            # asyncio tells nobody of a connection that is lost in its handshake.
+            self.connection_lost(None)
 
     async def _transaction(self, transaction: Transaction) -> None:
         """Deliver a message, and only then answer it: 250 means safe."""
@@ -302,6 +328,7 @@ class Session(asyncio.Protocol):
             self.abort(f"a delivery failed: {type(error).__name__}: {error}")
         if self._eof and not self._deliveries and self._transport is not None:
             self._transport.close()
+        self._wait()
         self._finish()
 
     def _flush(self) -> None:
@@ -328,16 +355,36 @@ class Session(asyncio.Protocol):
             transport.resume_reading()
 
     def _wait(self) -> None:
-        """Restart the clock on a silent client; it does not run while we are delivering."""
-        if self._idle:
-            self._idle.cancel()
-            self._idle = None
-        if not self._deliveries and not self._lost:
+        """The clock on a client that has the word.  What it says winds the clock up when it goes
+        on: a command that became whole (RFC 5321 4.5.3.2), enough content.  An octet now and then
+        does not."""
+        if self._deliveries or self._lost:
+            self._stop_clock()
+        elif self._idle is None or self._went_on():
+            self._stop_clock()
+            self._seen = (self._receiver.steps, self._receiver.content_octets)
             loop = asyncio.get_running_loop()
             self._idle = loop.call_later(self._idle_timeout, self._idled)
 
+    def _went_on(self) -> bool:
+        steps, octets = self._seen
+        enough = self._receiver.limits.content_rate * self._idle_timeout
+        return self._receiver.steps > steps or self._receiver.content_octets - octets >= enough
+
+    def _stop_clock(self) -> None:
+        if self._idle:
+            self._idle.cancel()
+            self._idle = None
+
     def _idled(self) -> None:
-        self.abort(f"the provider was silent for {self._idle_timeout:g} seconds")
+        came = self._receiver.content_octets - self._seen[1]
+        if came:
+            did = f"sent no more than {came} octets of a message"
+        elif self._receiver.pending:
+            did = "sent no whole command"
+        else:
+            did = "said nothing"
+        self.abort(f"the provider {did} in {self._idle_timeout:g} seconds")
 
     def shut_down(self) -> None:
         """End at the next message boundary: the message in hand is answered, a new one gets 421."""

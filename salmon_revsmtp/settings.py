@@ -78,6 +78,12 @@ class ServiceSettings(BaseModel):
     queue: Annotated[str, Field(min_length=1, description="the folder of a Salmon Queue")] = (
         "run/inbound"
     )
+    handler_timeout: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")
+    ] = 300
+    repeat_window: Annotated[
+        float, Field(gt=0, le=3650, allow_inf_nan=False, description="days above 0, up to 3650")
+    ] = 7
     listen: Annotated[
         str | None, Field(description="'host:port' such as '0.0.0.0:25' or '[::]:25', or None")
     ] = None
@@ -126,6 +132,11 @@ class ServiceSettings(BaseModel):
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(self.tls_cert, self.tls_key)
         return context
+
+    @property
+    def repeat_seconds(self) -> float:
+        """``repeat_window`` in seconds."""
+        return self.repeat_window * 86400
 
     @property
     def address(self) -> tuple[str, int]:

@@ -16,6 +16,7 @@ import pytest
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.routing import Router, route, stateless
+from salmon.server import SMTPError
 
 import salmon_revsmtp.demo
 from salmon_revsmtp.plugins import Plugins
@@ -240,3 +241,81 @@ def chroot() -> Callable[[str], Path]:
         return found
 
     return root
+
+
+# -- one message in one session -----------------------------------------------------------------
+
+MESSAGE = b"From: Ann <ann@example.net>\r\nTo: list@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
+
+
+def fails(code: int, text: str | None = None) -> Any:
+    def action(message: MailRequest) -> None:
+        raise SMTPError(code, text)
+
+    return action
+
+
+def explodes(message: MailRequest) -> None:
+    raise RuntimeError("handler bug")
+
+
+def exchange(
+    salmon: Salmon,
+    *recipients: str,
+    data: bytes = MESSAGE,
+    sender: str = "ann@example.net",
+    mail: str = "",
+    rcpt: str = "",
+    times: int = 1,
+    plugins: Plugins | None = None,
+    **service: Any,
+) -> tuple[list[str], Report]:
+    """Send one message in one session, ``times`` over; the replies to its data, the report."""
+    heard: list[str] = []
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        for _ in range(times):
+            provider.say(f"MAIL FROM:<{sender}>{mail}")
+            await provider.replied(250)
+            for recipient in recipients:
+                provider.say(f"RCPT TO:<{recipient}>{rcpt}")
+                await provider.replied(250)
+            provider.say(b"BDAT %d LAST\r\n%s" % (len(data), data[:-2]))
+            heard.append(await provider.hear())
+            if heard[-1].startswith("353"):
+                heard.extend([await provider.hear() for _ in (*recipients, "all")])
+        await provider.quit()
+
+    async def done(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        await provider.asks("ATRN", "453 no mail")
+
+    async def main() -> Report:
+        # A second session comes only if the first has taken anything.
+        async with scripted(script, done) as port:
+            [report] = await collect(
+                salmon, agent_keys(port), plugins=plugins, default={**DEFAULT, **service}
+            )
+            if report.sessions == 1:
+                reader, writer = await asyncio.open_connection("localhost", port)
+                await finish(Dialogue(reader, writer))
+        return report
+
+    return heard, asyncio.run(main())
+
+
+DEFAULT = {"hostname": "mail.example.org"}
+
+
+async def finish(customer: Dialogue) -> None:
+    """Play the customer of the script ``done``."""
+    await customer.hear("220")
+    customer.say("EHLO x")
+    await customer.replied(250)
+    for line in ("AUTH CRAM-MD5", "x", "EHLO x", "ATRN"):
+        customer.say(line)
+        await customer.hear()
+        if line == "EHLO x":
+            await customer.hear()
+            await customer.hear()

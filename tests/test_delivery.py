@@ -12,90 +12,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Dialogue, Salmon, agent_keys, collect, scripted
+from conftest import (
+    DEFAULT,
+    MESSAGE,
+    Dialogue,
+    Salmon,
+    Script,
+    agent_keys,
+    collect,
+    exchange,
+    explodes,
+    fails,
+    no_more_mail,
+    scripted,
+)
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.routing import Router
 from salmon.server import SMTPError, SMTPReceiver
 
-from salmon_revsmtp import QueueConsumer, Reply, hookimpl
+from salmon_revsmtp import Reply, hookimpl
 from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Report
-
-MESSAGE = b"From: Ann <ann@example.net>\r\nTo: list@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
-
-
-def fails(code: int, text: str | None = None) -> Any:
-    def action(message: MailRequest) -> None:
-        raise SMTPError(code, text)
-
-    return action
-
-
-def explodes(message: MailRequest) -> None:
-    raise RuntimeError("handler bug")
-
-
-def exchange(
-    salmon: Salmon,
-    *recipients: str,
-    data: bytes = MESSAGE,
-    sender: str = "ann@example.net",
-    mail: str = "",
-    rcpt: str = "",
-    times: int = 1,
-    plugins: Plugins | None = None,
-    **service: Any,
-) -> tuple[list[str], Report]:
-    """Send one message in one session, ``times`` over; the replies to its data, the report."""
-    heard: list[str] = []
-
-    async def script(provider: Dialogue) -> None:
-        await provider.reverse()
-        for _ in range(times):
-            provider.say(f"MAIL FROM:<{sender}>{mail}")
-            await provider.replied(250)
-            for recipient in recipients:
-                provider.say(f"RCPT TO:<{recipient}>{rcpt}")
-                await provider.replied(250)
-            provider.say(b"BDAT %d LAST\r\n%s" % (len(data), data[:-2]))
-            heard.append(await provider.hear())
-            if heard[-1].startswith("353"):
-                heard.extend([await provider.hear() for _ in (*recipients, "all")])
-        await provider.quit()
-
-    async def done(provider: Dialogue) -> None:
-        await provider.up_to_atrn()
-        await provider.asks("ATRN", "453 no mail")
-
-    async def main() -> Report:
-        # A second session comes only if the first has taken anything.
-        async with scripted(script, done) as port:
-            [report] = await collect(
-                salmon, agent_keys(port), plugins=plugins, default={**DEFAULT, **service}
-            )
-            if report.sessions == 1:
-                reader, writer = await asyncio.open_connection("localhost", port)
-                await finish(Dialogue(reader, writer))
-        return report
-
-    return heard, asyncio.run(main())
-
-
-DEFAULT = {"hostname": "mail.example.org"}
-
-
-async def finish(customer: Dialogue) -> None:
-    """Play the customer of the script ``done``."""
-    await customer.hear("220")
-    customer.say("EHLO x")
-    await customer.replied(250)
-    for line in ("AUTH CRAM-MD5", "x", "EHLO x", "ATRN"):
-        customer.say(line)
-        await customer.hear()
-        if line == "EHLO x":
-            await customer.hear()
-            await customer.hear()
+from salmon_revsmtp.report import Outcome, Report
 
 
 @pytest.mark.parametrize(
@@ -289,12 +227,167 @@ def test_a_temporary_failure_is_retried_for_the_unserved_only(salmon: Salmon) ->
     assert report.recipients == 2
 
 
+def test_after_a_restart_the_retry_serves_only_the_unserved(salmon: Salmon) -> None:
+    ready: list[bool] = []
+
+    def not_yet(message: MailRequest) -> None:
+        if not ready:
+            raise SMTPError(451, "later")
+
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", fails(550, "5.1.1 no b here"))
+    salmon.handle("c@.*", not_yet)
+    everyone = ("a@example.org", "b@example.org", "c@example.org")
+    heard, report = exchange(salmon, *everyone)
+    assert (heard[0][:3], report.recipients) == ("451", 1)
+    assert salmon.relayed == [], "the provider has not let go of it yet"
+    ready.append(True)
+    heard, report = exchange(salmon, *everyone)
+    assert (heard[0][:3], report.recipients) == ("250", 1)
+    assert [message.To[0] for message in salmon.handled] == ["a", "b", "c", "c"]
+    [(_, _, text)] = salmon.relayed
+    assert "b@example.org" in text and "c@example.org" not in text
+
+
 def test_a_repeat_is_answered_as_before_and_not_handled_again(salmon: Salmon) -> None:
     salmon.handle("a@.*")
     heard, report = exchange(salmon, "a@example.org", times=3)
     assert [line[:3] for line in heard] == ["250", "250", "250"]
     assert len(salmon.handled) == 1
     assert report.messages == 1
+    heard, report = exchange(salmon, "a@example.org")
+    assert (heard[0][:3], report.messages) == ("250", 0)
+    assert len(salmon.handled) == 1
+
+
+def test_a_refusal_is_repeated_as_before(salmon: Salmon) -> None:
+    salmon.handle("a@.*", fails(550, "5.1.1 no a here"))
+    for _ in range(2):
+        heard, _ = exchange(salmon, "a@example.org")
+        assert heard == ["550 5.1.1 no a here"]
+    assert len(salmon.handled) == 1
+
+
+def test_behind_the_window_a_repeat_is_handled_again(salmon: Salmon) -> None:
+    salmon.handle("a@.*")
+    for _ in range(2):
+        heard, _ = exchange(salmon, "a@example.org", repeat_window=1e-9)
+        assert heard[0].startswith("250 ")
+    assert len(salmon.handled) == 2
+
+
+# -- slow handlers -----------------------------------------------------------------------------
+
+
+class Slow:
+    """A handler that waits to be let go, for messages that say so."""
+
+    def __init__(self) -> None:
+        self.go, self.began = threading.Event(), threading.Event()
+
+    def __call__(self, message: MailRequest) -> None:
+        if b"slow" in message.Data:
+            self.began.set()
+            assert self.go.wait(20)
+
+
+def slowly(salmon: Salmon, script: Script, **service: Any) -> Report:
+    """Collect from a provider that follows a script, with a short ``handler_timeout``."""
+    keys = {**DEFAULT, "handler_timeout": 0.3, **service}
+
+    async def main() -> Report:
+        async with scripted(script, no_more_mail) as port:
+            [report] = await collect(salmon, agent_keys(port), default=keys)
+        return report
+
+    return asyncio.run(main())
+
+
+SLOW = MESSAGE.replace(b"hello", b"slow")
+
+
+def test_a_slow_handler_is_put_off_and_its_late_success_not_repeated(salmon: Salmon) -> None:
+    slow = Slow()
+    salmon.handle(".*", slow)
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(SLOW)).startswith("451 4.3.0 ")
+        slow.go.set()
+        assert (await provider.send(SLOW)).startswith("250 ")
+        await provider.quit()
+
+    report = slowly(salmon, script)
+    assert len(salmon.handled) == 1
+    assert report.outcome is Outcome.COLLECTED
+    assert salmon.undeliverable() == []
+
+
+def test_what_waits_behind_a_slow_handler_is_put_off_unhandled(salmon: Salmon) -> None:
+    slow = Slow()
+    salmon.handle(".*", slow)
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(SLOW)).startswith("451 ")
+        assert (await provider.send(MESSAGE)).startswith("451 ")
+        slow.go.set()
+        assert (await provider.send(SLOW)).startswith("250 ")
+        assert (await provider.send(MESSAGE)).startswith("250 ")
+        await provider.quit()
+
+    slowly(salmon, script)
+    assert [b"slow" in message.Data for message in salmon.handled] == [True, False]
+
+
+def test_with_prdr_a_slow_handler_puts_off_its_own_recipient_only(salmon: Salmon) -> None:
+    slow = Slow()
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", slow)
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        codes = []
+        for recipients in (["a", "b", "c"], ["b", "c"]):
+            provider.say("MAIL FROM:<ann@example.net> PRDR")
+            for name in recipients:
+                provider.say(f"RCPT TO:<{name}@example.org>")
+            for _ in ("MAIL", *recipients):
+                await provider.replied(250)
+            provider.say(b"BDAT %d LAST\r\n%s" % (len(SLOW), SLOW[:-2]))
+            codes.append([(await provider.hear())[:3] for _ in ("353", *recipients, "all")])
+            slow.go.set()
+        await provider.quit()
+        assert codes == [["353", "250", "451", "451", "250"], ["353", "250", "250", "250"]]
+
+    report = slowly(salmon, script)
+    assert [message.To[0] for message in salmon.handled] == ["a", "b"]
+    assert len(salmon.undeliverable()) == 1, "c, which no handler takes"
+    assert report.recipients == 2
+
+
+def test_the_handler_that_is_late_is_waited_for_before_the_process_ends(salmon: Salmon) -> None:
+    slow = Slow()
+    salmon.handle(".*", slow)
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(SLOW)).startswith("451 ")
+        threading.Timer(0.3, slow.go.set).start()
+        await provider.quit()
+
+    async def main() -> Report:
+        async with scripted(script) as port:
+            keys = {**DEFAULT, "handler_timeout": 0.1}
+            [report] = await collect(salmon, agent_keys(port), default=keys)
+        return report
+
+    report = asyncio.run(main())
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "451" in report.error
+    heard, _ = exchange(salmon, "b@example.org", data=SLOW, sender="a@example.net")
+    assert heard[0].startswith("250 ")
+    assert len(salmon.handled) == 1
 
 
 def test_a_permanent_failure_beside_a_success_is_notified(salmon: Salmon) -> None:
@@ -330,11 +423,11 @@ def test_nobody_is_notified_who_must_not_be(salmon: Salmon, sender: str, rcpt: s
     assert salmon.relayed == []
 
 
-def test_a_notification_that_the_relay_does_not_take_is_kept(salmon: Salmon) -> None:
+def test_a_notification_that_the_relay_does_not_take_goes_out_later(salmon: Salmon) -> None:
     def down(message: object, To: str, From: str) -> None:
         raise ConnectionRefusedError("relay is down")
 
-    salmon.relay = SimpleNamespace(deliver=down)
+    working, salmon.relay = salmon.relay, SimpleNamespace(deliver=down)
     salmon.handle("a@.*")
     salmon.handle("b@.*", fails(550))
     heard, _ = exchange(salmon, "a@example.org", "b@example.org")
@@ -344,6 +437,37 @@ def test_a_notification_that_the_relay_does_not_take_is_kept(salmon: Salmon) -> 
     assert unsent.mbox.get_bytes(key).startswith(
         b"Return-Path: <>\nDelivered-To: ann@example.net\n"
     )
+    salmon.relay = working
+    exchange(salmon, "a@example.org", data=MESSAGE + b"another\r\n")
+    assert [(sender, to) for sender, to, _ in salmon.relayed] == [("<>", "ann@example.net")]
+    assert unsent.keys() == []
+
+
+def test_a_notification_that_cannot_be_kept_leaves_the_mail_with_the_provider(
+    salmon: Salmon,
+) -> None:
+    (salmon.folder / "run/unsent").write_text("a file where the queue should be")
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", fails(550))
+    heard, _ = exchange(salmon, "a@example.org", "b@example.org")
+    assert heard[0].startswith("451 4.3.0 ")
+    assert salmon.relayed == []
+    (salmon.folder / "run/unsent").unlink()
+    heard, _ = exchange(salmon, "a@example.org", "b@example.org")
+    assert heard[0].startswith("250 ")
+    assert [message.To for message in salmon.handled] == ["a@example.org", "b@example.org"]
+    assert len(salmon.relayed) == 1
+
+
+def test_a_repeat_of_a_partial_success_is_not_notified_again(salmon: Salmon) -> None:
+    """The 250 was lost on its way, and we have been restarted."""
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", fails(550))
+    for _ in range(2):
+        heard, _ = exchange(salmon, "a@example.org", "b@example.org", times=2)
+        assert [line[:3] for line in heard] == ["250", "250"]
+    assert len(salmon.handled) == 2
+    assert len(salmon.relayed) == 1
 
 
 def test_only_permanent_failures_are_the_reply(salmon: Salmon) -> None:
@@ -449,57 +573,3 @@ def test_hooks_that_raise_are_logged_and_cost_no_mail(
     assert report.messages == 1
     assert len(recorder.seen) == 5
     assert caplog.text.count("plugin=broken-one") == 5
-
-
-# -- queue mode --------------------------------------------------------------------------------
-
-
-def test_queue_mode_keeps_the_envelope_and_the_consumer_routes_by_it(salmon: Salmon) -> None:
-    salmon.handle(".*")
-    heard, report = exchange(salmon, "b@example.org", "c@example.org", delivery="queue")
-    assert heard[0].startswith("250 2.6.0 queued")
-    assert (report.messages, report.recipients) == (1, 2)
-    assert salmon.handled == []
-    inbound = queue.Queue("run/inbound")
-    stored = sorted(inbound.mbox.get_bytes(key) for key in inbound.keys())
-    assert [one.splitlines()[:2] for one in stored] == [
-        [b"Return-Path: <ann@example.net>", b"Delivered-To: b@example.org"],
-        [b"Return-Path: <ann@example.net>", b"Delivered-To: c@example.org"],
-    ]
-    QueueConsumer("run/inbound").start(one_shot=True)
-    assert sorted(message.To for message in salmon.handled) == ["b@example.org", "c@example.org"]
-    assert {message.From for message in salmon.handled} == {"ann@example.net"}
-    assert salmon.handled[0].Data.startswith(b"Received: ")
-    assert salmon.handled[0].Data.endswith(b"\n\nhello")
-    assert len(inbound) == 0
-
-
-def test_the_consumer_deletes_after_handling(salmon: Salmon) -> None:
-    there: list[int] = []
-    salmon.handle(".*", lambda message: there.append(len(queue.Queue("run/inbound"))))
-    exchange(salmon, "b@example.org", delivery="queue")
-    QueueConsumer("run/inbound").start(one_shot=True)
-    assert there == [1]
-    assert len(queue.Queue("run/inbound")) == 0
-
-
-def test_the_consumer_puts_off_what_a_handler_puts_off(salmon: Salmon) -> None:
-    salmon.handle(".*", fails(451))
-    exchange(salmon, "b@example.org", delivery="queue")
-    QueueConsumer("run/inbound").start(one_shot=True)
-    assert len(queue.Queue("run/inbound")) == 1
-
-
-def test_what_a_handler_refuses_later_is_notified(salmon: Salmon) -> None:
-    salmon.handle(".*", fails(550, "no"))
-    exchange(salmon, "b@example.org", delivery="queue")
-    QueueConsumer("run/inbound", relay=lambda: salmon.relay).start(one_shot=True)
-    assert [(sender, to) for sender, to, _ in salmon.relayed] == [("<>", "ann@example.net")]
-    assert len(queue.Queue("run/inbound")) == 0
-
-
-def test_a_queue_that_cannot_be_written_leaves_the_mail_with_the_provider(salmon: Salmon) -> None:
-    (salmon.folder / "file").touch()
-    heard, report = exchange(salmon, "b@example.org", delivery="queue", queue="file/inbound")
-    assert heard[0].startswith("451 4.3.0 ")
-    assert report.messages == 0

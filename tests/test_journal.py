@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from salmon_revsmtp import journal as journal_module
-from salmon_revsmtp.journal import AgentState, Journal
+from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
+from salmon_revsmtp.journal import AgentState, Journal, JournalFile
 from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.smtp.replies import Reply
 
 NOW = time.time()
 
@@ -81,8 +83,22 @@ def test_an_older_schema_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(journal_module, "MIGRATIONS", (*journal_module.MIGRATIONS, later))
     assert len(Journal(path).history()) == 1
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (
+            len(journal_module.MIGRATIONS),
+        )
         database.execute("SELECT colour FROM agents")
+
+
+def test_a_journal_of_the_first_release_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with sqlite3.connect(path) as database:
+        database.executescript(journal_module.MIGRATIONS[0] + "PRAGMA user_version = 1")
+        database.execute("INSERT INTO agents VALUES ('isp', 0, NULL)")
+    assert Journal(path).state("isp").enabled is False
+    deliveries = DeliveryJournal(JournalFile(path))
+    key = MessageKey("default", "a@example.net", b"digest")
+    deliveries.record(key, "b@example.org", Reply(250, "ok"))
+    assert DeliveryJournal(JournalFile(path)).served(key)["b@example.org"].reply == Reply(250, "ok")
 
 
 def test_the_schema_of_a_later_version_is_left_alone(

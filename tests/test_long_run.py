@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Salmon, agent_keys, configuration
 
-from salmon_revsmtp.daemon import TICK, Daemon
+from salmon_revsmtp.daemon import NOTIFY_EVERY, TICK, Daemon
 from salmon_revsmtp.journal import AgentState
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.report import Outcome, Report
@@ -75,6 +75,10 @@ class World:
         self.journal = SimpleNamespace(state=self._state)
         self.failing: dict[str, float] = {}
         self.failed: set[str] = set()
+        self.sent_waiting: list[float] = []
+
+    def send_waiting(self) -> None:
+        self.sent_waiting.append(self.clock())
 
     def clock(self) -> float:
         """As CLOCK_BOOTTIME: it goes on while the machine sleeps, and timers do not."""
@@ -171,6 +175,8 @@ def test_a_week(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
         assert caplog.text.count(f"agent={name} fails") == noticed
         assert caplog.text.count(f"agent={name} recovered") == noticed
     assert len(world.failed) >= 20
+    # What the relay did not take is tried again every five minutes, and no oftener.
+    assert awake / NOTIFY_EVERY * 0.9 < len(world.sent_waiting) < awake / NOTIFY_EVERY + 10
     # Nobody dials in the same second as another, not even after a sleep.
     every_start = sorted(start for starts in world.starts.values() for start in starts)
     assert all(later - earlier >= 0.99 for earlier, later in pairwise(every_start))

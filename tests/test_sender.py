@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -275,6 +277,14 @@ def test_nothing_is_kept_of_what_a_peer_says_after_the_end() -> None:
     assert peer.sender._parser.idle
 
 
+@pytest.mark.parametrize("keywords", [("PIPELINING",), ("PIPELINING", "CHUNKING")])
+def test_an_end_of_data_that_nuls_hide_is_refused(keywords: tuple[str, ...]) -> None:
+    peer = Peer(*keywords)
+    peer.send(outgoing(data=b"Subject: x\n\nhello\n\x00.\x00\nMAIL FROM:<evil@example.net>\n"))
+    assert peer.hears() == b""
+    assert peer.sent == [[554]]
+
+
 def test_421_leaves_the_message_unsent() -> None:
     peer = Peer("PIPELINING", "CHUNKING")
     peer.send(outgoing())
@@ -293,6 +303,7 @@ def test_whatever_the_content_one_message_arrives(
 ) -> None:
     """Sender and receiver, with nothing between them: no content ends its message early."""
     data = b"".join(content)
+    assume(not re.search(rb"(?:\A|[\r\n])\x00+\.", data))  # that may be refused
     peer = Peer(*keywords, "8BITMIME")
     peer.send(outgoing(data=data))
     receiver = Receiver("h", Limits())

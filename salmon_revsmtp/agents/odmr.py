@@ -6,6 +6,7 @@ same connection.  A plugin as any other: nothing here that a third party's could
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
@@ -33,6 +34,13 @@ __all__ = ["OdmrAgent", "OdmrSettings"]
 ATRN_TIMEOUT = 600.0
 
 NO_MAIL = 453
+
+# Sessions of one collection.  Some providers send one message a session, so that it takes many; but
+# a handler that mails back into a collected domain makes new mail for ever, and the rest of it can
+# wait for the next collection.
+MAX_SESSIONS = 1000
+
+log = logging.getLogger(__name__)
 
 
 class OdmrSettings(ServerSettings):
@@ -106,7 +114,14 @@ class OdmrAgent(Agent):
             if session is None or collection.stopping:
                 break
             if session.served:
-                continue
+                if collection.report.sessions < MAX_SESSIONS:
+                    continue
+                log.warning(
+                    "agent=%s sessions=%d and still more mail, the next collection goes on; does a "
+                    "handler mail back into a domain that is collected?",
+                    *(self.name, collection.report.sessions),
+                )
+                break
             if session.broken:
                 raise Failed(f"receiving from {self.address}: {session.broken}")
             break

@@ -7,50 +7,43 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from email.message import Message
 from email.mime.base import MIMEBase
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
 from email.utils import formatdate, make_msgid
-from pathlib import Path
-from typing import Any
 
-from salmon import queue
-
-from salmon_revsmtp.delivery.router import disk_reply, push_safely
-from salmon_revsmtp.delivery.trace import with_envelope
+from salmon_revsmtp.delivery.maildir import disk_reply
+from salmon_revsmtp.delivery.unsent import Unsent
 from salmon_revsmtp.service import Service
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["UNSENT", "Bouncer", "notification"]
-
-# Where a notification waits that the relay did not take.
-UNSENT = "run/unsent"
+__all__ = ["Bouncer", "notification"]
 
 log = logging.getLogger(__name__)
 
 
 class Bouncer:
-    """Sends notifications through the project's relay.
+    """Makes notifications, and has them sent.
 
     ``service``  has our name.
-    ``relay``    is asked for Salmon's relay when one is needed: ``settings.relay`` may be set late.
+    ``unsent``   where they wait until the relay takes them.
     """
 
-    def __init__(self, service: Service, relay: Callable[[], Any]) -> None:
+    def __init__(self, service: Service, unsent: Unsent) -> None:
         self._service = service
-        self._relay = relay
+        self._unsent = unsent
 
     def bounce(
         self, envelope: Envelope, failed: Mapping[str, Reply], content: bytes
     ) -> Reply | None:
         """Tell the sender about the failed recipients.
 
-        Nothing goes to a null sender, and nothing about a recipient with ``NOTIFY=NEVER``.  A
-        notification that the relay does not take is kept in :data:`UNSENT`.  Returns ``None``
-        when the sender knows or the disk does, else the 4yz with which to answer the message.
+        Nothing goes to a null sender, and nothing about a recipient with ``NOTIFY=NEVER``.
+        Returns ``None`` when the notification is safe on disk or none is owed, else the 4yz with
+        which to answer the message.
         """
         wanted = {
             recipient: reply
@@ -61,26 +54,11 @@ class Bouncer:
             return None
         message = notification(self._service.hostname, envelope, wanted, content)
         try:
-            self._relay().deliver(message, To=envelope.reverse_path, From="<>")
-        except Exception as error:
-            log.error(
-                "to=<%s> the notification was not sent: %s: %s; kept in %s",
-                envelope.reverse_path,
-                type(error).__name__,
-                error,
-                UNSENT,
-            )
-            return self._keep(envelope.reverse_path, message)
-        log.info("to=<%s> notified of %d failed recipients", envelope.reverse_path, len(wanted))
-        return None
-
-    def _keep(self, to: str, message: Message) -> Reply | None:
-        try:
-            Path(UNSENT).parent.mkdir(parents=True, exist_ok=True)
-            push_safely(queue.Queue(UNSENT), with_envelope("", to, message.as_bytes()))
+            self._unsent.put(envelope.reverse_path, message.as_bytes())
         except OSError as error:
-            log.error("to=<%s> the notification was not kept either: %s", to, error)
+            log.error("to=<%s> the notification was not kept: %s", envelope.reverse_path, error)
             return disk_reply(error)
+        log.info("to=<%s> is told of %d failed recipients", envelope.reverse_path, len(wanted))
         return None
 
 

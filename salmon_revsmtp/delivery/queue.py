@@ -8,23 +8,31 @@ Salmon's QueueReceiver is not: it deletes a message after it has been handled, n
 from __future__ import annotations
 
 import logging
-import re
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from salmon import queue
-
 from salmon_revsmtp.delivery.bounce import Bouncer
-from salmon_revsmtp.delivery.router import RouterDelivery, disk_reply, push_safely
+from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue, push_safely
+from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
+from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
 from salmon_revsmtp.delivery.trace import split_envelope, with_envelope
+from salmon_revsmtp.delivery.unsent import Unsent
+from salmon_revsmtp.locks import only_one
 from salmon_revsmtp.service import Service
 from salmon_revsmtp.settings import ServiceSettings
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["QueueConsumer", "QueueDelivery"]
+
+# A message whose handling was begun this often and never ended is not tried again.
+CRASHES = 3
+
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +51,7 @@ class QueueDelivery:
         stored = with_envelope(envelope.reverse_path, recipient, content) + b"\n"
         try:
             if self._queue is None:
-                Path(self._folder).parent.mkdir(parents=True, exist_ok=True)
-                self._queue = queue.Queue(self._folder)
+                self._queue = open_queue(self._folder)
             key = push_safely(self._queue, stored)
         except OSError as error:
             log.error("queue=%s recipient=%s not stored: %s", self._folder, recipient, error)
@@ -57,11 +64,6 @@ def _settings_relay() -> Any:
     from salmon import utils
 
     return utils.settings.relay
-
-
-def _age(key: str) -> list[int]:
-    """Sorts Maildir keys (``seconds.MmicrosecondsPpidQnumber.host``) oldest first."""
-    return [int(number) for number in re.findall(r"\d+", key)[:4]]
 
 
 class QueueConsumer:
@@ -87,22 +89,33 @@ class QueueConsumer:
         service: Service | None = None,
         relay: Callable[[], Any] = _settings_relay,
     ) -> None:
-        Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        self.queue = queue.Queue(folder)
+        self.queue = open_queue(folder)
         self._folder = folder
         self._sleep = sleep
         self._delivery = RouterDelivery()
-        self._bouncer = Bouncer(service or Service("queue", ServiceSettings()), relay)
+        self._journal = DeliveryJournal()
+        self._unsent = Unsent(relay)
+        self._bouncer = Bouncer(service or Service("queue", ServiceSettings()), self._unsent)
         self._stopped = threading.Event()
 
     def start(self, one_shot: bool = False) -> None:
-        """Handle what is there, for ever, or once if ``one_shot``."""
-        while not self._stopped.is_set():
-            for key in sorted(self.queue.keys(), key=_age):
-                self.handle(key)
-            if one_shot:
-                return
-            self._stopped.wait(self._sleep)
+        """Handle what is there, for ever, or once if ``one_shot``.
+
+        A signal (SIGHUP of ``salmon stop``, SIGTERM, SIGINT) ends it after the message in hand.
+        Raises :class:`RuntimeError` when another consumer works on the same queue.
+        """
+        lock = Path(f"{self._folder}.lock")
+        with only_one(lock) as ours, self._signals():
+            if not ours:
+                raise RuntimeError(f"another consumer works on {self._folder}: it holds {lock}")
+            while True:
+                for key in by_age(self.queue.keys()):
+                    if self._stopped.is_set():
+                        return
+                    self.handle(key)
+                self._unsent.send()
+                if one_shot or self._stopped.wait(self._sleep):
+                    return
 
     def stop(self) -> None:
         """End :meth:`start` after the message in hand."""
@@ -110,6 +123,10 @@ class QueueConsumer:
 
     def handle(self, key: str) -> Reply | None:
         """Handle one message and delete it then.  ``None`` if another has taken it.
+
+        The order is: begun, handled, recorded, deleted.  After a crash between the last three it is
+        not handled again; a message that was begun three times, and the process died each time, is
+        set aside in the undeliverable queue.
 
         A handler's 4yz leaves it in the queue; its 5yz becomes a notification to the sender; what
         no handler takes, and what a handler raises on, is in the undeliverable queue.
@@ -119,13 +136,57 @@ class QueueConsumer:
         except (KeyError, FileNotFoundError):
             return None
         reverse_path, recipient, content = split_envelope(stored)
-        envelope = Envelope(reverse_path or "", (recipient or "",))
-        content = content.removesuffix(b"\n")
-        reply = self._delivery.deliver((self._folder, 0), envelope, recipient or "", content)
-        if reply.permanent:
-            reply = self._bouncer.bounce(envelope, {recipient or "": reply}, content) or reply
+        message = MessageKey.of(f"queue {self._folder}", reverse_path or "", stored)
+        served = self._journal.served(message).get(recipient or "")
+        if served is not None:
+            reply = served.reply
+        elif self._journal.begin(self._folder, key) > CRASHES:
+            reply = self._set_aside(key, stored)
+        else:
+            envelope = Envelope(reverse_path or "", (recipient or "",))
+            reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
+            self._journal.record(message, recipient or "", reply)
         if reply.transient:
             log.info("queue=%s key=%s put off: %s", self._folder, key, reply)
         else:
             self.queue.remove(key)
+        self._journal.end(self._folder, key)
         return reply
+
+    def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
+        reply = self._delivery.deliver((self._folder, 0), envelope, recipient, content)
+        if reply.permanent:
+            return self._bouncer.bounce(envelope, {recipient: reply}, content) or reply
+        return reply
+
+    def _set_aside(self, key: str, stored: bytes) -> Reply:
+        try:
+            kept = undeliverable_queue().keep(stored)
+        except OSError as error:
+            log.error("queue=%s key=%s cannot be set aside: %s", self._folder, key, error)
+            return disk_reply(error)
+        log.error(
+            "queue=%s key=%s the process died %d times while handling it; set aside in the "
+            "undeliverable queue with key %s",
+            *(self._folder, key, CRASHES, kept),
+        )
+        return Reply(250, "set aside", "2.0.0")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While this lasts, a signal is a :meth:`stop`; the second one is what it always was."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            log.info("stopping on signal %s", number)
+            signal.signal(number, before[signal.Signals(number)])
+            self.stop()
+
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

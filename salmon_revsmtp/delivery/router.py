@@ -11,25 +11,23 @@ once, synced to disk.  Every other push goes through as it was.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from salmon import mail, queue
+from salmon import mail
 from salmon.routing import Router
 from salmon.server import SMTPError
 
+from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import with_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["DEFAULT_UNDELIVERABLE", "RouterDelivery", "disk_reply", "push_safely"]
+__all__ = ["DEFAULT_UNDELIVERABLE", "RouterDelivery", "undeliverable_queue"]
 
 DEFAULT_UNDELIVERABLE = "run/undeliverable"
 
@@ -47,7 +45,12 @@ class RouterDelivery:
         Returns 250 when they have returned or the message is in the undeliverable queue; a
         handler's ``SMTPError`` as its reply; 452 or 451 when the message could be kept nowhere.
         """
-        undeliverable = _undeliverable_queue()
+        try:
+            undeliverable = undeliverable_queue()
+        except OSError as error:
+            # Without a last safe place, what a handler raises on would be gone.
+            log.error("recipient=%s no undeliverable queue can be made: %s", recipient, error)
+            return disk_reply(error)
         stored = with_envelope(envelope.reverse_path, recipient, content)
         with undeliverable.keeping(stored) as kept:
             try:
@@ -83,27 +86,6 @@ def reply_to_error(error: SMTPError) -> Reply:
         return Reply(code, text)
     log.error("a handler raised SMTPError(%r), which is no final reply; answered 451", error.code)
     return Reply(451, f"handler error: {text}", "4.3.0")
-
-
-def disk_reply(error: OSError) -> Reply:
-    """The reply when a message could not be written; the provider keeps it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Reply(452, "no room on the disk, try again later", "4.3.1")
-    return Reply(451, "could not be written to disk, try again later", "4.3.0")
-
-
-def push_safely(target: Any, message: bytes) -> str:
-    """Push onto a Salmon Queue and return its key when the message would survive a power cut:
-    Salmon syncs the file, the folder that names it is synced here."""
-    key = str(target.push(message))
-    folder = getattr(target, "dir", None)
-    if folder is not None:
-        descriptor = os.open(Path(folder, "new"), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    return key
 
 
 @dataclass
@@ -154,6 +136,10 @@ class _Undeliverable:
             return kept.push()
         return self.original.push(message)
 
+    def keep(self, stored: bytes) -> str:
+        """Store a message as it is, synced.  Raises :class:`OSError`."""
+        return push_safely(self.original, stored)
+
     @contextmanager
     def keeping(self, stored: bytes) -> Iterator[_Kept]:
         """While this lasts, a push of ``request`` by this thread stores ``stored``."""
@@ -168,13 +154,13 @@ class _Undeliverable:
 _wrapping = threading.Lock()
 
 
-def _undeliverable_queue() -> _Undeliverable:
-    """The Router's undeliverable queue, made and wrapped where it is not yet."""
+def undeliverable_queue() -> _Undeliverable:
+    """The Router's undeliverable queue, made and wrapped where it is not yet.  Raises
+    :class:`OSError`."""
     with _wrapping:
         current = Router.UNDELIVERABLE_QUEUE
         if not isinstance(current, _Undeliverable):
             if current is None:
-                Path(DEFAULT_UNDELIVERABLE).parent.mkdir(parents=True, exist_ok=True)
-                current = queue.Queue(DEFAULT_UNDELIVERABLE)
+                current = open_queue(DEFAULT_UNDELIVERABLE)
             current = Router.UNDELIVERABLE_QUEUE = _Undeliverable(current)
         return current

@@ -1,56 +1,252 @@
 """What has been delivered to whom, so that a repeat is answered as before and not handled again.
 
-In memory: it knows what this process has done.
+This is the journal's record of deliveries: one row per message (by the SHA-256 of its octets),
+service, reverse-path and recipient, with the reply.  The order that loses nothing is: handled,
+recorded, answered.  A process that dies between the first two handles the message again when the
+provider sends it again; one that dies between the last two does not.
+
+A row is committed without a sync.  It survives the death of the process; after a power cut the
+last of them may be missing, and then a message is handled twice, which is cheaper than a sync per
+message.  Where the file cannot be written the rows stay in memory, with a warning, and go into
+the file when that works again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import sqlite3
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
+from salmon_revsmtp.journal import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Served", "ServedMemory"]
+__all__ = ["WEEK", "DeliveryJournal", "MessageKey", "Served"]
 
-# About 200 octets each: a provider's retry comes soon, and not behind this many others.
+#: Seconds in which a repeat is known: providers give up after four or five days (RFC 5321 4.5.4.1).
+WEEK = 7 * 86400.0
+
+# Messages kept in memory while the file cannot be written, about 500 octets each.
 REMEMBERED = 100_000
+# Seconds until a file that could not be used is tried again.
+RETRY = 10.0
+# Seconds between two looks for rows that are too old, and how many go at a time.
+PRUNE_EVERY = 3600.0
+PRUNE_ROWS = 1000
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class MessageKey(NamedTuple):
+    """What stands for a message of a sender in a service."""
+
+    service: str
+    reverse_path: str
+    digest: bytes
+
+    @classmethod
+    def of(cls, service: str, reverse_path: str, data: bytes) -> MessageKey:
+        """The key of a message by its octets as they came."""
+        return cls(service, reverse_path, hashlib.sha256(data).digest())
 
 
 @dataclass(frozen=True)
 class Served:
-    """One delivery: a message (by the SHA-256 of its octets) of a sender for a recipient."""
+    """One delivery that was made: when (seconds since the epoch), what was answered, and whether
+    its sender has been notified that it failed."""
 
-    service: str
-    reverse_path: str
-    recipient: str
-    digest: bytes
-
-    @staticmethod
-    def digest_of(data: bytes) -> bytes:
-        """What stands for a message: the hash of its octets as they came."""
-        return hashlib.sha256(data).digest()
+    at: float
+    reply: Reply
+    notified: bool = False
 
 
-class ServedMemory:
-    """Deliveries and their final replies (2yz and 5yz); the oldest are forgotten first.  Safe to
-    use from several threads."""
+_SELECT = (
+    "SELECT recipient, at, code, text, enhanced, notified FROM deliveries "
+    "WHERE digest = ? AND service = ? AND reverse_path = ? AND abs(at - ?) < ?"
+)
+_INSERT = (
+    "INSERT OR REPLACE INTO deliveries "
+    "(digest, service, reverse_path, recipient, at, code, text, enhanced, notified) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_PRUNE = (
+    "DELETE FROM deliveries WHERE id IN (SELECT id FROM "
+    "(SELECT id, at FROM deliveries ORDER BY id LIMIT ?) WHERE abs(at - ?) >= ?)"
+)
+_BEGIN = (
+    "INSERT INTO attempts (queue, key, begun) VALUES (?, ?, 1) "
+    "ON CONFLICT (queue, key) DO UPDATE SET begun = begun + 1"
+)
+_BEGUN = "SELECT begun FROM attempts WHERE queue = ? AND key = ?"
 
-    def __init__(self) -> None:
-        self._served: OrderedDict[Served, Reply] = OrderedDict()
+
+class DeliveryJournal:
+    """The record of deliveries.  Safe to use from several threads and processes; never raises.
+
+    ``keep``  seconds after which a row may be forgotten.
+    """
+
+    def __init__(self, file: JournalFile | None = None, keep: float = WEEK) -> None:
+        self._file = file or JournalFile()
+        self._keep = keep
         self._lock = threading.Lock()
+        self._database: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] = (0, 0)
+        self._unwritten: OrderedDict[MessageKey, dict[str, Served]] = OrderedDict()
+        self._attempts: Counter[tuple[str, str]] = Counter()
+        self._broken = False
+        self._retry_at = 0.0
+        self._prune_at = 0.0
 
-    def reply_to(self, served: Served) -> Reply | None:
-        """What this delivery was answered when it was made, ``None`` if it was not."""
+    def served(self, key: MessageKey, window: float = WEEK) -> dict[str, Served]:
+        """By recipient, the deliveries of a message in the last ``window`` seconds."""
+
+        def read(database: sqlite3.Connection) -> dict[str, Served]:
+            rows = database.execute(
+                _SELECT, (key.digest, key.service, key.reverse_path, time.time(), window)
+            )
+            return {
+                recipient: Served(at, Reply(code, text, enhanced), bool(notified))
+                for recipient, at, code, text, enhanced, notified in rows
+            }
+
         with self._lock:
-            return self._served.get(served)
+            found = self._attempt(read) or {}
+            return {**found, **self._unwritten.get(key, {})}
 
-    def record(self, served: Served, reply: Reply) -> None:
-        """Remember a delivery; a 4yz is not one, the provider is to try again."""
-        if reply.transient:
+    def record(self, key: MessageKey, recipient: str, reply: Reply) -> None:
+        """Note a delivery; a 4yz is none, the provider is to try again."""
+        if not reply.transient:
+            self._write(key, {recipient: Served(time.time(), reply)})
+
+    def record_notified(self, key: MessageKey, recipients: Iterable[str]) -> None:
+        """Note that the sender has been told of these recipients' failures."""
+        served = self.served(key, self._keep)
+        known = {one: served[one] for one in recipients if one in served}
+        self._write(key, {one: replace(row, notified=True) for one, row in known.items()})
+
+    def begin(self, queue: str, key: str) -> int:
+        """Note that the handling of a queue's message begins; returns how often it has begun and
+        not ended, this time included."""
+
+        def write(database: sqlite3.Connection) -> int:
+            database.execute(_BEGIN, (queue, key))
+            [begun] = database.execute(_BEGUN, (queue, key)).fetchone()
+            return int(begun)
+
+        with self._lock:
+            self._attempts[queue, key] += 1
+            return max(self._attempt(write) or 0, self._attempts[queue, key])
+
+    def end(self, queue: str, key: str) -> None:
+        """Note that it has ended, however it did."""
+
+        def write(database: sqlite3.Connection) -> None:
+            database.execute("DELETE FROM attempts WHERE queue = ? AND key = ?", (queue, key))
+
+        with self._lock:
+            del self._attempts[queue, key]
+            self._attempt(write)
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost with the process."""
+        with self._lock:
+            self._disconnect()
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def _write(self, key: MessageKey, rows: Mapping[str, Served]) -> None:
+        with self._lock:
+            self._unwritten.setdefault(key, {}).update(rows)
+            self._attempt(self._flush)
+            while len(self._unwritten) > REMEMBERED:
+                self._unwritten.popitem(last=False)
+
+    def _flush(self, database: sqlite3.Connection) -> None:
+        """Write what is in memory: as a rule one row."""
+        rows = [
+            (
+                key.digest,
+                key.service,
+                key.reverse_path,
+                recipient,
+                row.at,
+                row.reply.code,
+                row.reply.text,
+                row.reply.enhanced,
+                row.notified,
+            )
+            for key, recipients in self._unwritten.items()
+            for recipient, row in recipients.items()
+        ]
+        if len(rows) == 1:
+            database.execute(_INSERT, rows[0])
+        else:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(_INSERT, rows)
+            database.execute("COMMIT")
+        self._unwritten.clear()
+        self._prune(database)
+
+    def _prune(self, database: sqlite3.Connection) -> None:
+        if time.monotonic() < self._prune_at:
             return
-        with self._lock:
-            self._served[served] = reply
-            if len(self._served) > REMEMBERED:
-                self._served.popitem(last=False)
+        cursor = database.execute(_PRUNE, (PRUNE_ROWS, time.time(), self._keep))
+        # While there is more, some of it goes with every message.
+        more = cursor.rowcount >= PRUNE_ROWS
+        self._prune_at = 0.0 if more else time.monotonic() + PRUNE_EVERY
+
+    # -- the file ---------------------------------------------------------------------------------
+
+    def _attempt(self, work: Callable[[sqlite3.Connection], Result]) -> Result | None:
+        """Do some work with the file; ``None`` if it cannot be used.  A file that was broken is
+        left alone for a while."""
+        if self._broken and time.monotonic() < self._retry_at:
+            return None
+        try:
+            result = work(self._connected())
+        except (sqlite3.Error, OSError) as error:
+            self._disconnect()
+            self._retry_at = time.monotonic() + RETRY
+            if not self._broken:
+                log.warning(
+                    "journal=%s cannot be used: %s; what has been delivered is kept in memory, "
+                    "so a restart may handle a message twice",
+                    self._file.path,
+                    error,
+                )
+            self._broken = True
+            return None
+        if self._broken:
+            self._broken = False
+            log.warning("journal=%s can be used again", self._file.path)
+        return result
+
+    def _connected(self) -> sqlite3.Connection:
+        """The connection; a new one if somebody has deleted the file."""
+        if self._database is not None and self._identity != self._on_disk():
+            self._disconnect()
+        if self._database is None:
+            self._database = self._file.open()
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._identity = self._on_disk()
+        return self._database
+
+    def _on_disk(self) -> tuple[int, int]:
+        try:
+            found = self._file.path.stat()
+        except FileNotFoundError:
+            return (0, 0)
+        return found.st_dev, found.st_ino
+
+    def _disconnect(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None

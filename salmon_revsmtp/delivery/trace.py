@@ -18,6 +18,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 _RECEIVED = re.compile(rb"^received:", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
 
+# Around a field's value.  Not what Unicode calls a space: a mailbox may begin with one (RFC 6531).
+_BLANK = " \t\r"
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -72,10 +75,10 @@ def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
     """
     reverse_path = recipient = None
     if (found := _FIELD.match(stored)) and found[1].lower() == b"return-path":
-        reverse_path = found[2].decode("utf-8", "replace").strip().removeprefix("<")
+        reverse_path = found[2].decode("utf-8", "replace").strip(_BLANK).removeprefix("<")
         reverse_path = reverse_path.removesuffix(">")
         stored = stored[found.end() :]
     if (found := _FIELD.match(stored)) and found[1].lower() == b"delivered-to":
-        recipient = found[2].decode("utf-8", "replace").strip()
+        recipient = found[2].decode("utf-8", "replace").strip(_BLANK)
         stored = stored[found.end() :]
     return reverse_path, recipient, stored

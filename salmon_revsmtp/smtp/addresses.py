@@ -33,6 +33,8 @@ def to_ascii(domain: str) -> str:
         raise AddressError(
             f"{domain!r}: IDNA2003 and IDNA2008 disagree about this name, write its xn-- form"
         )
+    if len(name) > 253:  # and no work on it: its A-labels are longer still
+        raise AddressError(f"{domain[:80]!r} is too long for a domain name (RFC 1035 2.3.4)")
     try:
         ascii_name = name.encode("idna").decode("ascii").lower()
     except UnicodeError as error:

@@ -12,6 +12,7 @@ __all__ = ["Limits"]
 
 KIB = 1024
 MIB = 1024 * KIB
+GIB = 1024 * MIB
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,22 @@ class Limits:
     ``text_line``           a line of the message.  RFC 5321 4.5.3.1.6 has 1,000, but the client
                             has taken such mail from the world already, and refusing it here would
                             bounce what every mail reader shows; only the absurd is refused.
+    ``read_through``        content that is read to its end and thrown away when it is more than
+                            ``message``, so that the client hears 552 and can bounce it properly
+                            (RFC 3030 4.2).  No mailbox anywhere takes a message of this size: who
+                            announces or sends more hears 421 at once.
+    ``chunks``              BDATs of a transaction; then 421.  Enough for the largest message in
+                            pieces of 1 KiB; a command for each octet is no way to send mail.
+    ``refusals``            recipients and messages refused in a row, with none taken between them;
+                            then 421.  Ten times ``recipients``: mail for many unknown recipients is
+                            everyday, a client that goes on for ever reads no replies.
+    ``junk``                commands in a row that bring nothing (NOOP, RSET, EHLO, VRFY, HELP, data
+                            for nobody); then 421.  As many as Postfix allows
+                            (``smtpd_junk_command_limit``); a refused recipient or a message is
+                            progress, for the client knows more then than before.
+    ``content_rate``        octets a second, on an average over one timeout.  Content may come as
+                            slowly as a tenth of what a 9,600 baud line brings, and each octet winds
+                            up no clock: a message of the largest size would take for ever then.
     ``errors``              syntax and sequence errors before ``421``: a peer that does not speak
                             SMTP (a port scanner, a browser) goes away soon.
     ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered.
@@ -37,6 +54,11 @@ class Limits:
     recipients: int = 1000
     command_line: int = 4 * KIB
     text_line: int = 1 * MIB
+    read_through: int = 4 * GIB
+    chunks: int = 50 * KIB
+    refusals: int = 10_000
+    junk: int = 100
+    content_rate: int = 100
     errors: int = 20
     unanswered_messages: int = 16
     unanswered_octets: int = 1 * MIB

@@ -121,6 +121,8 @@ _ANYWHERE = frozenset(
     {State.CONNECTED, State.IDLE, State.MAIL, State.RCPT, State.CHUNKS},
 )
 _GREETED = _ANYWHERE - {State.CONNECTED}
+# A message is in hand, or nothing is.
+_NO_BOUNDARY = frozenset({State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
 
 # verb -> the states in which it may come.  RFC 5321 4.1.4; RFC 3030 3 for BDAT.
 _EXPECTED: Mapping[str, frozenset[State]] = {
@@ -137,6 +139,17 @@ _EXPECTED: Mapping[str, frozenset[State]] = {
     "QUIT": _ANYWHERE,
     "STARTTLS": frozenset({State.IDLE}),  # RFC 3207 4 allows more; nobody needs it
 }
+
+# Commands that bring nobody forward.  What answers them may be cheap, but not for ever.
+_JUNK = frozenset({"EHLO", "HELO", "RSET", "NOOP", "VRFY", "HELP"})
+
+# Before EHLO, what begins like this comes from a client of something else: a browser that somebody
+# has given a form with SMTP commands in it, or TLS where it was not asked for (RFC 8446 5.1: a
+# handshake record).  Not a line of it may be taken for SMTP.
+_FOREIGN: Sequence[tuple[re.Pattern[bytes], str]] = (
+    (re.compile(rb"(?:GET|HEAD|POST|PUT|PATCH|DELETE|CONNECT|OPTIONS|TRACE|PRI) "), "HTTP"),
+    (re.compile(rb"\x16\x03"), "TLS"),
+)
 
 # What RFC 5321 and its extensions know and we do not do: 502 and not 500 (RFC 5321 4.2.4).
 _NOT_IMPLEMENTED = frozenset({"EXPN", "TURN", "ATRN", "ETRN", "AUTH"})
@@ -176,6 +189,7 @@ _RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
 
 _END_OF_DATA = b"\r\n.\r\n"
 _TOO_LONG = Reply(500, "line too long", "5.5.2")
+_NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
 _BAD_OCTETS = Reply(500, "control characters in a command; only CRLF ends a line", "5.5.2")
 
 
@@ -195,6 +209,9 @@ class Receiver:
     ``starttls``          offer STARTTLS (RFC 3207).
     ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
                           :class:`Reply` that refuses it.  It must not block.
+
+    For the caller's clock: ``steps`` counts the commands, chunks and messages that became whole,
+    ``content_octets`` the octets of content that came.
     """
 
     def __init__(
@@ -217,6 +234,10 @@ class Receiver:
         self._waiting: deque[_Slot] = deque()
         self._events: list[Event] = []
         self._errors = 0
+        self.steps = 0
+        self.content_octets = 0
+        self._junk = 0  # commands that brought nothing, since anything was brought forward
+        self._refusals = 0  # since a message was taken
         self._unanswered_messages = 0
         self._unanswered_octets = 0
 
@@ -233,9 +254,10 @@ class Receiver:
         self._rcpt_options: dict[str, dict[str, str]] = {}
         self._content = bytearray()
         self._size = 0  # octets of content that came, also those that were thrown away
-        self._chunk_left = 0
+        self._chunk_octets = self._chunk_left = 0
         self._last_chunk = False
         self._chunk_refusal: Reply | None = None
+        self._chunks = 0
         if self._state is not State.CONNECTED:
             self._state = State.IDLE
 
@@ -325,9 +347,13 @@ class Receiver:
 
     def _run(self) -> list[Event]:
         while self._buffer and not self.paused and self._READERS[self._state](self):
-            pass
+            self._end_if_shutting_down()
         events, self._events = self._events, []
         return events
+
+    def _end_if_shutting_down(self) -> None:
+        if self._shutting_down is not None and self._state not in _NO_BOUNDARY:
+            self._close(self._shutting_down)
 
     def _reply(self, reply: Reply) -> None:
         data = reply.encode()
@@ -340,6 +366,8 @@ class Receiver:
     # -- readers: one per kind of state; True if they consumed anything ---------------------
 
     def _read_command(self) -> bool:
+        if self._state is State.CONNECTED and self._is_foreign():
+            return False
         limit = self.limits.command_line
         end = self._buffer.find(b"\r\n", 0, limit)
         if end < 0:
@@ -353,6 +381,14 @@ class Receiver:
         self._command(line)
         return True
 
+    def _is_foreign(self) -> bool:
+        """The client speaks something else, and was sent away."""
+        for beginning, name in _FOREIGN:
+            if beginning.match(self._buffer):
+                self._close(Reply(421, f"this is SMTP and not {name}, closing", "4.7.0"))
+                return True
+        return False
+
     def _read_long_line(self) -> bool:
         end = self._buffer.find(b"\r\n")
         if end < 0:
@@ -360,12 +396,14 @@ class Receiver:
             return False
         del self._buffer[: end + 2]
         self._state = self._long_line_from
+        self.steps += 1
         self._refuse_command(_TOO_LONG)
         return True
 
     def _read_data(self) -> bool:
         # Search from where an end of data may begin in what was there before.
         old = len(self._content)
+        self.content_octets += len(self._buffer)
         self._content += self._buffer
         self._buffer.clear()
         end = self._content.find(_END_OF_DATA, max(0, old - 4))
@@ -374,13 +412,17 @@ class Receiver:
             # Surely too big, whatever part of this is the end of data already.
             if self._size > self.limits.message + len(_END_OF_DATA):
                 del self._content[:-4]
+            if self._size > self._read_through + len(_END_OF_DATA):
+                self._close(self._far_too_big())
             return False
         self._buffer += memoryview(self._content)[end + 5 :]
         self._size += end + 2 - old
         del self._content[end + 2 :]
         del self._content[:2]
         self._size -= 2
-        if self._size <= self.limits.message:
+        if self._size > self._read_through:
+            self._close(self._far_too_big())
+        elif self._size <= self.limits.message:
             # RFC 5321 4.5.2: the first dot of a line that has more after it.
             content = bytes(self._content)
             if content.startswith(b"."):
@@ -395,6 +437,7 @@ class Receiver:
         if self._chunk_refusal is None:
             self._content += memoryview(self._buffer)[:take]
         del self._buffer[:take]
+        self.content_octets += take
         self._chunk_left -= take
         if self._chunk_left == 0:
             self._end_of_chunk()
@@ -416,6 +459,7 @@ class Receiver:
     # -- commands ---------------------------------------------------------------------------
 
     def _command(self, line: bytes) -> None:
+        self.steps += 1
         try:
             verb, argument = _split(line)
             if verb in _NOT_IMPLEMENTED:
@@ -429,9 +473,11 @@ class Receiver:
         except _CommandError as error:
             self._refuse_command(error.reply)
         else:
-            if reply is not None:
-                self._reply(reply)
-        self._end_if_shutting_down()
+            self._answer(self._bring_nothing(reply) if verb in _JUNK else reply)
+
+    def _answer(self, reply: Reply | None) -> None:
+        if reply is not None:
+            self._reply(reply)
 
     def _refuse_command(self, reply: Reply) -> None:
         self._errors += 1
@@ -448,10 +494,25 @@ class Receiver:
         self._reply(reply)
         self._events.append(Quit(reply))
 
-    def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply:
-        """A refusal that is policy and not the client's error."""
+    def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply | None:
+        """A refusal that is policy and not the client's error: the client knows more than before,
+        and goes on with what else it has."""
         self._events.append(Refused(recipients, reply))
+        self._junk = 0
+        self._refusals += 1
+        if self._refusals > self.limits.refusals:
+            too_many = Reply(421, f"{self.limits.refusals} refusals in a row, closing", "4.7.0")
+            self._close(too_many)
+            return None
         return reply
+
+    def _bring_nothing(self, reply: Reply | None) -> Reply | None:
+        """``reply``, unless there was enough of this."""
+        self._junk += 1
+        if self._junk <= self.limits.junk or reply is None:
+            return reply
+        self._close(Reply(421, "too many commands that bring nothing, closing", "4.7.0"))
+        return None
 
     def _on_ehlo(self, argument: str) -> Reply:
         self._greet(argument, esmtp=True)
@@ -479,7 +540,7 @@ class Receiver:
         self._reset()
         self._helo, self._esmtp = argument, esmtp
 
-    def _on_mail(self, argument: str) -> Reply:
+    def _on_mail(self, argument: str) -> Reply | None:
         mailbox, options = self._path("FROM", argument, _MAIL_PARAMETERS)
         if not mailbox.isascii() and "SMTPUTF8" not in options:
             raise _CommandError(Reply(553, "a UTF-8 address needs SMTPUTF8", "5.6.7"))
@@ -490,7 +551,7 @@ class Receiver:
         self._state = State.MAIL
         return Reply(250, "sender ok", "2.1.0")
 
-    def _on_rcpt(self, argument: str) -> Reply:
+    def _on_rcpt(self, argument: str) -> Reply | None:
         mailbox, options = self._path("TO", argument, _RCPT_PARAMETERS)
         if not mailbox:
             raise _CommandError(Reply(501, "a recipient cannot be <>", "5.1.3"))
@@ -523,13 +584,13 @@ class Receiver:
             raise _CommandError(Reply(555, "parameters need EHLO", SYNTAX))
         return mailbox, _parameters(rest, known)
 
-    def _no_recipients(self) -> Reply:
+    def _no_recipients(self) -> Reply | None:
         # RFC 5321 3.3: all were refused.  The client is not at fault, and the transaction is over
         # for it: it may go on with MAIL or with RSET.
         self._reset()
-        return Reply(554, "no valid recipients", SEQUENCE)
+        return self._bring_nothing(_NO_RECIPIENTS)
 
-    def _on_data(self, argument: str) -> Reply:
+    def _on_data(self, argument: str) -> Reply | None:
         if argument:
             raise _CommandError(Reply(501, "DATA takes no argument", SYNTAX))
         if not self._recipients:
@@ -546,21 +607,27 @@ class Receiver:
             # Nobody knows where the octets end: whatever comes next may be content.
             self._close(Reply(421, "BDAT takes a number of octets and LAST, closing", "4.5.4"))
             return
-        self._chunk_left = int(found[1])
-        self._last_chunk = found[2] is not None
-        self._chunk_refusal = self._bdat_refusal(self._chunk_left)
-        self._size += self._chunk_left
-        self._chunk_from = self._state
-        self._state = State.CHUNK
-        if self._chunk_left == 0:
-            self._end_of_chunk()
+        octets, self._last_chunk = int(found[1]), found[2] is not None
+        self._chunks += 1
+        if self._size + octets > self._read_through:
+            self._close(self._far_too_big())
+        elif self._chunks > self.limits.chunks:
+            self._close(Reply(421, f"more than {self.limits.chunks} chunks, closing", "4.7.0"))
+        else:
+            self._chunk_left = self._chunk_octets = octets
+            self._chunk_refusal = self._bdat_refusal(octets)
+            self._size += octets
+            self._chunk_from = self._state
+            self._state = State.CHUNK
+            if octets == 0:
+                self._end_of_chunk()
 
     def _bdat_refusal(self, octets: int) -> Reply | None:
         """Why a chunk is thrown away, if it is (RFC 3030 3, 4.2)."""
         if self._state in (State.CONNECTED, State.IDLE):
             return _OUT_OF_ORDER[self._state]
         if not self._recipients:
-            return Reply(554, "no valid recipients", SEQUENCE)
+            return _NO_RECIPIENTS
         if self._size + octets > self.limits.message:
             return self._too_big()
         return None
@@ -568,40 +635,35 @@ class Receiver:
     def _end_of_chunk(self) -> None:
         refusal, self._chunk_refusal = self._chunk_refusal, None
         self._state = self._chunk_from
+        self.steps += 1
         if refusal in (_OUT_OF_ORDER[State.CONNECTED], _OUT_OF_ORDER[State.IDLE]):
             self._reset()
             self._refuse_command(refusal)
-        elif refusal is not None and not self._recipients:
-            if self._last_chunk:
-                self._reset()
-            else:
-                # What was thrown away is missing: nobody may become a recipient of the rest.
-                self._state = State.CHUNKS
-            self._reply(refusal)
-        elif self._last_chunk:
+        elif self._last_chunk and self._recipients:
             self._finish(bytes(self._content))
+        elif self._last_chunk:
+            self._answer(self._no_recipients())
         elif refusal is not None:
+            # RFC 3030 4.2: the message is lost, whatever else comes of it.
             self._content.clear()
             self._state = State.CHUNKS
             self._reply(refusal)
         else:
             self._state = State.CHUNKS
-            self._reply(Reply(250, "chunk ok", "2.0.0"))
-        self._end_if_shutting_down()
+            reply = Reply(250, "chunk ok", "2.0.0")
+            self._answer(reply if self._chunk_octets else self._bring_nothing(reply))
 
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""
-        if self._size > self.limits.message:
-            reply = self._refuse(tuple(self._recipients), self._too_big())
-        elif _has_long_line(content, self.limits.text_line):
-            reply = self._refuse(
-                tuple(self._recipients),
-                Reply(554, f"a line of more than {self.limits.text_line} octets", "5.6.0"),
-            )
+        self.steps += 1
+        recipients = tuple(self._recipients)
+        if refusal := self._content_refusal(content):
+            self._reset()
+            self._answer(self._refuse(recipients, refusal))
         else:
             envelope = Envelope(
                 self._sender,
-                tuple(self._recipients),
+                recipients,
                 self._mail_options,
                 self._rcpt_options,
                 self._helo,
@@ -612,17 +674,24 @@ class Receiver:
             self._unanswered_messages += 1
             self._unanswered_octets += len(content)
             self._events.append(transaction)
+            self._junk = self._refusals = 0
             self._reset()
-            self._end_if_shutting_down()
-            return
-        self._reset()
-        self._reply(reply)
-        self._end_if_shutting_down()
 
-    def _end_if_shutting_down(self) -> None:
-        busy = self._state in (State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED)
-        if self._shutting_down is not None and not busy:
-            self._close(self._shutting_down)
+    def _content_refusal(self, content: bytes) -> Reply | None:
+        if self._size > self.limits.message:
+            return self._too_big()
+        if _has_long_line(content, self.limits.text_line):
+            return Reply(554, f"a line of more than {self.limits.text_line} octets", "5.6.0")
+        return None
+
+    @property
+    def _read_through(self) -> int:
+        return max(self.limits.read_through, self.limits.message)
+
+    def _far_too_big(self) -> Reply:
+        """No 552: nobody waits for the end of it to say so."""
+        text = f"{self.limits.message} octets are taken, not this many, closing"
+        return Reply(421, text, "4.3.4")
 
     def _too_big(self) -> Reply:
         return Reply(552, f"more than {self.limits.message} octets are not taken", "5.3.4")
@@ -685,19 +754,19 @@ def _split(line: bytes) -> tuple[str, str]:
     if _UNPRINTABLE.search(line):
         raise _CommandError(_BAD_OCTETS)
     try:
-        text = line.decode("utf-8").replace("\t", " ")
+        text = line.decode("utf-8").replace("\t", " ").rstrip(" ")
     except UnicodeDecodeError:
         raise _CommandError(Reply(500, "a command is ASCII, or UTF-8", "5.5.2")) from None
     found = _COMMAND.fullmatch(text)
     if not found:
         raise _CommandError(Reply(500, "command not recognized", "5.5.2"))
-    return found[1].upper(), (found[2] or "").rstrip(" ")
+    return found[1].upper(), found[2] or ""
 
 
 def _parameters(text: str, known: Mapping[str, re.Pattern[str]]) -> dict[str, str]:
     """The ESMTP parameters of MAIL or RCPT (RFC 5321 4.1.2)."""
     options: dict[str, str] = {}
-    for word in filter(None, text.split(" ")):
+    for word in filter(None, text.split(" ")):  # and not at what Unicode calls a space
         found = _PARAMETER.fullmatch(word)
         if not found:
             raise _CommandError(Reply(501, "that is no KEY=VALUE parameter", SYNTAX))

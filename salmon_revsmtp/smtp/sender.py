@@ -16,7 +16,8 @@ time where not, and none past a command after which the client must wait (EHLO, 
 Everything else is one small method per reply.  One transaction is under way at a time.
 
 Content leaves here with CRLF line ends and nothing else, dot-stuffed for DATA, counted for BDAT: no
-next hop, however lax, can find the end of the message anywhere but at its end.
+next hop, however lax, can find the end of the message anywhere but at its end.  A message with a
+line that is a lone dot but for NULs (RFC 6152 3 has no NULs at all) is refused.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8.
 _WORD = re.compile(r"[A-Z]+=[^\x00-\x20=\x7f]+")
 
+# Some servers drop NULs before they look for the end of data: to them this is one.
+_HIDDEN_END = re.compile(rb"(?:\A|\n)\x00+\.\x00*\r\n")
+
+_NO_NUL = Reply(554, "a line of the message is a dot hidden by NULs", "5.6.0")
 _NO_8BIT = Reply(554, "the message has 8-bit octets and the peer takes none", "5.6.3")
 _NO_UTF8 = Reply(553, "the message needs SMTPUTF8 and the peer has it not", "5.6.7")
 _NO_ENVELOPE = Reply(553, "no SMTP command can carry this envelope", "5.1.0")
@@ -263,6 +268,8 @@ class Sender:
             return _NO_UTF8
         if not content.isascii() and not self._has("8BITMIME"):
             return _NO_8BIT
+        if b"\x00" in content and _HIDDEN_END.search(content):
+            return _NO_NUL
         return None
 
     def _can_be_said(self, envelope: Envelope) -> bool:

@@ -138,6 +138,10 @@ SERVER = Limits(
     recipients=2,
     command_line=90,
     text_line=30,
+    read_through=120,
+    chunks=4,
+    refusals=4,
+    junk=6,
     errors=8,
     unanswered_messages=1,
     unanswered_octets=100,
@@ -274,6 +278,7 @@ def receiver(data: bytes) -> None:
 
 _BDAT = re.compile(rb"BDAT +([0-9]{1,20})( +LAST)? *", re.IGNORECASE)
 _SIZE = SERVER.message
+_FOREIGN = re.compile(rb"[A-Z]+ |\x16\x03")
 
 
 @dataclass
@@ -304,14 +309,17 @@ class _ServerDialogue:
         self.shutdown = b"shutdown" in served.words
         self.position = 0
         self.mail: _Mail | None = None
-        self.greeted = self.esmtp = self.over = False
+        self.greeted = self.esmtp = self.over = self.endless = False
 
     def read(self) -> None:
         assert self._reply() == 220
         while not self.over and (line := self._line()) is not None:
             self._command(line)
-        if self.shutdown and not self.over and self.replies:
+        if not self.over and self.replies:
+            # Nobody waits for the end of a shutdown, of endless data, or of another protocol.
+            rest = self.stream[self.position :]
             assert self._reply() == 421
+            assert self.shutdown or self.endless or _FOREIGN.match(rest)
         assert not self.replies, f"replies that nobody asked for: {self.replies}"
         assert not self.messages, f"messages that nobody sent: {self.messages}"
         assert self.quits == self.over, "a session ends once, and says so"
@@ -332,8 +340,8 @@ class _ServerDialogue:
         return line if len(line) + 2 <= SERVER.command_line else b""
 
     def _command(self, line: bytes) -> None:
-        if self.shutdown and self.replies and self.replies[0][0] == 421:
-            self._reply()  # it went out before the command came
+        if self.replies and self.replies[0][0] == 421:
+            self._reply()  # the last straw, or it went out before the command came
             return
         line = line.replace(b"\t", b" ")
         verb = line.partition(b" ")[0].upper()
@@ -342,7 +350,7 @@ class _ServerDialogue:
             return
         code = self._reply()
         if verb == b"BDAT":
-            assert code in (421, 500), "octets that nobody can count are coming"
+            assert code == 500, "octets that nobody can count are coming"
         elif code == 354:
             assert line.rstrip(b" ").upper() == b"DATA"
             assert self.mail and self.mail.recipients and not self.mail.content
@@ -374,7 +382,7 @@ class _ServerDialogue:
             return
         mail = self.mail
         if mail is None:
-            assert self._reply() in (503, 421)
+            assert self._reply() == 503
             return
         mail.size += octets
         if not mail.recipients:
@@ -394,6 +402,7 @@ class _ServerDialogue:
         """RFC 5321 4.1.1.4: to CRLF.CRLF, of which the first CRLF may be that of DATA."""
         end = self.stream.find(b"\r\n.\r\n", self.position - 2)
         if end < 0:
+            self.endless = len(self.stream) - self.position > SERVER.read_through
             self.position = len(self.stream)
             return
         stuffed = self.stream[self.position : end + 2]
@@ -407,10 +416,11 @@ class _ServerDialogue:
         mail, self.mail = self.mail, None
         assert mail is not None and mail.recipients
         if size > _SIZE or mail.spoilt:
-            assert self._reply() == 552
+            far = size > SERVER.read_through
+            assert self._reply() in ((421,) if far else (552, 421))
             return
         if any(len(line) > SERVER.text_line for line in re.findall(rb"[^\n]*\n|[^\n]+", content)):
-            assert self._reply() == 554
+            assert self._reply() in (554, 421)
             return
         assert self.messages, "a message was lost"
         message = self.messages.popleft()
@@ -672,6 +682,10 @@ class _ClientDialogue:
             and sayable
             and (plain or "SMTPUTF8" in self.extensions)
             and (message.data.isascii() or "8BITMIME" in self.extensions)
+            and not any(
+                line.startswith(b"\0") and line.strip(b"\0") == b"."
+                for line in re.split(rb"\r\n|\r|\n", message.data)
+            )
         ):
             return None
         for event in self.events:

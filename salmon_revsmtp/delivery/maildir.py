@@ -1,0 +1,94 @@
+"""Salmon Queues, written and read so that nothing is lost: they are Maildirs on disk.
+
+The order of writes, so that a crash at any instruction loses nothing and a full disk leaves no
+litter behind: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  Salmon's
+own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync fails, on
+a disk that is full already.
+"""
+
+from __future__ import annotations
+
+import errno
+import mailbox
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from salmon import queue
+
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["by_age", "disk_reply", "open_queue", "push_safely", "sync_folder"]
+
+# Two writers that take the same name at the same time: one of them takes another.
+CLASHES = 10
+
+
+def open_queue(folder: str | Path) -> Any:
+    """A Salmon Queue in a folder, which is made with those above it.  Raises :class:`OSError`.
+
+    What a process left under ``tmp/`` when it died goes when it is 36 hours old, as Maildir has it.
+    """
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    opened = queue.Queue(str(folder))
+    opened.mbox.clean()
+    return opened
+
+
+def push_safely(target: Any, message: bytes) -> str:
+    """Push onto a Salmon Queue and return its key when the message would survive a power cut.
+
+    A queue that is not Salmon's own writes in its own way; its folder is synced if it has one.
+    Raises :class:`OSError`.
+    """
+    if type(target) is not queue.Queue:
+        key = str(target.push(message))
+        if folder := getattr(target, "dir", None):
+            sync_folder(Path(folder, "new"))
+        return key
+    file = _create(target.mbox)
+    tmp = Path(file.name)
+    try:
+        with file:
+            file.write(message)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.rename(Path(target.dir, "new", tmp.name))
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    sync_folder(Path(target.dir, "new"))
+    return tmp.name
+
+
+def _create(mbox: Any) -> Any:
+    """A new file under ``tmp/``, with the name that the mailbox would give it."""
+    for _ in range(CLASHES):
+        try:
+            return mbox._create_tmp()
+        except mailbox.ExternalClashError as clash:
+            error = clash
+    raise OSError(errno.EEXIST, str(error))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def by_age(keys: Sequence[str]) -> list[str]:
+    """Maildir keys (``seconds.MmicrosecondsPpidQnumber.host``), oldest first."""
+    return sorted(keys, key=lambda key: [int(number) for number in re.findall(r"\d+", key)[:4]])
+
+
+def disk_reply(error: OSError) -> Reply:
+    """The reply when a message could not be written; the provider keeps it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Reply(452, "no room on the disk, try again later", "4.3.1")
+    return Reply(451, "could not be written to disk, try again later", "4.3.0")

@@ -1,0 +1,66 @@
+"""Processes that may be killed: the test's side of nursery.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+# Seconds to wait for what takes milliseconds.
+LONG = 60
+
+
+class Nursery:
+    """Processes that may be killed; see nursery.py."""
+
+    def __init__(self, folder: Path, keys: dict[str, Any], delivery: str) -> None:
+        script = str(HERE / "nursery.py")
+        command = [sys.executable, script, str(folder), json.dumps(keys), delivery]
+        environment = {"PYTHONPATH": str(HERE.parent), "PATH": "/usr/bin:/bin"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def _ask(self, **request: Any) -> int:
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._hear("pid")
+
+    def _hear(self, word: str) -> int:
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline().split()
+        assert said[:1] == [word], said
+        return int(said[1])
+
+    def live(self, do: str, kill_after: float | None = None, die_at: int | None = None) -> int:
+        """One life; returns its exit status, -9 if it was killed."""
+        pid = self._ask(do=do, die_at=die_at)
+        if kill_after is None:
+            return self._hear("ended")
+        killer = threading.Timer(kill_after, _kill, [pid])
+        killer.start()
+        try:
+            # The pid is not used again before its end is heard here.
+            return self._hear("ended")
+        finally:
+            killer.cancel()
+            killer.join()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        assert self._process.wait(LONG) == 0
+        self._process.stdout.close()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,123 @@
+"""A process that brings up others to be killed: imports everything once, then forks.
+
+    python nursery.py FOLDER KEYS DELIVERY
+
+A line of JSON on standard input is a life: ``{"do": "collect", "die_at": 17}`` forks a child that
+collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue), and that
+kills itself at the 17th line that it comes to of the code which makes a message safe.  Answers:
+``pid 4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``,
+the message, its recipient, and the digest of what queue mode stored for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from conftest import configuration
+from salmon.mail import MailRequest
+from salmon.routing import Router, route, stateless
+from salmon.server import SMTPError
+
+import salmon_revsmtp
+from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp.delivery.trace import with_envelope
+from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.runtime import Runtime
+
+PACKAGE = Path(salmon_revsmtp.__file__).parent
+# Where a death may cost or double a message; elsewhere it is no more than a cut connection.
+PERILOUS = (f"{PACKAGE}/delivery/", f"{PACKAGE}/service.py", f"{PACKAGE}/journal.py")
+LEDGER = "ledger"
+
+
+def write_down(what: str, message: MailRequest) -> None:
+    stored = with_envelope(message.From, message.To, message.Data) + b"\n"
+    digest = hashlib.sha256(stored).hexdigest()
+    line = f"{what} {message['Subject']} {message.To} {digest}\n"
+    descriptor = os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, line.encode())
+    os.close(descriptor)
+
+
+@route("(name)@example.org", name="[a-z]+")
+@stateless
+def HANDLE(message: MailRequest, name: str = "") -> None:
+    write_down("begin", message)
+    if name == "boom":
+        raise RuntimeError("handler bug")
+    write_down("end", message)
+    if name == "never":
+        raise SMTPError(550, "5.1.1 no such user")
+
+
+class Sent:
+    """Salmon's relay: what it was given goes into the ledger."""
+
+    def deliver(self, message: Any, To: str, From: str) -> None:
+        descriptor = os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, f"sent notification {To} -\n".encode())
+        os.close(descriptor)
+
+
+def die_at(number: int) -> None:
+    """Kill this process at the n-th of those lines, in whatever thread."""
+    lines = itertools.count(1)
+
+    def lined(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line" and next(lines) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return lined
+
+    def called(frame: FrameType, event: str, argument: Any) -> Any:
+        return lined if frame.f_code.co_filename.startswith(PERILOUS) else None
+
+    threading.settrace(called)
+    sys.settrace(called)
+
+
+def collect(keys: dict[str, Any], delivery: str) -> None:
+    plugins = Plugins.load()
+    service = {"hostname": "mail.example.org", "delivery": delivery}
+    valid = configuration(keys, plugins=plugins, default=service)
+    with Runtime(valid, plugins, Sent) as runtime:
+        asyncio.run(runtime.collect(valid.agents))
+
+
+def live(request: dict[str, Any], keys: dict[str, Any], delivery: str) -> None:
+    if number := request.get("die_at"):
+        die_at(number)
+    if request["do"] == "collect":
+        collect(keys, delivery)
+    else:
+        QueueConsumer("run/inbound", relay=Sent).start(one_shot=True)
+
+
+def main() -> None:
+    folder, keys, delivery = sys.argv[1:]
+    os.chdir(folder)
+    logging.disable(logging.CRITICAL)
+    Router.LOG_EXCEPTIONS = False
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            live(json.loads(line), json.loads(keys), delivery)
+            sys.stdout.flush()
+            os._exit(0)
+        print("pid", pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print("ended", os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()

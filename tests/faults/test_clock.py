@@ -1,0 +1,205 @@
+"""How long a client may take, on a loop whose clock the test turns: nothing here waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from salmon_revsmtp.service import Answer, Service, Session, Tally
+from salmon_revsmtp.settings import ServiceSettings
+from salmon_revsmtp.smtp.receiver import Transaction
+from salmon_revsmtp.smtp.replies import Reply
+
+TIMEOUT = 300.0
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """Its time is what the test says."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+class Wire(asyncio.Transport):
+    """The client's end of a session."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop, self.heard, self.closed_at = loop, b"", -1.0
+        self.delivering = asyncio.Event()
+        self.delivering.set()
+        service = Service("x", ServiceSettings(hostname="h", domains=("example.org",)))
+        self.session = Session(
+            service, service.recipient_policy(()), self._deliver, Tally(), TIMEOUT
+        )
+        self.session.connection_made(self)
+
+    async def _deliver(self, transaction: Transaction, session: Session) -> Answer:
+        await self.delivering.wait()
+        return Answer(Reply(250, "ok"), (Reply(250, "ok"),), 1, b"")
+
+    async def say(self, data: bytes) -> None:
+        self.session.data_received(data)
+        await self.let_run()
+
+    async def let_run(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def later(self, seconds: float) -> bool:
+        """Turn the clock on; whether the client is still there."""
+        self.loop.now += seconds
+        await self.let_run()
+        return self.closed_at < 0
+
+    # -- what a session wants of a transport ------------------------------------------------
+
+    def write(self, data: Any) -> None:
+        self.heard += data
+
+    def abort(self) -> None:
+        if self.closed_at < 0:
+            self.closed_at = self.loop.now
+            self.loop.call_soon(self.session.connection_lost, None)
+
+    close = abort
+
+    def is_closing(self) -> bool:
+        return self.closed_at >= 0
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+def on_the_wire(talk: Callable[[Wire], Awaitable[None]]) -> Wire:
+    """Have ``talk`` speak to a session; returns its wire when the session is over."""
+    loop = Loop()
+
+    async def main() -> Wire:
+        wire = Wire(loop)
+        await talk(wire)
+        wire.session.abort("the test is over")
+        await wire.session.ended
+        return wire
+
+    try:
+        return loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+BEGIN = b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\n"
+
+
+def test_octets_of_a_command_do_not_wind_the_clock_up() -> None:
+    """RFC 5321 4.5.3.2: the timeout is for a whole command."""
+
+    async def talk(wire: Wire) -> None:
+        await wire.say(b"EHLO p\r\n")
+        for octet in range(299):
+            assert await wire.later(1), octet
+            await wire.say(b"x")
+        assert not await wire.later(1)
+
+    wire = on_the_wire(talk)
+    assert wire.closed_at == TIMEOUT
+    assert wire.session.broken == "the provider sent no whole command in 300 seconds"
+
+
+def test_a_command_that_becomes_whole_winds_the_clock_up() -> None:
+    async def talk(wire: Wire) -> None:
+        for _ in range(50):
+            await wire.say(b"NO")
+            assert await wire.later(299)
+            await wire.say(b"OP\r\n")
+
+    assert on_the_wire(talk).closed_at == 50 * 299
+
+
+def test_a_line_that_is_too_long_and_never_ends() -> None:
+    async def talk(wire: Wire) -> None:
+        for _ in range(299):
+            await wire.say(b"x" * 100_000)
+            assert await wire.later(1)
+        assert not await wire.later(1)
+
+    assert on_the_wire(talk).closed_at == TIMEOUT
+
+
+def test_content_may_come_slowly() -> None:
+    """A tenth of what a 9,600 baud line brings, in pieces with long pauses between them."""
+
+    async def talk(wire: Wire) -> None:
+        await wire.say(BEGIN + b"DATA\r\n")
+        for _ in range(100):
+            assert await wire.later(299)
+            await wire.say(b"x" * 29_998 + b"\r\n")
+        assert await wire.later(299)
+        await wire.say(b"\r\n.\r\n")
+        assert wire.heard.endswith(b"250 2.0.0 ok\r\n")
+
+    on_the_wire(talk)
+
+
+def test_content_an_octet_at_a_time_is_no_progress() -> None:
+    for begin in (b"DATA\r\n", b"BDAT 1000000 LAST\r\n"):
+
+        async def talk(wire: Wire, begin: bytes = begin) -> None:
+            await wire.say(BEGIN + begin)
+            for _ in range(299):
+                assert await wire.later(1)
+                await wire.say(b"x")
+            assert not await wire.later(1)
+
+        wire = on_the_wire(talk)
+        assert wire.closed_at == TIMEOUT
+        assert wire.session.broken == (
+            "the provider sent no more than 299 octets of a message in 300 seconds"
+        )
+
+
+def test_each_small_chunk_that_becomes_whole_is_progress() -> None:
+    async def talk(wire: Wire) -> None:
+        await wire.say(BEGIN)
+        for _ in range(50):
+            await wire.say(b"BDAT 2\r\nx")
+            assert await wire.later(299)
+            await wire.say(b"\n")
+            assert await wire.later(299)
+
+    on_the_wire(talk)
+
+
+def test_the_clock_stands_still_while_we_deliver_and_begins_anew_after_it() -> None:
+    async def talk(wire: Wire) -> None:
+        wire.delivering.clear()
+        await wire.say(BEGIN + b"BDAT 1 LAST\r\nx")
+        assert await wire.later(3600)
+        wire.delivering.set()
+        await wire.let_run()
+        assert await wire.later(299)
+        assert not await wire.later(1)
+
+    wire = on_the_wire(talk)
+    assert wire.closed_at == 3600 + TIMEOUT
+    assert wire.session.broken == "the provider said nothing in 300 seconds"
+
+
+def test_octets_that_come_while_we_deliver_do_not_stop_the_clock_behind_it() -> None:
+    async def talk(wire: Wire) -> None:
+        wire.delivering.clear()
+        await wire.say(BEGIN + b"BDAT 1 LAST\r\nxMAI")
+        wire.delivering.set()
+        await wire.let_run()
+        for _ in range(299):
+            assert await wire.later(1)
+            await wire.say(b"x")
+        assert not await wire.later(1)
+
+    on_the_wire(talk)

@@ -1,0 +1,309 @@
+"""The disk below ``run/`` is full, read-only or slow: the provider keeps what we cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    MESSAGE,
+    PASSWORD,
+    Dialogue,
+    Salmon,
+    agent_keys,
+    collect,
+    explodes,
+    fails,
+    no_more_mail,
+    scripted,
+)
+from salmon import queue
+from salmon.mail import MailRequest
+
+from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp.delivery import served
+from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.smtp.envelope import Envelope
+
+ROOM = 256 * 1024
+
+
+class Disk:
+    """A small file system mounted on ``run/``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ballast = folder / "ballast"
+
+    def fill(self, room: int = 0) -> None:
+        """Leave so many octets."""
+        used = os.statvfs(self.folder)
+        free = used.f_bavail * used.f_frsize
+        self._ballast.write_bytes(b"x" * (free - room))
+
+    def empty(self) -> None:
+        self._ballast.unlink()
+
+    def read_only(self) -> None:
+        self._mount("remount,ro")
+
+    def writable(self) -> None:
+        self._mount("remount,rw")
+
+    def _mount(self, options: str) -> None:
+        subprocess.run(["mount", "-o", options, str(self.folder)], check=True)
+
+    def litter(self) -> list[str]:
+        return [str(path) for path in self.folder.glob("*/tmp/*")]
+
+
+@pytest.fixture
+def disk(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    folder = salmon.folder / "run"
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        reason = f"a small file system cannot be mounted: {mounted.stderr.strip()}"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # Salmon's own undeliverable queue was on what is below now.
+    queue.Queue("run/undeliverable")
+    monkeypatch.setattr(served, "RETRY", 0.0)
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class Held:
+    """A provider that holds one message, from which is collected again and again."""
+
+    def __init__(self, salmon: Salmon, **service: Any) -> None:
+        self._salmon = salmon
+        self._service = {"hostname": "mail.example.org", **service}
+        self.queue = HoldQueue(salmon.folder / "provider")
+
+    def put(self, *recipients: str, data: bytes = MESSAGE) -> None:
+        self.queue.put(Envelope("ann@example.net", recipients), data)
+
+    def collect(self) -> Report:
+        async def main() -> Report:
+            accounts = Accounts([Account("acme", PASSWORD, ("example.org",))])
+            async with Provider(accounts, self.queue, "odmr.example.net") as provider:
+                keys = agent_keys(provider.port)
+                [report] = await collect(self._salmon, keys, default=self._service)
+            return report
+
+        return asyncio.run(main())
+
+
+def inbound() -> list[bytes]:
+    found = queue.Queue("run/inbound")
+    return [found.mbox.get_bytes(key) for key in found.keys()]
+
+
+def test_queue_mode_on_a_full_disk(salmon: Salmon, disk: Disk) -> None:
+    held = Held(salmon, delivery="queue")
+    held.put("b@example.org")
+    disk.fill()
+    for _ in range(3):
+        report = held.collect()
+        assert report.outcome is Outcome.FAILED
+        assert report.error is not None and "452 4.3.1" in report.error
+        assert len(held.queue) == 1
+        assert disk.litter() == []
+    disk.empty()
+    assert held.collect().outcome is Outcome.COLLECTED
+    assert len(held.queue) == 0
+    assert len(inbound()) == 1
+
+
+def test_a_message_that_does_not_fit_does_not_keep_out_one_that_does(
+    salmon: Salmon, disk: Disk
+) -> None:
+    held = Held(salmon, delivery="queue")
+    held.put("b@example.org", data=MESSAGE + b"x" * 70 + b"\r\n" + b"y" * ROOM)
+    held.put("c@example.org")
+    report = held.collect()
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+    assert len(held.queue) == 1
+    assert disk.litter() == []
+    [stored] = inbound()
+    assert b"Delivered-To: c@example.org" in stored
+
+
+def test_handled_mail_needs_no_disk(
+    salmon: Salmon, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The journal is full: what it should have stays in memory, with a warning."""
+    salmon.handle(".*")
+    disk.fill()
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        for _ in range(2):
+            assert (await provider.send(MESSAGE)).startswith("250 ")
+        disk.empty()
+        assert (await provider.send(MESSAGE + b"another\r\n")).startswith("250 ")
+        await provider.quit()
+
+    async def main() -> Report:
+        async with scripted(script, no_more_mail) as port:
+            [report] = await collect(salmon, agent_keys(port))
+        return report
+
+    assert asyncio.run(main()).messages == 2
+    assert len(salmon.handled) == 2, "the repeat was known"
+    assert caplog.text.count("kept in memory") == 1
+    assert caplog.text.count("can be used again") == 1
+    # And after a restart it still is.
+    key = MessageKey.of("default", "a@example.net", MESSAGE)
+    assert "b@example.org" in DeliveryJournal().served(key)
+
+
+@pytest.mark.parametrize("handler", ["raises", "writes", "is missing"])
+def test_undeliverable_mail_on_a_full_disk(salmon: Salmon, disk: Disk, handler: str) -> None:
+    def writes(message: MailRequest) -> None:
+        (disk.folder / "mail").write_bytes(message.Data * 100)
+
+    if handler != "is missing":
+        salmon.handle(".*", explodes if handler == "raises" else writes)
+    held = Held(salmon)
+    held.put("b@example.org")
+    disk.fill()
+    report = held.collect()
+    assert report.error is not None and "452 4.3.1" in report.error
+    assert len(held.queue) == 1
+    assert disk.litter() == []
+    disk.empty()
+    assert held.collect().outcome is Outcome.COLLECTED
+    assert len(held.queue) == 0
+    assert len(salmon.undeliverable()) == (handler != "writes")
+
+
+def test_a_notification_on_a_full_disk(salmon: Salmon, disk: Disk) -> None:
+    salmon.handle("b@.*")
+    salmon.handle("c@.*", fails(550))
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        everyone = ("b@example.org", "c@example.org")
+        assert (await provider.send(MESSAGE, *everyone)).startswith("452 4.3.1 ")
+        assert salmon.relayed == []
+        disk.empty()
+        assert (await provider.send(MESSAGE, *everyone)).startswith("250 ")
+        await provider.quit()
+
+    async def main() -> None:
+        async with scripted(script, no_more_mail) as port:
+            await collect(salmon, agent_keys(port))
+
+    disk.fill()
+    asyncio.run(main())
+    assert len(salmon.handled) == 2, "each once"
+    assert len(salmon.relayed) == 1
+
+
+def test_a_read_only_disk(salmon: Salmon, disk: Disk) -> None:
+    salmon.handle(".*")
+    queued, routed = Held(salmon, delivery="queue"), Held(salmon)
+    queued.put("b@example.org")
+    disk.read_only()
+    report = queued.collect()
+    assert report.error is not None and "451 4.3.0 could not be written" in report.error
+    assert len(queued.queue) == 1
+    assert routed.collect().outcome is Outcome.COLLECTED, "handlers may need no disk"
+    assert len(salmon.handled) == 1
+    disk.writable()
+    queued.put("c@example.org")
+    assert queued.collect().outcome is Outcome.COLLECTED
+    assert len(inbound()) == 1
+
+
+def test_no_undeliverable_queue_can_be_made(
+    salmon: Salmon, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from salmon.routing import Router
+
+    monkeypatch.setattr(Router, "UNDELIVERABLE_QUEUE", None)
+    (disk.folder / "undeliverable/new").rmdir()
+    (disk.folder / "undeliverable/cur").rmdir()
+    (disk.folder / "undeliverable/tmp").rmdir()
+    (disk.folder / "undeliverable").rmdir()
+    salmon.handle(".*")
+    held = Held(salmon)
+    held.put("b@example.org")
+    disk.read_only()
+    report = held.collect()
+    assert report.error is not None and "451 4.3.0" in report.error
+    assert salmon.handled == [], "what a handler raised on could be kept nowhere"
+    assert len(held.queue) == 1
+
+
+def test_a_slow_disk_is_put_off_and_not_stored_twice(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = threading.Event()
+    fsync = os.fsync
+
+    def slowly(descriptor: int) -> None:
+        assert synced.wait(20)
+        fsync(descriptor)
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("451 4.3.0 not done in ")
+        synced.set()
+        assert (await provider.send(MESSAGE)).startswith("250 2.6.0 queued")
+        await provider.quit()
+
+    async def main() -> None:
+        async with scripted(script, no_more_mail) as port:
+            service = {"hostname": "x", "delivery": "queue", "handler_timeout": 0.3}
+            await collect(salmon, agent_keys(port), default=service)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", slowly)
+        asyncio.run(main())
+    assert len(inbound()) == 1
+
+
+def test_the_consumer_on_a_full_disk_keeps_what_it_cannot_set_aside(
+    salmon: Salmon, disk: Disk
+) -> None:
+    salmon.handle(".*", explodes)
+    held = Held(salmon, delivery="queue")
+    held.put("b@example.org")
+    held.collect()
+    disk.fill()
+    consumer = QueueConsumer("run/inbound")
+    consumer.start(one_shot=True)
+    assert len(inbound()) == 1
+    disk.empty()
+    consumer.start(one_shot=True)
+    assert inbound() == []
+    assert len(salmon.undeliverable()) == 1
+
+
+def test_the_providers_own_disk_is_full(salmon: Salmon, disk: Disk) -> None:
+    held = HoldQueue(disk.folder / "provider")
+    key = held.put(Envelope("", ("b@example.org",)), MESSAGE)
+    disk.fill()
+    with pytest.raises(OSError, match="No space left"):
+        held.put(Envelope("", ("c@example.org",)), MESSAGE)
+    assert held.waiting(["example.org"]) == [key]
+    assert disk.litter() == []

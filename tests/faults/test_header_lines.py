@@ -1,0 +1,263 @@
+"""Mailboxes and messages made to break out of a header line: none yields a line that nobody wrote,
+none keeps the mail from being delivered."""
+
+from __future__ import annotations
+
+import email
+import re
+from email import policy
+from email.message import Message
+
+import pytest
+from conftest import Salmon
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from salmon import queue
+from salmon.mail import MailRequest
+from salmon.server import SMTPError
+from test_delivery import exchange
+
+from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp.delivery.bounce import notification
+from salmon_revsmtp.delivery.trace import Hop, split_envelope, with_envelope
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.receiver import Receiver
+from salmon_revsmtp.smtp.replies import Reply
+
+MESSAGE = b"From: Ann <ann@example.net>\r\nSubject: hi\r\n\r\nhello\r\n"
+
+# RFC 5321 4.1.2 and RFC 6531 3.3 allow them all.
+LOCAL_PARTS = [
+    "a\u0085b",
+    "\u0085a",
+    "a\u2028b",
+    "\u2028a",
+    "a\u2029Bcc",
+    "\u00a0a",
+    "\ufeffa",
+    "a\u009bb",
+    '"a\u2028Bcc: evil@elsewhere.example"',
+    '"a\u0085\u0085Bcc: evil@elsewhere.example"',
+    '"a\u2028 b\u2028\u2028body"',
+    '"a\\"b\\\\"',
+    '"a>, <b"',
+    '" "',
+    '"  a"',
+    '"a:"',
+    '""',
+    '"Bcc:"',
+    '"(comment"',
+    "=?utf-8?q?a=0ABcc=3Aevil?=",
+    "=?utf-8?b?CkJjYzogZXZpbA==?=",
+    "a\u202eb",
+    "\u03b4\u03bf\u03ba\u03b9\u03bc\u03ae",
+    "\U0001f600",
+    "a..b",
+    ".a.",
+    "x" * 3000,
+    "\u2028" * 300,
+]
+POLICIES = [policy.compat32, policy.default, policy.SMTP, policy.SMTPUTF8]
+
+
+def names(data: bytes) -> list[str]:
+    """The header lines that Python finds, by every policy the same."""
+    [found, *others] = [
+        email.message_from_bytes(data, policy=one).keys()  # type: ignore[arg-type]
+        for one in POLICIES
+    ]
+    assert all(other == found for other in others)
+    return found
+
+
+RECIPIENTS = [f"{local}@example.org" for local in LOCAL_PARTS]
+KEPT = ["Return-Path", "Delivered-To", "Received", "From", "Subject"]
+ODD_SENDER = "a\u2028Bcc\u0085@example.net"
+
+
+def test_handlers_find_the_message_and_one_line_of_ours(salmon: Salmon) -> None:
+    salmon.handle(".*")
+    heard, report = exchange(salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8")
+    assert [line[:3] for line in heard] == ["250"]
+    assert (report.messages, report.recipients) == (1, len(RECIPIENTS))
+    assert [message.To for message in salmon.handled] == [one.lower() for one in RECIPIENTS]
+    for message in salmon.handled:
+        assert message.From == ODD_SENDER.lower()
+        assert names(message.Data) == ["Received", "From", "Subject"]
+        assert message.body() == "hello"
+
+
+def test_the_queue_keeps_the_envelope_in_two_lines_and_gives_it_back(salmon: Salmon) -> None:
+    salmon.handle(".*")
+    heard, _ = exchange(
+        salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8", delivery="queue"
+    )
+    assert [line[:3] for line in heard] == ["250"]
+    inbound = queue.Queue("run/inbound")
+    envelopes = []
+    for key in inbound.keys():
+        stored = inbound.mbox.get_bytes(key)
+        assert names(stored) == KEPT
+        envelopes.append(split_envelope(stored)[:2])
+    assert sorted(envelopes) == sorted((ODD_SENDER, one) for one in RECIPIENTS)
+    assert salmon.handled == []
+    QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    assert sorted(one.To for one in salmon.handled) == sorted(one.lower() for one in RECIPIENTS)
+    assert list(inbound.keys()) == []
+
+
+def test_what_no_handler_takes_is_kept_in_two_lines(salmon: Salmon) -> None:
+    exchange(salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8")
+    kept = salmon.undeliverable()
+    for one in kept:
+        assert names(one) == KEPT
+    assert sorted(split_envelope(one)[:2] for one in kept) == sorted(
+        (ODD_SENDER, one) for one in RECIPIENTS
+    )
+
+
+def is_mailbox(text: str) -> bool:
+    """It may come as a sender or recipient, in a command of one line."""
+    line = f"MAIL FROM:<{text}> SMTPUTF8\r\n"
+    receiver = Receiver("h")
+    receiver.receive_bytes(b"EHLO p\r\n" + line.encode("utf-8", "replace"))
+    return receiver.data_to_send().endswith(b"250 2.1.0 sender ok\r\n")
+
+
+ODD = "\u0085\u2028\u2029\u00a0\ufeff\u009b\u202e=?_-%!ab"
+LOCALS = st.one_of(
+    st.text(st.sampled_from(ODD + "."), min_size=1, max_size=12),
+    st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), min_size=1, max_size=12),
+    st.text(st.sampled_from(ODD + ' \\",;:<>()@[]'), max_size=12).map(
+        lambda text: '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    ),
+)
+
+
+@given(LOCALS, LOCALS)
+@settings(deadline=None)
+def test_any_mailbox_that_is_taken_makes_two_lines(one: str, other: str) -> None:
+    sender, recipient = f"{one}@example.net", f"{other}@example.org"
+    assert is_mailbox(sender) and is_mailbox(recipient)
+    content = MESSAGE.replace(b"\r\n", b"\n")
+    hop = Hop("192.0.2.1", "mail.example.org", "agent isp", tls=True)
+    received = hop.received(Envelope(sender, (recipient,), helo=one), recipient)
+    kept = with_envelope(sender, recipient, received + content)
+    assert names(kept) == KEPT
+    assert split_envelope(kept) == (sender, recipient, received + content)
+    report = notification(
+        "h", Envelope(sender, (recipient,)), {recipient: Reply(550, other)}, content
+    )
+    _, about = parts_of(report.as_bytes())
+    assert about.keys() == ["Final-Recipient", "Action", "Status", "Diagnostic-Code"]
+
+
+NOTIFICATION = [
+    "Content-Type",
+    "MIME-Version",
+    "From",
+    "To",
+    "Subject",
+    "Date",
+    "Message-ID",
+    "Auto-Submitted",
+]
+
+
+def parts_of(report: bytes) -> list[Message]:
+    """The parts of a notification, which has our header lines and no others."""
+    assert names(report) == NOTIFICATION
+    [_, status, _] = email.message_from_bytes(report).get_payload()  # type: ignore[misc]
+    return list(status.get_payload())
+
+
+def test_a_notification_has_our_header_lines_only(salmon: Salmon) -> None:
+    def action(message: MailRequest) -> None:
+        if message.To != "good@example.org":
+            raise SMTPError(550, "no such user\r\nBcc: evil@elsewhere.example\r\n\r\nbody")
+
+    salmon.handle(".*", action)
+    heard, _ = exchange(
+        salmon,
+        *RECIPIENTS,
+        "good@example.org",
+        sender=ODD_SENDER,
+        data=MESSAGE,
+        mail=" SMTPUTF8 ENVID=x+0D+0ABcc:+20evil",
+        rcpt=" ORCPT=utf-8;a\u2028b+0Ac",
+    )
+    assert [line[:3] for line in heard] == ["250"]
+    [(_, to, report)] = salmon.relayed
+    assert to == ODD_SENDER
+    whole, *each = parts_of(report.encode())
+    assert whole.keys() == ["Reporting-MTA", "Original-Envelope-Id"]
+    assert len(each) == len(RECIPIENTS)
+    for one in each:
+        assert one.keys() == [
+            "Original-Recipient",
+            "Final-Recipient",
+            "Action",
+            "Status",
+            "Diagnostic-Code",
+        ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no\r\n\r\nbody",
+        "no\rBcc: x",
+        "no\u2028Bcc: x",
+        "no\u0085Bcc: x",
+        "no\x0bBcc: x\x0c\x1c\x1d\x1e",
+    ],
+)
+def test_a_notification_of_any_text(text: str) -> None:
+    """As bytes, as text, and written anew by each policy."""
+    envelope = Envelope("a@example.net", ("b@example.org",), {"ENVID": text})
+    report = notification("h", envelope, {"b@example.org": Reply(550, text)}, MESSAGE)
+    for written in (report.as_bytes(), report.as_string().encode(), *(
+        report.as_bytes(policy=one) for one in POLICIES
+    )):  # fmt: skip
+        whole, one = parts_of(written)
+        assert whole.keys() == ["Reporting-MTA", "Original-Envelope-Id"]
+        assert one.keys() == ["Final-Recipient", "Action", "Status", "Diagnostic-Code"]
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b" folded into our line\r\n",
+        b"\tBcc: evil@elsewhere.example\r\n",
+        b"\r\n",
+        b"\n\n",
+        b"\r\r",
+        b"From evil@elsewhere.example Thu Jan  1 00:00:00 1970\r\n",
+        b">From x\r\n",
+        b"no header at all\r\n",
+        b": no name\r\n",
+        b"Return-Path: <evil@elsewhere.example>\r\nDelivered-To: evil@elsewhere.example\r\n",
+        b"Received: from evil\r\n",
+        b"\x00\r\n",
+        b"X: a\rDelivered-To: evil@elsewhere.example\r\n",
+        b"X: a\nDelivered-To: evil@elsewhere.example\r\n",
+        b"X: \xc2\x85Delivered-To: evil\xe2\x80\xa8Delivered-To: evil\r\n",
+        b"\xef\xbb\xbfX: a\r\n",
+        b"--\r\n",
+    ],
+)
+def test_a_message_that_begins_strangely(salmon: Salmon, beginning: bytes) -> None:
+    """The envelope that we keep is the transaction's, and our lines are the first."""
+    salmon.handle(".*")
+    heard, _ = exchange(salmon, "b@example.org", data=beginning + MESSAGE, delivery="queue")
+    assert [line[:3] for line in heard] == ["250"]
+    inbound = queue.Queue("run/inbound")
+    [key] = inbound.keys()
+    stored = inbound.mbox.get_bytes(key)
+    assert names(stored)[:3] == KEPT[:3]
+    assert split_envelope(stored)[:2] == ("ann@example.net", "b@example.org")
+    QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    [message] = salmon.handled
+    assert (message.From, message.To) == ("ann@example.net", "b@example.org")
+    assert names(message.Data)[0] == "Received"
+    assert salmon.undeliverable() == []

@@ -1,0 +1,301 @@
+"""The process is killed (SIGKILL), again and again, and started again until nothing waits.
+
+In two ways: at random instants, and at each line of the code between a message's last octet and
+its 250, one after another.  After every
+death the books are balanced: what the handlers wrote down, what the journal has, what waits with
+the provider and in the queue.
+
+- Nothing is lost: what the provider has let go of was handled, or waits in the queue, or is in the
+  undeliverable queue.
+- Nothing is repeated but what was handled (in queue mode: stored) and not yet recorded at the
+  instant of a death; and that is one delivery, the one in hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import re
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PASSWORD, agent_keys
+from lives import LONG, Nursery
+from salmon import queue
+
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.smtp.envelope import Envelope
+
+ACCOUNTS = Accounts([Account("acme", PASSWORD, ("example.org",))])
+
+# Recipients by what their handlers do; "boom" raises, "never" refuses.
+CASTS = (("ann",), ("ann", "bob"), ("boom",), ("ann", "never"), ("never", "boom", "bob"))
+
+#: A delivery: subject and recipient.
+Delivery = tuple[str, str]
+#: A delivery as the journal has it: service, digest and recipient.
+Record = tuple[str, str, str]
+
+
+@contextlib.contextmanager
+def serving(held: HoldQueue) -> Iterator[Provider]:
+    """The built-in provider in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    provider = Provider(ACCOUNTS, held, "odmr.example.net")
+
+    def do(work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(LONG)
+
+    do(provider.start())
+    try:
+        yield provider
+    finally:
+        do(provider.stop())
+        do(loop.shutdown_default_executor())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class Books:
+    """What is known of every delivery, balanced after each death."""
+
+    def __init__(self, folder: Path, delivery: str) -> None:
+        self.folder = folder
+        self.queued = delivery == "queue"
+        self.held = HoldQueue(folder / "provider")
+        self.sent: dict[Delivery, str] = {}
+        self.keys: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        self.begun: Counter[Delivery] = Counter()
+        self.ended: Counter[Delivery] = Counter()
+        self.stored: dict[str, Delivery] = {}
+        self.notifications = 0
+        self.repeats = 0
+        self._read = 0
+        self._recorded: set[Record] = set()
+
+    def put(self) -> None:
+        """Give the provider one more message."""
+        number = len(self.keys)
+        subject, cast = f"m{number}", CASTS[number % len(CASTS)]
+        recipients = tuple(f"{name}@example.org" for name in cast)
+        data = f"From: a@example.net\r\nSubject: {subject}\r\n\r\nhello\r\n".encode()
+        key = self.held.put(Envelope("a@example.net", recipients), data)
+        self.keys[key] = subject
+        self.digests[subject] = hashlib.sha256(data).hexdigest()
+        self.sent.update({(subject, recipient): key for recipient in recipients})
+
+    def balance(self) -> None:
+        """After a death: everything is somewhere, and nothing was repeated without its reason."""
+        before = set(self._recorded)
+        self._recorded = self._read_journal()
+        made = self._read_ledger(before)
+        assert len(made - self._recorded) <= 1, "more than the one in hand was not recorded"
+        if self.queued:
+            made = self._read_queue(before)
+            assert len(made - self._recorded) <= 1, "more than the one in hand was not recorded"
+        waiting = set(self._waiting())
+        undeliverable = set(self._undeliverable())
+        for delivery in self.sent:
+            safe = (
+                delivery in waiting
+                or self.ended[delivery]
+                or delivery in undeliverable
+                or delivery in self._in_queue()
+            )
+            assert safe, f"{delivery} is lost"
+
+    def _read_ledger(self, before: set[Record]) -> set[Record]:
+        """What was handled in this life."""
+        try:
+            lines = (self.folder / "ledger").read_text().splitlines()
+        except FileNotFoundError:
+            return set()
+        made: set[Record] = set()
+        for line in lines[self._read :]:
+            what, subject, recipient, digest = line.split()
+            if what == "sent":
+                self.notifications += 1
+                continue
+            counts = self.begun if what == "begin" else self.ended
+            counts[subject, recipient] += 1
+            if what == "begin":
+                # In queue mode the consumer is judged by what was stored, not by what was sent.
+                service = "queue run/inbound" if self.queued else "default"
+                record = (service, digest if self.queued else self.digests[subject], recipient)
+                assert record not in made, f"{line}: twice in one life"
+                assert record not in before, f"{line}: again, though recorded"
+                made.add(record)
+                self.repeats += counts[subject, recipient] > 1
+        self._read = len(lines)
+        return made
+
+    def _read_queue(self, before: set[Record]) -> set[Record]:
+        """What was stored in this life."""
+        made: set[Record] = set()
+        for key, stored in self._queue("run/inbound"):
+            if key not in self.stored:
+                delivery = _delivery(stored)
+                self.stored[key] = delivery
+                record = ("default", self.digests[delivery[0]], delivery[1])
+                assert record not in before, f"{delivery}: stored again, though recorded"
+                made.add(record)
+        return made
+
+    def _read_journal(self) -> set[Record]:
+        path = self.folder / "run/revsmtp.sqlite3"
+        if not path.exists():
+            return set()
+        database = sqlite3.connect(path)
+        try:
+            if not database.execute("PRAGMA user_version").fetchone()[0]:
+                return set()
+            rows = database.execute("SELECT service, hex(digest), recipient FROM deliveries")
+            return {(service, digest.lower(), recipient) for service, digest, recipient in rows}
+        finally:
+            database.close()
+
+    def _waiting(self) -> Iterator[Delivery]:
+        for key in self.held.waiting(["example.org"]):
+            loaded = self.held.load(key, ["example.org"])
+            for recipient in loaded[0].recipients if loaded else ():
+                yield self.keys[key], recipient
+
+    def _in_queue(self) -> set[Delivery]:
+        return {_delivery(stored) for _, stored in self._queue("run/inbound")}
+
+    def _undeliverable(self) -> Iterator[Delivery]:
+        for _, stored in self._queue("run/undeliverable"):
+            yield _delivery(stored)
+
+    def _queue(self, name: str) -> Iterator[tuple[str, bytes]]:
+        if (self.folder / name).exists():
+            opened = queue.Queue(str(self.folder / name))
+            for key in opened.keys():
+                yield key, opened.mbox.get_bytes(key)
+
+    def settled(self) -> None:
+        """At the end: nothing waits, and everybody was served."""
+        assert len(self.held) == 0
+        assert self._in_queue() == set()
+        assert set(self.begun) == set(self.sent)
+        undeliverable = Counter(self._undeliverable())
+        for delivery in self.sent:
+            if delivery[1].startswith("boom"):
+                assert undeliverable[delivery] >= 1
+            else:
+                assert self.ended[delivery] >= 1
+
+
+def _delivery(stored: bytes) -> Delivery:
+    recipient = re.search(rb"^Delivered-To: (.*)$", stored, re.MULTILINE)
+    subject = re.search(rb"^Subject: (.*)$", stored, re.MULTILINE)
+    assert recipient and subject
+    return subject[1].decode(), recipient[1].decode()
+
+
+@contextlib.contextmanager
+def everything(folder: Path, delivery: str) -> Iterator[tuple[Books, Nursery]]:
+    (folder / "run").mkdir()
+    books = Books(folder, delivery)
+    with serving(books.held) as provider:
+        nursery = Nursery(folder, agent_keys(provider.port), delivery)
+        try:
+            yield books, nursery
+        finally:
+            nursery.close()
+
+
+def drain(books: Books, nursery: Nursery) -> None:
+    """Lives that nobody ends, until nothing waits."""
+    for _ in range(50):
+        assert nursery.live("collect") == 0
+        if books.queued:
+            assert nursery.live("consume") == 0
+        books.balance()
+        if len(books.held) == 0:
+            return
+    raise AssertionError("the provider does not get empty")
+
+
+def killed_at_random(folder: Path, delivery: str, kills: int, seed: int) -> Books:
+    chance = random.Random(seed)
+    with everything(folder, delivery) as (books, nursery):
+        done = 0
+        while done < kills:
+            while len(books.held) < 30:
+                books.put()
+            do = "consume" if books.queued and chance.random() < 0.5 else "collect"
+            # So that most deaths fall where messages are under way, wherever that is here.
+            done += nursery.live(do, kill_after=chance.uniform(0.005, 0.08)) == -9
+            books.balance()
+        drain(books, nursery)
+        books.settled()
+        assert sum(books.begun.values()) == len(books.sent) + books.repeats
+        return books
+
+
+@pytest.mark.parametrize("delivery", ["router", "queue"])
+def test_killed_at_random_nothing_is_lost(tmp_path: Path, delivery: str) -> None:
+    killed_at_random(tmp_path, delivery, kills=15, seed=2645)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("delivery", ["router", "queue"])
+@pytest.mark.parametrize("seed", [1985, 5321])
+def test_killed_at_random_hundreds_of_times_nothing_is_lost(
+    tmp_path: Path, delivery: str, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books = killed_at_random(tmp_path, delivery, kills=250, seed=seed)
+    with capsys.disabled():
+        print(f"\n{delivery}: {len(books.sent)} deliveries, 250 kills, {books.repeats} repeats")
+
+
+def killed_line_by_line(folder: Path, delivery: str, do: str, first: int, step: int) -> int:
+    """Die at line ``first``, ``first + step`` ... until a life gets to its end; returns how often
+    it died."""
+    with everything(folder, delivery) as (books, nursery):
+        line = first
+        while True:
+            for _ in CASTS:
+                books.put()
+            if do == "consume":
+                assert nursery.live("collect") == 0
+            status = nursery.live(do, die_at=line)
+            books.balance()
+            drain(books, nursery)
+            if status == 0:
+                break
+            line += step
+        books.settled()
+        return (line - first) // step
+
+
+LINES = [("router", "collect"), ("queue", "collect"), ("queue", "consume")]
+
+
+@pytest.mark.parametrize(("delivery", "do"), LINES)
+def test_killed_at_some_lines_nothing_is_lost(tmp_path: Path, delivery: str, do: str) -> None:
+    assert killed_line_by_line(tmp_path, delivery, do, first=1, step=401) >= 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("delivery", "do"), LINES)
+@pytest.mark.parametrize("part", range(4))
+def test_killed_at_every_line_nothing_is_lost(
+    tmp_path: Path, delivery: str, do: str, part: int
+) -> None:
+    """Four parts, so that they may run side by side."""
+    assert killed_line_by_line(tmp_path, delivery, do, first=1 + part, step=4) > 100

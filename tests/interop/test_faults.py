@@ -1,0 +1,144 @@
+"""What must not be lost or doubled, with real servers at the other end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MESSAGE, Salmon, agent_keys, configuration, exchange, fails
+from lives import Nursery
+from salmon import queue
+from salmon.mail import MailRequest
+from salmon.server import Relay, SMTPError
+from servers import ACCOUNTS, Exim, Postfix, Server, free_port
+from test_etrn_servers import etrn, until
+
+from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.runtime import Runtime
+
+pytestmark = pytest.mark.interop
+
+Roots = Callable[[str], Path]
+
+
+def test_killed_at_random_while_exim_sends(salmon: Salmon, chroot: Roots) -> None:
+    """Exim is the provider and speaks PRDR; every delivery is handled at least once, and again only
+    if the process died before it was recorded."""
+    chance = random.Random(2645)
+    expected = set()
+    with Exim(chroot("exim")) as exim:
+        for number in range(60):
+            subject = f"m{number}"
+            names = ("ann", "bob") if number % 3 else ("ann",)
+            recipients = [f"{name}@example.org" for name in names]
+            exim.submit("a@example.net", recipients, b"Subject: %s\r\n\r\nx\r\n" % subject.encode())
+            expected |= {(subject, recipient) for recipient in recipients}
+        keys = agent_keys(exim.port, server="127.0.0.1", password=ACCOUNTS["acme"])
+        nursery = Nursery(salmon.folder, keys, "router")
+        try:
+            kills = sum(
+                nursery.live("collect", kill_after=chance.uniform(0.05, 0.4)) == -9
+                for _ in range(25)
+            )
+            assert kills >= 5
+            for _ in range(30):
+                assert nursery.live("collect") == 0
+                if exim.waiting() == 0:
+                    break
+        finally:
+            nursery.close()
+        assert exim.waiting() == 0, exim.log()
+    handled = Counter(
+        (subject, recipient)
+        for what, subject, recipient, _ in map(str.split, Path("ledger").read_text().splitlines())
+        if what == "end"
+    )
+    assert set(handled) == expected
+    repeats = sum(handled.values()) - len(handled)
+    assert repeats <= kills, "at most the one in hand, each time"
+    database = sqlite3.connect("run/revsmtp.sqlite3")
+    [recorded] = database.execute("SELECT count(*) FROM deliveries").fetchone()
+    database.close()
+    assert recorded == len(expected)
+
+
+def test_partial_success_with_postfix_which_has_no_prdr(salmon: Salmon, chroot: Roots) -> None:
+    """One recipient is served, one refused, one put off: Postfix hears 451 and tries all three
+    again; only the last is handled again, and the sender gets one notification."""
+    ready: list[bool] = []
+
+    def not_yet(message: MailRequest) -> None:
+        if not ready:
+            raise SMTPError(451, "later")
+
+    salmon.handle("ann@.*")
+    salmon.handle("bob@.*", fails(550, "5.1.1 no bob here"))
+    salmon.handle("cyd@.*", not_yet)
+    with Postfix(chroot("postfix"), next_hop=free_port()) as postfix:
+        postfix.submit(
+            "sender@example.net", ["ann@example.org", "bob@example.org", "cyd@example.org"], MESSAGE
+        )
+        asyncio.run(until(lambda: postfix.deferred() == 1, postfix))
+        for round_ in range(2):
+            asyncio.run(_flushed(salmon, postfix, 3 + round_))
+            ready.append(True)
+    names = [message.To.partition("@")[0] for message in salmon.handled]
+    assert sorted(names) == ["ann", "bob", "cyd", "cyd"]
+    [(sender, to, text)] = salmon.relayed
+    assert (sender, to) == ("<>", "sender@example.net")
+    assert "bob@example.org" in text
+    assert "ann@example.org" not in text and "cyd@example.org" not in text
+
+
+async def _flushed(salmon: Salmon, server: Server, handled: int) -> None:
+    """Ask for the mail until so many deliveries have been handled and the server has heard."""
+    service = {"listen": f"127.0.0.1:{server.next_hop}", "hostname": "mail.example.org"}
+    keys = etrn(server.port, "example.org")
+    valid = configuration(keys, default={**service, "domains": ["example.org"]})
+    with Runtime(valid, Plugins.load(), lambda: salmon.relay) as runtime:
+        [listener] = runtime.listeners()
+        await listener.start()
+        await runtime.collect(valid.agents)
+        answered = 250 if handled == 4 else 451
+        await until(lambda: len(salmon.handled) >= handled, server)
+        await until(lambda: f"said: {answered}" in server.log() or server.waiting() == 0, server)
+        await listener.stop(5)
+
+
+def test_a_notification_waits_for_the_relay_and_goes_out_by_postfix(
+    salmon: Salmon, chroot: Roots
+) -> None:
+    root = chroot("postfix")
+    port: list[int] = [free_port()]
+
+    class Late:
+        """Salmon's own relay, to wherever Postfix listens by now."""
+
+        def deliver(self, message: Any, To: str, From: str) -> None:
+            Relay(host="127.0.0.1", port=port[0]).deliver(message, To=To, From=From)
+
+    salmon.relay = Late()
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", fails(550, "5.1.1 no b here"))
+    heard, _ = exchange(salmon, "a@example.org", "b@example.org", sender="sender@example.org")
+    assert heard[0].startswith("250 ")
+    unsent = queue.Queue("run/unsent")
+    assert len(unsent) == 1, "nobody listens there"
+    with Postfix(root, next_hop=free_port()) as postfix:
+        port[0] = postfix.port
+        exchange(salmon, "a@example.org", data=MESSAGE + b"another\r\n")
+        assert len(unsent) == 0
+        listing = postfix.inside("postqueue", "-c", f"{postfix.place}/conf", "-j")
+        [waiting] = [json.loads(line) for line in listing.splitlines()]
+        assert waiting["sender"] == "MAILER-DAEMON"
+        assert [one["address"] for one in waiting["recipients"]] == ["sender@example.org"]
+        shown = postfix.inside("postcat", "-c", f"{postfix.place}/conf", "-q", waiting["queue_id"])
+        assert "Content-Type: multipart/report" in shown
+        assert "Diagnostic-Code: smtp; 550 5.1.1 no b here" in shown

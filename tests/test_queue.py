@@ -1,0 +1,186 @@
+"""Queue mode: what the queue keeps, and what becomes of it when the process dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Salmon, exchange, fails
+from salmon import queue
+from salmon.mail import MailRequest
+
+from salmon_revsmtp import QueueConsumer
+
+
+def test_queue_mode_keeps_the_envelope_and_the_consumer_routes_by_it(salmon: Salmon) -> None:
+    salmon.handle(".*")
+    heard, report = exchange(salmon, "b@example.org", "c@example.org", delivery="queue")
+    assert heard[0].startswith("250 2.6.0 queued")
+    assert (report.messages, report.recipients) == (1, 2)
+    assert salmon.handled == []
+    inbound = queue.Queue("run/inbound")
+    stored = sorted(inbound.mbox.get_bytes(key) for key in inbound.keys())
+    assert [one.splitlines()[:2] for one in stored] == [
+        [b"Return-Path: <ann@example.net>", b"Delivered-To: b@example.org"],
+        [b"Return-Path: <ann@example.net>", b"Delivered-To: c@example.org"],
+    ]
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert sorted(message.To for message in salmon.handled) == ["b@example.org", "c@example.org"]
+    assert {message.From for message in salmon.handled} == {"ann@example.net"}
+    assert salmon.handled[0].Data.startswith(b"Received: ")
+    assert salmon.handled[0].Data.endswith(b"\n\nhello")
+    assert len(inbound) == 0
+
+
+def test_the_consumer_deletes_after_handling(salmon: Salmon) -> None:
+    there: list[int] = []
+    salmon.handle(".*", lambda message: there.append(len(queue.Queue("run/inbound"))))
+    exchange(salmon, "b@example.org", delivery="queue")
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert there == [1]
+    assert len(queue.Queue("run/inbound")) == 0
+
+
+def test_the_consumer_puts_off_what_a_handler_puts_off(salmon: Salmon) -> None:
+    salmon.handle(".*", fails(451))
+    exchange(salmon, "b@example.org", delivery="queue")
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(queue.Queue("run/inbound")) == 1
+
+
+def test_what_a_handler_refuses_later_is_notified(salmon: Salmon) -> None:
+    salmon.handle(".*", fails(550, "no"))
+    exchange(salmon, "b@example.org", delivery="queue")
+    QueueConsumer("run/inbound", relay=lambda: salmon.relay).start(one_shot=True)
+    assert [(sender, to) for sender, to, _ in salmon.relayed] == [("<>", "ann@example.net")]
+    assert len(queue.Queue("run/inbound")) == 0
+
+
+def test_a_queue_that_cannot_be_written_leaves_the_mail_with_the_provider(salmon: Salmon) -> None:
+    (salmon.folder / "file").touch()
+    heard, report = exchange(salmon, "b@example.org", delivery="queue", queue="file/inbound")
+    assert heard[0].startswith("451 4.3.0 ")
+    assert report.messages == 0
+
+
+# -- crashes -----------------------------------------------------------------------------------
+
+# Handles the queue once; "die" in a message kills the process in the middle of its handler.
+CONSUMER = """
+import os, signal, sys
+from salmon.routing import route, stateless
+from salmon_revsmtp import QueueConsumer
+
+@route(".*")
+@stateless
+def HANDLE(message):
+    with open("handled", "a") as file:
+        file.write(message["Subject"] + "\\n")
+    if message["Subject"] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+consumer = QueueConsumer("run/inbound", sleep=3600)
+if sys.argv[1:] == ["dies before it deletes"]:
+    consumer.queue.remove = lambda key: os.kill(os.getpid(), signal.SIGKILL)
+consumer.start(one_shot=sys.argv[1:] != ["for ever"])
+"""
+
+
+def consume(*arguments: str) -> int:
+    return subprocess.run([sys.executable, "-c", CONSUMER, *arguments], timeout=60).returncode
+
+
+def handled() -> list[str]:
+    return Path("handled").read_text().split()
+
+
+def inbound() -> list[str]:
+    return list(queue.Queue("run/inbound").keys())
+
+
+def message(subject: str) -> bytes:
+    return f"From: a@example.net\r\nSubject: {subject}\r\n\r\nhello\r\n".encode()
+
+
+def test_a_crash_between_handled_and_deleted_is_no_second_handling(salmon: Salmon) -> None:
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    assert consume("dies before it deletes") == -signal.SIGKILL
+    assert len(inbound()) == 1
+    assert consume() == 0
+    assert handled() == ["once"]
+    assert inbound() == []
+
+
+def test_a_message_that_kills_the_process_three_times_is_set_aside(salmon: Salmon) -> None:
+    for subject in ("die", "after"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    for _ in range(3):
+        assert consume() == -signal.SIGKILL
+        assert len(inbound()) == 2
+    assert consume() == 0
+    assert handled() == ["die", "die", "die", "after"]
+    assert inbound() == []
+    [kept] = salmon.undeliverable()
+    assert kept.startswith(b"Return-Path: <ann@example.net>\nDelivered-To: b@example.org\n")
+    assert kept.endswith(b"Subject: die\n\nhello\n")
+
+
+def test_a_message_that_cannot_be_set_aside_stays(salmon: Salmon, monkeypatch: Any) -> None:
+    exchange(salmon, "b@example.org", data=message("die"), delivery="queue")
+    for _ in range(3):
+        consume()
+    consumer = QueueConsumer("run/inbound")
+    [key] = inbound()
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        reply = consumer.handle(key)
+    assert reply is not None and reply.code == 452
+    assert inbound() == [key]
+
+
+def test_two_consumers_never_work_on_one_queue(salmon: Salmon) -> None:
+    consumer = QueueConsumer("run/inbound")
+    with Path("run/inbound.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another consumer works on run/inbound"):
+            consumer.start(one_shot=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_behind_the_message_in_hand(
+    salmon: Salmon, number: signal.Signals
+) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+
+    def stop(request: MailRequest) -> None:
+        os.kill(os.getpid(), number)
+
+    salmon.handle(".*", stop)
+    before = signal.getsignal(number)
+    QueueConsumer("run/inbound", sleep=3600).start()
+    assert len(salmon.handled) == 1
+    assert len(inbound()) == 1
+    assert signal.getsignal(number) is before
+
+
+def test_it_may_be_stopped_from_another_thread(salmon: Salmon) -> None:
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    consumer = QueueConsumer("run/inbound", sleep=3600)
+    salmon.handle(".*", lambda request: consumer.stop())
+    thread = threading.Thread(target=consumer.start)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert inbound() == []

@@ -1,0 +1,196 @@
+"""The record of deliveries: what it knows of a repeat, for how long, and without a disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from salmon_revsmtp.delivery import served as served_module
+from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
+from salmon_revsmtp.journal import JournalFile
+from salmon_revsmtp.smtp.replies import Reply
+
+OK = Reply(250, "queued as 7", "2.6.0")
+NO = Reply(550, "no such user\nnot here", None)
+KEY = MessageKey.of("default", "ann@example.net", b"Subject: hi\r\n\r\nhello\r\n")
+DAY = 86400.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run/journal"
+
+
+def journal(path: Path) -> DeliveryJournal:
+    return DeliveryJournal(JournalFile(path))
+
+
+def replies(
+    deliveries: DeliveryJournal, key: MessageKey = KEY, **window: float
+) -> dict[str, Reply]:
+    return {one: served.reply for one, served in deliveries.served(key, **window).items()}
+
+
+def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
+    first = journal(path)
+    assert first.served(KEY) == {}
+    first.record(KEY, "b@example.org", OK)
+    first.record(KEY, "c@example.org", NO)
+    assert replies(first) == {"b@example.org": OK, "c@example.org": NO}
+    assert replies(journal(path)) == replies(first)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        KEY._replace(service="other"),
+        KEY._replace(reverse_path=""),
+        MessageKey.of("default", "ann@example.net", b"Subject: hi\r\n\r\nhello\r\n\r\n"),
+    ],
+)
+def test_another_service_sender_or_octet_is_another_message(path: Path, other: MessageKey) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    assert deliveries.served(other) == {}
+
+
+def test_what_was_put_off_is_no_delivery(path: Path) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", Reply(451, "later"))
+    assert deliveries.served(KEY) == {}
+
+
+def test_that_the_sender_was_notified_is_known(path: Path) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    deliveries.record(KEY, "c@example.org", NO)
+    deliveries.record_notified(KEY, ["c@example.org"])
+    known = journal(path).served(KEY)
+    assert {one: served.notified for one, served in known.items()} == {
+        "b@example.org": False,
+        "c@example.org": True,
+    }
+
+
+def test_outside_the_window_a_repeat_is_a_new_message(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 6.9 * DAY)
+    assert replies(deliveries) == {"b@example.org": OK}
+    assert replies(deliveries, window=6 * DAY) == {}
+    monkeypatch.setattr(time, "time", lambda: now + 7.1 * DAY)
+    assert replies(deliveries) == {}
+
+
+def test_old_rows_go_and_the_file_does_not_grow_for_ever(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "PRUNE_ROWS", 10)
+    deliveries = journal(path)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 8 * DAY)
+    for number in range(35):
+        deliveries.record(KEY._replace(digest=b"%d" % number), "b@example.org", OK)
+    monkeypatch.setattr(time, "time", lambda: now)
+    later = journal(path)
+    for number in range(5):
+        later.record(KEY._replace(digest=b"new %d" % number), "b@example.org", OK)
+    rows = JournalFile(path).open().execute("SELECT count(*) FROM deliveries").fetchone()
+    assert rows == (5,)
+
+
+def test_it_survives_the_process_being_killed(path: Path) -> None:
+    program = (
+        "import os, sys, signal\n"
+        "from pathlib import Path\n"
+        "from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey\n"
+        "from salmon_revsmtp.journal import JournalFile\n"
+        "from salmon_revsmtp.smtp.replies import Reply\n"
+        "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
+        "for number in range(100):\n"
+        "    key = MessageKey('default', '', b'%d' % number)\n"
+        "    journal.record(key, 'b@example.org', Reply(250, 'ok'))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], timeout=60)
+    assert killed.returncode < 0
+    deliveries = journal(path)
+    keys = [MessageKey("default", "", b"%d" % number) for number in range(100)]
+    assert all(deliveries.served(key) for key in keys)
+
+
+def test_without_a_disk_it_remembers_and_writes_when_it_can(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(served_module, "RETRY", 0.0)
+    path.parent.write_text("a file where the folder should be")
+    deliveries = journal(path)
+    for name in ("b", "c"):
+        deliveries.record(KEY, f"{name}@example.org", OK)
+        assert replies(deliveries)[f"{name}@example.org"] == OK
+    assert caplog.text.count("cannot be used") == 1
+    assert "a restart may handle a message twice" in caplog.text
+    path.parent.unlink()
+    deliveries.record(KEY, "d@example.org", OK)
+    assert caplog.text.count("can be used again") == 1
+    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org", "d@example.org"}
+
+
+def test_a_broken_disk_is_left_alone_for_a_while(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.mkdir(parents=True)
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    path.rmdir()
+    deliveries.record(KEY, "c@example.org", OK)
+    assert not path.exists()
+    assert set(deliveries.served(KEY)) == {"b@example.org", "c@example.org"}
+
+
+def test_memory_is_bounded_while_there_is_no_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "REMEMBERED", 10)
+    path.mkdir(parents=True)
+    deliveries = journal(path)
+    keys = [KEY._replace(digest=b"%d" % number) for number in range(30)]
+    for key in keys:
+        deliveries.record(key, "b@example.org", OK)
+    assert [bool(deliveries.served(key)) for key in keys] == [False] * 20 + [True] * 10
+
+
+def test_a_file_that_somebody_deletes_is_made_anew(path: Path) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    for one in path.parent.iterdir():
+        one.unlink()
+    assert deliveries.served(KEY) == {}
+    deliveries.record(KEY, "c@example.org", OK)
+    assert set(journal(path).served(KEY)) == {"c@example.org"}
+
+
+def test_a_file_that_is_no_database_costs_no_mail(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.parent.mkdir()
+    path.write_bytes(os.urandom(10_000))
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    assert replies(deliveries) == {"b@example.org": OK}
+    assert "not a database" in caplog.text
+
+
+def test_attempts_are_counted_over_restarts_until_they_end(path: Path) -> None:
+    assert [journal(path).begin("run/inbound", "1.M2") for _ in range(3)] == [1, 2, 3]
+    assert journal(path).begin("run/inbound", "other") == 1
+    journal(path).end("run/inbound", "1.M2")
+    assert journal(path).begin("run/inbound", "1.M2") == 1
