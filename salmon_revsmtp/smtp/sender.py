@@ -179,10 +179,11 @@ class Sender:
             return
         while self._ready and self._current is None and self._messages:
             self._begin(self._messages.popleft())
+        self._pump()
         if self._ready and self._current is None and not self._commands and self._quitting:
             self._quitting = False
             self._command(b"QUIT", self._on_quit, wait=True)
-        self._pump()
+            self._pump()
 
     def _pump(self) -> None:
         while self._commands:

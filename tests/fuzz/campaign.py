@@ -96,13 +96,13 @@ def _atheris(target: str, runs: int) -> tuple[int, str]:
         env={**os.environ, "PYTHONHASHSEED": "0"},
     )
     assert process.stderr is not None
-    tail: list[str] = []
+    done, tail = None, list[str]()
     for line in process.stderr:
         if _PROGRESS.match(line):
             print(line.rstrip(), flush=True)
-        if "DONE" in line or not line.startswith("#"):
+        done = _DONE.match(line) or done
+        if not line.startswith("#"):
             tail = [*tail[-40:], line]
-    done = _DONE.search("".join(tail))
     if process.wait() == 0 and done:
         return int(done[1]), f"{done[2]} edges, {len(list(corpus.iterdir()))} inputs kept"
     sys.stdout.writelines(tail)
