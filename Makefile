@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test faults interop lint types docs wheel clean
+.PHONY: demo test faults fuzz interop lint types docs wheel clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
@@ -23,6 +23,11 @@ test: $(READY)
 # Everything broken that can break, at length.
 faults: $(READY)
 	$(BIN)/python -m pytest -n auto -m long
+
+# A million hostile inputs for the SMTP machine; FUZZ_RUNS=10000 for fewer.
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
+	$(BIN)/python tests/fuzz/campaign.py
 
 # Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)

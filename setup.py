@@ -66,6 +66,11 @@ setup(
             "sphinx",
             "trustme",
         ],
+        # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
+        "fuzz": [
+            "atheris>=2.3; sys_platform == 'linux' and platform_machine == 'x86_64'"
+            " and python_version < '3.15'",
+        ],
     },
     entry_points={
         "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli:main"],

@@ -504,7 +504,7 @@ def _network_reason(error: BaseException, settings: ServerSettings) -> str:
             hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
             return f"TLS failed ({cause.reason or cause}); does it want tls {hint}?"
         if isinstance(cause, ConnectionAbortedError):  # asyncio's word for a silent TLS handshake
-            return f"the TLS handshake took more than {settings.timeout:g} seconds"
+            return f"no TLS handshake in {settings.timeout:g} seconds"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, aiosmtplib.SMTPResponseException):
         return f"it sent no SMTP reply: {error.message[:80]}"

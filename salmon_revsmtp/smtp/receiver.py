@@ -165,7 +165,9 @@ _OUT_OF_ORDER: Mapping[State, Reply] = {
 
 _COMMAND = re.compile(r"([A-Za-z]{4,8})(?: +(.*))?")
 _UNPRINTABLE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-_BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", re.IGNORECASE)
+# A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
+_ANY_CASE = re.IGNORECASE | re.ASCII
+_BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", _ANY_CASE)
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8 values.
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
@@ -173,15 +175,15 @@ _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
 # RFC 5321 4.5.3.1, 1870, 6152, 6531, draft-hall-prdr, 3461: what a value may look like.
 _MAIL_PARAMETERS: Mapping[str, re.Pattern[str]] = {
     "SIZE": re.compile(r"[0-9]{1,20}"),
-    "BODY": re.compile(r"7BIT|8BITMIME", re.IGNORECASE),
+    "BODY": re.compile(r"7BIT|8BITMIME", _ANY_CASE),
     "SMTPUTF8": re.compile(""),
     "PRDR": re.compile(""),
-    "RET": re.compile(r"FULL|HDRS", re.IGNORECASE),
+    "RET": re.compile(r"FULL|HDRS", _ANY_CASE),
     "ENVID": re.compile(rf"(?=.{{1,100}}$){_XTEXT.pattern}"),
 }
 _NOTIFY = r"(?:SUCCESS|FAILURE|DELAY)"
 _RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
-    "NOTIFY": re.compile(rf"NEVER|{_NOTIFY}(?:,{_NOTIFY}){{0,2}}", re.IGNORECASE),
+    "NOTIFY": re.compile(rf"NEVER|{_NOTIFY}(?:,{_NOTIFY}){{0,2}}", _ANY_CASE),
     "ORCPT": re.compile(r"[A-Za-z0-9-]+;[^\x00-\x20=\x7f]{1,500}"),
 }
 
@@ -291,7 +293,8 @@ class Receiver:
         events of what the client has said since."""
         self._starttls = False
         self._helo, self._esmtp = "", False
-        self._state = State.CONNECTED
+        if self._state is not State.CLOSED:
+            self._state = State.CONNECTED
         return self._run()
 
     def shut_down(self) -> list[Event]:
@@ -329,12 +332,15 @@ class Receiver:
         replies = [reply]
         if transaction.envelope.prdr and each:
             replies = [Reply(353, "one reply per recipient follows"), *each, reply]
-        slot.data[:0] = b"".join(one.encode() for one in replies)
+        answer = b"".join(one.encode() for one in replies)
+        slot.data[:0] = answer
         slot.transaction = None
         self._unanswered_messages -= 1
-        self._unanswered_octets -= len(transaction.data)
+        self._unanswered_octets += len(answer) - len(transaction.data)
         while self._waiting and self._waiting[0].transaction is None:
-            self._ready += self._waiting.popleft().data
+            data = self._waiting.popleft().data
+            self._unanswered_octets -= len(data)
+            self._ready += data
         return self._run()
 
     # -- the loop -----------------------------------------------------------------------------
@@ -350,10 +356,12 @@ class Receiver:
             self._close(self._shutting_down)
 
     def _reply(self, reply: Reply) -> None:
+        data = reply.encode()
         if self._waiting:
-            self._waiting[-1].data += reply.encode()
+            self._waiting[-1].data += data
+            self._unanswered_octets += len(data)
         else:
-            self._ready += reply.encode()
+            self._ready += data
 
     # -- readers: one per kind of state; True if they consumed anything ---------------------
 

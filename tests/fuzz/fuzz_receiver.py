@@ -1,0 +1,5 @@
+"""Fuzz the server role: bytes of a hostile client."""
+
+from target import fuzz
+
+fuzz("receiver")

@@ -1,0 +1,5 @@
+"""Fuzz the parser of a peer's replies."""
+
+from target import fuzz
+
+fuzz("replies")

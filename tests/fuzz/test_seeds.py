@@ -1,0 +1,71 @@
+"""The fuzz targets without a fuzzer: every seed, every kept crash, and a little noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import properties
+import pytest
+from grammar import inputs, seeds
+from hypothesis import given, settings
+
+from salmon_revsmtp.provider import accounts
+from salmon_revsmtp.smtp import receiver, sender
+
+EVERYTHING = [(target, path) for target in properties.TARGETS for path in seeds(target)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_passwords() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accounts, "ITERATIONS", 1)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("target", "path"), EVERYTHING, ids=[f"{target}-{path.name}" for target, path in EVERYTHING]
+)
+def test_the_properties_hold_for_every_seed_wherever_it_is_split(target: str, path: Path) -> None:
+    data = path.read_bytes()
+    properties.TARGETS[target](data)
+    singly = properties.PIECES - 1
+    for start in range(1, min(len(data), 1000), singly):
+        properties.TARGETS[target](b"%d " % start + b"1 " * singly + data)
+
+
+@pytest.mark.parametrize("target", properties.TARGETS)
+def test_the_properties_hold_for_noise(target: str) -> None:
+    @given(inputs(target))
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    def run(data: bytes) -> None:
+        properties.TARGETS[target](data)
+
+    run()
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "name", "wrong"),
+    [
+        ("receiver", receiver, "_END_OF_DATA", b"\n.\r\n"),
+        ("receiver", receiver, "_has_long_line", lambda content, limit: False),
+        ("receiver", receiver.Receiver, "_end_if_shutting_down", lambda self: None),
+        ("receiver", receiver.Receiver, "_too_big", lambda self: receiver.OK),
+        ("sender", sender, "_stuffed", lambda content: content),
+        ("sender", sender, "_with_crlf", lambda data: data),
+        ("sender", sender.Sender, "_can_be_said", lambda self, envelope: True),
+        ("session", accounts.Accounts, "_check", lambda self, name, _: self._accounts["other"]),
+    ],
+)
+def test_the_properties_notice(
+    target: str, module: object, name: str, wrong: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is checked is worth checking: a wrong machine does not get by."""
+    monkeypatch.setattr(module, name, wrong)
+    found = 0
+    for path in seeds(target):
+        try:
+            properties.TARGETS[target](path.read_bytes())
+        except (AssertionError, ValueError):
+            found += 1
+    assert found
