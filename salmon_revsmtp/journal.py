@@ -60,7 +60,6 @@ MIGRATIONS = (
     """,
     """
     CREATE TABLE deliveries (
-        id INTEGER PRIMARY KEY,
         digest BLOB NOT NULL,
         service TEXT NOT NULL,
         reverse_path TEXT NOT NULL,
@@ -70,14 +69,14 @@ MIGRATIONS = (
         text TEXT NOT NULL,
         enhanced TEXT,
         notified INTEGER NOT NULL,
-        UNIQUE (digest, service, reverse_path, recipient)
-    );
+        PRIMARY KEY (digest, service, reverse_path, recipient)
+    ) WITHOUT ROWID;
     CREATE TABLE attempts (
         queue TEXT NOT NULL,
         key TEXT NOT NULL,
         begun INTEGER NOT NULL,
         PRIMARY KEY (queue, key)
-    );
+    ) WITHOUT ROWID;
     """,
 )
 

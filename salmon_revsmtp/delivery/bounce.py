@@ -22,6 +22,9 @@ from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Bouncer", "notification"]
 
+# Octets of the original's headers that go back; a message may be nothing but a header.
+MAX_HEADERS = 64 * 1024
+
 log = logging.getLogger(__name__)
 
 
@@ -81,8 +84,9 @@ def notification(
     report["Auto-Submitted"] = "auto-replied"  # RFC 3834 5: nobody is to answer this
     report.attach(MIMEText(_explanation(hostname, failed), "plain", "utf-8"))
     report.attach(_status(hostname, envelope, failed))
-    headers = content.partition(b"\n\n")[0].decode("utf-8", "replace")
-    part = MIMEText(headers + "\n", "rfc822-headers", "utf-8")
+    end = content.find(b"\n\n", 0, MAX_HEADERS)
+    headers = content[: end if end >= 0 else MAX_HEADERS]
+    part = MIMEText(headers.decode("utf-8", "replace") + "\n", "rfc822-headers", "utf-8")
     report.attach(part)
     return report
 

@@ -37,11 +37,16 @@ if TYPE_CHECKING:
     from salmon_revsmtp.agents.base import Agent
     from salmon_revsmtp.plugins import Plugins
 
-__all__ = ["Courier", "Delivery", "Errand", "as_salmon_has_it"]
+__all__ = ["Courier", "Delivery", "Errand"]
 
 log = logging.getLogger(__name__)
 
 LOOP = Reply(554, f"{MAX_HOPS} hops, this message runs in a circle", "5.4.6")
+
+
+#: A message without its trace, in the form in which Salmon's own receivers give it to handlers: LF
+#: line ends, the last line without one.  A view, as a rule, so that a large one is not copied.
+Content = bytes | memoryview
 
 
 class Delivery(Protocol):
@@ -53,16 +58,10 @@ class Delivery(Protocol):
         envelope: Envelope,
         recipient: str,
         trace: bytes,
-        content: bytes,
+        content: Content,
     ) -> Reply:
         """Make ``trace`` and ``content``, the message, safe, then return 2yz; else the reply that
         says why not."""
-
-
-def as_salmon_has_it(data: bytes) -> bytes:
-    """A message in the form in which Salmon's own receivers give it to handlers: LF line ends,
-    the last line without one."""
-    return data.replace(b"\r\n", b"\n").removesuffix(b"\n")
 
 
 @dataclass
@@ -159,9 +158,10 @@ class Courier:
         envelope = errand.envelope
         key = MessageKey.of(self._service.name, envelope.reverse_path, errand.data)
         errand.digest = key.digest
-        content = as_salmon_has_it(errand.data)
-        if hops(content) >= MAX_HOPS:
+        lines = errand.data.replace(b"\r\n", b"\n")
+        if hops(lines) >= MAX_HOPS:
             return errand.abandon(LOOP)
+        content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._journal.served(key, self._service.settings.repeat_seconds)
         for recipient in envelope.recipients:
             if errand.abandoned:
@@ -175,10 +175,12 @@ class Courier:
                 known[recipient] = Served(time.time(), reply)
         if errand.abandoned:
             return None
-        reply = self._put_together(errand, key, known, content)
+        reply = self._put_together(errand, key, known, lines)
         return Answer(reply, tuple(errand.replies), errand.delivered, key.digest)
 
-    def _hand_over(self, errand: Errand, key: MessageKey, recipient: str, content: bytes) -> Reply:
+    def _hand_over(
+        self, errand: Errand, key: MessageKey, recipient: str, content: Content
+    ) -> Reply:
         envelope = errand.envelope
         trace = errand.hop.received(envelope, recipient)
         reply = self._asked(errand.agent, envelope, trace, content)
@@ -208,13 +210,13 @@ class Courier:
         return f"agent={errand.agent.name}" if errand.agent else f"service={self._service.name}"
 
     def _asked(
-        self, agent: Agent | None, envelope: Envelope, trace: bytes, content: bytes
+        self, agent: Agent | None, envelope: Envelope, trace: bytes, content: Content
     ) -> Reply | None:
         """Whether a plugin refuses the message."""
         if not self._plugins.implemented("message_received"):
             return None
         said = self._plugins.call(
-            "message_received", agent=agent, envelope=envelope, message=trace + content
+            "message_received", agent=agent, envelope=envelope, message=b"".join((trace, content))
         )
         if said is None or (isinstance(said, Reply) and (said.transient or said.permanent)):
             return said

@@ -37,7 +37,7 @@ def open_queue(folder: str | Path) -> Any:
     return opened
 
 
-def push_safely(target: Any, *pieces: bytes) -> str:
+def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
     """Push a message, in pieces so that a large one is not copied, onto a Salmon Queue; returns its
     key when it would survive a power cut.
 

@@ -50,7 +50,7 @@ class QueueDelivery:
         envelope: Envelope,
         recipient: str,
         trace: bytes,
-        content: bytes,
+        content: bytes | memoryview,
     ) -> Reply:
         """Store a message (bytes, LF line ends) for one recipient, synced to disk."""
         lines = envelope_lines(envelope.reverse_path, recipient)

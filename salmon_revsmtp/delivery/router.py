@@ -43,7 +43,7 @@ class RouterDelivery:
         envelope: Envelope,
         recipient: str,
         trace: bytes,
-        content: bytes,
+        content: bytes | memoryview,
     ) -> Reply:
         """Hand a message (bytes, LF line ends) to the handlers that match ``recipient``.
 
@@ -56,7 +56,7 @@ class RouterDelivery:
             # Without a last safe place, what a handler raises on would be gone.
             log.error("recipient=%s no undeliverable queue can be made: %s", recipient, error)
             return disk_reply(error)
-        message = trace + content
+        message = b"".join((trace, content))
         lines = envelope_lines(envelope.reverse_path, recipient)
         with undeliverable.keeping(lines, message) as kept:
             try:

@@ -77,8 +77,8 @@ _INSERT = (
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _PRUNE = (
-    "DELETE FROM deliveries WHERE id IN (SELECT id FROM "
-    "(SELECT id, at FROM deliveries ORDER BY id LIMIT ?) WHERE abs(at - ?) >= ?)"
+    "DELETE FROM deliveries WHERE (digest, service, reverse_path, recipient) IN (SELECT "
+    "digest, service, reverse_path, recipient FROM deliveries WHERE abs(at - ?) >= ? LIMIT ?)"
 )
 _BEGIN = (
     "INSERT INTO attempts (queue, key, begun) VALUES (?, ?, 1) "
@@ -198,7 +198,7 @@ class DeliveryJournal:
     def _prune(self, database: sqlite3.Connection) -> None:
         if time.monotonic() < self._prune_at:
             return
-        cursor = database.execute(_PRUNE, (PRUNE_ROWS, time.time(), self._keep))
+        cursor = database.execute(_PRUNE, (time.time(), self._keep, PRUNE_ROWS))
         # While there is more, some of it goes with every message.
         more = cursor.rowcount >= PRUNE_ROWS
         self._prune_at = 0.0 if more else time.monotonic() + PRUNE_EVERY
