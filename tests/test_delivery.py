@@ -459,6 +459,16 @@ def test_a_notification_that_cannot_be_kept_leaves_the_mail_with_the_provider(
     assert len(salmon.relayed) == 1
 
 
+def test_a_notification_is_small_however_large_the_header(salmon: Salmon) -> None:
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", fails(550))
+    header = b"Subject: hi\r\n" + b"X-Long: " + b"x" * 70 + b"\r\n"
+    exchange(salmon, "a@example.org", "b@example.org", data=header + header * 20_000)
+    [(_, _, text)] = salmon.relayed
+    assert "Undelivered mail" in text
+    assert len(text) < 128 * 1024
+
+
 def test_a_repeat_of_a_partial_success_is_not_notified_again(salmon: Salmon) -> None:
     """The 250 was lost on its way, and we have been restarted."""
     salmon.handle("a@.*")
