@@ -192,6 +192,21 @@ def test_bytes_behind_starttls_are_never_read() -> None:
     assert customer.session.pending
 
 
+def test_a_login_before_tls_is_forgotten() -> None:
+    customer = Customer(tls_offered=True)
+    customer.log_in()
+    assert customer.say("STARTTLS") == [220]
+    customer.session.tls_started()
+    assert customer.say("EHLO x", "ATRN") == [250, 530]
+
+
+def test_nothing_is_kept_of_what_comes_after_the_end() -> None:
+    customer = Customer()
+    assert customer.say("QUIT", "NOOP") == [221]
+    assert customer.say("x" * 1000) == []
+    assert not customer.session.pending
+
+
 def test_an_endless_line_ends_the_session() -> None:
     customer = Customer()
     assert customer.say("x" * 20000) == [421]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +156,31 @@ def test_reading_ahead_is_bounded_and_goes_on_after_an_answer() -> None:
     assert not receiver.paused
 
 
+def test_replies_that_wait_behind_a_transaction_are_bounded() -> None:
+    receiver = Receiver("h", Limits(unanswered_octets=1000), only_example)
+    [event] = receiver.receive_bytes(
+        b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx" + b"HELP\r\n" * 100
+    )
+    receiver.data_to_send()
+    assert receiver.paused
+    receiver.answer(event, OK)
+    assert not receiver.paused
+    assert codes(receiver.data_to_send()) == "250" + " 214" * 100
+
+
+def test_a_shutdown_ends_the_session_when_the_transaction_is_given_up() -> None:
+    for begun, rest, heard in (
+        (b"BDAT 1\r\nx", b"RSET\r\n", "250 421"),
+        (b"RSET\r\nBDAT 2 LAST\r\nx", b"x", "503 421"),
+    ):
+        client = Client()
+        client.begin()
+        client.say(begun)
+        client.receiver.shut_down()
+        assert client.say(rest + b"MAIL FROM:<a@example.com>\r\n") == heard
+        assert client.receiver.closed
+
+
 def test_an_answer_is_given_once() -> None:
     receiver = Receiver("h", Limits(), only_example)
     [event] = receiver.receive_bytes(
@@ -184,7 +211,24 @@ def test_bdat_octets_are_never_commands_even_when_refused() -> None:
     assert client.messages == []
 
 
-@pytest.mark.parametrize("argument", [b"", b"-1", b"0x10 LAST", b"9" * 21, b"1 LAST x", b"1 2"])
+def test_octets_thrown_away_before_a_transaction_do_not_count_against_it() -> None:
+    client = Client(Limits(message=10))
+    assert client.say(b"EHLO p\r\nBDAT 9 LAST\r\n123456789") == "250 503"
+    assert client.say(b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\n") == "250 250"
+    assert client.say(b"BDAT 9 LAST\r\n123456789") == "250"
+
+
+def test_no_message_comes_of_the_rest_when_its_first_chunk_had_no_recipient() -> None:
+    client = Client()
+    client.say(b"EHLO p\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<x@example.net>\r\n")
+    assert client.say(b"BDAT 6\r\nfirst ") == "554"
+    assert client.say(b"RCPT TO:<b@example.org>\r\nBDAT 4 LAST\r\nlast") == "503 554"
+    assert client.messages == []
+
+
+@pytest.mark.parametrize(
+    "argument", [b"", b"-1", "3 LA\u017fT".encode(), b"0x10 LAST", b"9" * 21, b"1 LAST x", b"1 2"]
+)
 def test_a_bdat_whose_octets_cannot_be_counted_ends_the_session(argument: bytes) -> None:
     client = Client()
     client.begin()
@@ -258,6 +302,17 @@ def test_a_command_with_bare_line_ends_or_strange_octets_is_an_error(line: bytes
     client = Client()
     assert client.say(line + b"\r\n") == "500"
     assert client.say(b"NOOP\r\n") == "250"
+
+
+def test_a_command_full_of_spaces_costs_no_more_than_another() -> None:
+    def seconds(line: bytes) -> float:
+        client, start = Client(), time.process_time()
+        client.say(line * 10)
+        return time.process_time() - start
+
+    assert seconds(b"HELO x" + b" " * 4000 + b"x\r\n") < 50 * seconds(
+        b"HELO x" + b"x" * 4001 + b"\r\n"
+    )
 
 
 def test_a_command_line_that_is_too_long_is_one_error() -> None:
@@ -369,6 +424,7 @@ def test_commands_between_transactions(command: bytes, code: str) -> None:
         (b"RCPT TO:<b@example.org> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.org", "250"),
         (b"RCPT TO:<b@example.org> NOTIFY=NEVER", "250"),
         (b"RCPT TO:<b@example.org> NOTIFY=NEVER,FAILURE", "501"),
+        ("RCPT TO:<b@example.org> NOTIFY=\u017fUCCESS".encode(), "501"),
         (b"RCPT TO:<>", "501"),
         (b"RCPT TO:<b>", "501"),
         (b"MAIL FROM:<a@example.com>", "503"),
@@ -382,6 +438,15 @@ def test_commands_in_a_transaction(command: bytes, code: str) -> None:
     client = Client()
     client.begin()
     assert client.say(command + b"\r\n") == code
+
+
+def test_only_a_space_separates_parameters() -> None:
+    client = Client()
+    client.begin()
+    assert (
+        client.say("RCPT TO:<c@example.org> ORCPT=utf-8;a\u00a0NOTIFY=NEVER\r\n".encode()) == "501"
+    )
+    assert client.say("RCPT TO:<c@example.org>  ORCPT=utf-8;a\u00a0b\r\n".encode()) == "250"
 
 
 def test_rset_and_ehlo_forget_the_transaction() -> None:

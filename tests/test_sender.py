@@ -207,12 +207,72 @@ def test_messages_go_one_after_the_other_and_quit_comes_last() -> None:
         ["220 peer", "421 too busy"],
         ["hello"],
         ["220 peer", "250 hello", "250 nobody asked"],
+        ["220 peer", "354 go on"],
     ],
 )
 def test_a_peer_that_breaks_the_protocol(lines: list[str]) -> None:
     peer = Peer(greet=False)
     peer.say(*lines)
     assert isinstance(peer.events[-1], Broken)
+
+
+@pytest.mark.parametrize("keywords", [(), ("PIPELINING",)])
+@pytest.mark.parametrize("answer", ["250 taken", "353 each", "334 go on"])
+def test_a_message_whose_data_was_never_sent_is_not_taken(
+    keywords: tuple[str, ...], answer: str
+) -> None:
+    peer = Peer(*keywords)
+    peer.send(outgoing())
+    peer.say("250 ok", "250 ok", answer, "250 taken")
+    assert b"hello" not in peer.hears()
+    assert peer.sent == []
+    assert isinstance(peer.events[-1], Broken)
+
+
+@pytest.mark.parametrize("answers", [["354 go on"], ["250 ok", "354 go on"]])
+def test_3yz_is_no_answer_to_mail_and_rcpt(answers: list[str]) -> None:
+    peer = Peer()
+    peer.send(outgoing())
+    peer.say(*answers)
+    assert peer.sent == []
+    assert isinstance(peer.events[-1], Broken)
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        Envelope("a@example.net", ("b@example.org>\r\nRCPT TO:<evil@example.com",)),
+        Envelope("a@example.net\r\nRSET", ("b@example.org",)),
+        Envelope("a@example.net> SIZE=1 X=<", ("b@example.org",)),
+        Envelope("a@example.net", ("",)),
+        Envelope("a\udcff@example.net", ("b@example.org",)),
+        Envelope("a@example.net", ("b@example.org",), {"ENVID": "7\r\nQUIT"}),
+        Envelope("a@example.net", ("b@example.org",), {}, {"b@example.org": {"NOTIFY": "A B=C"}}),
+    ],
+)
+def test_an_envelope_that_is_more_than_its_command_is_refused(envelope: Envelope) -> None:
+    peer = Peer(*FULL)
+    peer.send(Outgoing("key", envelope, MESSAGE))
+    assert peer.sent == [[553]]
+    assert peer.hears() == b""
+
+
+def test_a_utf8_orcpt_needs_smtputf8() -> None:
+    envelope = Envelope(
+        "a@example.net", ("b@example.org",), {}, {"b@example.org": {"ORCPT": "utf-8;\u00fc"}}
+    )
+    for keywords, codes in (((), []), (("DSN",), [[553]]), (("DSN", "SMTPUTF8"), [])):
+        peer = Peer(*keywords)
+        peer.send(Outgoing("key", envelope, MESSAGE))
+        assert peer.sent == codes
+    assert peer.hears() == b"MAIL FROM:<a@example.net> SMTPUTF8\r\n"
+
+
+def test_nothing_is_kept_of_what_a_peer_says_after_the_end() -> None:
+    peer = Peer()
+    peer.say("421 closing")
+    peer.sender.receive_bytes(b"x" * 100)
+    assert peer.sender._parser.idle
 
 
 def test_421_leaves_the_message_unsent() -> None:

@@ -81,7 +81,8 @@ class Session:
 
     def receive_bytes(self, data: bytes) -> list[Event]:
         """Take what came from the customer; returns what happened, in order."""
-        self._buffer += data
+        if not self._over:
+            self._buffer += data
         return self._run()
 
     @property
@@ -94,6 +95,7 @@ class Session:
         """The handshake is done: what was said before is forgotten (RFC 3207 4.2).  Returns the
         events of what the customer has said since."""
         self._tls, self._waiting, self._greeted = True, False, False
+        self._account = None
         return self._run()
 
     def answer(self, reply: Reply) -> list[Event]:
@@ -135,6 +137,7 @@ class Session:
     def _leave(self, reply: Reply) -> None:
         self._reply(reply)
         self._over = True
+        self._buffer.clear()
         self._events.append(Goodbye())
 
     def _on_command(self, line: bytes) -> None:

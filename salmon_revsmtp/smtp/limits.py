@@ -29,8 +29,8 @@ class Limits:
     ``errors``              syntax and sequence errors before ``421``: a peer that does not speak
                             SMTP (a port scanner, a browser) goes away soon.
     ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered.
-    ``unanswered_octets``   the same, in octets: bounds the memory of a session at one message
-                            plus this.
+    ``unanswered_octets``   the same, in octets, with the replies that wait behind them: bounds the
+                            memory of a session at one message plus this.
     """
 
     message: int = 50 * MIB

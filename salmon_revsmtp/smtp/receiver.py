@@ -150,9 +150,11 @@ _OUT_OF_ORDER: Mapping[State, Reply] = {
     State.CHUNKS: Reply(503, "more BDAT is expected, or RSET", SEQUENCE),
 }
 
-_COMMAND = re.compile(r"([A-Za-z]{4,8})(?: +(.*?))? *")
+_COMMAND = re.compile(r"([A-Za-z]{4,8})(?: +(.*))?")
 _UNPRINTABLE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-_BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", re.IGNORECASE)
+# A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
+_ANY_CASE = re.IGNORECASE | re.ASCII
+_BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", _ANY_CASE)
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8 values.
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
@@ -160,15 +162,15 @@ _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
 # RFC 5321 4.5.3.1, 1870, 6152, 6531, draft-hall-prdr, 3461: what a value may look like.
 _MAIL_PARAMETERS: Mapping[str, re.Pattern[str]] = {
     "SIZE": re.compile(r"[0-9]{1,20}"),
-    "BODY": re.compile(r"7BIT|8BITMIME", re.IGNORECASE),
+    "BODY": re.compile(r"7BIT|8BITMIME", _ANY_CASE),
     "SMTPUTF8": re.compile(""),
     "PRDR": re.compile(""),
-    "RET": re.compile(r"FULL|HDRS", re.IGNORECASE),
+    "RET": re.compile(r"FULL|HDRS", _ANY_CASE),
     "ENVID": re.compile(rf"(?=.{{1,100}}$){_XTEXT.pattern}"),
 }
 _NOTIFY = r"(?:SUCCESS|FAILURE|DELAY)"
 _RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
-    "NOTIFY": re.compile(rf"NEVER|{_NOTIFY}(?:,{_NOTIFY}){{0,2}}", re.IGNORECASE),
+    "NOTIFY": re.compile(rf"NEVER|{_NOTIFY}(?:,{_NOTIFY}){{0,2}}", _ANY_CASE),
     "ORCPT": re.compile(r"[A-Za-z0-9-]+;[^\x00-\x20=\x7f]{1,500}"),
 }
 
@@ -276,8 +278,7 @@ class Receiver:
         """End the session at the next message boundary: a message whose data is coming is taken
         and answered, anything else hears 421 (RFC 5321 3.8)."""
         self._shutting_down = Reply(421, f"{self.hostname} is shutting down", "4.3.2")
-        if self._state not in (State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED):
-            self._close(self._shutting_down)
+        self._end_if_shutting_down()
         return self._run()
 
     def data_to_send(self) -> bytes:
@@ -308,12 +309,15 @@ class Receiver:
         replies = [reply]
         if transaction.envelope.prdr and each:
             replies = [Reply(353, "one reply per recipient follows"), *each, reply]
-        slot.data[:0] = b"".join(one.encode() for one in replies)
+        answer = b"".join(one.encode() for one in replies)
+        slot.data[:0] = answer
         slot.transaction = None
         self._unanswered_messages -= 1
-        self._unanswered_octets -= len(transaction.data)
+        self._unanswered_octets += len(answer) - len(transaction.data)
         while self._waiting and self._waiting[0].transaction is None:
-            self._ready += self._waiting.popleft().data
+            data = self._waiting.popleft().data
+            self._unanswered_octets -= len(data)
+            self._ready += data
         return self._run()
 
     # -- the loop -----------------------------------------------------------------------------
@@ -325,10 +329,12 @@ class Receiver:
         return events
 
     def _reply(self, reply: Reply) -> None:
+        data = reply.encode()
         if self._waiting:
-            self._waiting[-1].data += reply.encode()
+            self._waiting[-1].data += data
+            self._unanswered_octets += len(data)
         else:
-            self._ready += reply.encode()
+            self._ready += data
 
     # -- readers: one per kind of state; True if they consumed anything ---------------------
 
@@ -424,6 +430,7 @@ class Receiver:
         else:
             if reply is not None:
                 self._reply(reply)
+        self._end_if_shutting_down()
 
     def _refuse_command(self, reply: Reply) -> None:
         self._errors += 1
@@ -561,10 +568,14 @@ class Receiver:
         refusal, self._chunk_refusal = self._chunk_refusal, None
         self._state = self._chunk_from
         if refusal in (_OUT_OF_ORDER[State.CONNECTED], _OUT_OF_ORDER[State.IDLE]):
+            self._reset()
             self._refuse_command(refusal)
         elif refusal is not None and not self._recipients:
             if self._last_chunk:
                 self._reset()
+            else:
+                # What was thrown away is missing: nobody may become a recipient of the rest.
+                self._state = State.CHUNKS
             self._reply(refusal)
         elif self._last_chunk:
             self._finish(bytes(self._content))
@@ -575,6 +586,7 @@ class Receiver:
         else:
             self._state = State.CHUNKS
             self._reply(Reply(250, "chunk ok", "2.0.0"))
+        self._end_if_shutting_down()
 
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""
@@ -607,7 +619,8 @@ class Receiver:
         self._end_if_shutting_down()
 
     def _end_if_shutting_down(self) -> None:
-        if self._shutting_down is not None:
+        busy = self._state in (State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED)
+        if self._shutting_down is not None and not busy:
             self._close(self._shutting_down)
 
     def _too_big(self) -> Reply:
@@ -677,13 +690,13 @@ def _split(line: bytes) -> tuple[str, str]:
     found = _COMMAND.fullmatch(text)
     if not found:
         raise _CommandError(Reply(500, "command not recognized", "5.5.2"))
-    return found[1].upper(), found[2] or ""
+    return found[1].upper(), (found[2] or "").rstrip(" ")
 
 
 def _parameters(text: str, known: Mapping[str, re.Pattern[str]]) -> dict[str, str]:
     """The ESMTP parameters of MAIL or RCPT (RFC 5321 4.1.2)."""
     options: dict[str, str] = {}
-    for word in text.split():
+    for word in filter(None, text.split(" ")):
         found = _PARAMETER.fullmatch(word)
         if not found:
             raise _CommandError(Reply(501, "that is no KEY=VALUE parameter", SYNTAX))

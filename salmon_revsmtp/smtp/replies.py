@@ -17,7 +17,7 @@ MAX_REPLY = 64 * 1024
 # What we write ourselves: 512 octets less "250-", an enhanced code and CRLF.
 MAX_TEXT = 480
 
-_ENHANCED = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?: |$)")
+_ENHANCED = re.compile(r"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?: |$)", re.MULTILINE)
 _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*))?", re.DOTALL)
 _NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
@@ -76,9 +76,11 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """The text without an enhanced status code that it may begin with."""
+        """The text without an enhanced status code that its lines begin with (RFC 2034 4)."""
         if self.enhanced is None and (found := _ENHANCED.match(self.text)):
-            return self.text[found.end() :]
+            code = found[0].rstrip() + " "
+            first, *more = self.text[found.end() :].split("\n")
+            return "\n".join([first, *(line.removeprefix(code) for line in more)])
         return self.text
 
     def encode(self) -> bytes:
@@ -134,7 +136,7 @@ class ReplyParser:
         code than the lines before it.
         """
         while (end := self._buffer.find(b"\n")) >= 0:
-            line = bytes(self._buffer[:end]).rstrip(b"\r")
+            line = bytes(self._buffer[:end])
             del self._buffer[: end + 1]
             if reply := self._take(line):
                 return reply
@@ -146,6 +148,7 @@ class ReplyParser:
         self._size += len(line)
         if len(line) > MAX_LINE or self._size > MAX_REPLY:
             raise ReplyError(f"a reply of more than {MAX_REPLY} octets")
+        line = line.rstrip(b"\r")
         found = _LINE.fullmatch(line)
         if not found:
             raise ReplyError(f"{line[:80]!r} is no SMTP reply")

@@ -26,15 +26,19 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
+from salmon_revsmtp.smtp.addresses import parse_path
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 
 __all__ = ["Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
+# RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8.
+_WORD = re.compile(r"[A-Z]+=[^\x00-\x20=\x7f]+")
 
 _NO_8BIT = Reply(554, "the message has 8-bit octets and the peer takes none", "5.6.3")
 _NO_UTF8 = Reply(553, "the message needs SMTPUTF8 and the peer has it not", "5.6.7")
+_NO_ENVELOPE = Reply(553, "no SMTP command can carry this envelope", "5.1.0")
 _NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
 
 
@@ -84,6 +88,7 @@ class _Command:
     pieces: tuple[bytes, ...]
     on_reply: _OnReply
     wait: bool = False  # nothing may be written behind it until its reply is here
+    goes_on: bool = False  # a 3yz reply is an answer to it
 
 
 class _Transaction:
@@ -135,6 +140,8 @@ class Sender:
 
     def receive_bytes(self, data: bytes) -> list[Event]:
         """Take what came from the peer; returns what happened, in order."""
+        if self._over:
+            return []
         self._parser.receive_bytes(data)
         try:
             while not self._over and (reply := self._parser.next_reply()):
@@ -152,6 +159,8 @@ class Sender:
             self._break(f"the peer closes: {reply}")
         elif not self._expected:
             self._break(f"a reply to nothing: {reply}")
+        elif 300 <= reply.code < 400 and not self._expected[0].goes_on:
+            self._break(f"the peer asks for more where there is no more: {reply}")
         else:
             self._expected.popleft().on_reply(reply)
 
@@ -179,9 +188,14 @@ class Sender:
             self._out += command.pieces
 
     def _command(
-        self, line: bytes, on_reply: _OnReply, *content: bytes, wait: bool = False
+        self,
+        line: bytes,
+        on_reply: _OnReply,
+        *content: bytes,
+        wait: bool = False,
+        goes_on: bool = False,
     ) -> None:
-        self._commands.append(_Command((line + b"\r\n", *content), on_reply, wait))
+        self._commands.append(_Command((line + b"\r\n", *content), on_reply, wait, goes_on))
 
     def _has(self, keyword: str) -> bool:
         return keyword in self._extensions
@@ -238,18 +252,40 @@ class Sender:
             line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
             self._command(line.encode(), self._on_rcpt(number))
         if self._has("CHUNKING"):  # RFC 3030: one round trip for all of it
-            self._command(b"BDAT %d LAST" % len(content), self._on_end, content)
+            self._command(b"BDAT %d LAST" % len(content), self._on_end, content, goes_on=True)
         else:
-            self._command(b"DATA", self._on_data(content), wait=True)
+            self._command(b"DATA", self._on_data(content), wait=True, goes_on=True)
 
     def _cannot_take(self, envelope: Envelope, content: bytes) -> Reply | None:
-        if not self._has("SMTPUTF8"):
-            mailboxes = (envelope.reverse_path, *envelope.recipients)
-            if envelope.smtputf8 or not all(mailbox.isascii() for mailbox in mailboxes):
-                return _NO_UTF8
+        if not self._can_be_said(envelope):
+            return _NO_ENVELOPE
+        if self._needs_utf8(envelope) and not self._has("SMTPUTF8"):
+            return _NO_UTF8
         if not content.isascii() and not self._has("8BITMIME"):
             return _NO_8BIT
         return None
+
+    def _can_be_said(self, envelope: Envelope) -> bool:
+        """Nothing in the envelope ends the command that it stands in, or adds to it."""
+        mailboxes, words = (envelope.reverse_path, *envelope.recipients), self._dsn_words(envelope)
+        try:
+            "".join((*mailboxes, *words)).encode()
+            paths_hold = all(parse_path(f"<{one}>") == (one, "") for one in mailboxes)
+        except ValueError:
+            return False
+        return paths_hold and all(envelope.recipients) and all(map(_WORD.fullmatch, words))
+
+    def _needs_utf8(self, envelope: Envelope) -> bool:
+        words = (envelope.reverse_path, *envelope.recipients, *self._dsn_words(envelope))
+        return envelope.smtputf8 or not all(word.isascii() for word in words)
+
+    def _dsn_words(self, envelope: Envelope) -> list[str]:
+        if not self._has("DSN"):
+            return []
+        words = _parameters(envelope.mail_options, "RET", "ENVID")
+        for recipient in envelope.recipients:
+            words += _parameters(envelope.rcpt_options.get(recipient, {}), "NOTIFY", "ORCPT")
+        return words
 
     def _mail(self, envelope: Envelope, content: bytes) -> bytes:
         words = [f"MAIL FROM:<{envelope.reverse_path}>"]
@@ -257,8 +293,7 @@ class Sender:
             words.append(f"SIZE={len(content)}")
         if not content.isascii():
             words.append("BODY=8BITMIME")
-        mailboxes = (envelope.reverse_path, *envelope.recipients)
-        if envelope.smtputf8 or not all(mailbox.isascii() for mailbox in mailboxes):
+        if self._needs_utf8(envelope):
             words.append("SMTPUTF8")
         if self._has("PRDR") and len(envelope.recipients) > 1:
             words.append("PRDR")
@@ -310,12 +345,16 @@ class Sender:
 
     def _on_data(self, content: bytes) -> _OnReply:
         def on_reply(reply: Reply) -> None:
-            if reply.code != 354:
+            if reply.code >= 400:
                 self._on_end(reply)
-            elif self._transaction.accepted:
-                self._commands.append(_Command((_stuffed(content), b".\r\n"), self._on_end))
-            else:  # RFC 2920 3.1: nobody is there, and it wants data all the same
-                self._commands.append(_Command((b".\r\n",), self._on_end))
+            elif reply.code != 354:
+                # Without the data having been sent, no reply can say that the message was taken.
+                self._break(f"the peer answers DATA with {reply}")
+            else:
+                # RFC 2920 3.1: nobody may be there, and it wants data all the same.
+                accepted = bool(self._transaction.accepted)
+                pieces = (_stuffed(content), b".\r\n") if accepted else (b".\r\n",)
+                self._commands.append(_Command(pieces, self._on_end, goes_on=True))
 
         return on_reply
 

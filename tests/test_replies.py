@@ -1,0 +1,34 @@
+"""Replies: what is read of a peer, and written again."""
+
+from __future__ import annotations
+
+import pytest
+
+from salmon_revsmtp.smtp.replies import MAX_LINE, Reply, ReplyError, ReplyParser
+
+
+def test_an_enhanced_code_is_written_in_ascii_digits_only() -> None:
+    assert Reply(250, "2.\u0663.0 ok").encode() == b"250 2.0.0 2.?.0 ok\r\n"
+
+
+def test_an_enhanced_code_on_every_line_is_not_written_twice() -> None:
+    text = "2.1.5 first\n2.1.5 second"
+    assert Reply(250, text).encode() == b"250-2.1.5 first\r\n250 2.1.5 second\r\n"
+    assert Reply(250, "2.0.0\n2.0.0 b").encode() == b"250-2.0.0 \r\n250 2.0.0 b\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 1000, 10000])
+def test_the_longest_line_is_as_long_in_one_piece_as_in_many(size: int) -> None:
+    def parse(line: bytes) -> Reply | None:
+        parser, reply = ReplyParser(), None
+        for start in range(0, len(line), size):
+            parser.receive_bytes(line[start : start + size])
+            reply = parser.next_reply()
+        return reply
+
+    assert parse(b"250 " + b"x" * (MAX_LINE - 4) + b"\n")
+    for end in (b"\n", b"\r\n", b"\r\r\n"):
+        with pytest.raises(ReplyError):
+            parse(b"250 " + b"x" * (MAX_LINE - 3) + end)
+    with pytest.raises(ReplyError):
+        parse(b"250 " + b"x" * (MAX_LINE - 4) + b"\r\n")
