@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test faults fuzz interop lint types docs wheel clean
+.PHONY: bench demo test faults fuzz interop lint types docs wheel clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
@@ -32,6 +32,10 @@ fuzz: $(READY)
 # Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)
 	$(BIN)/python -m pytest -m interop
+
+# Beside its peers, those that are here; QUICK=1 only shows that it works.
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 lint: $(READY)
 	$(BIN)/ruff check .

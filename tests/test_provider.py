@@ -13,7 +13,7 @@ from typing import Any
 
 import aiosmtplib
 import pytest
-from conftest import CERTIFICATE, PASSWORD, Salmon, agent_keys, collect, server_tls
+from conftest import CERTIFICATE, PASSWORD, Dialogue, Salmon, agent_keys, collect, server_tls
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
 
@@ -350,6 +350,43 @@ def test_mail_that_another_connection_has_is_not_no_mail(
     else:
         assert (reports[0].outcome, len(queue)) == (Outcome.DEFERRED, 1)
         assert reports[0].error is not None and "another connection" in reports[0].error
+
+
+@pytest.mark.parametrize("answered", [0, 1, 7, 20])
+@pytest.mark.parametrize("last", ["", "421 4.3.2 closing\r\n"])
+def test_of_messages_under_way_exactly_the_answered_are_gone(
+    tmp_path: Path, answered: int, last: str
+) -> None:
+    async def work(provider: Provider) -> None:
+        held = [provider.queue.put(mail(f"{number}@example.org"), b"x") for number in range(20)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+        customer = Dialogue(reader, writer)
+        await customer.replied(220)
+        customer.say("EHLO x", "AUTH CRAM-MD5")
+        await customer.replied(250)
+        challenge = base64.b64decode((await customer.hear("334 "))[4:])
+        digest = hmac.new(PASSWORD.encode(), challenge, hashlib.md5).hexdigest()
+        customer.say(encoded(f"acme {digest}"), "ATRN")
+        await customer.replied(235)
+        await customer.replied(250)
+        customer.say("220 customer")
+        await customer.asks("EHLO", "250-customer", "250-PIPELINING", "250 CHUNKING")
+        heard = b""
+        while heard.count(b" LAST\r\nx\r\n") < len(held):  # all of them, unanswered
+            heard += await asyncio.wait_for(reader.read(65536), 20)
+        assert provider.sending == set(held)
+        # MAIL, RCPT, BDAT, and RSET before the next.
+        said = "250 ok\r\n" * (4 * answered + 1) + last
+        writer.write(said.encode())
+        writer.write_eof()
+        while await asyncio.wait_for(reader.read(65536), 20):
+            pass
+        writer.close()
+        while provider.sending:
+            await asyncio.sleep(0.01)
+        assert provider.queue.waiting(ACME.domains) == held[answered:]
+
+    with_provider(tmp_path, work)
 
 
 def test_a_silent_customer_is_left(tmp_path: Path) -> None:

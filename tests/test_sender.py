@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.limits import Limits
+from salmon_revsmtp.smtp.limits import AheadLimits, Limits
 from salmon_revsmtp.smtp.receiver import Receiver, Transaction
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.sender import Broken, Closed, Event, Outgoing, Ready, Sender, Sent
@@ -25,8 +25,10 @@ def outgoing(*recipients: str, data: bytes = MESSAGE, sender: str = "a@example.n
 class Peer:
     """The server at the other end of a sender."""
 
-    def __init__(self, *keywords: str, greet: bool = True) -> None:
-        self.sender = Sender("odmr.example.net")
+    def __init__(
+        self, *keywords: str, greet: bool = True, ahead: AheadLimits | None = None
+    ) -> None:
+        self.sender = Sender("odmr.example.net", ahead)
         self.events: list[Event] = []
         if greet:
             self.say("220 peer")
@@ -188,15 +190,28 @@ def test_dsn_parameters_go_to_a_peer_that_knows_them() -> None:
             assert word in heard
 
 
-def test_messages_go_one_after_the_other_and_quit_comes_last() -> None:
-    peer = Peer("PIPELINING", "CHUNKING")
+@pytest.mark.parametrize(
+    ("keyword", "answers"),
+    [
+        ("PIPELINING", [("250 ok", "250 ok", "354 go on"), ("250 taken",)]),
+        ("CHUNKING", [("250 ok",), ("250 ok",), ("250 taken",)]),
+    ],
+)
+def test_messages_go_one_after_the_other_and_quit_comes_last(
+    keyword: str, answers: list[tuple[str, ...]]
+) -> None:
+    peer = Peer(keyword)
+    assert peer.sender.room
     peer.send(outgoing(data=b"1\r\n"))
     peer.send(outgoing(data=b"2\r\n"))
     peer.sender.quit()
-    assert peer.hears().endswith(b"BDAT 3 LAST\r\n1\r\n")
-    peer.say("250 ok", "250 ok", "250 taken")
-    assert peer.hears().endswith(b"BDAT 3 LAST\r\n2\r\n")
-    peer.say("250 ok", "250 ok", "250 taken")
+    for data in (b"1\r\n", b"2\r\n"):
+        heard = b""
+        for said in answers:
+            assert not peer.sender.room
+            heard += peer.hears()
+            peer.say(*said)
+        assert heard.count(b"MAIL") == 1 and data in heard
     assert peer.hears() == b"QUIT\r\n"
     peer.say("221 bye")
     assert peer.events[-1] == Closed()
@@ -291,6 +306,238 @@ def test_421_leaves_the_message_unsent() -> None:
     peer.say("250 ok", "421 closing")
     assert isinstance(peer.events[-1], Broken)
     assert peer.sent == []
+
+
+# -- several messages under way ----------------------------------------------------------------
+
+AHEAD = ("PIPELINING", "CHUNKING", "PRDR")
+TAKEN = ("250 ok", "250 ok", "250 taken")
+
+
+def numbered(number: int, *recipients: str, octets: int = 0) -> Outgoing:
+    data = b"%d\r\n" % number + b"x" * octets
+    return Outgoing(number, Envelope("a@example.net", recipients or ("b@example.org",)), data)
+
+
+def keys(peer: Peer) -> list[object]:
+    return [event.message.key for event in peer.events if isinstance(event, Sent)]
+
+
+def test_whole_transactions_go_out_without_a_wait_and_quit_behind_all_answers() -> None:
+    peer = Peer(*AHEAD)
+    for number in range(3):
+        peer.send(numbered(number))
+    peer.sender.quit()
+    first = b"MAIL FROM:<a@example.net>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\n%d\r\n"
+    assert peer.hears() == first % 0 + b"RSET\r\n" + first % 1 + b"RSET\r\n" + first % 2
+    peer.say(*TAKEN)
+    assert keys(peer) == [0]
+    peer.say("250 reset", *TAKEN, "250 reset", "250 ok")
+    assert (keys(peer), peer.hears()) == ([0, 1], b"")
+    peer.say("250 ok", "250 taken")
+    assert (keys(peer), peer.hears()) == ([0, 1, 2], b"QUIT\r\n")
+
+
+def test_a_message_for_which_nothing_is_under_way_needs_no_rset() -> None:
+    peer = Peer(*AHEAD)
+    for number in range(2):
+        peer.send(numbered(number))
+        assert b"RSET" not in peer.hears()
+        peer.say(*TAKEN)
+
+
+def test_what_is_under_way_is_bounded_in_messages_and_in_octets() -> None:
+    peer = Peer(*AHEAD, ahead=AheadLimits(messages=3, octets=1000))
+    for number in range(5):
+        assert peer.sender.room is (number < 3)
+        peer.send(numbered(number))
+    assert peer.hears().count(b"MAIL") == 3
+    peer.say(*TAKEN)
+    assert peer.hears().count(b"MAIL") == 1
+
+    peer = Peer(*AHEAD, ahead=AheadLimits(messages=99, octets=1000))
+    peer.send(numbered(0, octets=5000))  # one may always go
+    peer.send(numbered(1, octets=900))
+    peer.send(numbered(2, octets=900))
+    assert peer.hears().count(b"MAIL") == 1
+    assert not peer.sender.room
+    peer.say(*TAKEN)
+    assert peer.hears().count(b"MAIL") == 1
+    peer.say(*TAKEN)
+    assert peer.hears().count(b"MAIL") == 1
+    peer.say(*TAKEN)
+    assert keys(peer) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("answers", "codes"),
+    [
+        (["451 later", "503 what", "503 what", "503 what"], [451, 451]),
+        (["250 ok", "550 no b", "551 no c", "554 nobody"], [550, 551]),
+        (["250 ok", "550 no b", "551 no c", "503 what"], [550, 551]),
+        (["250 ok", "550 no b", "551 no c", "250 if you like"], [550, 551]),
+        (["250 ok", "250 b", "452 no c", "552 too big"], [552, 452]),
+        (["250 ok", "250 b", "250 c", "353 each", "250 b", "550 c", "250 all"], [250, 550]),
+        (["250 ok", "250 b", "250 c", "353 each", "250 b", "250 c", "451 all"], [451, 451]),
+    ],
+)
+def test_a_refusal_in_the_middle_is_of_that_message_only(
+    answers: list[str], codes: list[int]
+) -> None:
+    peer = Peer(*AHEAD)
+    peer.send(numbered(0))
+    peer.send(numbered(1, "b@example.org", "c@example.org"))
+    peer.send(numbered(2))
+    heard = peer.hears()
+    peer.say(*TAKEN, "250 reset", *answers, "250 reset", *TAKEN)
+    assert (keys(peer), peer.sent) == ([0, 1, 2], [[250], codes, [250]])
+    # It was cleared before the next, so nothing has to be now.
+    assert heard.count(b"RSET") == 2
+    assert peer.hears() == b""
+
+
+def test_the_last_that_was_refused_is_cleared_behind_its_answers() -> None:
+    peer = Peer(*AHEAD)
+    peer.send(numbered(0))
+    peer.send(numbered(1))
+    peer.hears()
+    peer.say(*TAKEN, "250 reset", "250 ok", "550 no", "554 nobody")
+    assert (peer.sent, peer.hears()) == ([[250], [550]], b"RSET\r\n")
+
+
+@pytest.mark.parametrize("said", range(12))
+def test_what_breaks_the_session_leaves_all_that_is_unanswered_unsent(said: int) -> None:
+    answers = [*TAKEN, "250 reset", *TAKEN, "250 reset", *TAKEN]
+    peer = Peer(*AHEAD)
+    for number in range(4):
+        peer.send(numbered(number))
+    peer.say(*answers[:said], "421 closing", *answers[said:])
+    assert isinstance(peer.events[-1], Broken)
+    assert keys(peer) == list(range((said + 1) // 4))
+
+
+def test_a_peer_that_cannot_reset_is_left() -> None:
+    peer = Peer(*AHEAD)
+    peer.send(numbered(0))
+    peer.send(numbered(1))
+    peer.say(*TAKEN, "500 what?", *TAKEN)
+    assert isinstance(peer.events[-1], Broken)
+    assert keys(peer) == [0]
+
+
+def test_a_message_that_this_peer_cannot_take_is_told_of_in_its_turn() -> None:
+    peer = Peer(*AHEAD)
+    peer.send(numbered(0))
+    peer.send(Outgoing(1, Envelope("a@example.net", ("b@example.org",)), "Grüße".encode()))
+    peer.send(numbered(2))
+    assert peer.hears().count(b"MAIL") == 2
+    assert keys(peer) == []
+    peer.say(*TAKEN, "250 reset", *TAKEN)
+    assert (keys(peer), peer.sent) == ([0, 1, 2], [[250], [554], [250]])
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> tuple[int, list[str], list[int]]:
+    """The replies to one message, and what they mean for each recipient."""
+    recipients = draw(st.integers(1, 3))
+    codes = st.sampled_from([250, 450, 550])
+    if draw(st.booleans()):
+        mail = draw(st.sampled_from([450, 550]))
+        return recipients, [f"{mail} no", *["503 what"] * (recipients + 1)], [mail] * recipients
+    answers = draw(st.lists(codes, min_size=recipients, max_size=recipients))
+    accepted = [number for number, code in enumerate(answers) if code == 250]
+    lines, meant = ["250-a", "250 sender"], list(answers)
+    lines += [f"{code} recipient" for code in answers]
+    if not accepted:
+        return recipients, [*lines, draw(st.sampled_from(["503 what", "554 nobody"]))], meant
+    if recipients > 1 and draw(st.booleans()):
+        each = draw(st.lists(codes, min_size=len(accepted), max_size=len(accepted)))
+        last = draw(codes)
+        lines += ["353 each", *(f"{code} one" for code in each), f"{last} all"]
+        for number, code in zip(accepted, each, strict=True):
+            meant[number] = code if code != 250 else last
+    else:
+        last = draw(codes)
+        lines += [f"{last} all"]
+        for number in accepted:
+            meant[number] = last
+    return recipients, lines, meant
+
+
+@given(
+    st.lists(conversations(), min_size=1, max_size=6),
+    st.lists(st.integers(1, 40), min_size=1),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_every_message_gets_its_own_answers_however_they_come(
+    talks: list[tuple[int, list[str], list[int]]], sizes: list[int], ahead: int, data: st.DataObject
+) -> None:
+    """A peer that answers what it hears, and whose octets are cut anywhere, perhaps for good."""
+    peer = Peer(*AHEAD, ahead=AheadLimits(messages=ahead))
+    for number, (recipients, _, _) in enumerate(talks):
+        peer.send(numbered(number, *(f"{one}@example.org" for one in "bcd"[:recipients])))
+    waiting = iter(talks)
+    line_is_cut_at = data.draw(st.none() | st.integers(0, 400))
+    octets = turn = 0
+    while heard := peer.hears():
+        stream = b""
+        for line in heard.split(b"\r\n"):
+            if line == b"RSET":
+                stream += b"250 reset\r\n"
+            elif line.startswith(b"MAIL"):
+                stream += "".join(f"{one}\r\n" for one in next(waiting)[1]).encode()
+        while stream:
+            size = sizes[turn % len(sizes)]
+            piece, stream, turn = stream[:size], stream[size:], turn + 1
+            if line_is_cut_at is not None:
+                piece = piece[: line_is_cut_at - octets]
+            octets += len(piece)
+            peer.events += peer.sender.receive_bytes(piece)
+            if octets == line_is_cut_at:
+                break
+        if octets == line_is_cut_at:
+            break
+    meant = [codes for _, _, codes in talks]
+    assert keys(peer) == list(range(len(peer.sent)))
+    assert peer.sent == meant[: len(peer.sent)]
+    assert not any(isinstance(event, Broken) for event in peer.events)
+    if line_is_cut_at is None:
+        assert len(peer.sent) == len(talks)
+
+
+@given(
+    st.lists(st.binary(max_size=30), min_size=1, max_size=6),
+    st.lists(st.integers(1, 60), min_size=1),
+)
+def test_written_ahead_every_message_arrives_as_it_is(
+    contents: list[bytes], sizes: list[int]
+) -> None:
+    """Sender and receiver; the receiver's answers come whenever they like."""
+    peer = Peer("PIPELINING", "CHUNKING", "8BITMIME")
+    for number, content in enumerate(contents):
+        envelope = Envelope("a@example.net", (f"{number}@example.org",))
+        peer.send(Outgoing(number, envelope, content + b"\r\n"))
+    receiver = Receiver("h", Limits(unanswered_messages=2))
+    receiver.receive_bytes(b"EHLO x\r\n")
+    receiver.data_to_send()
+    arrived: list[Transaction] = []
+    stream, turn = peer.hears(), 0
+    while stream:
+        size = sizes[turn % len(sizes)]
+        events = list(receiver.receive_bytes(stream[:size]))
+        stream, turn = stream[size:], turn + 1
+        while events:
+            event = events.pop(0)
+            assert isinstance(event, Transaction)
+            arrived.append(event)
+            events += receiver.answer(event, Reply(250, "ok"))
+        peer.events += peer.sender.receive_bytes(receiver.data_to_send())
+    assert peer.sent == [[250]] * len(contents)
+    for number, (one, content) in enumerate(zip(arrived, contents, strict=True)):
+        assert one.envelope.recipients == (f"{number}@example.org",)
+        lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\n"
+        assert one.data.replace(b"\r\n", b"\n").rstrip(b"\n") == lines.rstrip(b"\n")
 
 
 END_OF_DATA = [b"\n.\n", b"\r.\r", b"\r\n.\r\n", b"\n.\r\n", b"\r\n.\n", b"\r\n.\r", b".\r\n"]

@@ -7,7 +7,8 @@ order of writes, so that a crash at any instruction loses nothing:
    synced.  Only then has :meth:`HoldQueue.put` taken the message.
 2. When the customer has answered, recipients that it took are struck off by writing the file anew
    in the same way, over the old one.  Those that it refused for good go first into ``refused/``.
-3. Only when no recipient is left is the file removed.
+3. Only when no recipient is left is the file removed.  Many that are answered together share a
+   sync.
 
 A crash between the customer's 250 and step 2 sends the message again (RFC 1047's duplicate), which
 is better than not at all.
@@ -20,7 +21,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -70,9 +71,19 @@ class HoldQueue:
     def settle(self, key: str, replies: Mapping[str, Reply]) -> None:
         """Take note of what the customer said: 2yz is gone, 5yz is set aside under ``refused/``,
         4yz stays."""
+        self.settle_all([(key, replies)])
+
+    def settle_all(self, answers: Iterable[tuple[str, Mapping[str, Reply]]]) -> None:
+        """The same for several messages, by their keys."""
+        removed = [key for key, replies in answers if self._settle(key, replies)]
+        if removed:
+            _sync(self._hold)
+
+    def _settle(self, key: str, replies: Mapping[str, Reply]) -> bool:
+        """Whether the file was removed, and ``hold/`` is to be synced."""
         envelope = self._envelope(key)
         if envelope is None:
-            return
+            return False
         refused = tuple(one for one in envelope.recipients if _says(replies, one, "permanent"))
         if refused:
             self._write_again(self._refused, key, refused)
@@ -83,9 +94,10 @@ class HoldQueue:
         )
         if not left:
             (self._hold / key).unlink()
-            _sync(self._hold)
-        elif left != envelope.recipients:
+            return True
+        if left != envelope.recipients:
             self._write_again(self._hold, key, left)
+        return False
 
     def __len__(self) -> int:
         return sum(1 for _ in self._hold.iterdir())

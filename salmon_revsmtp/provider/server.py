@@ -2,6 +2,10 @@
 
 Before the reversal ``provider.session`` speaks, after it ``smtp.sender``; a connection moves bytes
 between them and the transport, and files between them and the hold queue.
+
+After the reversal several messages are under way where the customer lets us.  Answers are settled
+in the hold queue as they come, those that came meanwhile together; what the customer has answered
+is settled also when the connection breaks or is dropped, and what it has not is still held.
 """
 
 from __future__ import annotations
@@ -10,14 +14,14 @@ import asyncio
 import logging
 import ssl
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
 
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.session import AtrnRequest, Goodbye, Session, StartTls
 from salmon_revsmtp.smtp.replies import Reply
-from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
+from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Ready, Sender, Sent
 
 __all__ = ["Provider"]
 
@@ -51,7 +55,7 @@ class Provider:
     ) -> None:
         self.accounts, self.queue, self.hostname = accounts, queue, hostname
         self.tls, self.implicit_tls, self.timeout = tls, implicit_tls, timeout
-        self._sending: set[str] = set()  # keys that a connection is sending now
+        self.sending: set[str] = set()  # keys that a connection is sending now
         self._released = asyncio.Event()
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
@@ -64,14 +68,14 @@ class Provider:
 
     def take(self, key: str) -> bool:
         """Whether a connection may send this message; no other may until :meth:`release`."""
-        if key in self._sending:
+        if key in self.sending:
             return False
-        self._sending.add(key)
+        self.sending.add(key)
         return True
 
-    def release(self, key: str) -> None:
-        """The connection that took this message has done with it."""
-        self._sending.discard(key)
+    def release(self, keys: Iterable[str]) -> None:
+        """The connection that took these messages has done with them."""
+        self.sending.difference_update(keys)
         self._released.set()
 
     async def waiting(self, domains: Collection[str]) -> list[str] | None:
@@ -82,7 +86,7 @@ class Provider:
         while True:
             self._released.clear()
             keys = await asyncio.to_thread(self.queue.waiting, domains)
-            free = [key for key in keys if key not in self._sending]
+            free = [key for key in keys if key not in self.sending]
             if free or not keys:
                 return free
             try:
@@ -135,7 +139,9 @@ class _Connection(asyncio.Protocol):
         self._congested = False
         self._closing = False
         self._idle: asyncio.TimerHandle | None = None
-        self._sent: asyncio.Future[Sent] | None = None
+        self._news = asyncio.Event()  # there may be room, or an answer, or it is over
+        self._failure: str | None = None
+        self._answered: list[Sent] = []
 
     # -- asyncio calls these --------------------------------------------------------------------
 
@@ -178,9 +184,11 @@ class _Connection(asyncio.Protocol):
                 self._start(self._atrn(event))
             elif isinstance(event, Goodbye | Closed):
                 self._closing = True
+            elif isinstance(event, Ready):
+                self._news.set()
             elif isinstance(event, Sent):
-                if self._sent is not None and not self._sent.done():
-                    self._sent.set_result(event)
+                self._answered.append(event)
+                self._news.set()
             elif isinstance(event, Broken):
                 log.warning("reason=%r the session is broken", event.reason)
                 self._fail(event.reason)
@@ -225,38 +233,76 @@ class _Connection(asyncio.Protocol):
         self._sender = Sender(self._provider.hostname)
         self._session.answer(Reply(250, "now reversing the connection", "2.0.0"))
         self._write([self._session.data_to_send()])
-        for key in keys:
-            await self._send(key, request)
+        await self._send_all(keys, request)
         self._handle(self._sender.quit())
         self._write(self._sender.data_to_send())
 
-    async def _send(self, key: str, request: AtrnRequest) -> None:
-        """One message: read, sent, and settled as the customer answered."""
-        queue = self._provider.queue
-        if not self._provider.take(key):
-            return
+    async def _send_all(self, keys: Iterable[str], request: AtrnRequest) -> None:
+        """Send these messages, and settle each as the customer answered."""
+        ours: set[str] = set()  # under way, or not settled yet
         try:
-            loaded = await asyncio.to_thread(queue.load, key, request.domains)
-            if loaded is None or not loaded[0].recipients:
-                return
-            assert self._sender is not None
-            if self._transport is None or self._transport.is_closing():
-                raise ConnectionError("the customer closed the connection")
-            self._sent = asyncio.get_running_loop().create_future()
-            self._handle(self._sender.send(Outgoing(key, *loaded)))
-            self._write(self._sender.data_to_send())
-            sent = await self._sent
-            recipients = loaded[0].recipients
-            replies = dict(zip(recipients, sent.replies, strict=True))
+            for key in keys:
+                await self._settle_until(lambda: self._may_send, request, ours)
+                if self._provider.take(key):
+                    ours.add(key)
+                    if not await self._send(key, request):
+                        self._release(ours, [key])
+            await self._settle_until(lambda: not ours, request, ours)
+        finally:
+            try:
+                await self._settle(request, ours)
+            finally:
+                self._release(ours, list(ours))
+
+    @property
+    def _may_send(self) -> bool:
+        return self._failure is None and self._sender is not None and self._sender.room
+
+    async def _send(self, key: str, request: AtrnRequest) -> bool:
+        """Read a message and send it; ``False`` if it is gone."""
+        loaded = await asyncio.to_thread(self._provider.queue.load, key, request.domains)
+        if loaded is None or not loaded[0].recipients:
+            return False
+        assert self._sender is not None
+        self._handle(self._sender.send(Outgoing(key, *loaded)))
+        self._write(self._sender.data_to_send())
+        return True
+
+    async def _settle_until(
+        self, done: Callable[[], bool], request: AtrnRequest, ours: set[str]
+    ) -> None:
+        """Settle what is answered until something is so.  Raises :class:`ConnectionError` when it
+        never will be."""
+        while not done():
+            if self._answered:
+                await self._settle(request, ours)
+            elif self._failure is not None:
+                raise ConnectionError(self._failure)
+            else:
+                self._news.clear()
+                await self._news.wait()
+
+    async def _settle(self, request: AtrnRequest, ours: set[str]) -> None:
+        """Settle all that has been answered."""
+        answered, self._answered = self._answered, []
+        if not answered:
+            return
+        answers = []
+        for sent in answered:
             log.info(
                 "account=%s key=%s replies=%r",
                 request.account.name,
-                key,
+                sent.message.key,
                 [str(reply) for reply in sent.replies],
             )
-            await asyncio.to_thread(queue.settle, key, replies)
-        finally:
-            self._provider.release(key)
+            replies = dict(zip(sent.message.envelope.recipients, sent.replies, strict=True))
+            answers.append((str(sent.message.key), replies))
+        await asyncio.to_thread(self._provider.queue.settle_all, answers)
+        self._release(ours, [key for key, _ in answers])
+
+    def _release(self, ours: set[str], keys: Sequence[str]) -> None:
+        ours.difference_update(keys)
+        self._provider.release(keys)
 
     # -- the transport --------------------------------------------------------------------------
 
@@ -290,8 +336,9 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _fail(self, reason: str) -> None:
-        if self._sent is not None and not self._sent.done():
-            self._sent.set_exception(ConnectionError(reason))
+        if self._failure is None:
+            self._failure = reason
+        self._news.set()
 
     async def abort(self) -> None:
         """Drop the connection and end its work."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits"]
+__all__ = ["AheadLimits", "Limits"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -62,3 +62,18 @@ class Limits:
     errors: int = 20
     unanswered_messages: int = 16
     unanswered_octets: int = 1 * MIB
+
+
+@dataclass(frozen=True)
+class AheadLimits:
+    """What a client writes ahead of its peer's answers, so that distance costs it no time.
+
+    ``messages``  whole messages under way: as many as a peer that takes 1,000 a second answers
+                  in a round trip of a quarter of a second.  When the line breaks, so many may
+                  have been taken whose 250 is lost, and come a second time (RFC 1047).
+    ``octets``    the same, in octets of content: a connection's memory, beside one message that
+                  may always be under way.
+    """
+
+    messages: int = 256
+    octets: int = 2 * MIB

@@ -5,6 +5,7 @@ A :class:`Reply` is a value; :class:`ReplyParser` makes replies of a peer's byte
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -85,21 +86,27 @@ class Reply:
 
     def encode(self) -> bytes:
         """The reply's lines as they go on the wire, CRLF and all."""
-        status = self.status
-        prefix = f"{status} " if status else ""
-        lines = [
-            prefix + _NOT_PRINTABLE.sub("?", line)[:MAX_TEXT]
-            for line in (self.message.splitlines() or [""])
-        ]
-        last = len(lines) - 1
-        return "".join(
-            f"{self.code}{'-' if number < last else ' '}{line}\r\n"
-            for number, line in enumerate(lines)
-        ).encode("ascii")
+        return _encoded(self)
 
     def __str__(self) -> str:
         text = self.text if self.enhanced in (None, "") else f"{self.enhanced} {self.text}"
         return f"{self.code} {' / '.join(text.splitlines())}".rstrip()
+
+
+# Nearly all that a session says are the same few replies.
+@functools.lru_cache(maxsize=64)
+def _encoded(reply: Reply) -> bytes:
+    status = reply.status
+    prefix = f"{status} " if status else ""
+    lines = [
+        prefix + _NOT_PRINTABLE.sub("?", line)[:MAX_TEXT]
+        for line in (reply.message.splitlines() or [""])
+    ]
+    last = len(lines) - 1
+    return "".join(
+        f"{reply.code}{'-' if number < last else ' '}{line}\r\n"
+        for number, line in enumerate(lines)
+    ).encode("ascii")
 
 
 class ReplyParser:

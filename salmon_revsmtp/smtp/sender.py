@@ -13,7 +13,17 @@ How it works.  Commands wait in ``_commands``, each with the method that takes i
 have been written wait for their replies in ``_expected``, in the same order.  ``_pump`` moves
 commands from one to the other: all of them where the peer does PIPELINING (RFC 2920), one at a
 time where not, and none past a command after which the client must wait (EHLO, DATA, QUIT).
-Everything else is one small method per reply.  One transaction is under way at a time.
+Everything else is one small method per reply.
+
+Transactions wait for their answers in ``_under_way``.  As a rule there is one at a time.  A peer
+that does PIPELINING and CHUNKING gets several, whole, without a wait between them: neither BDAT
+nor its content ends a group of commands (RFC 2920 3.1, RFC 3030), so a message costs no round trip.
+Replies come in the order of the commands: the first under way is always the one that is answered,
+and what breaks the session leaves it and all behind it without a :class:`Sent`.
+
+What is written ahead of an answer must be right whatever the answer is.  A peer that has refused
+every recipient may still be in that transaction, refuse the next MAIL, and take the message behind
+it from the sender of this one; so RSET goes before a MAIL that is written ahead (RFC 5321 4.1.1.5).
 
 Content leaves here with CRLF line ends and nothing else, dot-stuffed for DATA, counted for BDAT: no
 next hop, however lax, can find the end of the message anywhere but at its end.  A message with a
@@ -29,6 +39,7 @@ from dataclasses import dataclass
 
 from salmon_revsmtp.smtp.addresses import parse_path
 from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.limits import AheadLimits
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 
 __all__ = ["Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
@@ -65,7 +76,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of a message: one reply per recipient, in the envelope's order."""
+    """What became of a message: one reply per recipient, in the envelope's order.
+
+    There is one for each message, in the order in which they were sent.
+    """
 
     message: Outgoing
     replies: tuple[Reply, ...]
@@ -97,27 +111,40 @@ class _Command:
 
 
 class _Transaction:
-    """The message under way, and what has been said of each recipient."""
+    """A message under way, and what has been said of each recipient.
 
-    def __init__(self, message: Outgoing) -> None:
+    ``octets``  of its content, as it is sent.
+    ``over``    all has been said of it; it only waits for those before it.
+    """
+
+    def __init__(self, message: Outgoing, octets: int) -> None:
         self.message = message
+        self.octets = octets
         self.replies: dict[int, Reply] = {}
         self.accepted: list[int] = []
         self.sender_refused = False
+        self.over = False
+
+    def refuse(self, reply: Reply) -> None:
+        """The reply is that to every recipient."""
+        self.replies = dict.fromkeys(range(len(self.message.envelope.recipients)), reply)
 
 
 class Sender:
-    """One SMTP session in the client role.  ``hostname`` is what EHLO says."""
+    """One SMTP session in the client role.  ``hostname`` is what EHLO says, ``ahead`` how much is
+    under way at a time where the peer lets us."""
 
-    def __init__(self, hostname: str) -> None:
+    def __init__(self, hostname: str, ahead: AheadLimits | None = None) -> None:
         self._hostname = hostname
+        self._ahead = ahead or AheadLimits()
         self._parser = ReplyParser()
         self._commands: deque[_Command] = deque()
         self._expected: deque[_Command] = deque([_Command((), self._on_greeting, wait=True)])
         self._out: list[bytes] = []
         self._events: list[Event] = []
         self._messages: deque[Outgoing] = deque()
-        self._current: _Transaction | None = None
+        self._under_way: deque[_Transaction] = deque()
+        self._octets_under_way = 0
         self._extensions: dict[str, str] = {}
         self._ready = False
         self._quitting = False
@@ -126,12 +153,18 @@ class Sender:
     # -- what the caller sees ---------------------------------------------------------------
 
     def send(self, message: Outgoing) -> list[Event]:
-        """Queue a message; it goes out when those before it have their replies.
+        """Queue a message; it goes out when there is room among those whose replies are not here.
 
         Returns what happens at once: a message that this peer cannot take.
         """
         self._messages.append(message)
         return self._go_on()
+
+    @property
+    def room(self) -> bool:
+        """Another message would not have to wait for a reply to an earlier one.  (If it is so large
+        that it has to, that is known when it is here.)"""
+        return not self._over and not self._messages and (not self._ready or self._may_begin(0))
 
     def quit(self) -> list[Event]:
         """Say QUIT when everything queued has been sent."""
@@ -177,13 +210,24 @@ class Sender:
     def _advance(self) -> None:
         if self._over:
             return
-        while self._ready and self._current is None and self._messages:
+        while self._ready and self._messages and self._may_begin(len(self._messages[0].data)):
             self._begin(self._messages.popleft())
         self._pump()
-        if self._ready and self._current is None and not self._commands and self._quitting:
+        if self._ready and not self._under_way and not self._commands and self._quitting:
             self._quitting = False
             self._command(b"QUIT", self._on_quit, wait=True)
             self._pump()
+
+    def _may_begin(self, octets: int) -> bool:
+        """Whether a message of so many octets may go out now."""
+        if not self._under_way:
+            return True
+        if not (self._has("PIPELINING") and self._has("CHUNKING")):
+            return False
+        return (
+            len(self._under_way) < self._ahead.messages
+            and self._octets_under_way + octets <= self._ahead.octets
+        )
 
     def _pump(self) -> None:
         while self._commands:
@@ -248,11 +292,17 @@ class Sender:
 
     def _begin(self, message: Outgoing) -> None:
         content = _with_crlf(message.data)
+        transaction = _Transaction(message, len(content))
+        ahead = bool(self._under_way)
+        self._under_way.append(transaction)
+        self._octets_under_way += transaction.octets
         if refusal := self._cannot_take(message.envelope, content):
-            replies = (refusal,) * len(message.envelope.recipients)
-            self._events.append(Sent(message, replies))
+            transaction.refuse(refusal)
+            transaction.over = True
+            self._settle()
             return
-        self._current = _Transaction(message)
+        if ahead:
+            self._command(b"RSET", self._on_rset)
         self._command(self._mail(message.envelope, content), self._on_mail)
         for number, recipient in enumerate(message.envelope.recipients):
             line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
@@ -317,16 +367,15 @@ class Sender:
 
     @property
     def _transaction(self) -> _Transaction:
-        assert self._current is not None
-        return self._current
+        """The one that is being answered."""
+        return self._under_way[0]
 
     def _on_mail(self, reply: Reply) -> None:
         if reply.positive:
             return
         transaction = self._transaction
         transaction.sender_refused = True
-        everyone = range(len(transaction.message.envelope.recipients))
-        transaction.replies = dict.fromkeys(everyone, reply)
+        transaction.refuse(reply)
         self._give_up()
 
     def _on_rcpt(self, number: int) -> _OnReply:
@@ -345,7 +394,8 @@ class Sender:
         return on_reply
 
     def _give_up(self) -> None:
-        """Nobody takes it: what has not been written of this transaction never will be."""
+        """Nobody takes it: what has not been written of this transaction never will be.  (Of those
+        that are written ahead, everything has been.)"""
         if self._commands:
             self._commands.clear()
             if not self._expected:
@@ -370,9 +420,9 @@ class Sender:
         """The reply to the whole message, or the 353 that announces one per recipient."""
         transaction = self._transaction
         if reply.code == 353 and transaction.accepted:
-            for number in transaction.accepted:
-                self._expected.append(_Command((), self._on_each(number), wait=True))
-            self._expected.append(_Command((), self._on_message, wait=True))
+            each = [_Command((), self._on_each(number)) for number in transaction.accepted]
+            # Before the replies to what has been written behind it.
+            self._expected.extendleft(reversed([*each, _Command((), self._on_message)]))
             return
         if reply.code < 400 and not reply.positive:
             self._break(f"the peer answers the message with {reply}")
@@ -395,13 +445,22 @@ class Sender:
         self._finish()
 
     def _finish(self) -> None:
-        transaction, self._current = self._transaction, None
-        recipients = range(len(transaction.message.envelope.recipients))
-        replies = tuple(transaction.replies.get(number, _NO_REPLY) for number in recipients)
-        self._events.append(Sent(transaction.message, replies))
-        if not any(reply.positive for reply in replies):
+        transaction = self._transaction
+        transaction.over = True
+        taken = any(reply.positive for reply in transaction.replies.values())
+        self._settle()
+        if not taken and not self._under_way:
             # The peer may still be in a transaction (RFC 5321 4.1.1.5).
             self._command(b"RSET", self._on_rset)
+
+    def _settle(self) -> None:
+        """Tell of every message of which all has been said, in order."""
+        while self._under_way and self._under_way[0].over:
+            transaction = self._under_way.popleft()
+            self._octets_under_way -= transaction.octets
+            recipients = range(len(transaction.message.envelope.recipients))
+            replies = tuple(transaction.replies.get(number, _NO_REPLY) for number in recipients)
+            self._events.append(Sent(transaction.message, replies))
 
     def _on_rset(self, reply: Reply) -> None:
         if not reply.positive:

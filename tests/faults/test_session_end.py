@@ -202,7 +202,7 @@ def test_a_provider_that_dies_before_it_has_struck_the_message_off(
             valid = configuration(agent_keys(port, server="127.0.0.1"), plugins=plugins)
             with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
                 with monkeypatch.context() as patch:
-                    patch.setattr(HoldQueue, "settle", crash)
+                    patch.setattr(HoldQueue, "settle_all", crash)
                     [first] = await runtime.collect(valid.agents)
                 assert crashed.is_set()
                 # The third time that the same message comes, it brings nobody forward.

@@ -1,0 +1,16 @@
+"""Salmon-revsmtp beside its peers: the same messages, in turn, on one machine.
+
+``make bench`` runs all of it and prints tables of medians, spread and ratios.
+
+``__main__``   the command: which sections, how many rounds, in what order
+``table``      sections, cases and targets; what is made of their figures
+``machine``    what this machine is, and which versions were measured
+``processes``  child processes, ended by their pid
+``peers``      which peers are here, and how each is run
+``project``    the Salmon project of the customer, whose handler does nothing
+``feeding``    the other end: a provider or client that is never the bottleneck, and an ideal sink
+``intake``, ``distance``, ``tls``, ``many``, ``startup``, ``alone``: one section of the table each
+``bare``, ``holding``, ``delay``, ``crowd``: processes that sections start
+
+All of it is on the loopback; nothing is installed, and nothing is left behind.
+"""

@@ -1,0 +1,64 @@
+"""Our own provider with messages to send: a process.
+
+``python -m benchmarks.holding MESSAGES OCTETS FOLDER`` prints its port, and, when a customer has
+them all, the seconds from the reversal to the last answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+
+from benchmarks.feeding import RECIPIENT, SENDER, message
+from benchmarks.processes import end_with_parent
+from benchmarks.project import ACCOUNT, DOMAIN, PASSWORD
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.smtp.envelope import Envelope
+
+__all__: list[str] = []
+
+
+class _Clock(logging.Handler):
+    """Reads the time from the provider's own log: the reversal, and each message's answer."""
+
+    def __init__(self, messages: int) -> None:
+        super().__init__()
+        self._messages, self._answered = messages, 0
+        self._reversed_at = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "the connection is reversed" in text and not self._reversed_at:
+            self._reversed_at = record.created
+        elif " key=" in text:
+            self._answered += 1
+            if "'250 " not in text:
+                print(json.dumps({"failure": text}), flush=True)
+            if self._answered == self._messages:
+                seconds = record.created - self._reversed_at
+                print(json.dumps({"messages": self._messages, "seconds": seconds}), flush=True)
+
+
+async def main(messages: int, octets: int, folder: Path) -> None:
+    """The process."""
+    queue = HoldQueue(folder)
+    for number in range(messages):
+        queue.put(Envelope(SENDER, (RECIPIENT,)), b"".join(message(number, octets)))
+    log = logging.getLogger("salmon_revsmtp.provider")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(_Clock(messages))
+    accounts = Accounts([Account(ACCOUNT, PASSWORD, (DOMAIN,))])
+    async with Provider(accounts, queue, "provider.example.net") as provider:
+        print(json.dumps({"port": provider.port}), flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))
