@@ -128,7 +128,7 @@ def fetchmail(port: int) -> Iterator[Child]:
             )
         )
         file.chmod(0o600)
-        command = [_fetchmail(), "-f", str(file), "--nosyslog", "--pidfile", f"{home}/pid", "-v"]
+        command = [_fetchmail(), "-f", str(file), "--nosyslog", "--pidfile", f"{home}/pid"]
         with Child(command, env={"HOME": home, "FETCHMAILHOME": home}, name="fetchmail") as child:
             yield child
 
