@@ -144,6 +144,7 @@ tls_advertise_hosts =
 queue_only = true
 message_size_limit = 50M
 smtp_accept_queue_per_connection = 0
+smtp_accept_max_per_connection = 0
 acl_smtp_rcpt = accept_everything
 acl_smtp_data = accept_everything
 
