@@ -128,7 +128,7 @@ def fetchmail(port: int) -> Iterator[Child]:
             )
         )
         file.chmod(0o600)
-        command = [_fetchmail(), "-f", str(file), "--nosyslog", "--pidfile", f"{home}/pid", "-v"]
+        command = [_fetchmail(), "-f", str(file), "--nosyslog", "--pidfile", f"{home}/pid"]
         with Child(command, env={"HOME": home, "FETCHMAILHOME": home}, name="fetchmail") as child:
             yield child
 
@@ -144,6 +144,7 @@ tls_advertise_hosts =
 queue_only = true
 message_size_limit = 50M
 smtp_accept_queue_per_connection = 0
+smtp_accept_max_per_connection = 0
 acl_smtp_rcpt = accept_everything
 acl_smtp_data = accept_everything
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import queue
 import signal
 import socket
 import subprocess
@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 __all__ = ["ROOT", "Child", "Failure", "end_with_parent", "free_port", "module", "wait_for_port"]
 
@@ -44,7 +44,7 @@ class Child:
         self.name = name or Path(command[0]).name
         self._command, self._cwd = command, cwd
         self._env = {**os.environ, **(env or {})}
-        self._buffer = b""
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
 
     def __enter__(self) -> Child:
         self.started = time.monotonic()
@@ -57,6 +57,9 @@ class Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        assert self.process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,))
+        self._reader.start()
         return self
 
     def __exit__(
@@ -72,6 +75,7 @@ class Child:
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
+        self._reader.join()
         self.process.stdin.close()
         self.process.stdout.close()
 
@@ -81,40 +85,25 @@ class Child:
         give_up = time.monotonic() + timeout
         passed: list[str] = []
         while True:
-            while b"\n" not in self._buffer:
-                if not self._read(give_up):
-                    said = " / ".join(passed[-5:]) or "nothing"
-                    raise Failure(f"{self.name} ended or hung, having said: {said}")
-            line, _, self._buffer = self._buffer.partition(b"\n")
+            try:
+                line = self._lines.get(timeout=max(0.0, give_up - time.monotonic()))
+            except queue.Empty:
+                line = None
+            if line is None:
+                said = " / ".join(passed[-5:]) or "nothing"
+                raise Failure(f"{self.name} ended or hung, having said: {said}")
             if line.startswith(b"{"):
-                said_now = json.loads(line)
-                if "failure" in said_now:
-                    raise Failure(f"{self.name}: {said_now['failure']}")
-                return dict(said_now)
-            passed.append(line.decode("utf-8", "replace"))
+                facts = json.loads(line)
+                if "failure" in facts:
+                    raise Failure(f"{self.name}: {facts['failure']}")
+                return dict(facts)
+            passed.append(line.decode("utf-8", "replace").rstrip())
 
-    def ends(self, timeout: float) -> None:
-        """Wait for its end; raises :class:`Failure` when that is not a good one."""
-        give_up = time.monotonic() + timeout
-        while self._read(give_up):
-            pass
-        try:
-            status = self.process.wait(max(0.1, give_up - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise Failure(f"{self.name} did not end in {timeout:g} seconds") from None
-        if status != 0:
-            said = self._buffer[-500:].decode("utf-8", "replace")
-            raise Failure(f"{self.name} ended with {status}: {said}")
-
-    def _read(self, give_up: float) -> bool:
-        assert self.process.stdout is not None
-        descriptor = self.process.stdout.fileno()
-        left = give_up - time.monotonic()
-        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-            return False
-        data = os.read(descriptor, 65536)
-        self._buffer += data
-        return bool(data)
+    def _read(self, output: IO[bytes]) -> None:
+        """In a thread: a child whose output nobody reads would wait for ever."""
+        for line in output:
+            self._lines.put(line)
+        self._lines.put(None)
 
     def resident(self) -> int:
         """Its resident memory in octets (Linux)."""

@@ -367,6 +367,10 @@ def test_what_is_under_way_is_bounded_in_messages_and_in_octets() -> None:
     assert peer.hears().count(b"MAIL") == 1
     peer.say(*TAKEN)
     assert keys(peer) == [0, 1, 2]
+    # What is answered takes no room any more.
+    for number in range(2):
+        peer.send(numbered(number, octets=400))
+    assert peer.hears().count(b"MAIL") == 2
 
 
 @pytest.mark.parametrize(
