@@ -168,7 +168,10 @@ def test_memory_is_bounded_while_there_is_no_disk(
     assert [bool(deliveries.served(key)) for key in keys] == [False] * 20 + [True] * 10
 
 
-def test_a_file_that_somebody_deletes_is_made_anew(path: Path) -> None:
+def test_a_file_that_somebody_deletes_is_made_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "LOOK_EVERY", 0.0)
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     for one in path.parent.iterdir():

@@ -35,6 +35,8 @@ WEEK = 7 * 86400.0
 REMEMBERED = 100_000
 # Seconds until a file that could not be used is tried again.
 RETRY = 10.0
+# Seconds between two looks whether somebody has deleted the file.
+LOOK_EVERY = 1.0
 # Seconds between two looks for rows that are too old, and how many go at a time.
 PRUNE_EVERY = 3600.0
 PRUNE_ROWS = 1000
@@ -103,6 +105,7 @@ class DeliveryJournal:
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._broken = False
         self._retry_at = 0.0
+        self._look_at = 0.0
         self._prune_at = 0.0
 
     def served(self, key: MessageKey, window: float = WEEK) -> dict[str, Served]:
@@ -231,8 +234,10 @@ class DeliveryJournal:
 
     def _connected(self) -> sqlite3.Connection:
         """The connection; a new one if somebody has deleted the file."""
-        if self._database is not None and self._identity != self._on_disk():
-            self._disconnect()
+        if self._database is not None and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_EVERY
+            if self._identity != self._on_disk():
+                self._disconnect()
         if self._database is None:
             self._database = self._file.open()
             self._database.execute("PRAGMA synchronous = NORMAL")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from email.utils import formatdate
 
@@ -53,8 +55,14 @@ class Hop:
             f"Received: from {helo} ([{client}])\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.via})\n"
             f"\twith {self.protocol(envelope)} id {secrets.token_hex(8)}\n"
-            f"\tfor <{recipient}>; {formatdate(localtime=True)}\n"
+            f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
         ).encode()
+
+
+@functools.lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    """The same for all messages of a second."""
+    return formatdate(second, localtime=True)
 
 
 def hops(content: bytes) -> int:
