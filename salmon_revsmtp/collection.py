@@ -20,7 +20,7 @@ from salmon_revsmtp.report import CollectionError, Outcome, Report
 from salmon_revsmtp.service import COMMAND_TIMEOUT, Answer, Service, Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Transaction
-from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.replies import Reply, sound
 
 if TYPE_CHECKING:
     from salmon_revsmtp.agents.base import Agent
@@ -161,14 +161,16 @@ async def run(collection: Collection) -> Report:
         try:
             report.outcome = await agent.collect(collection)
         except CollectionError as error:
-            report.outcome, report.error = error.outcome, str(error)
+            report.outcome, report.error = error.outcome, sound(str(error))
         except asyncio.CancelledError:
             report.outcome, report.error = Outcome.FAILED, "interrupted"
             raise
         except Exception as error:
             log.exception("agent=%s the agent type has a bug", agent.name)
             report.outcome = Outcome.FAILED
-            report.error = f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"
+            report.error = sound(
+                f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"
+            )
         finally:
             tally = collection.tally
             report.messages, report.recipients = tally.messages, tally.recipients

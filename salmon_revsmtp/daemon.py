@@ -135,12 +135,19 @@ class Daemon:
     async def _on_schedule(self, agent: Agent) -> None:
         try:
             if await self._may_run(agent):
-                report = await self._collect(agent)
-                self._schedule.finished(agent.name, report.outcome.good, self._clock())
+                self._schedule.finished(agent.name, await self._ended_well(agent), self._clock())
             else:
                 self._schedule.put_off(agent.name, self._clock())
         finally:
             self._wake.set()
+
+    async def _ended_well(self, agent: Agent) -> bool:
+        try:
+            return (await self._collect(agent)).outcome.good
+        except Exception:
+            # Our own bug; the next run comes all the same.
+            log.exception("agent=%s the collection broke", agent.name)
+            return False
 
     async def _may_run(self, agent: Agent) -> bool:
         if not await asyncio.to_thread(self._runtime.enabled, agent):

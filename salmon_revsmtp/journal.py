@@ -65,6 +65,7 @@ MIGRATIONS = (
         reverse_path TEXT NOT NULL,
         recipient TEXT NOT NULL,
         at REAL NOT NULL,
+        expires REAL NOT NULL,
         code INTEGER NOT NULL,
         text TEXT NOT NULL,
         enhanced TEXT,
@@ -249,7 +250,7 @@ class Journal:
         try:
             with self._transaction() as database:
                 work(database)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
             self._warn("written", error)
             return False
         self._warned = False

@@ -37,4 +37,6 @@ def only_one(path: Path) -> Iterator[bool]:
         yield True
     finally:
         if descriptor is not None:
+            # A child that a handler has forked has the descriptor, too, and would keep the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)

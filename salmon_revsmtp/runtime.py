@@ -9,7 +9,6 @@ notifications, for a relay may take its time.  The event loop never waits for an
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,10 @@ from salmon_revsmtp.settings import Configuration
 
 __all__ = ["Runtime"]
 
+# Seconds that a command waits at its end for the relay to take notifications; what it has not taken
+# by then goes out another time.
+RELAY_PATIENCE = 60.0
+
 
 class Runtime:
     """Runs collections of a configuration; a context manager that waits for its threads.
@@ -48,12 +51,10 @@ class Runtime:
         self.configuration = configuration
         self._plugins = plugins
         self.journal = Journal()
-        services = configuration.services.values()
-        self._deliveries = DeliveryJournal(keep=max(one.repeat_seconds for one in services))
+        self._deliveries = DeliveryJournal()
         self._handling = ThreadPoolExecutor(1, thread_name_prefix="delivery")
         self._queueing = ThreadPoolExecutor(1, thread_name_prefix="queueing")
-        self._notifying = ThreadPoolExecutor(1, thread_name_prefix="notifications")
-        self._unsent = Unsent(relay, self.send_waiting)
+        self._unsent = Unsent(relay)
 
     def __enter__(self) -> Runtime:
         return self
@@ -70,14 +71,13 @@ class Runtime:
         """Deliver no more; ``wait`` for what is under way."""
         for executor in (self._handling, self._queueing):
             executor.shutdown(wait=wait, cancel_futures=True)
-        self._notifying.shutdown(wait=wait)
         if wait:
+            self._unsent.wait(RELAY_PATIENCE)
             self._deliveries.close()
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""
-        with contextlib.suppress(RuntimeError):  # closed: they go out next time
-            self._notifying.submit(self._unsent.send)
+        self._unsent.send_soon()
 
     @cached_property
     def services(self) -> dict[str, Service]:

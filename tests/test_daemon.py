@@ -10,6 +10,7 @@ from conftest import Dialogue, Salmon, agent_keys, configuration, no_more_mail, 
 
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.daemon import Daemon
+from salmon_revsmtp.journal import Journal
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.report import Report
 from salmon_revsmtp.runtime import Runtime
@@ -96,3 +97,24 @@ def test_a_disabled_agent_never_runs_on_schedule(salmon: Salmon) -> None:
         assert [report.agent for report in watcher.reports] == ["isp"]
 
     asyncio.run(main())
+
+
+def test_an_answer_in_another_alphabet_does_not_stop_an_agent(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuses(provider: Dialogue) -> None:
+        provider.say("554 verweigert f\xfcr Sie".encode("latin-1"))
+
+    async def main() -> None:
+        watcher = Watcher()
+        async with scripted(refuses, refuses, no_more_mail) as port:
+            await serve(salmon, watcher, 3, agent_keys(port, every=SOON))
+        assert [report.outcome.value for report in watcher.reports[:3]] == [
+            "refused",
+            "refused",
+            "no-mail",
+        ]
+        assert "verweigert f?r Sie" in str(watcher.reports[0].error)
+
+    asyncio.run(main())
+    assert [entry.outcome for entry in Journal().history()[-2:]] == ["refused", "refused"]

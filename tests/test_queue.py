@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,10 @@ def test_a_message_that_cannot_be_set_aside_stays(salmon: Salmon, monkeypatch: A
         reply = consumer.handle(key)
     assert reply is not None and reply.code == 452
     assert inbound() == [key]
+    # When there is room it is set aside, and not tried a fourth time.
+    assert consume() == 0
+    assert handled() == ["die"] * 3
+    assert len(salmon.undeliverable()) == 1
 
 
 def test_two_consumers_never_work_on_one_queue(salmon: Salmon) -> None:
@@ -184,3 +189,75 @@ def test_it_may_be_stopped_from_another_thread(salmon: Salmon) -> None:
     thread.join(20)
     assert not thread.is_alive()
     assert inbound() == []
+
+
+def test_two_files_with_the_same_octets_are_two_messages(salmon: Salmon) -> None:
+    """As when somebody puts back what he has taken out."""
+    salmon.handle(".*")
+    target = queue.Queue("run/inbound")
+    for _ in range(3):
+        target.push(
+            b"Return-Path: <a@example.net>\nDelivered-To: b@example.org\nSubject: hi\n\nx\n"
+        )
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 3
+    assert inbound() == []
+
+
+def test_a_message_that_is_taken_away_while_it_is_handled(salmon: Salmon) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    salmon.handle(".*", lambda request: queue.Queue("run/inbound").clear())
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 1
+
+
+def test_a_file_that_cannot_be_read_does_not_keep_the_others(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    salmon.handle(".*")
+    consumer = QueueConsumer("run/inbound")
+    bad, read = sorted(inbound())[0], consumer.queue.mbox.get_bytes
+
+    def reads(key: str) -> bytes:
+        if key == bad:
+            raise OSError(5, "Input/output error")
+        return bytes(read(key))
+
+    monkeypatch.setattr(consumer.queue.mbox, "get_bytes", reads)
+    consumer.start(one_shot=True)
+    assert len(salmon.handled) == 1
+    assert inbound() == [bad]
+
+
+def test_a_relay_that_says_nothing_does_not_hold_the_consumer(salmon: Salmon) -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def silent(message: object, To: str, From: str) -> None:
+        asked.set()
+        assert go.wait(60)
+
+    exchange(salmon, "b@example.org", data=message("no"), delivery="queue")
+    salmon.handle(".*", fails(550, "no"))
+    relay = SimpleNamespace(deliver=silent)
+    consumer = QueueConsumer("run/inbound", sleep=3600, relay=lambda: relay)
+    thread = threading.Thread(target=consumer.start)
+    thread.start()
+    try:
+        assert asked.wait(20)
+        consumer.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert inbound() == []
+    finally:
+        go.set()
+
+
+def test_a_folder_below_home(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(salmon.folder))
+    heard, _ = exchange(salmon, "b@example.org", delivery="queue", queue="~/mail/inbound")
+    assert heard[0].startswith("250 ")
+    assert len(queue.Queue(str(salmon.folder / "mail/inbound"))) == 1
+    assert not Path("~").exists()

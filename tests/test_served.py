@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from salmon_revsmtp import journal as journal_module
 from salmon_revsmtp.delivery import served as served_module
 from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
 from salmon_revsmtp.journal import JournalFile
@@ -69,7 +70,7 @@ def test_that_the_sender_was_notified_is_known(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     deliveries.record(KEY, "c@example.org", NO)
-    deliveries.record_notified(KEY, ["c@example.org"])
+    deliveries.record_notified(KEY, {"c@example.org": deliveries.served(KEY)["c@example.org"]})
     known = journal(path).served(KEY)
     assert {one: served.notified for one, served in known.items()} == {
         "b@example.org": False,
@@ -197,3 +198,41 @@ def test_attempts_are_counted_over_restarts_until_they_end(path: Path) -> None:
     assert journal(path).begin("run/inbound", "other") == 1
     journal(path).end("run/inbound", "1.M2")
     assert journal(path).begin("run/inbound", "1.M2") == 1
+
+
+def test_while_another_process_is_writing_the_file_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "BUSY_TIMEOUT", 0.05)
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    other = JournalFile(path).open()
+    other.execute("BEGIN IMMEDIATE")
+    deliveries.record(KEY, "c@example.org", OK)
+    assert set(deliveries.served(KEY)) == {"b@example.org", "c@example.org"}
+    other.close()
+
+
+def test_text_that_no_database_takes(path: Path) -> None:
+    """A handler's error with the name of a file that is no UTF-8."""
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", Reply(550, "no file caf\udce9"))
+    deliveries.record(KEY, "c@example.org", OK)
+    assert replies(journal(path)) == {
+        "b@example.org": Reply(550, "no file caf?"),
+        "c@example.org": OK,
+    }
+    history = JournalFile(path).open()
+    history.execute("BEGIN IMMEDIATE")
+    history.close()
+
+
+def test_a_row_is_kept_as_long_as_its_own_service_wants(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 10 * DAY)
+    journal(path).record(KEY, "b@example.org", OK, 30 * DAY)
+    monkeypatch.setattr(time, "time", lambda: now)
+    journal(path).record(KEY._replace(service="other"), "b@example.org", OK)
+    assert replies(journal(path), window=30 * DAY) == {"b@example.org": OK}

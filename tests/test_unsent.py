@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import smtplib
+import socketserver
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Salmon
 from salmon import queue
+from salmon.server import Relay as SalmonRelay
 
 from salmon_revsmtp.delivery.unsent import GIVE_UP, Unsent
 
@@ -48,12 +53,9 @@ def put(unsent: Unsent, *recipients: str) -> None:
 
 
 def test_what_is_put_in_goes_out_once_oldest_first(relay: Relay) -> None:
-    woken: list[int] = []
-    unsent = Unsent(lambda: relay, lambda: woken.append(1))
-    assert not unsent.waiting
+    unsent = Unsent(lambda: relay)
     unsent.send()
     put(unsent, "ann@example.net", "bob@example.net")
-    assert unsent.waiting and len(woken) == 2
     unsent.send()
     assert relay.sent == [
         ("<>", "ann@example.net", NOTICE.decode()),
@@ -69,7 +71,6 @@ def test_what_is_put_in_goes_out_once_oldest_first(relay: Relay) -> None:
         ConnectionRefusedError("no relay"),
         smtplib.SMTPServerDisconnected("gone"),
         smtplib.SMTPAuthenticationError(535, b"who are you"),
-        smtplib.SMTPDataError(451, b"later"),
         AttributeError("settings has no relay"),
     ],
 )
@@ -89,12 +90,18 @@ def test_while_the_relay_is_down_all_wait(
     assert [to for _, to, _ in relay.sent] == ["ann@example.net", "bob@example.net"]
 
 
-def test_one_recipient_that_must_wait_does_not_hold_up_the_others(relay: Relay) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        smtplib.SMTPRecipientsRefused({"ann@example.net": (450, b"greylisted")}),
+        smtplib.SMTPDataError(451, b"later"),
+        smtplib.SMTPSenderRefused(451, b"later", "<>"),
+    ],
+)
+def test_one_that_must_wait_does_not_hold_up_the_others(relay: Relay, error: Exception) -> None:
     unsent = Unsent(lambda: relay)
     put(unsent, "ann@example.net", "bob@example.net")
-    relay.fails["ann@example.net"] = smtplib.SMTPRecipientsRefused(
-        {"ann@example.net": (450, b"greylisted")}
-    )
+    relay.fails["ann@example.net"] = error
     unsent.send()
     assert [to for _, to, _ in relay.sent] == ["bob@example.net"]
     assert len(keys()) == 1
@@ -139,3 +146,80 @@ def test_two_processes_never_send_at_once(relay: Relay) -> None:
         assert relay.asked == []
     unsent.send()
     assert len(relay.sent) == 1
+
+
+def test_an_address_that_the_relay_cannot_be_told_of_is_given_up(salmon: Salmon) -> None:
+    """Salmon's own relay, which knows no SMTPUTF8."""
+    with listening() as (port, taken):
+        relay = SalmonRelay(host="127.0.0.1", port=port)
+        unsent = Unsent(lambda: relay)
+        put(unsent, "δοκιμή@example.net", "bob@example.net")
+        unsent.send()
+        assert taken == ["RCPT TO:<bob@example.net>"]
+    assert keys() == []
+    assert len(salmon.undeliverable()) == 1
+
+
+def test_a_relay_that_breaks_off_behind_the_notification_has_it(salmon: Salmon) -> None:
+    with listening(quits=False) as (port, taken):
+        relay = SalmonRelay(host="127.0.0.1", port=port)
+        unsent = Unsent(lambda: relay)
+        put(unsent, "ann@example.net", "bob@example.net")
+        for _ in range(3):
+            unsent.send()
+        assert taken == ["RCPT TO:<ann@example.net>", "RCPT TO:<bob@example.net>"]
+    assert keys() == []
+
+
+def test_one_that_was_sent_and_cannot_be_deleted_is_not_sent_again(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsent = Unsent(lambda: relay)
+    put(unsent, "ann@example.net")
+
+    def stuck(self: object, key: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.Queue, "remove", stuck)
+        unsent.send()
+        unsent.send()
+    assert len(keys()) == 1
+    unsent.send()
+    assert len(relay.sent) == 1
+    assert keys() == []
+
+
+@contextlib.contextmanager
+def listening(quits: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """A relay that takes everything and, unless it ``quits``, has no answer to QUIT."""
+    taken: list[str] = []
+
+    class Taking(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(b"220 relay\r\n")
+            for line in self.rfile:
+                command = line.decode().strip()
+                if command.upper().startswith("QUIT"):
+                    self.wfile.write(b"221 bye\r\n" if quits else b"")
+                    return
+                if command.upper().startswith("RCPT"):
+                    taken.append(command.replace("rcpt", "RCPT").replace("TO", "TO"))
+                if command.upper() == "DATA":
+                    self.wfile.write(b"354 go on\r\n")
+                    while self.rfile.readline() != b".\r\n":
+                        pass
+                self.wfile.write(b"250 ok\r\n")
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False  # Salmon's relay leaves a connection open when it raises
+
+    with Server(("127.0.0.1", 0), Taking) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_address[1], taken
+        finally:
+            server.shutdown()
+            thread.join()

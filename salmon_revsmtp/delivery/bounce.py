@@ -61,6 +61,7 @@ class Bouncer:
         except OSError as error:
             log.error("to=<%s> the notification was not kept: %s", envelope.reverse_path, error)
             return disk_reply(error)
+        self._unsent.send_soon()
         log.info("to=<%s> is told of %d failed recipients", envelope.reverse_path, len(wanted))
         return None
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -169,10 +168,9 @@ class Courier:
             if served := known.get(recipient):
                 errand.add(served.reply, delivered=False)
                 continue
-            reply = self._hand_over(errand, key, recipient, content)
-            errand.add(reply, delivered=reply.positive)
-            if not reply.transient:
-                known[recipient] = Served(time.time(), reply)
+            served = self._hand_over(errand, key, recipient, content)
+            errand.add(served.reply, delivered=served.reply.positive)
+            known[recipient] = served
         if errand.abandoned:
             return None
         reply = self._put_together(errand, key, known, lines)
@@ -180,13 +178,14 @@ class Courier:
 
     def _hand_over(
         self, errand: Errand, key: MessageKey, recipient: str, content: Content
-    ) -> Reply:
+    ) -> Served:
         envelope = errand.envelope
         trace = errand.hop.received(envelope, recipient)
         reply = self._asked(errand.agent, envelope, trace, content)
         if reply is None:
             reply = self._delivery.deliver(errand.peer, envelope, recipient, trace, content)
-        self._journal.record(key, recipient, reply)
+        window = self._service.settings.repeat_seconds
+        served = self._journal.record(key, recipient, reply, window)
         log.log(
             logging.INFO if reply.positive else logging.WARNING,
             "%s from=<%s> to=<%s> bytes=%d reply=%r",
@@ -204,7 +203,7 @@ class Courier:
                 recipient=recipient,
                 reply=reply,
             )
-        return reply
+        return served
 
     def _via(self, errand: Errand) -> str:
         return f"agent={errand.agent.name}" if errand.agent else f"service={self._service.name}"
@@ -246,13 +245,14 @@ class Courier:
         """Have the sender told of the failures that it has not been told of; ``None`` when that is
         safe, else the 4yz for the message."""
         failed = {
-            recipient: served.reply
+            recipient: served
             for recipient, served in known.items()
             if served.reply.permanent and not served.notified and recipient in envelope.recipients
         }
         if not failed:
             return None
-        refusal = self._bouncer.bounce(envelope, failed, content)
+        replies = {recipient: served.reply for recipient, served in failed.items()}
+        refusal = self._bouncer.bounce(envelope, replies, content)
         if refusal is None:
             self._journal.record_notified(key, failed)
         return refusal

@@ -31,8 +31,9 @@ def open_queue(folder: str | Path) -> Any:
 
     What a process left under ``tmp/`` when it died goes when it is 36 hours old, as Maildir has it.
     """
-    Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    opened = queue.Queue(str(folder))
+    place = Path(folder).expanduser()  # mailbox does that, and Salmon does not
+    place.parent.mkdir(parents=True, exist_ok=True)
+    opened = queue.Queue(str(place))
     opened.mbox.clean()
     return opened
 
@@ -51,16 +52,17 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
         return key
     file = _create(target.mbox)
     tmp = Path(file.name)
+    new = tmp.parent.parent / "new"
     try:
         with file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        tmp.rename(Path(target.dir, "new", tmp.name))
+        tmp.rename(new / tmp.name)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    sync_folder(Path(target.dir, "new"))
+    sync_folder(new)
     return tmp.name
 
 

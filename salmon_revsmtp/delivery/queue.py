@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ __all__ = ["QueueConsumer", "QueueDelivery"]
 
 # A message whose handling was begun this often and never ended is not tried again.
 CRASHES = 3
+
+# Seconds that a single run waits at its end for the relay to take notifications.
+RELAY_PATIENCE = 60.0
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -118,8 +121,9 @@ class QueueConsumer:
                     if self._stopped.is_set():
                         return
                     self.handle(key)
-                self._unsent.send()
+                self._unsent.send_soon()
                 if one_shot or self._stopped.wait(self._sleep):
+                    self._unsent.wait(RELAY_PATIENCE if one_shot else 0)
                     return
 
     def stop(self) -> None:
@@ -140,13 +144,19 @@ class QueueConsumer:
             stored = self.queue.mbox.get_bytes(key)
         except (KeyError, FileNotFoundError):
             return None
+        except OSError as error:
+            log.error("queue=%s key=%s cannot be read: %s", self._folder, key, error)
+            return disk_reply(error)
         reverse_path, recipient, content = split_envelope(stored)
-        message = MessageKey.of(f"queue {self._folder}", reverse_path or "", stored)
+        # By its key: two files with the same octets are two messages.
+        message = MessageKey.of(f"queue {self._folder} {key}", reverse_path or "", stored)
         served = self._journal.served(message).get(recipient or "")
         if served is not None:
             reply = served.reply
         elif self._journal.begin(self._folder, key) > CRASHES:
             reply = self._set_aside(key, stored)
+            if reply.transient:
+                return reply  # and its crashes are not forgotten
         else:
             envelope = Envelope(reverse_path or "", (recipient or "",))
             reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
@@ -154,7 +164,8 @@ class QueueConsumer:
         if reply.transient:
             log.info("queue=%s key=%s put off: %s", self._folder, key, reply)
         else:
-            self.queue.remove(key)
+            with suppress(KeyError, FileNotFoundError):  # somebody has taken it away meanwhile
+                self.queue.remove(key)
         self._journal.end(self._folder, key)
         return reply
 

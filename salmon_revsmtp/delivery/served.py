@@ -19,12 +19,12 @@ import sqlite3
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from salmon_revsmtp.journal import JournalFile
-from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.replies import Reply, sound
 
 __all__ = ["WEEK", "DeliveryJournal", "MessageKey", "Served"]
 
@@ -61,26 +61,27 @@ class MessageKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """One delivery that was made: when (seconds since the epoch), what was answered, and whether
-    its sender has been notified that it failed."""
+    """One delivery that was made: when, and until when that is of interest (seconds since the
+    epoch), what was answered, and whether its sender has been notified that it failed."""
 
     at: float
+    expires: float
     reply: Reply
     notified: bool = False
 
 
 _SELECT = (
-    "SELECT recipient, at, code, text, enhanced, notified FROM deliveries "
+    "SELECT recipient, at, expires, code, text, enhanced, notified FROM deliveries "
     "WHERE digest = ? AND service = ? AND reverse_path = ? AND abs(at - ?) < ?"
 )
 _INSERT = (
     "INSERT OR REPLACE INTO deliveries "
-    "(digest, service, reverse_path, recipient, at, code, text, enhanced, notified) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "(digest, service, reverse_path, recipient, at, expires, code, text, enhanced, notified) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _PRUNE = (
     "DELETE FROM deliveries WHERE (digest, service, reverse_path, recipient) IN (SELECT "
-    "digest, service, reverse_path, recipient FROM deliveries WHERE abs(at - ?) >= ? LIMIT ?)"
+    "digest, service, reverse_path, recipient FROM deliveries WHERE expires < ? LIMIT ?)"
 )
 _BEGIN = (
     "INSERT INTO attempts (queue, key, begun) VALUES (?, ?, 1) "
@@ -90,14 +91,10 @@ _BEGUN = "SELECT begun FROM attempts WHERE queue = ? AND key = ?"
 
 
 class DeliveryJournal:
-    """The record of deliveries.  Safe to use from several threads and processes; never raises.
+    """The record of deliveries.  Safe to use from several threads and processes; never raises."""
 
-    ``keep``  seconds after which a row may be forgotten.
-    """
-
-    def __init__(self, file: JournalFile | None = None, keep: float = WEEK) -> None:
+    def __init__(self, file: JournalFile | None = None) -> None:
         self._file = file or JournalFile()
-        self._keep = keep
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] = (0, 0)
@@ -116,24 +113,26 @@ class DeliveryJournal:
                 _SELECT, (key.digest, key.service, key.reverse_path, time.time(), window)
             )
             return {
-                recipient: Served(at, Reply(code, text, enhanced), bool(notified))
-                for recipient, at, code, text, enhanced, notified in rows
+                recipient: Served(at, expires, Reply(code, text, enhanced), bool(notified))
+                for recipient, at, expires, code, text, enhanced, notified in rows
             }
 
         with self._lock:
-            found = self._attempt(read) or {}
+            found = self._read(read) or {}
             return {**found, **self._unwritten.get(key, {})}
 
-    def record(self, key: MessageKey, recipient: str, reply: Reply) -> None:
-        """Note a delivery; a 4yz is none, the provider is to try again."""
+    def record(self, key: MessageKey, recipient: str, reply: Reply, window: float = WEEK) -> Served:
+        """Note a delivery, to be known for ``window`` seconds; a 4yz is none, the provider is to
+        try again."""
+        now = time.time()
+        served = Served(now, now + window, reply)
         if not reply.transient:
-            self._write(key, {recipient: Served(time.time(), reply)})
+            self._write(key, {recipient: served})
+        return served
 
-    def record_notified(self, key: MessageKey, recipients: Iterable[str]) -> None:
-        """Note that the sender has been told of these recipients' failures."""
-        served = self.served(key, self._keep)
-        known = {one: served[one] for one in recipients if one in served}
-        self._write(key, {one: replace(row, notified=True) for one, row in known.items()})
+    def record_notified(self, key: MessageKey, failed: Mapping[str, Served]) -> None:
+        """Note that the sender has been told of these failures."""
+        self._write(key, {one: replace(row, notified=True) for one, row in failed.items()})
 
     def begin(self, queue: str, key: str) -> int:
         """Note that the handling of a queue's message begins; returns how often it has begun and
@@ -178,9 +177,10 @@ class DeliveryJournal:
             (
                 key.digest,
                 key.service,
-                key.reverse_path,
-                recipient,
+                sound(key.reverse_path),
+                sound(recipient),
                 row.at,
+                row.expires,
                 row.reply.code,
                 row.reply.text,
                 row.reply.enhanced,
@@ -201,22 +201,30 @@ class DeliveryJournal:
     def _prune(self, database: sqlite3.Connection) -> None:
         if time.monotonic() < self._prune_at:
             return
-        cursor = database.execute(_PRUNE, (time.time(), self._keep, PRUNE_ROWS))
+        cursor = database.execute(_PRUNE, (time.time(), PRUNE_ROWS))
         # While there is more, some of it goes with every message.
         more = cursor.rowcount >= PRUNE_ROWS
         self._prune_at = 0.0 if more else time.monotonic() + PRUNE_EVERY
 
     # -- the file ---------------------------------------------------------------------------------
 
+    def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result | None:
+        """Read the file, also while it cannot be written; ``None`` if that cannot be."""
+        try:
+            return work(self._connected())
+        except (sqlite3.Error, OSError, ValueError):
+            self._disconnect()  # what writes next says so
+            return None
+
     def _attempt(self, work: Callable[[sqlite3.Connection], Result]) -> Result | None:
-        """Do some work with the file; ``None`` if it cannot be used.  A file that was broken is
-        left alone for a while."""
+        """Write to the file; ``None`` if it cannot be used.  One that was broken is left alone for
+        a while."""
         if self._broken and time.monotonic() < self._retry_at:
             return None
         try:
             result = work(self._connected())
-        except (sqlite3.Error, OSError) as error:
-            self._disconnect()
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self._disconnect()  # which rolls back
             self._retry_at = time.monotonic() + RETRY
             if not self._broken:
                 log.warning(

@@ -9,7 +9,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-__all__ = ["Reply", "ReplyError", "ReplyParser"]
+__all__ = ["Reply", "ReplyError", "ReplyParser", "sound"]
 
 # RFC 5321 4.5.3.1.5: a reply line has 512 octets with its code and CRLF; peers send longer ones.
 MAX_LINE = 8192
@@ -21,6 +21,12 @@ MAX_TEXT = 480
 _ENHANCED = re.compile(r"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?: |$)", re.MULTILINE)
 _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*))?", re.DOTALL)
 _NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
+
+
+def sound(text: str) -> str:
+    """``text`` without lone surrogates: they stand for octets that are no UTF-8, and neither a
+    database nor a terminal takes them."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class ReplyError(ValueError):
@@ -47,6 +53,8 @@ class Reply:
     def __post_init__(self) -> None:
         if not 200 <= self.code <= 599:
             raise ValueError(f"{self.code} is no SMTP reply code: 200 to 599")
+        if not self.text.isascii():
+            object.__setattr__(self, "text", sound(self.text))
 
     @property
     def positive(self) -> bool:
@@ -77,8 +85,10 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """The text without an enhanced status code that its lines begin with (RFC 2034 4)."""
-        if self.enhanced is None and (found := _ENHANCED.match(self.text)):
+        """The text without an enhanced status code that its lines begin with (RFC 2034 4); a 3yz
+        reply has none, whatever its text looks like."""
+        found = _ENHANCED.match(self.text) if self.enhanced is None else None
+        if found and self.code // 100 != 3:
             code = found[0].rstrip() + " "
             first, *more = self.text[found.end() :].split("\n")
             return "\n".join([first, *(line.removeprefix(code) for line in more)])

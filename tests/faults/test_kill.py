@@ -164,7 +164,11 @@ class Books:
             if not database.execute("PRAGMA user_version").fetchone()[0]:
                 return set()
             rows = database.execute("SELECT service, hex(digest), recipient FROM deliveries")
-            return {(service, digest.lower(), recipient) for service, digest, recipient in rows}
+            # The consumer's have the key of the file behind the queue's name.
+            return {
+                (" ".join(service.split()[:2]), digest.lower(), recipient)
+                for service, digest, recipient in rows
+            }
         finally:
             database.close()
 
