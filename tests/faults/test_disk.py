@@ -29,6 +29,7 @@ from salmon.mail import MailRequest
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery import served
 from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
+from salmon_revsmtp.delivery.unsent import Unsent
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
@@ -215,6 +216,20 @@ def test_a_notification_on_a_full_disk(salmon: Salmon, disk: Disk) -> None:
     disk.fill()
     asyncio.run(main())
     assert len(salmon.handled) == 2, "each once"
+    assert len(salmon.relayed) == 1
+
+
+def test_a_notification_on_a_read_only_disk_is_not_sent_again_and_again(
+    salmon: Salmon, disk: Disk
+) -> None:
+    unsent = Unsent(lambda: salmon.relay)
+    unsent.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
+    disk.read_only()
+    unsent.send()
+    assert salmon.relayed == [], "it could not be deleted"
+    disk.writable()
+    unsent.send()
+    unsent.send()
     assert len(salmon.relayed) == 1
 
 
