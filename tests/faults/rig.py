@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import ssl
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -114,10 +113,6 @@ def with_rig(
     salmon.handle(".*")
     context: ssl.SSLContext | None = None if tls == "none" else server_tls()
     keys = {"server": "127.0.0.1", "tls": tls, "ca_file": str(CERTIFICATE), **keys}
-    if sys.version_info < (3, 11):
-        # Its asyncio says nothing of a connection that ends in its TLS handshake: only the timeout
-        # ends the wait.
-        keys.setdefault("timeout", 1)
 
     async def main() -> None:
         queue = HoldQueue(salmon.folder / "provider")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable
 
 import pytest
@@ -43,14 +44,21 @@ def test_a_cut_at_any_octet_in_the_other_way(salmon: Salmon, direction: Directio
     with_rig(salmon, work)
 
 
+silent = pytest.mark.skipif(
+    sys.version_info < (3, 11),
+    reason="asyncio of Python 3.10 says nothing of a connection that ends in its TLS handshake: "
+    "each such cut is a wait for the whole timeout",
+)
+
+
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize(
     ("tls", "step"),
     [
         ("starttls", 97),
-        ("implicit", 149),
+        pytest.param("implicit", 149, marks=silent),
         pytest.param("starttls", 1, marks=pytest.mark.long),
-        pytest.param("implicit", 7, marks=pytest.mark.long),
+        pytest.param("implicit", 7, marks=[pytest.mark.long, silent]),
     ],
 )
 def test_a_cut_under_tls(salmon: Salmon, direction: Direction, tls: str, step: int) -> None:
