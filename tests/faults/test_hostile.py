@@ -263,8 +263,7 @@ def test_a_scram_challenge_that_is_none(salmon: Salmon, challenge: str) -> None:
         await provider.silence()
 
     report = run(salmon, script)
-    words = ["iteration count"] if "i=2147" in challenge or "i=9999" in challenge else []
-    assert failed(report, "logging in to", "acme", "SCRAM-SHA-256", *words)
+    assert failed(report, "logging in to", "acme", "SCRAM-SHA-256")
     assert report.seconds < 15
 
 
