@@ -236,9 +236,9 @@ class Journal:
 
         def read(database: sqlite3.Connection) -> list[Entry]:
             rows = database.execute(
-                f"SELECT {_COLUMNS} FROM collections WHERE ?1 IS NULL OR agent = ?1 "
-                "ORDER BY started DESC, id DESC LIMIT ?2",
-                (agent, limit),
+                f"SELECT {_COLUMNS} FROM collections WHERE ? IS NULL OR agent = ? "
+                "ORDER BY started DESC, id DESC LIMIT ?",
+                (agent, agent, limit),
             )
             return [Entry(*row) for row in rows]
 
