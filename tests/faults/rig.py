@@ -8,6 +8,7 @@ one, and nobody says that there was nothing.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import ssl
 from collections import Counter
@@ -135,12 +136,13 @@ def with_rig(
                 await rig.collect()  # what is made once has been made
                 before = _open_files()
                 await work(rig)
-                assert _open_files() == before
+                assert _open_files() <= before
 
     asyncio.run(main())
 
 
 def _open_files() -> int:
+    gc.collect()  # what other tests of this process have left behind is not ours
     return sum(1 for _ in Path("/dev/fd").iterdir())
 
 
