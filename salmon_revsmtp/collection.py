@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +130,9 @@ class Collection:
             return Reply(552, f"more than {self.service.limits.message} octets", "5.3.4")
         return self._policy(recipient)
 
-    async def _deliver_transaction(self, transaction: Transaction, session: Session) -> Answer:
+    def _deliver_transaction(self, transaction: Transaction, session: Session) -> Awaitable[Answer]:
         hop = self._hop(session.peer, tls=session.tls, authenticated=True)
-        return await self._courier.deliver(
+        return self._courier.deliver(
             Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)
         )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -20,8 +19,9 @@ from salmon_revsmtp import collection
 from salmon_revsmtp.agents.base import Agent
 from salmon_revsmtp.collection import Collection
 from salmon_revsmtp.delivery.bounce import Bouncer
-from salmon_revsmtp.delivery.courier import Courier, Delivery
+from salmon_revsmtp.delivery.courier import Courier, Delivery, Waiting
 from salmon_revsmtp.delivery.queue import QueueDelivery
+from salmon_revsmtp.delivery.rounds import Rounds
 from salmon_revsmtp.delivery.router import RouterDelivery
 from salmon_revsmtp.delivery.served import DeliveryJournal
 from salmon_revsmtp.delivery.unsent import Unsent
@@ -52,8 +52,8 @@ class Runtime:
         self._plugins = plugins
         self.journal = Journal()
         self._deliveries = DeliveryJournal()
-        self._handling = ThreadPoolExecutor(1, thread_name_prefix="delivery")
-        self._queueing = ThreadPoolExecutor(1, thread_name_prefix="queueing")
+        self._handling: Rounds[Waiting] = Rounds("delivery")
+        self._queueing: Rounds[Waiting] = Rounds("queueing")
         self._unsent = Unsent(relay)
 
     def __enter__(self) -> Runtime:
@@ -69,8 +69,8 @@ class Runtime:
 
     def close(self, wait: bool) -> None:
         """Deliver no more; ``wait`` for what is under way."""
-        for executor in (self._handling, self._queueing):
-            executor.shutdown(wait=wait, cancel_futures=True)
+        for rounds in (self._handling, self._queueing):
+            rounds.close(wait)
         if wait:
             self._unsent.wait(RELAY_PATIENCE)
             self._deliveries.close()
@@ -92,11 +92,11 @@ class Runtime:
 
     def _courier(self, service: Service) -> Courier:
         delivery: Delivery = RouterDelivery()
-        executor = self._handling
+        rounds = self._handling
         if service.settings.delivery == "queue":
-            delivery, executor = QueueDelivery(service.settings.queue), self._queueing
+            delivery, rounds = QueueDelivery(service.settings.queue), self._queueing
         bouncer = Bouncer(service, self._unsent)
-        return Courier(service, delivery, self._deliveries, self._plugins, bouncer, executor)
+        return Courier(service, delivery, self._deliveries, self._plugins, bouncer, rounds)
 
     def listeners(self) -> list[Listener]:
         """One for each service that has ``listen``; not started."""

@@ -201,9 +201,10 @@ class Session(asyncio.Protocol):
         self._idle: asyncio.TimerHandle | None = None
         self._seen = (0, 0)  # the receiver's steps and octets when the clock was wound up
         self._refusals = 0
-        self._deliveries: set[asyncio.Task[None]] = set()
+        self._deliveries: dict[asyncio.Future[Answer], Transaction] = {}
         self._handshakes: set[asyncio.Task[None]] = set()
         self._congested = False
+        self._turning = False
         self._eof = False
         self._lost = False
         self._trace = dialogue.isEnabledFor(logging.DEBUG)
@@ -263,9 +264,9 @@ class Session(asyncio.Protocol):
                 if self.tls and event.data.startswith(TLS_RECORD):
                     self.abort("a message came encrypted twice; the provider keeps it")
                     return
-                task = asyncio.get_running_loop().create_task(self._transaction(event))
-                self._deliveries.add(task)
-                task.add_done_callback(self._delivered)
+                answered = asyncio.ensure_future(self._deliver(event, self))
+                self._deliveries[answered] = event
+                answered.add_done_callback(self._delivered)
             elif isinstance(event, Refused):
                 self._log_refusal(event)
                 self._tally.refuse(len(event.recipients) or 1, event.reply)
@@ -307,9 +308,22 @@ class Session(asyncio.Protocol):
             # asyncio tells nobody of a connection that is lost in its handshake.
             self.connection_lost(None)
 
-    async def _transaction(self, transaction: Transaction) -> None:
-        """Deliver a message, and only then answer it: 250 means safe."""
-        answer = await self._deliver(transaction, self)
+    def _delivered(self, answered: asyncio.Future[Answer]) -> None:
+        """Only now is a message answered: 250 means safe."""
+        transaction = self._deliveries.pop(answered)
+        if not answered.cancelled():
+            try:
+                self._answer(transaction, answered.result())
+            except Exception as error:
+                # Our own bug: the message has no 250, so the provider keeps it.
+                log.exception("delivery failed")
+                self.abort(f"a delivery failed: {type(error).__name__}: {error}")
+        if not self._turning:
+            # What is answered in one turn of the event loop goes out together.
+            self._turning = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _answer(self, transaction: Transaction, answer: Answer) -> None:
         envelope, tally = transaction.envelope, self._tally
         if answer.reply.positive:
             seen = (answer.digest, envelope.reverse_path, envelope.recipients)
@@ -318,17 +332,12 @@ class Session(asyncio.Protocol):
             self.served += tally.accepted[seen] <= 2
         tally.add(answer, len(transaction.data))
         self._handle(self._receiver.answer(transaction, answer.reply, answer.each))
-        self._flush()
 
-    def _delivered(self, task: asyncio.Task[None]) -> None:
-        self._deliveries.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            # Our own bug: the message has no 250, so the provider keeps it.
-            log.error("delivery failed", exc_info=error)
-            self.abort(f"a delivery failed: {type(error).__name__}: {error}")
+    def _turn(self) -> None:
+        self._turning = False
+        self._flush()
         if self._eof and not self._deliveries and self._transport is not None:
             self._transport.close()
-        self._wait()
         self._finish()
 
     def _flush(self) -> None:

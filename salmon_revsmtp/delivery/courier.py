@@ -18,14 +18,16 @@ first two a crash makes a repeat when the client sends the message again, and lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from salmon_revsmtp.delivery.bounce import Bouncer
+from salmon_revsmtp.delivery.rounds import Rounds
 from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey, Served
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Hop, hops
 from salmon_revsmtp.service import Answer, Service
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp.agents.base import Agent
     from salmon_revsmtp.plugins import Plugins
 
-__all__ = ["Courier", "Delivery", "Errand"]
+__all__ = ["Courier", "Delivery", "Errand", "Waiting"]
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Errand:
     ``agent``  for hooks and the log; ``None``: it came to a listening service.
     ``peer``   the client's address and port.
     ``hop``    for the ``Received:`` line.
+    ``key``    once its turn has come.
     """
 
     agent: Agent | None
@@ -79,9 +82,17 @@ class Errand:
     data: bytes
     replies: list[Reply] = field(default_factory=list)
     delivered: int = 0
-    digest: bytes = b""
+    key: MessageKey | None = None
+    begun: bool = False
     abandoned: bool = False
+    outcome: Answer | Exception | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> bool:
+        """Whether anybody still waits for it."""
+        with self.lock:
+            self.begun = not self.abandoned
+            return self.begun
 
     def add(self, reply: Reply, *, delivered: bool) -> None:
         """Note the reply for the next recipient, if anybody still waits for it."""
@@ -96,7 +107,37 @@ class Errand:
             self.abandoned = True
             left = len(self.envelope.recipients) - len(self.replies)
             each = (*self.replies, *([reply] * left))
-        return Answer(_for_all(self.envelope, each) or reply, each, self.delivered, self.digest)
+        return self.answer(_for_all(self.envelope, each) or reply, each)
+
+    def answer(self, reply: Reply, each: Sequence[Reply]) -> Answer:
+        """What the client hears."""
+        digest = self.key.digest if self.key else b""
+        return Answer(reply, tuple(each), self.delivered, digest)
+
+
+@dataclass
+class Waiting:
+    """An errand and who waits for it."""
+
+    errand: Errand
+    answered: asyncio.Future[Answer]
+    late: asyncio.TimerHandle
+
+    def come_home(self) -> None:
+        """Tell them, in the event loop, what came of it."""
+        self.late.cancel()
+        outcome = self.errand.outcome
+        if self.answered.done() or outcome is None:
+            return
+        if isinstance(outcome, Exception):
+            self.answered.set_exception(outcome)
+        else:
+            self.answered.set_result(outcome)
+
+
+def _come_home(pieces: Sequence[Waiting]) -> None:
+    for piece in pieces:
+        piece.come_home()
 
 
 def _for_all(envelope: Envelope, each: Sequence[Reply]) -> Reply | None:
@@ -108,7 +149,7 @@ def _for_all(envelope: Envelope, each: Sequence[Reply]) -> Reply | None:
 
 
 class Courier:
-    """Delivers the messages of one service, one after another, in the thread of ``executor``."""
+    """Delivers the messages of one service, one after another, in the thread of ``rounds``."""
 
     def __init__(
         self,
@@ -117,51 +158,89 @@ class Courier:
         journal: DeliveryJournal,
         plugins: Plugins,
         bouncer: Bouncer,
-        executor: Executor,
+        rounds: Rounds[Waiting],
     ) -> None:
         self._service = service
         self._delivery = delivery
         self._journal = journal
         self._plugins = plugins
         self._bouncer = bouncer
-        self._executor = executor
+        self._rounds = rounds
+        self._known: dict[MessageKey, dict[str, Served]] = {}
 
-    async def deliver(self, errand: Errand) -> Answer:
-        """Deliver a message to every recipient; returns when all of them are safe or refused.
+    def deliver(self, errand: Errand) -> asyncio.Future[Answer]:
+        """Deliver a message to every recipient; done when all of them are safe or refused.
 
         Past the service's ``handler_timeout`` the answer is 451 for those that are not.  A message
         whose turn has not come by then is not handled at all; a handler that is running goes on,
         and what comes of it is recorded for the client's retry, which waits behind it.
         """
-        submitted = self._executor.submit(self._deliver, errand)
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Answer] = loop.create_future()
         timeout = self._service.settings.handler_timeout
-        await asyncio.wait({asyncio.wrap_future(submitted)}, timeout=timeout)
-        if submitted.done() and (answer := submitted.result()):
-            return answer
+        late = loop.call_later(timeout, self._put_off, errand, answered)
+        waiting = Waiting(errand, answered, late)
+        try:
+            self._rounds.submit(self, waiting)
+        except RuntimeError as error:  # the thread is closed
+            errand.outcome = error
+            waiting.come_home()
+        return answered
+
+    def _put_off(self, errand: Errand, answered: asyncio.Future[Answer]) -> None:
+        if errand.outcome is not None or answered.done():
+            return  # it is on its way
+        timeout = self._service.settings.handler_timeout
         late = Reply(451, f"not done in {timeout:g} seconds, try again later", "4.3.0")
-        started = not submitted.cancel()
+        answer = errand.abandon(late)
         log.warning(
             "%s from=<%s> reply=%r %s",
             self._via(errand),
             errand.envelope.reverse_path,
             str(late),
-            "its handler goes on" if started else "its turn did not come",
+            "its handler goes on" if errand.begun else "its turn did not come",
         )
-        submitted.add_done_callback(_ended_late)
-        return errand.abandon(late)
+        answered.set_result(answer)
 
     # -- in the thread ----------------------------------------------------------------------------
 
+    def begin(self, pieces: Sequence[Waiting]) -> None:
+        """A round: see which of them have come before."""
+        name = self._service.name
+        keys = []
+        for errand in (one.errand for one in pieces):
+            if errand.key is None:
+                errand.key = MessageKey.of(name, errand.envelope.reverse_path, errand.data)
+            keys.append(errand.key)
+        self._known = self._journal.served_all(keys, self._service.settings.repeat_seconds)
+
+    def do(self, piece: Waiting) -> None:
+        """Deliver one message, if anybody still waits for it."""
+        errand = piece.errand
+        if not errand.begin():
+            return
+        try:
+            errand.outcome = self._deliver(errand)
+        except Exception as error:
+            errand.outcome = error
+            if errand.abandoned:
+                log.exception("a late delivery failed")
+
+    def end(self, pieces: Sequence[Waiting]) -> None:
+        """Answer those of a round."""
+        for loop, those in groupby(pieces, key=lambda one: one.answered.get_loop()):
+            with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
+                loop.call_soon_threadsafe(_come_home, list(those))
+
     def _deliver(self, errand: Errand) -> Answer | None:
         """``None``: the errand was abandoned, and nobody waits for an answer."""
-        envelope = errand.envelope
-        key = MessageKey.of(self._service.name, envelope.reverse_path, errand.data)
-        errand.digest = key.digest
+        envelope, key = errand.envelope, errand.key
+        assert key is not None
         lines = errand.data.replace(b"\r\n", b"\n")
         if hops(lines) >= MAX_HOPS:
             return errand.abandon(LOOP)
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
-        known = self._journal.served(key, self._service.settings.repeat_seconds)
+        known = self._known[key]
         for recipient in envelope.recipients:
             if errand.abandoned:
                 return None
@@ -170,11 +249,11 @@ class Courier:
                 continue
             served = self._hand_over(errand, key, recipient, content)
             errand.add(served.reply, delivered=served.reply.positive)
-            known[recipient] = served
+            if not served.reply.transient:
+                known[recipient] = served
         if errand.abandoned:
             return None
-        reply = self._put_together(errand, key, known, lines)
-        return Answer(reply, tuple(errand.replies), errand.delivered, key.digest)
+        return errand.answer(self._put_together(errand, key, known, lines), errand.replies)
 
     def _hand_over(
         self, errand: Errand, key: MessageKey, recipient: str, content: Content
@@ -256,9 +335,3 @@ class Courier:
         if refusal is None:
             self._journal.record_notified(key, failed)
         return refusal
-
-
-def _ended_late(submitted: Future[Answer | None]) -> None:
-    """What nobody waits for any more is recorded already; a bug is at least in the log."""
-    if not submitted.cancelled() and (error := submitted.exception()):
-        log.error("a late delivery failed", exc_info=error)

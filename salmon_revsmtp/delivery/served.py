@@ -19,9 +19,9 @@ import sqlite3
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from salmon_revsmtp.journal import JournalFile
 from salmon_revsmtp.smtp.replies import Reply, sound
@@ -71,8 +71,8 @@ class Served:
 
 
 _SELECT = (
-    "SELECT recipient, at, expires, code, text, enhanced, notified FROM deliveries "
-    "WHERE digest = ? AND service = ? AND reverse_path = ? AND abs(at - ?) < ?"
+    "SELECT digest, service, reverse_path, recipient, at, expires, code, text, enhanced, notified "
+    "FROM deliveries WHERE digest IN ({}) AND abs(at - ?) < ?"
 )
 _INSERT = (
     "INSERT OR REPLACE INTO deliveries "
@@ -88,6 +88,12 @@ _BEGIN = (
     "ON CONFLICT (queue, key) DO UPDATE SET begun = begun + 1"
 )
 _BEGUN = "SELECT begun FROM attempts WHERE queue = ? AND key = ?"
+
+
+def _served(
+    at: float, expires: float, code: int, text: str, enhanced: str | None, notified: int
+) -> Served:
+    return Served(at, expires, Reply(code, text, enhanced), bool(notified))
 
 
 class DeliveryJournal:
@@ -107,19 +113,28 @@ class DeliveryJournal:
 
     def served(self, key: MessageKey, window: float = WEEK) -> dict[str, Served]:
         """By recipient, the deliveries of a message in the last ``window`` seconds."""
+        return self.served_all([key], window)[key]
 
-        def read(database: sqlite3.Connection) -> dict[str, Served]:
-            rows = database.execute(
-                _SELECT, (key.digest, key.service, key.reverse_path, time.time(), window)
-            )
-            return {
-                recipient: Served(at, expires, Reply(code, text, enhanced), bool(notified))
-                for recipient, at, expires, code, text, enhanced, notified in rows
-            }
+    def served_all(
+        self, keys: Iterable[MessageKey], window: float = WEEK
+    ) -> dict[MessageKey, dict[str, Served]]:
+        """The same for each of several messages, in one look."""
+        found: dict[MessageKey, dict[str, Served]] = {key: {} for key in keys}
+        digests = [key.digest for key in found]
+        select = _SELECT.format(", ".join("?" for _ in digests))
+
+        def read(database: sqlite3.Connection) -> list[Any]:
+            return database.execute(select, (*digests, time.time(), window)).fetchall()
 
         with self._lock:
-            found = self._read(read) or {}
-            return {**found, **self._unwritten.get(key, {})}
+            rows = self._read(read) or []
+            for digest, service, reverse_path, recipient, *row in rows:
+                key = MessageKey(service, reverse_path, digest)
+                if key in found:
+                    found[key][recipient] = _served(*row)
+            for key, recipients in found.items():
+                recipients.update(self._unwritten.get(key, {}))
+        return found
 
     def record(self, key: MessageKey, recipient: str, reply: Reply, window: float = WEEK) -> Served:
         """Note a delivery, to be known for ``window`` seconds; a 4yz is none, the provider is to

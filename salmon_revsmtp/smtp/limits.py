@@ -45,7 +45,8 @@ class Limits:
                             up no clock: a message of the largest size would take for ever then.
     ``errors``              syntax and sequence errors before ``421``: a peer that does not speak
                             SMTP (a port scanner, a browser) goes away soon.
-    ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered.
+    ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered; what
+                            has been read is delivered in rounds, and large rounds are fast.
     ``unanswered_octets``   the same, in octets, with the replies that wait behind them: bounds the
                             memory of a session at one message plus this.
     """
@@ -60,7 +61,7 @@ class Limits:
     junk: int = 100
     content_rate: int = 100
     errors: int = 20
-    unanswered_messages: int = 16
+    unanswered_messages: int = 64
     unanswered_octets: int = 1 * MIB
 
 
