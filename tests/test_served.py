@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from salmon_revsmtp import journal as journal_module
 from salmon_revsmtp.delivery import served as served_module
+from salmon_revsmtp.delivery import tail as tail_module
 from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
 from salmon_revsmtp.journal import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
@@ -108,7 +110,8 @@ def test_old_rows_go_and_the_file_does_not_grow_for_ever(
     assert rows == (5,)
 
 
-def test_it_survives_the_process_being_killed(path: Path) -> None:
+def killed(path: Path, *numbers: int, flush: bool) -> None:
+    """A process that records a delivery of each of these messages, and is killed."""
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
@@ -116,16 +119,137 @@ def test_it_survives_the_process_being_killed(path: Path) -> None:
         "from salmon_revsmtp.journal import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
         "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
-        "for number in range(100):\n"
-        "    key = MessageKey('default', '', b'%d' % number)\n"
-        "    journal.record(key, 'b@example.org', Reply(250, 'ok'))\n"
+        "for number in sys.argv[3:]:\n"
+        "    key = MessageKey('default', '', number.encode())\n"
+        "    flush = sys.argv[2] == 'True'\n"
+        "    journal.record(key, 'b@example.org', Reply(250, 'ok'), flush=flush)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program, str(path)], timeout=60)
-    assert killed.returncode < 0
+    arguments = [str(path), str(flush), *map(str, numbers)]
+    assert subprocess.run([sys.executable, "-c", program, *arguments], timeout=60).returncode < 0
+
+
+def known(deliveries: DeliveryJournal, *numbers: int) -> list[int]:
+    """Which of these messages are known to have been delivered."""
+    keys = {number: MessageKey("default", "", b"%d" % number) for number in numbers}
+    found = deliveries.served_all(keys.values())
+    return [number for number, key in keys.items() if found[key]]
+
+
+def rows(path: Path) -> int:
+    database = JournalFile(path).open()
+    try:
+        [count] = database.execute("SELECT count(*) FROM deliveries").fetchone()
+        return int(count)
+    finally:
+        database.close()
+
+
+def tails(path: Path) -> list[Path]:
+    return sorted(path.parent.glob("journal-tail*"))
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_it_survives_the_process_being_killed(path: Path, flush: bool) -> None:
+    killed(path, *range(100), flush=flush)
+    assert known(journal(path), *range(100)) == list(range(100))
+
+
+def test_what_a_killed_process_left_is_written_by_the_next(path: Path) -> None:
+    killed(path, 1, 2, 3, flush=False)
+    assert rows(path) == 1, "the first, which made the file, and no other"
     deliveries = journal(path)
-    keys = [MessageKey("default", "", b"%d" % number) for number in range(100)]
+    deliveries.flush()
+    assert rows(path) == 3
+    [tail] = tails(path)
+    assert tail.read_bytes() == b""
+
+
+def test_what_is_not_written_yet_is_known_all_the_same(path: Path) -> None:
+    deliveries = journal(path)
+    deliveries.flush()
+    deliveries.record(KEY, "b@example.org", OK, flush=False)
+    assert rows(path) == 0
+    assert replies(deliveries) == {"b@example.org": OK}
+    deliveries.close()
+    assert rows(path) == 1
+
+
+def test_every_process_has_its_own_tail(path: Path) -> None:
+    first, second = journal(path), journal(path)
+    for deliveries, name in ((first, "b"), (second, "c")):
+        deliveries.flush()
+        deliveries.record(KEY, f"{name}@example.org", OK, flush=False)
+    assert set(second.served(KEY)) == {"c@example.org"}, "what is in the first one's is not taken"
+    assert [b"b@example.org" in tail.read_bytes() for tail in tails(path)] == [True, False]
+    first.close()
+    second.close()
+    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org"}
+
+
+def test_the_tails_of_several_dead_processes_are_taken_over(path: Path) -> None:
+    holder = journal(path)
+    holder.flush()
+    killed(path, 1, 2, flush=False)
+    third = path.with_name("journal-tail2")
+    third.write_bytes(path.with_name("journal-tail1").read_bytes().replace(b"32", b"33"))
+    assert sorted(known(journal(path), 1, 2, 3)) == [1, 2, 3]
+    assert [tail.read_bytes() for tail in tails(path)][2] == b"", "moved into the one that is used"
+
+
+def test_a_line_that_was_cut_off_costs_only_itself(path: Path) -> None:
+    killed(path, 0, 1, 2, 3, flush=False)
+    [tail] = tails(path)
+    tail.write_bytes(tail.read_bytes().rstrip()[:-9])
+    deliveries = journal(path)
+    assert known(deliveries, 1, 2, 3) == [1, 2]
+    deliveries.record(KEY, "b@example.org", OK, flush=False)
+    # As if this process had died, too: what it added is read behind the line that was cut off.
+    copy = path.with_name("copy")
+    copy.with_name("copy-tail0").write_bytes(tail.read_bytes())
+    assert known(journal(copy), 1, 2, 3) == [1, 2]
+    assert replies(journal(copy)) == {}, "the tail is in use"
+
+
+@pytest.mark.parametrize("written", [None, 20])
+def test_where_the_tail_cannot_be_written_the_file_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, written: int | None
+) -> None:
+    deliveries = journal(path)
+    deliveries.flush()
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if written is None:
+            raise OSError(errno.ENOSPC, "full")
+        return write(descriptor, data[:written])
+
+    monkeypatch.setattr(os, "write", full)
+    deliveries.record(KEY, "b@example.org", OK, flush=False)
+    monkeypatch.undo()
+    assert rows(path) == 1
+    deliveries.record(KEY, "c@example.org", OK, flush=False)
+    assert rows(path) == 1
+    deliveries.close()
+    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org"}
+
+
+def test_the_tail_is_bounded_while_the_file_cannot_be_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail_module, "LIMIT", 1000)
+    monkeypatch.setattr(journal_module, "BUSY_TIMEOUT", 0.0)
+    deliveries = journal(path)
+    deliveries.flush()
+    other = JournalFile(path).open()
+    other.execute("BEGIN IMMEDIATE")
+    keys = [KEY._replace(digest=b"%d" % number) for number in range(30)]
+    for key in keys:
+        deliveries.record(key, "b@example.org", OK, flush=False)
+    other.close()
     assert all(deliveries.served(key) for key in keys)
+    [tail] = tails(path)
+    assert 0 < tail.stat().st_size <= 1000
 
 
 def test_without_a_disk_it_remembers_and_writes_when_it_can(

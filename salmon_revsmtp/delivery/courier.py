@@ -228,6 +228,7 @@ class Courier:
 
     def end(self, pieces: Sequence[Waiting]) -> None:
         """Answer those of a round."""
+        self._journal.flush()
         for loop, those in groupby(pieces, key=lambda one: one.answered.get_loop()):
             with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
                 loop.call_soon_threadsafe(_come_home, list(those))
@@ -264,7 +265,7 @@ class Courier:
         if reply is None:
             reply = self._delivery.deliver(errand.peer, envelope, recipient, trace, content)
         window = self._service.settings.repeat_seconds
-        served = self._journal.record(key, recipient, reply, window)
+        served = self._journal.record(key, recipient, reply, window, flush=False)
         log.log(
             logging.INFO if reply.positive else logging.WARNING,
             "%s from=<%s> to=<%s> bytes=%d reply=%r",

@@ -7,12 +7,14 @@ provider sends it again; one that dies between the last two does not.
 
 A row is committed without a sync.  It survives the death of the process; after a power cut the
 last of them may be missing, and then a message is handled twice, which is cheaper than a sync per
-message.  Where the file cannot be written the rows stay in memory, with a warning, and go into
-the file when that works again.
+message.  A commit is dear as well, so the deliveries of a round have one together; until then the
+``tail`` has them (see there).  Where the file cannot be written the rows stay in memory, with a
+warning, and go into the file when that works again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sqlite3
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+from salmon_revsmtp.delivery.tail import Row, Tail
 from salmon_revsmtp.journal import JournalFile
 from salmon_revsmtp.smtp.replies import Reply, sound
 
@@ -40,6 +43,9 @@ LOOK_EVERY = 1.0
 # Seconds between two looks for rows that are too old, and how many go at a time.
 PRUNE_EVERY = 3600.0
 PRUNE_ROWS = 1000
+# SQLite copies its write-ahead log into the file, and syncs both, when it has that many pages of
+# 4 KiB: every few thousand deliveries.
+CHECKPOINT_PAGES = 4000
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +96,22 @@ _BEGIN = (
 _BEGUN = "SELECT begun FROM attempts WHERE queue = ? AND key = ?"
 
 
+def _row(key: MessageKey, recipient: str, served: Served) -> Row:
+    reply = served.reply
+    return (
+        key.digest,
+        key.service,
+        sound(key.reverse_path),
+        sound(recipient),
+        served.at,
+        served.expires,
+        reply.code,
+        reply.text,
+        reply.enhanced,
+        int(served.notified),
+    )
+
+
 def _served(
     at: float, expires: float, code: int, text: str, enhanced: str | None, notified: int
 ) -> Served:
@@ -104,6 +126,7 @@ class DeliveryJournal:
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] = (0, 0)
+        self._tail: Tail | None = None
         self._unwritten: OrderedDict[MessageKey, dict[str, Served]] = OrderedDict()
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._broken = False
@@ -136,18 +159,35 @@ class DeliveryJournal:
                 recipients.update(self._unwritten.get(key, {}))
         return found
 
-    def record(self, key: MessageKey, recipient: str, reply: Reply, window: float = WEEK) -> Served:
+    def record(
+        self,
+        key: MessageKey,
+        recipient: str,
+        reply: Reply,
+        window: float = WEEK,
+        *,
+        flush: bool = True,
+    ) -> Served:
         """Note a delivery, to be known for ``window`` seconds; a 4yz is none, the provider is to
-        try again."""
+        try again.
+
+        Without ``flush`` the file has it after the next :meth:`flush`; the death of the process it
+        survives at once.
+        """
         now = time.time()
         served = Served(now, now + window, reply)
         if not reply.transient:
-            self._write(key, {recipient: served})
+            self._write(key, {recipient: served}, flush)
         return served
 
     def record_notified(self, key: MessageKey, failed: Mapping[str, Served]) -> None:
         """Note that the sender has been told of these failures."""
         self._write(key, {one: replace(row, notified=True) for one, row in failed.items()})
+
+    def flush(self) -> None:
+        """Write to the file what is not there yet, also what a process that died has left."""
+        with self._lock:
+            self._attempt(self._flush)
 
     def begin(self, queue: str, key: str) -> int:
         """Note that the handling of a queue's message begins; returns how often it has begun and
@@ -175,42 +215,41 @@ class DeliveryJournal:
     def close(self) -> None:
         """Close the file; what could not be written is lost with the process."""
         with self._lock:
+            if self._unwritten:
+                self._attempt(self._flush)
             self._disconnect()
+            self._leave_tail()
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def _write(self, key: MessageKey, rows: Mapping[str, Served]) -> None:
+    def _write(self, key: MessageKey, rows: Mapping[str, Served], flush: bool = True) -> None:
         with self._lock:
             self._unwritten.setdefault(key, {}).update(rows)
-            self._attempt(self._flush)
+            tail = self._tail
+            kept = tail is not None and all(
+                tail.append(_row(key, recipient, row)) for recipient, row in rows.items()
+            )
+            if flush or not kept:
+                self._attempt(self._flush)
             while len(self._unwritten) > REMEMBERED:
                 self._unwritten.popitem(last=False)
 
     def _flush(self, database: sqlite3.Connection) -> None:
-        """Write what is in memory: as a rule one row."""
+        """Write what is in memory."""
         rows = [
-            (
-                key.digest,
-                key.service,
-                sound(key.reverse_path),
-                sound(recipient),
-                row.at,
-                row.expires,
-                row.reply.code,
-                row.reply.text,
-                row.reply.enhanced,
-                row.notified,
-            )
+            _row(key, recipient, row)
             for key, recipients in self._unwritten.items()
             for recipient, row in recipients.items()
         ]
         if len(rows) == 1:
             database.execute(_INSERT, rows[0])
-        else:
+        elif rows:
             database.execute("BEGIN IMMEDIATE")
             database.executemany(_INSERT, rows)
             database.execute("COMMIT")
         self._unwritten.clear()
+        if self._tail is not None:
+            self._tail.clear()
         self._prune(database)
 
     def _prune(self, database: sqlite3.Connection) -> None:
@@ -261,11 +300,31 @@ class DeliveryJournal:
             self._look_at = time.monotonic() + LOOK_EVERY
             if self._identity != self._on_disk():
                 self._disconnect()
+                self._leave_tail()
         if self._database is None:
             self._database = self._file.open()
             self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._identity = self._on_disk()
+            if self._tail is None:
+                self._take_tail()
         return self._database
+
+    def _take_tail(self) -> None:
+        """Without one, what is recorded is written at once."""
+        with contextlib.suppress(OSError):
+            self._tail = Tail(self._file.path)
+            for digest, service, reverse_path, recipient, *row in self._tail.found:
+                with contextlib.suppress(ValueError, TypeError):
+                    served = _served(*row)
+                    if served.expires > time.time():
+                        key = MessageKey(service, reverse_path, digest)
+                        self._unwritten.setdefault(key, {})[recipient] = served
+
+    def _leave_tail(self) -> None:
+        if self._tail is not None:
+            self._tail.close()
+            self._tail = None
 
     def _on_disk(self) -> tuple[int, int]:
         try:

@@ -30,6 +30,8 @@ from conftest import PASSWORD, agent_keys
 from lives import LONG, Nursery
 from salmon import queue
 
+from salmon_revsmtp.delivery.served import DeliveryJournal
+from salmon_revsmtp.journal import JournalFile
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
@@ -159,10 +161,11 @@ class Books:
         path = self.folder / "run/revsmtp.sqlite3"
         if not path.exists():
             return set()
+        journal = DeliveryJournal(JournalFile(path))
+        journal.flush()  # with what the dead process has left beside it
+        journal.close()
         database = sqlite3.connect(path)
         try:
-            if not database.execute("PRAGMA user_version").fetchone()[0]:
-                return set()
             rows = database.execute("SELECT service, hex(digest), recipient FROM deliveries")
             # The consumer's have the key of the file behind the queue's name.
             return {
