@@ -31,6 +31,9 @@ __all__ = ["DEFAULT_UNDELIVERABLE", "RouterDelivery", "undeliverable_queue"]
 
 DEFAULT_UNDELIVERABLE = "run/undeliverable"
 
+DELIVERED = Reply(250, "delivered", "2.0.0")
+KEPT = Reply(250, "kept, no handler took it", "2.0.0")
+
 log = logging.getLogger(__name__)
 
 
@@ -76,9 +79,7 @@ class RouterDelivery:
                 kept.push_quietly()
             if kept.failure is not None:
                 return disk_reply(kept.failure)
-        if kept.done:
-            return Reply(250, "kept, no handler took it", "2.0.0")
-        return Reply(250, "delivered", "2.0.0")
+        return KEPT if kept.done else DELIVERED
 
 
 def reply_to_error(error: SMTPError) -> Reply:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 __all__ = ["AddressError", "domain_of", "parse_path", "to_ascii"]
@@ -23,6 +24,7 @@ class AddressError(ValueError):
     """Not a domain, mailbox or path; the text says what is wrong with it."""
 
 
+@functools.lru_cache(maxsize=256)  # a session's recipients are of a few domains
 def to_ascii(domain: str) -> str:
     """A domain in the form that goes on the wire and is compared: lower case, IDNA A-labels.
 

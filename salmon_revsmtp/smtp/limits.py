@@ -61,7 +61,7 @@ class Limits:
     junk: int = 100
     content_rate: int = 100
     errors: int = 20
-    unanswered_messages: int = 64
+    unanswered_messages: int = 256
     unanswered_octets: int = 1 * MIB
 
 

@@ -64,6 +64,9 @@ class State(Enum):
     HANDSHAKE = auto()  #: after STARTTLS: bytes wait until the caller has done the handshake
     CLOSED = auto()  #: after QUIT or 421: bytes are ignored
 
+    # Enum's own is slow, and every octet that comes goes by a look into a table of states.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, eq=False)
 class Transaction:
@@ -114,6 +117,9 @@ class _Slot:
 
 
 OK = Reply(250, "ok", "2.0.0")
+SENDER_OK = Reply(250, "sender ok", "2.1.0")
+RECIPIENT_OK = Reply(250, "recipient ok", "2.1.5")
+CHUNK_OK = Reply(250, "chunk ok", "2.0.0")
 SYNTAX = "5.5.4"
 SEQUENCE = "5.5.1"
 
@@ -548,7 +554,7 @@ class Receiver:
             return self._refuse((), self._too_big())  # RFC 1870 6.1
         self._sender, self._mail_options = mailbox, options
         self._state = State.MAIL
-        return Reply(250, "sender ok", "2.1.0")
+        return SENDER_OK
 
     def _on_rcpt(self, argument: str) -> Reply | None:
         mailbox, options = self._path("TO", argument, _RCPT_PARAMETERS)
@@ -564,7 +570,7 @@ class Receiver:
         self._recipients.append(mailbox)
         self._rcpt_options[mailbox] = options
         self._state = State.RCPT
-        return Reply(250, "recipient ok", "2.1.5")
+        return RECIPIENT_OK
 
     def _path(
         self, keyword: str, argument: str, known: Mapping[str, re.Pattern[str]]
@@ -649,8 +655,7 @@ class Receiver:
             self._reply(refusal)
         else:
             self._state = State.CHUNKS
-            reply = Reply(250, "chunk ok", "2.0.0")
-            self._answer(reply if self._chunk_octets else self._bring_nothing(reply))
+            self._answer(CHUNK_OK if self._chunk_octets else self._bring_nothing(CHUNK_OK))
 
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""

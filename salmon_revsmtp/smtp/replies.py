@@ -96,27 +96,25 @@ class Reply:
 
     def encode(self) -> bytes:
         """The reply's lines as they go on the wire, CRLF and all."""
-        return _encoded(self)
+        return self._encoded
+
+    @functools.cached_property
+    def _encoded(self) -> bytes:
+        # Nearly all that a session says are the same few replies.
+        prefix = f"{self.status} " if self.status else ""
+        lines = [
+            prefix + _NOT_PRINTABLE.sub("?", line)[:MAX_TEXT]
+            for line in (self.message.splitlines() or [""])
+        ]
+        last = len(lines) - 1
+        return "".join(
+            f"{self.code}{'-' if number < last else ' '}{line}\r\n"
+            for number, line in enumerate(lines)
+        ).encode("ascii")
 
     def __str__(self) -> str:
         text = self.text if self.enhanced in (None, "") else f"{self.enhanced} {self.text}"
         return f"{self.code} {' / '.join(text.splitlines())}".rstrip()
-
-
-# Nearly all that a session says are the same few replies.
-@functools.lru_cache(maxsize=64)
-def _encoded(reply: Reply) -> bytes:
-    status = reply.status
-    prefix = f"{status} " if status else ""
-    lines = [
-        prefix + _NOT_PRINTABLE.sub("?", line)[:MAX_TEXT]
-        for line in (reply.message.splitlines() or [""])
-    ]
-    last = len(lines) - 1
-    return "".join(
-        f"{reply.code}{'-' if number < last else ' '}{line}\r\n"
-        for number, line in enumerate(lines)
-    ).encode("ascii")
 
 
 class ReplyParser:
