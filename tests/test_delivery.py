@@ -390,6 +390,75 @@ def test_the_handler_that_is_late_is_waited_for_before_the_process_ends(salmon: 
     assert len(salmon.handled) == 1
 
 
+def at_once(
+    salmon: Salmon, *transactions: bytes, until: threading.Event | None = None
+) -> list[str]:
+    """Collect from a provider that sends messages in one piece, of which those behind the first
+    are delivered in one round; returns the answers to the data.
+
+    ``until``  is set when all but the last one have been answered.
+    """
+    first = transaction(b"Subject: first\r\n\r\nx\r\n", "first@example.org")
+    loop: list[asyncio.AbstractEventLoop] = []
+
+    def waits(message: MailRequest) -> None:
+        # Until the event loop, which is reading what was sent, has nothing more to do.
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop[0]).result(20)
+
+    salmon.handle("first@.*", waits)
+    answers: list[str] = []
+
+    async def script(provider: Dialogue) -> None:
+        loop.append(asyncio.get_running_loop())
+        await provider.reverse()
+        provider.say(b"".join((first, *transactions)) + b"NOOP")
+        while len(answers) <= len(transactions):
+            line = await provider.hear()
+            if not line.startswith("250 2.1."):  # to MAIL or RCPT
+                answers.append(line)
+            if until is not None and len(answers) == len(transactions):
+                until.set()
+        await provider.hear("250 2.0.0 ok")
+        await provider.quit()
+
+    async def main() -> None:
+        async with scripted(script, no_more_mail) as port:
+            await collect(salmon, agent_keys(port))
+
+    asyncio.run(main())
+    return answers[1:]
+
+
+def transaction(data: bytes, *recipients: str) -> bytes:
+    """A message as it is written down ahead of all answers."""
+    lines = ["MAIL FROM:<ann@example.net>", *(f"RCPT TO:<{one}>" for one in recipients)]
+    commands = "".join(f"{line}\r\n" for line in lines).encode()
+    return commands + b"BDAT %d LAST\r\n" % len(data) + data
+
+
+def test_a_slow_handler_does_not_hold_up_the_answer_to_the_message_before(salmon: Salmon) -> None:
+    answered = threading.Event()
+    salmon.handle("fast@.*")
+
+    def slow(message: MailRequest) -> None:
+        assert answered.wait(20)
+
+    salmon.handle("slow@.*", slow)
+    fast = transaction(MESSAGE, "fast@example.org")
+    answers = at_once(salmon, fast, transaction(SLOW, "slow@example.org"), until=answered)
+    assert [answer[:3] for answer in answers] == ["250", "250"]
+
+
+def test_a_message_twice_in_one_round_is_handled_and_notified_once(salmon: Salmon) -> None:
+    salmon.handle("a@.*")
+    salmon.handle("b@.*", fails(550, "5.1.1 no b here"))
+    twice = transaction(MESSAGE, "a@example.org", "b@example.org")
+    at_once(salmon, twice, twice)
+    handled = [message.To.partition("@")[0] for message in salmon.handled]
+    assert handled == ["first", "a", "b"]
+    assert len(salmon.relayed) == 1
+
+
 def test_a_permanent_failure_beside_a_success_is_notified(salmon: Salmon) -> None:
     salmon.handle("a@.*")
     salmon.handle("b@.*", fails(550, "5.1.1 no b here"))

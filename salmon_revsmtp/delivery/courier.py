@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Courier", "Delivery", "Errand", "Waiting"]
 
 log = logging.getLogger(__name__)
+
+# Seconds between two looks of the event loop at what has been delivered and not been answered.
+LOOK_EVERY = 0.05
 
 LOOP = Reply(554, f"{MAX_HOPS} hops, this message runs in a circle", "5.4.6")
 
@@ -117,15 +120,14 @@ class Errand:
 
 @dataclass
 class Waiting:
-    """An errand and who waits for it."""
+    """An errand, who waits for it, and until when (on the event loop's clock)."""
 
     errand: Errand
     answered: asyncio.Future[Answer]
-    late: asyncio.TimerHandle
+    until: float
 
     def come_home(self) -> None:
-        """Tell them, in the event loop, what came of it."""
-        self.late.cancel()
+        """Tell them, in the event loop, what has come of it, if anything has."""
         outcome = self.errand.outcome
         if self.answered.done() or outcome is None:
             return
@@ -166,6 +168,7 @@ class Courier:
         self._plugins = plugins
         self._bouncer = bouncer
         self._rounds = rounds
+        self._pending: list[Waiting] = []
         self._known: dict[MessageKey, dict[str, Served]] = {}
 
     def deliver(self, errand: Errand) -> asyncio.Future[Answer]:
@@ -176,20 +179,30 @@ class Courier:
         and what comes of it is recorded for the client's retry, which waits behind it.
         """
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Answer] = loop.create_future()
         timeout = self._service.settings.handler_timeout
-        late = loop.call_later(timeout, self._put_off, errand, answered)
-        waiting = Waiting(errand, answered, late)
+        waiting = Waiting(errand, loop.create_future(), loop.time() + timeout)
         try:
             self._rounds.submit(self, waiting)
         except RuntimeError as error:  # the thread is closed
             errand.outcome = error
+        if not self._pending:
+            loop.call_later(LOOK_EVERY, self._look)
+        self._pending.append(waiting)
+        return waiting.answered
+
+    def _look(self) -> None:
+        """Do not let those who wait depend on the round's end: a handler may be slow, or never
+        return."""
+        loop = asyncio.get_running_loop()
+        for waiting in self._pending:
             waiting.come_home()
-        return answered
+            if not waiting.answered.done() and waiting.until <= loop.time():
+                self._put_off(waiting.errand, waiting.answered)
+        self._pending = [one for one in self._pending if not one.answered.done()]
+        if self._pending:
+            loop.call_later(LOOK_EVERY, self._look)
 
     def _put_off(self, errand: Errand, answered: asyncio.Future[Answer]) -> None:
-        if errand.outcome is not None or answered.done():
-            return  # it is on its way
         timeout = self._service.settings.handler_timeout
         late = Reply(451, f"not done in {timeout:g} seconds, try again later", "4.3.0")
         answer = errand.abandon(late)
@@ -303,7 +316,7 @@ class Courier:
         return None
 
     def _put_together(
-        self, errand: Errand, key: MessageKey, known: Mapping[str, Served], content: bytes
+        self, errand: Errand, key: MessageKey, known: dict[str, Served], content: bytes
     ) -> Reply:
         replies: Sequence[Reply] = errand.replies
         positive = [reply for reply in replies if reply.positive]
@@ -320,7 +333,7 @@ class Courier:
         return positive[0]
 
     def _notify(
-        self, envelope: Envelope, key: MessageKey, known: Mapping[str, Served], content: bytes
+        self, envelope: Envelope, key: MessageKey, known: dict[str, Served], content: bytes
     ) -> Reply | None:
         """Have the sender told of the failures that it has not been told of; ``None`` when that is
         safe, else the 4yz for the message."""
@@ -334,5 +347,5 @@ class Courier:
         replies = {recipient: served.reply for recipient, served in failed.items()}
         refusal = self._bouncer.bounce(envelope, replies, content)
         if refusal is None:
-            self._journal.record_notified(key, failed)
+            known.update(self._journal.record_notified(key, failed))
         return refusal

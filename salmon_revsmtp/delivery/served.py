@@ -180,9 +180,13 @@ class DeliveryJournal:
             self._write(key, {recipient: served}, flush)
         return served
 
-    def record_notified(self, key: MessageKey, failed: Mapping[str, Served]) -> None:
-        """Note that the sender has been told of these failures."""
-        self._write(key, {one: replace(row, notified=True) for one, row in failed.items()})
+    def record_notified(
+        self, key: MessageKey, failed: Mapping[str, Served]
+    ) -> Mapping[str, Served]:
+        """Note that the sender has been told of these failures; returns them as they are now."""
+        told = {one: replace(row, notified=True) for one, row in failed.items()}
+        self._write(key, told)
+        return told
 
     def flush(self) -> None:
         """Write to the file what is not there yet, also what a process that died has left."""
