@@ -6,7 +6,6 @@ usage and settings errors.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import logging
@@ -304,6 +303,8 @@ def _collect(
     chosen: Sequence[Agent],
     as_json: bool,
 ) -> list[Report]:
+    import asyncio
+
     from salmon_revsmtp.progress import Progress
     from salmon_revsmtp.runtime import Runtime
 
@@ -425,6 +426,8 @@ def _iso(seconds: float) -> str:
 @_with_options
 def check(options: Options, name: str, as_json: bool) -> None:
     """Try everything but collecting: dial, TLS, EHLO, AUTH."""
+    import asyncio
+
     from salmon_revsmtp.agents.base import Check
     from salmon_revsmtp.report import CollectionError
     from salmon_revsmtp.service import Service

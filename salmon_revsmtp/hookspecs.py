@@ -26,7 +26,8 @@ hookspec = pluggy.HookspecMarker("salmon_revsmtp")
 
 @hookspec
 def register_agent_types(register: Callable[[type[Agent]], None]) -> None:
-    """At start: call ``register(AgentClass)`` for each agent type of the plugin."""
+    """Before the first use of an agent: call ``register(AgentClass)`` for each agent type of the
+    plugin."""
 
 
 @hookspec(firstresult=True)

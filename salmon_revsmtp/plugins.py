@@ -44,17 +44,12 @@ class Plugin:
 
 
 class Plugins(pluggy.PluginManager):
-    """All plugins and the agent types that they registered.
-
-    ``agent_types``  protocol -> agent class.
-    ``loaded``       what there is, in the order in which it was found; broken ones too.
-    """
+    """All plugins and the agent types that they register."""
 
     def __init__(self) -> None:
         super().__init__("salmon_revsmtp")
         self.add_hookspecs(hookspecs)
-        self.agent_types: dict[str, type[Agent]] = {}
-        self.loaded: list[Plugin] = []
+        self._loaded: list[Plugin] = []
 
     @classmethod
     def load(cls) -> Plugins:
@@ -64,16 +59,32 @@ class Plugins(pluggy.PluginManager):
         points = metadata.entry_points(group=ENTRY_POINTS)
         for point in sorted(points, key=lambda point: point.name):
             plugins._load(point)
-        plugins._collect_agent_types()
         return plugins
+
+    @functools.cached_property
+    def agent_types(self) -> dict[str, type[Agent]]:
+        """Protocol -> agent class.  The plugins are asked when it is first read, so that a command
+        that is not about agents starts without what they import."""
+        agent_types: dict[str, type[Agent]] = {}
+        by_name = {entry.plugin: entry for entry in self._loaded}
+        for implementation in self.hook.register_agent_types.get_hookimpls():
+            entry = by_name.get(implementation.plugin_name) or Plugin(implementation.plugin_name)
+            implementation.function(functools.partial(_register, agent_types, entry))
+        return agent_types
+
+    @property
+    def loaded(self) -> list[Plugin]:
+        """What there is, in the order in which it was found; broken ones too."""
+        _ = self.agent_types  # each is listed with its own
+        return self._loaded
 
     def _load(self, point: metadata.EntryPoint) -> None:
         entry = Plugin(point.name)
         if point.dist is not None:
             entry.distribution, entry.version = point.dist.name, point.dist.version
-        if any(entry == known for known in self.loaded):
+        if any(entry == known for known in self._loaded):
             return  # the same distribution, found twice on sys.path
-        self.loaded.append(entry)
+        self._loaded.append(entry)
         try:
             plugin = point.load()
             self.register(plugin, point.name)
@@ -101,20 +112,6 @@ class Plugins(pluggy.PluginManager):
             setattr(stand_in, attribute, hook)
         return super().register(stand_in, name)
 
-    def _collect_agent_types(self) -> None:
-        by_name = {entry.plugin: entry for entry in self.loaded}
-        for implementation in self.hook.register_agent_types.get_hookimpls():
-            entry = by_name.get(implementation.plugin_name) or Plugin(implementation.plugin_name)
-            register = functools.partial(self._register_agent_type, entry)
-            implementation.function(register)
-
-    def _register_agent_type(self, entry: Plugin, agent_type: type[Agent]) -> None:
-        protocol = agent_type.protocol
-        known = self.agent_types.setdefault(protocol, agent_type)
-        if known is not agent_type:
-            raise ValueError(f"the protocol {protocol!r} is taken by {known.__module__}")
-        entry.agent_types.append(protocol)
-
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook; returns what pluggy returns.  Never raises: a wrapper that does is
         logged."""
@@ -127,6 +124,14 @@ class Plugins(pluggy.PluginManager):
     def implemented(self, hook: str) -> bool:
         """Whether any plugin has this hook, so that nobody pays for one that none has."""
         return bool(getattr(self.hook, hook).get_hookimpls())
+
+
+def _register(agent_types: dict[str, type[Agent]], entry: Plugin, agent_type: type[Agent]) -> None:
+    protocol = agent_type.protocol
+    known = agent_types.setdefault(protocol, agent_type)
+    if known is not agent_type:
+        raise ValueError(f"the protocol {protocol!r} is taken by {known.__module__}")
+    entry.agent_types.append(protocol)
 
 
 def _who(entry: Plugin) -> tuple[str, str]:

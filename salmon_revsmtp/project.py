@@ -37,7 +37,7 @@ class Project:
 
     @classmethod
     def open(cls, folder: str | Path = ".", settings: str | None = None) -> Project:
-        """Read ``.env`` and import the settings, as Salmon does.
+        """Read ``.env`` and import the settings, as Salmon does, but without importing Salmon.
 
         ``settings`` is a module name; else ``SALMON_SETTINGS_MODULE``, else ``config.settings``.
         What is in the environment already wins over ``.env``.  Raises :class:`ProjectError`.
@@ -54,18 +54,20 @@ class Project:
         if settings:
             os.environ["SALMON_SETTINGS_MODULE"] = settings
         name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
-        from salmon import utils
-
         with _explained(name):
-            module = utils.import_settings(False)
+            module = importlib.import_module(name)
         return cls(here, module)
 
     def boot(self, module: str | None = None) -> None:
-        """Import the boot module: logging, relay, routes and handlers.
+        """Import the boot module, with the settings in Salmon's hands: logging, relay, routes and
+        handlers.
 
         No receiver of the boot module listens: this process is not the server, which may be
         running already on the same port.  Raises :class:`ProjectError`.
         """
+        from salmon import utils
+
+        utils.import_settings(False)
         name = module or DEFAULT_BOOT
         with _explained(name), _nothing_listens():
             importlib.import_module(name)

@@ -278,6 +278,45 @@ def test_agents_lists_them_with_their_state(project: Project) -> None:
     assert (second["title"], second["every"]) == ("spare (Disabled)", None)
 
 
+AND_SAY_WHAT_IS_IMPORTED = """
+import atexit, sys
+from salmon_revsmtp.cli import main
+atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+main()
+"""
+
+
+def imported(project: Project, *arguments: str) -> set[str]:
+    """The modules that a command imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", AND_SAY_WHAT_IS_IMPORTED, *arguments],
+        cwd=project.folder,
+        env={**os.environ, "ISP_PASSWORD": PASSWORD},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+# What takes a while to import, and what only a collection needs.
+COLLECTING = {"aiosmtplib", "dns", "rich", "salmon", "scramp", "smtplib"}
+
+
+def test_help_imports_nothing_that_takes_long(project: Project) -> None:
+    modules = imported(project, "--help")
+    assert {"click", "salmon_revsmtp.cli", "salmon_revsmtp.agents.odmr"} <= modules
+    assert not modules & (COLLECTING | {"asyncio", "dotenv", "pydantic", "sqlite3", "ssl"})
+
+
+def test_agents_imports_nothing_that_only_a_collection_needs(project: Project) -> None:
+    project.configure(isp(366))
+    modules = imported(project, "agents")
+    assert {"pydantic", "salmon_revsmtp.agents.odmr.agent"} <= modules
+    assert not modules & COLLECTING
+
+
 def test_check_logs_in_and_asks_for_nothing(project: Project) -> None:
     async def script(provider: Dialogue) -> None:
         await provider.up_to_atrn()

@@ -11,7 +11,7 @@ import pytest
 from conftest import MESSAGE, PASSWORD, Salmon, agent_keys, configuration, fails
 from salmon.mail import MailRequest
 
-from salmon_revsmtp.agents import odmr
+from salmon_revsmtp.agents.odmr import agent as odmr
 from salmon_revsmtp.delivery.trace import MAX_HOPS
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts

@@ -1,14 +1,14 @@
 """On-Demand Mail Relay, the customer's side (RFC 2645).
 
 Connect, TLS, AUTH, ``ATRN``; the roles reverse, and the provider sends the waiting mail down the
-same connection.  A plugin as any other: nothing here that a third party's could not use.
+same connection.  An agent type as any other: nothing here that a third party's could not use.
+What only a collection needs is imported by it, so that a list of the agents is there at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -20,13 +20,14 @@ from salmon_revsmtp.agents.base import (
     ServerSettings,
     without_control_characters,
 )
-from salmon_revsmtp.client import Connection, error_for
-from salmon_revsmtp.collection import Collection
-from salmon_revsmtp.plugins import hookimpl
 from salmon_revsmtp.report import Failed, Outcome
-from salmon_revsmtp.service import COMMAND_TIMEOUT, Service, Session
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
-from salmon_revsmtp.smtp.replies import Reply
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.client import Connection
+    from salmon_revsmtp.collection import Collection
+    from salmon_revsmtp.service import Service, Session
+    from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["OdmrAgent", "OdmrSettings"]
 
@@ -137,6 +138,9 @@ class OdmrAgent(Agent):
 
     async def _session(self, collection: Collection) -> Session | None:
         """One connection; ``None`` when the provider has no mail for us (453)."""
+        from salmon_revsmtp.client import Connection
+        from salmon_revsmtp.service import COMMAND_TIMEOUT
+
         report, settings = collection.report, self.settings
         connection = await Connection.open(settings, collection.service.hostname)
         try:
@@ -164,6 +168,8 @@ class OdmrAgent(Agent):
 
     def _atrn_error(self, reply: Reply) -> Exception:
         """RFC 2645 5.2.1: what else may be answered, and what to do about it."""
+        from salmon_revsmtp.client import error_for
+
         advice = {
             450: "the provider refuses to reverse now; the next collection tries again",
             451: "the provider cannot do it now; the next collection tries again",
@@ -176,6 +182,8 @@ class OdmrAgent(Agent):
 
     async def check(self, service: Service) -> Check:
         """Dial, TLS, EHLO, AUTH; no ATRN."""
+        from salmon_revsmtp.client import Connection
+
         connection = await Connection.open(self.settings, await service.find_hostname())
         result = Check(connection.tls, connection.auth, connection.extensions)
         try:
@@ -188,9 +196,3 @@ class OdmrAgent(Agent):
             )
         await connection.quit()
         return result
-
-
-@hookimpl
-def register_agent_types(register: Callable[[type[Agent]], Any]) -> None:
-    """As every plugin does it."""
-    register(OdmrAgent)

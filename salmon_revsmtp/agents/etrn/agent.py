@@ -1,13 +1,13 @@
 """ETRN, the client's side (RFC 1985): ask a server to start its queue for our domains.
 
 The server opens new connections to us for the mail itself, so a service has to listen where it
-can reach us; our own connection ends right after the acknowledgement.
+can reach us; our own connection ends right after the acknowledgement.  What only a request needs
+is imported by it, so that a list of the agents is there at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,13 +18,13 @@ from salmon_revsmtp.agents.base import (
     TlsMode,
     without_control_characters,
 )
-from salmon_revsmtp.client import Connection
-from salmon_revsmtp.collection import Collection
-from salmon_revsmtp.plugins import hookimpl
 from salmon_revsmtp.report import Failed, Outcome
-from salmon_revsmtp.service import Service
 from salmon_revsmtp.smtp.addresses import to_ascii
-from salmon_revsmtp.smtp.replies import Reply
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.collection import Collection
+    from salmon_revsmtp.service import Service
+    from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["EtrnAgent", "EtrnSettings"]
 
@@ -121,6 +121,8 @@ class EtrnAgent(Agent):
 
     async def collect(self, collection: Collection) -> Outcome:
         """One ETRN per name; the outcome is that of the worst answer."""
+        from salmon_revsmtp.client import Connection
+
         report = collection.report
         connection = await Connection.open(self.settings, collection.service.hostname)
         try:
@@ -144,6 +146,8 @@ class EtrnAgent(Agent):
 
     async def check(self, service: Service) -> Check:
         """Dial, TLS, EHLO, AUTH; no ETRN."""
+        from salmon_revsmtp.client import Connection
+
         connection = await Connection.open(self.settings, await service.find_hostname())
         result = Check(connection.tls, connection.auth, connection.extensions)
         if "ETRN" not in connection.extensions:
@@ -171,9 +175,3 @@ def _outcome(reply: Reply) -> Outcome:
     if reply.permanent or reply.code == NOT_ALLOWED:
         return Outcome.REFUSED
     return Outcome.DEFERRED if reply.transient else Outcome.FAILED
-
-
-@hookimpl
-def register_agent_types(register: Callable[[type[Agent]], Any]) -> None:
-    """As every plugin does it."""
-    register(EtrnAgent)
