@@ -53,9 +53,9 @@ def test_mail_waits_for_its_domains_oldest_first(tmp_path: Path) -> None:
 def test_a_message_goes_only_when_every_recipient_was_answered(tmp_path: Path) -> None:
     queue = HoldQueue(tmp_path)
     key = queue.put(mail("a@example.org", "b@example.org", "c@example.org"), MESSAGE)
-    queue.settle(key, {"a@example.org": OK, "b@example.org": Reply(451, "later")})
+    queue.settle_all([(key, {"a@example.org": OK, "b@example.org": Reply(451, "later")})])
     assert queue.load(key, ACME.domains) == (mail("b@example.org", "c@example.org"), MESSAGE)
-    queue.settle(key, {"b@example.org": OK, "c@example.org": Reply(550, "never")})
+    queue.settle_all([(key, {"b@example.org": OK, "c@example.org": Reply(550, "never")})])
     assert len(queue) == 0
     [refused] = (tmp_path / "refused").iterdir()
     head, _, data = refused.read_bytes().partition(b"\n")

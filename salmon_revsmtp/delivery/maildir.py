@@ -18,9 +18,10 @@ from typing import Any
 
 from salmon import queue
 
+from salmon_revsmtp.disk import sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["by_age", "disk_reply", "open_queue", "push_safely", "sync_folder"]
+__all__ = ["by_age", "disk_reply", "open_queue", "push_safely"]
 
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
@@ -74,15 +75,6 @@ def _create(mbox: Any) -> Any:
         except mailbox.ExternalClashError as clash:
             error = clash
     raise OSError(errno.EEXIST, str(error))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def by_age(keys: Sequence[str]) -> list[str]:

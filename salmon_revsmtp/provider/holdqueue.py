@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from salmon_revsmtp.disk import sync_folder
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
@@ -68,16 +69,12 @@ class HoldQueue:
         envelope, data = stored
         return replace(envelope, recipients=_wanted(envelope, domains)), data
 
-    def settle(self, key: str, replies: Mapping[str, Reply]) -> None:
-        """Take note of what the customer said: 2yz is gone, 5yz is set aside under ``refused/``,
-        4yz stays."""
-        self.settle_all([(key, replies)])
-
     def settle_all(self, answers: Iterable[tuple[str, Mapping[str, Reply]]]) -> None:
-        """The same for several messages, by their keys."""
+        """Take note of what the customer said of messages, by their keys: 2yz is gone, 5yz is set
+        aside under ``refused/``, 4yz stays."""
         removed = [key for key, replies in answers if self._settle(key, replies)]
         if removed:
-            _sync(self._hold)
+            sync_folder(self._hold)
 
     def _settle(self, key: str, replies: Mapping[str, Reply]) -> bool:
         """Whether the file was removed, and ``hold/`` is to be synced."""
@@ -119,7 +116,7 @@ class HoldQueue:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        _sync(folder)
+        sync_folder(folder)
 
     def _read(self, key: str) -> tuple[Envelope, bytes] | None:
         envelope = self._envelope(key)
@@ -153,11 +150,3 @@ def _wanted(envelope: Envelope | None, domains: Collection[str]) -> tuple[str, .
 
 def _says(replies: Mapping[str, Reply], recipient: str, what: str) -> bool:
     return recipient in replies and bool(getattr(replies[recipient], what))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
