@@ -6,11 +6,12 @@ usage and settings errors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,9 @@ __all__ = ["cli", "main"]
 
 ATTENTION = 1
 USAGE = 2
+
+# Seconds that what is being written has after ctrl-c.
+LAST_WORDS = 1.0
 
 _terminal = logging.StreamHandler()
 
@@ -308,7 +312,7 @@ def _collect(
     from salmon_revsmtp.progress import Progress
     from salmon_revsmtp.runtime import Runtime
 
-    def done(report: Report) -> None:
+    def show(report: Report) -> None:
         if as_json:
             _print_json(report.as_dict())
         else:
@@ -319,11 +323,55 @@ def _collect(
         Runtime(configuration, options.load_plugins(), lambda: project.settings.relay) as runtime,
     ):
         try:
-            return asyncio.run(runtime.collect(chosen, progress.watch, done))
+            with _in_a_thread(show) as show_in_a_thread:
+                return asyncio.run(runtime.collect(chosen, progress.watch, show_in_a_thread))
         except KeyboardInterrupt:
             raise click.ClickException(
                 "interrupted; what was not answered with 250 stays with the provider"
             ) from None
+
+
+@contextlib.contextmanager
+def _in_a_thread(show: Callable[[Report], None]) -> Iterator[Callable[[Report], None]]:
+    """``show``, but in a thread: a pipe that nobody reads would hold up every session of every
+    agent.  All are shown when this ends.  What ``show`` raises, as when the reader is gone, is
+    raised with the next report or at the end."""
+    import signal
+    import threading
+    from queue import SimpleQueue
+
+    reports: SimpleQueue[Report | None] = SimpleQueue()
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            while report := reports.get():
+                show(report)
+        except BaseException as error:  # rich exits when the reader is gone
+            errors.append(error)
+        ended.set()
+
+    def show_in_a_thread(report: Report) -> None:
+        if errors:
+            raise errors[0]
+        reports.put(report)
+
+    threading.Thread(target=work, name="output").start()
+    try:
+        try:
+            yield show_in_a_thread
+        finally:
+            reports.put(None)
+        ended.wait()
+    except KeyboardInterrupt:
+        if not ended.wait(LAST_WORDS):
+            # Nothing less ends a write into a full pipe.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        raise
+    if errors:
+        raise errors[0]
 
 
 @cli.command()

@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import pty
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -199,6 +201,99 @@ def test_collect_from_all_as_json_one_object_per_line(project: Project) -> None:
     assert rows["other"]["outcome"] == "refused"
     assert "535 *** is wrong" in rows["other"]["error"]
     assert rows["off"]["outcome"] == "disabled"
+
+
+# Their answers make a report of 80 KB, which is more than a pipe holds.
+MANY = [f"{number:0400}" for number in range(200)]
+
+
+async def many_answers(provider: Dialogue) -> None:
+    provider.say("220 etrn")
+    await provider.asks("EHLO", "250-etrn", "250 ETRN")
+    for _ in MANY:
+        await provider.asks("ETRN", "250 ok")
+    await provider.asks("QUIT", "221 bye")
+
+
+def talkative(port: int) -> dict[str, str]:
+    return {
+        "name": "'etrn'",
+        "protocol": "'etrn'",
+        "server": "'localhost'",
+        "port": str(port),
+        "domains": "['example.org']",
+        "parameters": repr(MANY),
+    }
+
+
+@contextlib.contextmanager
+def unread(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """Collects from all, ``talkative`` first, and stands in the midst of the first report."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "salmon_revsmtp", "collect", "--all", "--json"],
+        cwd=project.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        select.select([process.stdout], [], [], 60)
+        yield process
+
+
+def test_a_reader_that_stops_reading_holds_up_no_collection(project: Project) -> None:
+    stuck, finished = threading.Event(), threading.Event()
+
+    async def meanwhile(provider: Dialogue) -> None:
+        await provider.reverse()
+        await asyncio.to_thread(stuck.wait, 60)
+        await provider.send(MESSAGE)
+        await provider.quit()
+
+    async def last(provider: Dialogue) -> None:
+        await no_more_mail(provider)
+        finished.set()
+
+    with provider(many_answers) as first, provider(meanwhile, last) as second:
+        project.configure(talkative(first), isp(second))
+        with unread(project) as process:
+            stuck.set()
+            assert finished.wait(30)
+            output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert [(row["agent"], row["outcome"]) for row in rows] == [
+        ("etrn", "requested"),
+        ("isp", "collected"),
+    ]
+
+
+def test_ctrl_c_ends_a_command_that_nobody_reads(project: Project) -> None:
+    with provider(many_answers) as port:
+        project.configure(talkative(port))
+        with unread(project) as process:
+            # Once does; but asyncio may lose one that comes while it closes its loop.
+            for _ in range(3):
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+            assert process.returncode in (1, -signal.SIGINT)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_is_gone_ends_the_command(project: Project, options: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with provider(no_more_mail) as port:
+        project.configure(isp(port))
+        done = subprocess.run(
+            [sys.executable, "-m", "salmon_revsmtp", "collect", "isp", *options],
+            cwd=project.folder,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_verbose_shows_the_dialogue_without_secrets(project: Project) -> None:
