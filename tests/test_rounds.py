@@ -141,10 +141,12 @@ def test_closed_it_ends_behind_the_piece_in_hand(endless: None) -> None:
         rounds.submit(clerk, "e")
 
 
-def test_a_bug_ends_one_round_and_not_the_thread(rounds: Rounds[str]) -> None:
+@pytest.mark.parametrize("bug", [ValueError, SystemExit])
+def test_a_bug_ends_one_round_and_not_the_thread(
+    rounds: Rounds[str], bug: type[BaseException]
+) -> None:
     def do(piece: str) -> None:
-        if piece == "bug":
-            raise ValueError(piece)
+        raise bug(piece)
 
     clerk = Clerk(do)
     rounds.submit(clerk, "bug")

@@ -234,8 +234,8 @@ class Courier:
             return
         try:
             errand.outcome = self._deliver(errand)
-        except Exception as error:
-            errand.outcome = error
+        except BaseException as error:  # a hook may try to end the process
+            errand.outcome = error if isinstance(error, Exception) else RuntimeError(repr(error))
             if errand.abandoned:
                 log.exception("a late delivery failed")
 

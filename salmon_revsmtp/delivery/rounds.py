@@ -76,7 +76,7 @@ class Rounds(Generic[Piece]):
             worker, pieces = following
             try:
                 left = self._round(worker, pieces)
-            except Exception:
+            except BaseException:
                 # A bug.  What hears no answer is put off when its time is up.
                 log.exception("a round of deliveries failed")
                 continue
