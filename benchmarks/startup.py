@@ -18,7 +18,7 @@ TITLE = "Start-up"
 HELP, AGENTS = "salmon-revsmtp --help", "salmon-revsmtp agents"
 
 # "Well under" half a second.
-BOUND = 0.4
+BOUND = 0.3
 
 
 def sections(quick: bool) -> list[Section]:

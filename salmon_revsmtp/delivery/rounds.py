@@ -17,10 +17,10 @@ from typing import Generic, Protocol, TypeVar
 
 __all__ = ["Rounds", "Worker"]
 
-ROUND_PIECES = 64
+ROUND_PIECES = 256
 # A round that has taken so many seconds ends behind the piece in hand: no answer waits much longer
 # than this for the work of others.
-ROUND_SECONDS = 0.02
+ROUND_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
 
