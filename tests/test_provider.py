@@ -63,6 +63,22 @@ def test_a_message_goes_only_when_every_recipient_was_answered(tmp_path: Path) -
     assert data == MESSAGE
 
 
+def test_a_message_that_another_session_settles_meanwhile_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = HoldQueue(tmp_path)
+    key = queue.put(Envelope("", ("a@example.org",)), MESSAGE)
+    read = HoldQueue._envelope
+
+    def settled_behind_it(self: HoldQueue, key: str) -> Envelope | None:
+        envelope = read(self, key)
+        (tmp_path / "hold" / key).unlink()
+        return envelope
+
+    monkeypatch.setattr(HoldQueue, "_envelope", settled_behind_it)
+    assert queue.load(key, ACME.domains) is None
+
+
 def test_content_is_kept_octet_for_octet(tmp_path: Path) -> None:
     queue = HoldQueue(tmp_path)
     for data in (b"", b"\n\n", bytes(range(256)), b"no end"):

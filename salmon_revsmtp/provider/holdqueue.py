@@ -122,10 +122,13 @@ class HoldQueue:
         envelope = self._envelope(key)
         if envelope is None:
             return None
-        with (self._hold / key).open("rb") as file:
-            file.readline()
-            size = os.fstat(file.fileno()).st_size
-            return envelope, file.read(size)  # without a size it is read twice over
+        try:
+            with (self._hold / key).open("rb") as file:
+                file.readline()
+                size = os.fstat(file.fileno()).st_size
+                return envelope, file.read(size)  # without a size it is read twice over
+        except FileNotFoundError:
+            return None  # another session has settled it meanwhile
 
     def _envelope(self, key: str) -> Envelope | None:
         """The first line of a message's file; the message may be large."""
