@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,7 @@ class Collection:
                 envelope.esmtp,
             )
             hop = self._hop(peer, tls=False, authenticated=False)
-            answer = await self._courier.deliver(Errand(self.agent, peer, hop, accepted, data))
+            answer = await self._courier.delivered(Errand(self.agent, peer, hop, accepted, data))
             self.tally.add(answer, len(data))
             replies.update(zip(wanted, answer.each, strict=True))
         return tuple(replies[one] or answer.reply for one in envelope.recipients)
@@ -130,11 +130,15 @@ class Collection:
             return Reply(552, f"more than {self.service.limits.message} octets", "5.3.4")
         return self._policy(recipient)
 
-    def _deliver_transaction(self, transaction: Transaction, session: Session) -> Awaitable[Answer]:
+    def _deliver_transaction(
+        self,
+        transaction: Transaction,
+        session: Session,
+        answered: Callable[[Answer | Exception], None],
+    ) -> None:
         hop = self._hop(session.peer, tls=session.tls, authenticated=True)
-        return self._courier.deliver(
-            Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)
-        )
+        errand = Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)
+        self._courier.deliver(errand, answered)
 
     def _hop(self, peer: tuple[str, int], *, tls: bool, authenticated: bool) -> Hop:
         return Hop(peer[0], self.service.hostname, f"agent {self.agent.name}", tls, authenticated)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from salmon_revsmtp.delivery.courier import Courier, Errand
 from salmon_revsmtp.delivery.trace import Hop
@@ -108,9 +108,13 @@ class Listener:
         if self._per_address[address] <= 0:
             del self._per_address[address]
 
-    def _deliver(self, transaction: Transaction, session: Session) -> Awaitable[Answer]:
+    def _deliver(
+        self,
+        transaction: Transaction,
+        session: Session,
+        answered: Callable[[Answer | Exception], None],
+    ) -> None:
         via = f"service {self.service.name}"
         hop = Hop(session.peer[0], self.service.hostname, via, session.tls, authenticated=False)
-        return self._courier.deliver(
-            Errand(None, session.peer, hop, transaction.envelope, transaction.data)
-        )
+        errand = Errand(None, session.peer, hop, transaction.envelope, transaction.data)
+        self._courier.deliver(errand, answered)

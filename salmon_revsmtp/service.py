@@ -9,12 +9,13 @@ and trace headers get.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -157,7 +158,8 @@ class Service:
         return policy
 
 
-Deliver = Callable[[Transaction, "Session"], Awaitable[Answer]]
+#: Delivers a message of a session, and calls the function with what the client is to hear.
+Deliver = Callable[[Transaction, "Session", Callable[[Answer | Exception], None]], None]
 
 
 class Session(asyncio.Protocol):
@@ -201,7 +203,7 @@ class Session(asyncio.Protocol):
         self._idle: asyncio.TimerHandle | None = None
         self._seen = (0, 0)  # the receiver's steps and octets when the clock was wound up
         self._refusals = 0
-        self._deliveries: dict[asyncio.Future[Answer], Transaction] = {}
+        self._deliveries: set[Transaction] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._congested = False
         self._turning = False
@@ -264,9 +266,8 @@ class Session(asyncio.Protocol):
                 if self.tls and event.data.startswith(TLS_RECORD):
                     self.abort("a message came encrypted twice; the provider keeps it")
                     return
-                answered = asyncio.ensure_future(self._deliver(event, self))
-                self._deliveries[answered] = event
-                answered.add_done_callback(self._delivered)
+                self._deliveries.add(event)
+                self._deliver(event, self, functools.partial(self._delivered, event))
             elif isinstance(event, Refused):
                 self._log_refusal(event)
                 self._tally.refuse(len(event.recipients) or 1, event.reply)
@@ -308,16 +309,17 @@ class Session(asyncio.Protocol):
             # asyncio tells nobody of a connection that is lost in its handshake.
             self.connection_lost(None)
 
-    def _delivered(self, answered: asyncio.Future[Answer]) -> None:
+    def _delivered(self, transaction: Transaction, outcome: Answer | Exception) -> None:
         """Only now is a message answered: 250 means safe."""
-        transaction = self._deliveries.pop(answered)
-        if not answered.cancelled():
-            try:
-                self._answer(transaction, answered.result())
-            except Exception as error:
-                # Our own bug: the message has no 250, so the provider keeps it.
-                log.exception("delivery failed")
-                self.abort(f"a delivery failed: {type(error).__name__}: {error}")
+        self._deliveries.discard(transaction)
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            self._answer(transaction, outcome)
+        except Exception as error:
+            # Our own bug: the message has no 250, so the provider keeps it.
+            log.exception("delivery failed")
+            self.abort(f"a delivery failed: {type(error).__name__}: {error}")
         if not self._turning:
             # What is answered in one turn of the event loop goes out together.
             self._turning = True

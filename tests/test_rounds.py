@@ -18,7 +18,7 @@ class Clerk:
 
     def __init__(self, do: Callable[[str], None] = lambda piece: None) -> None:
         self.minutes: list[str] = []
-        self.ended = threading.Semaphore(0)
+        self.ended, self.rested = threading.Semaphore(0), threading.Semaphore(0)
         self._do = do
 
     def begin(self, pieces: Sequence[str]) -> None:
@@ -31,6 +31,9 @@ class Clerk:
     def end(self, pieces: Sequence[str]) -> None:
         self.minutes.append(f"end {' '.join(pieces)}")
         self.ended.release()
+
+    def rest(self) -> None:
+        self.rested.release()
 
     def wait(self, ends: int = 1) -> list[str]:
         for _ in range(ends):
@@ -74,6 +77,19 @@ def test_a_piece_that_comes_alone_is_a_round(rounds: Rounds[str]) -> None:
     assert clerk.wait() == ["begin a", "a", "end a"]
     rounds.submit(clerk, "b")
     assert clerk.wait()[3:] == ["begin b", "b", "end b"]
+
+
+def test_it_rests_when_there_is_no_more(rounds: Rounds[str], endless: None) -> None:
+    gate = Gate("a")
+    clerk = Clerk(gate)
+    busy_with(rounds, clerk, gate)
+    rounds.submit(clerk, "b")
+    assert not clerk.rested.acquire(blocking=False)
+    gate.opened.set()
+    assert clerk.rested.acquire(timeout=LONG)
+    assert clerk.minutes[-1] == "end b"
+    rounds.close(wait=True)
+    assert not clerk.rested.acquire(blocking=False)
 
 
 def test_what_waits_makes_a_round(rounds: Rounds[str], endless: None) -> None:

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks of the event loop at what has been delivered and not been answered.
 LOOK_EVERY = 0.05
+
+# Messages after whose delivery the journal's file is written, although there are more.
+WRITE_AT_LEAST = 256
 
 LOOP = Reply(554, f"{MAX_HOPS} hops, this message runs in a circle", "5.4.6")
 
@@ -120,21 +123,23 @@ class Errand:
 
 @dataclass
 class Waiting:
-    """An errand, who waits for it, and until when (on the event loop's clock)."""
+    """An errand, who waits for it in which event loop, and until when on that loop's clock."""
 
     errand: Errand
-    answered: asyncio.Future[Answer]
+    answered: Callable[[Answer | Exception], None]
+    loop: asyncio.AbstractEventLoop
     until: float
+    done: bool = False
 
     def come_home(self) -> None:
-        """Tell them, in the event loop, what has come of it, if anything has."""
-        outcome = self.errand.outcome
-        if self.answered.done() or outcome is None:
-            return
-        if isinstance(outcome, Exception):
-            self.answered.set_exception(outcome)
-        else:
-            self.answered.set_result(outcome)
+        """Tell them what has come of it, if anything has and they have not heard yet."""
+        if not self.done and self.errand.outcome is not None:
+            self.tell(self.errand.outcome)
+
+    def tell(self, outcome: Answer | Exception) -> None:
+        """This is what they hear, once."""
+        self.done = True
+        self.answered(outcome)
 
 
 def _come_home(pieces: Sequence[Waiting]) -> None:
@@ -169,18 +174,20 @@ class Courier:
         self._bouncer = bouncer
         self._rounds = rounds
         self._pending: list[Waiting] = []
+        self._unwritten = 0
         self._known: dict[MessageKey, dict[str, Served]] = {}
 
-    def deliver(self, errand: Errand) -> asyncio.Future[Answer]:
-        """Deliver a message to every recipient; done when all of them are safe or refused.
+    def deliver(self, errand: Errand, answered: Callable[[Answer | Exception], None]) -> None:
+        """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
+        them are safe or refused; with an exception if something is wrong with us.
 
         Past the service's ``handler_timeout`` the answer is 451 for those that are not.  A message
         whose turn has not come by then is not handled at all; a handler that is running goes on,
         and what comes of it is recorded for the client's retry, which waits behind it.
         """
         loop = asyncio.get_running_loop()
-        timeout = self._service.settings.handler_timeout
-        waiting = Waiting(errand, loop.create_future(), loop.time() + timeout)
+        until = loop.time() + self._service.settings.handler_timeout
+        waiting = Waiting(errand, answered, loop, until)
         try:
             self._rounds.submit(self, waiting)
         except RuntimeError as error:  # the thread is closed
@@ -188,7 +195,21 @@ class Courier:
         if not self._pending:
             loop.call_later(LOOK_EVERY, self._look)
         self._pending.append(waiting)
-        return waiting.answered
+
+    async def delivered(self, errand: Errand) -> Answer:
+        """The same, to be awaited."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def answered(outcome: Answer | Exception) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        self.deliver(errand, answered)
+        return await future
 
     def _look(self) -> None:
         """Do not let those who wait depend on the round's end: a handler may be slow, or never
@@ -196,13 +217,13 @@ class Courier:
         loop = asyncio.get_running_loop()
         for waiting in self._pending:
             waiting.come_home()
-            if not waiting.answered.done() and waiting.until <= loop.time():
-                self._put_off(waiting.errand, waiting.answered)
-        self._pending = [one for one in self._pending if not one.answered.done()]
+            if not waiting.done and waiting.until <= loop.time():
+                waiting.tell(self._put_off(waiting.errand))
+        self._pending = [one for one in self._pending if not one.done]
         if self._pending:
             loop.call_later(LOOK_EVERY, self._look)
 
-    def _put_off(self, errand: Errand, answered: asyncio.Future[Answer]) -> None:
+    def _put_off(self, errand: Errand) -> Answer:
         timeout = self._service.settings.handler_timeout
         late = Reply(451, f"not done in {timeout:g} seconds, try again later", "4.3.0")
         answer = errand.abandon(late)
@@ -213,7 +234,7 @@ class Courier:
             str(late),
             "its handler goes on" if errand.begun else "its turn did not come",
         )
-        answered.set_result(answer)
+        return answer
 
     # -- in the thread ----------------------------------------------------------------------------
 
@@ -241,10 +262,17 @@ class Courier:
 
     def end(self, pieces: Sequence[Waiting]) -> None:
         """Answer those of a round."""
-        self._journal.flush()
-        for loop, those in groupby(pieces, key=lambda one: one.answered.get_loop()):
+        for loop, those in groupby(pieces, key=lambda one: one.loop):
             with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
                 loop.call_soon_threadsafe(_come_home, list(those))
+        self._unwritten += len(pieces)
+        if self._unwritten >= WRITE_AT_LEAST:
+            self.rest()
+
+    def rest(self) -> None:
+        """There is time for what nobody waits for."""
+        self._unwritten = 0
+        self._journal.flush()
 
     def _deliver(self, errand: Errand) -> Answer | None:
         """``None``: the errand was abandoned, and nobody waits for an answer."""

@@ -40,6 +40,9 @@ class Worker(Protocol[Piece_contra]):
     def end(self, pieces: Sequence[Piece_contra]) -> None:
         """These have been done."""
 
+    def rest(self) -> None:
+        """There was a round, and there is none now."""
+
 
 class Rounds(Generic[Piece]):
     """Works off what several workers have, in the order in which it came, in one thread.
@@ -72,6 +75,7 @@ class Rounds(Generic[Piece]):
     # -- in the thread ----------------------------------------------------------------------------
 
     def _work(self) -> None:
+        worker = None
         while following := self._next():
             worker, pieces = following
             try:
@@ -83,6 +87,8 @@ class Rounds(Generic[Piece]):
             with self._lock:
                 if not self._closed:
                     self._waiting.extendleft((worker, piece) for piece in reversed(left))
+        if worker is not None:
+            worker.rest()
 
     def _next(self) -> tuple[Worker[Piece], list[Piece]] | None:
         """The next round, which is of one worker; ``None``: there is no work."""

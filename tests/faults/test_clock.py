@@ -29,6 +29,7 @@ class Wire(asyncio.Transport):
     def __init__(self, loop: Loop) -> None:
         super().__init__()
         self.loop, self.heard, self.closed_at = loop, b"", -1.0
+        self.tasks: list[asyncio.Task[None]] = []
         self.delivering = asyncio.Event()
         self.delivering.set()
         service = Service("x", ServiceSettings(hostname="h", domains=("example.org",)))
@@ -37,9 +38,17 @@ class Wire(asyncio.Transport):
         )
         self.session.connection_made(self)
 
-    async def _deliver(self, transaction: Transaction, session: Session) -> Answer:
-        await self.delivering.wait()
-        return Answer(Reply(250, "ok"), (Reply(250, "ok"),), 1, b"")
+    def _deliver(
+        self,
+        transaction: Transaction,
+        session: Session,
+        answered: Callable[[Answer | Exception], None],
+    ) -> None:
+        async def deliver() -> None:
+            await self.delivering.wait()
+            answered(Answer(Reply(250, "ok"), (Reply(250, "ok"),), 1, b""))
+
+        self.tasks.append(self.loop.create_task(deliver()))
 
     async def say(self, data: bytes) -> None:
         self.session.data_received(data)
