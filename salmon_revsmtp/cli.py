@@ -318,17 +318,19 @@ def _collect(
         else:
             progress.done(report)
 
-    with (
-        Progress(live=not as_json and not options.verbose) as progress,
-        Runtime(configuration, options.load_plugins(), lambda: project.settings.relay) as runtime,
-    ):
-        try:
-            with _in_a_thread(show) as show_in_a_thread:
-                return asyncio.run(runtime.collect(chosen, progress.watch, show_in_a_thread))
-        except KeyboardInterrupt:
-            raise click.ClickException(
-                "interrupted; what was not answered with 250 stays with the provider"
-            ) from None
+    plugins = options.load_plugins()
+    try:
+        with (
+            Progress(live=not as_json and not options.verbose) as progress,
+            # Outside of the runtime, whose handlers end properly whatever becomes of the output.
+            _in_a_thread(show) as show_in_a_thread,
+            Runtime(configuration, plugins, lambda: project.settings.relay) as runtime,
+        ):
+            return asyncio.run(runtime.collect(chosen, progress.watch, show_in_a_thread))
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            "interrupted; what was not answered with 250 stays with the provider"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -357,15 +359,15 @@ def _in_a_thread(show: Callable[[Report], None]) -> Iterator[Callable[[Report], 
             raise errors[0]
         reports.put(report)
 
-    threading.Thread(target=work, name="output").start()
+    threading.Thread(target=work, name="output", daemon=True).start()
     try:
         try:
             yield show_in_a_thread
         finally:
             reports.put(None)
         ended.wait()
-    except KeyboardInterrupt:
-        if not ended.wait(LAST_WORDS):
+    except BaseException as error:
+        if not ended.wait(LAST_WORDS) and isinstance(error, KeyboardInterrupt):
             # Nothing less ends a write into a full pipe.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)

@@ -134,7 +134,7 @@ class Collection:
         self,
         transaction: Transaction,
         session: Session,
-        answered: Callable[[Answer | Exception], None],
+        answered: Callable[[Answer | RuntimeError], None],
     ) -> None:
         hop = self._hop(session.peer, tls=session.tls, authenticated=True)
         errand = Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)

@@ -112,7 +112,7 @@ class Listener:
         self,
         transaction: Transaction,
         session: Session,
-        answered: Callable[[Answer | Exception], None],
+        answered: Callable[[Answer | RuntimeError], None],
     ) -> None:
         via = f"service {self.service.name}"
         hop = Hop(session.peer[0], self.service.hostname, via, session.tls, authenticated=False)

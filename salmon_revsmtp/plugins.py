@@ -69,7 +69,12 @@ class Plugins(pluggy.PluginManager):
         by_name = {entry.plugin: entry for entry in self._loaded}
         for implementation in self.hook.register_agent_types.get_hookimpls():
             entry = by_name.get(implementation.plugin_name) or Plugin(implementation.plugin_name)
-            implementation.function(functools.partial(_register, agent_types, entry))
+            function = getattr(implementation.function, "__wrapped__", implementation.function)
+            try:
+                function(functools.partial(_register, agent_types, entry))
+            except Exception as error:
+                entry.error = f"{type(error).__name__}: {error}"
+                log.exception("hook=register_agent_types plugin=%s raised", entry.plugin)
         return agent_types
 
     @property

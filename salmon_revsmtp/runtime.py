@@ -15,6 +15,9 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any
 
+# The client is loaded now: at the first collection the process may have dropped its privileges, or
+# another version may have been installed.
+from salmon_revsmtp import client as client
 from salmon_revsmtp import collection
 from salmon_revsmtp.agents.base import Agent
 from salmon_revsmtp.collection import Collection

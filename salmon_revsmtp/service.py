@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from salmon_revsmtp.settings import ANY_DOMAIN, ServiceSettings
 from salmon_revsmtp.smtp.addresses import domain_of
@@ -36,6 +37,11 @@ COMMAND_TIMEOUT = 300.0
 # Log lines about refused recipients in one session; of the others their number is told.  Enough to
 # see what is wrong, and a provider cannot fill the disk with them.
 LOGGED_REFUSALS = 20
+
+# Messages that are read ahead: as many as would be delivered in so many seconds, and at least so
+# many.
+AHEAD_SECONDS = 1.0
+AHEAD_LEAST = 16
 
 # Exim 4.100.1 as provider encrypts every message but the first of a session twice: what comes out
 # of the connection's TLS is a TLS record, cut off where the message should end.  It takes the
@@ -158,8 +164,16 @@ class Service:
         return policy
 
 
+class _Place(NamedTuple):
+    """Of a message among those that are to be delivered: its number when it came, and when that
+    was on the event loop's clock."""
+
+    number: int
+    since: float
+
+
 #: Delivers a message of a session, and calls the function with what the client is to hear.
-Deliver = Callable[[Transaction, "Session", Callable[[Answer | Exception], None]], None]
+Deliver = Callable[[Transaction, "Session", Callable[[Answer | RuntimeError], None]], None]
 
 
 class Session(asyncio.Protocol):
@@ -199,11 +213,12 @@ class Session(asyncio.Protocol):
         self._receiver = Receiver(
             service.hostname, service.limits, policy, starttls=starttls is not None
         )
+        self._receiver.ahead = min(AHEAD_LEAST, self._receiver.ahead)
         self._transport: asyncio.Transport | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._seen = (0, 0)  # the receiver's steps and octets when the clock was wound up
         self._refusals = 0
-        self._deliveries: set[Transaction] = set()
+        self._deliveries: dict[Transaction, _Place] = {}
         self._handshakes: set[asyncio.Task[None]] = set()
         self._congested = False
         self._turning = False
@@ -237,7 +252,7 @@ class Session(asyncio.Protocol):
         """The client has no more to say; what it waits for is still answered (not under TLS, where
         a close ends both directions)."""
         self._eof = True
-        return bool(self._deliveries) and not self.tls
+        return (bool(self._deliveries) or self._turning) and not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._lost:
@@ -266,7 +281,8 @@ class Session(asyncio.Protocol):
                 if self.tls and event.data.startswith(TLS_RECORD):
                     self.abort("a message came encrypted twice; the provider keeps it")
                     return
-                self._deliveries.add(event)
+                place = _Place(len(self._deliveries) + 1, asyncio.get_running_loop().time())
+                self._deliveries[event] = place
                 self._deliver(event, self, functools.partial(self._delivered, event))
             elif isinstance(event, Refused):
                 self._log_refusal(event)
@@ -309,16 +325,17 @@ class Session(asyncio.Protocol):
             # asyncio tells nobody of a connection that is lost in its handshake.
             self.connection_lost(None)
 
-    def _delivered(self, transaction: Transaction, outcome: Answer | Exception) -> None:
+    def _delivered(self, transaction: Transaction, outcome: Answer | RuntimeError) -> None:
         """Only now is a message answered: 250 means safe."""
-        self._deliveries.discard(transaction)
+        self._read_ahead(self._deliveries.pop(transaction))
         try:
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, RuntimeError):
                 raise outcome
             self._answer(transaction, outcome)
         except Exception as error:
             # Our own bug: the message has no 250, so the provider keeps it.
             log.exception("delivery failed")
+            self._flush()  # what has been answered
             self.abort(f"a delivery failed: {type(error).__name__}: {error}")
         if not self._turning:
             # What is answered in one turn of the event loop goes out together.
@@ -334,6 +351,14 @@ class Session(asyncio.Protocol):
             self.served += tally.accepted[seen] <= 2
         tally.add(answer, len(transaction.data))
         self._handle(self._receiver.answer(transaction, answer.reply, answer.each))
+
+    def _read_ahead(self, place: _Place) -> None:
+        """Take as much from the client as is delivered in a moment: what waits here is waited for
+        there, and its time (``handler_timeout``, RFC 5321 4.5.3.2.6) is running."""
+        seconds = asyncio.get_running_loop().time() - place.since
+        ahead = int(AHEAD_SECONDS * place.number / seconds) if seconds else self._receiver.ahead
+        most = self._receiver.limits.unanswered_messages
+        self._receiver.ahead = min(max(AHEAD_LEAST, ahead), most)
 
     def _turn(self) -> None:
         self._turning = False

@@ -576,6 +576,26 @@ def test_a_plugin_that_cannot_be_imported_is_named(project: Project, tmp_path: P
     assert "no_such_module" in row["error"]
 
 
+def test_a_plugin_whose_agent_type_cannot_be_imported_is_named(
+    project: Project, tmp_path: Path
+) -> None:
+    late = tmp_path / "late"
+    (late / "late-1.0.dist-info").mkdir(parents=True)
+    (late / "late-1.0.dist-info/METADATA").write_text("Name: late\nVersion: 1.0\n")
+    (late / "late-1.0.dist-info/entry_points.txt").write_text("[salmon_revsmtp]\nlate = late\n")
+    (late / "late.py").write_text(
+        "from salmon_revsmtp import hookimpl\n"
+        "@hookimpl\n"
+        "def register_agent_types(register):\n"
+        "    import no_such_module\n"
+    )
+    project.configure(isp(1))
+    rows = project.run("plugins", "--json", PYTHONPATH=str(late)).stdout.splitlines()
+    errors = {row["plugin"]: row["error"] for row in map(json.loads, rows)}
+    assert "no_such_module" in errors.pop("late")
+    assert set(errors.values()) == {None}
+
+
 # -- the journal -----------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@ import asyncio
 import email
 import errno
 import smtplib
+import sqlite3
 import threading
 from email import policy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -391,7 +393,10 @@ def test_the_handler_that_is_late_is_waited_for_before_the_process_ends(salmon: 
 
 
 def at_once(
-    salmon: Salmon, *transactions: bytes, until: threading.Event | None = None
+    salmon: Salmon,
+    *transactions: bytes,
+    until: threading.Event | None = None,
+    plugins: Plugins | None = None,
 ) -> list[str]:
     """Collect from a provider that sends messages in one piece, of which those behind the first
     are delivered in one round; returns the answers to the data.
@@ -423,7 +428,7 @@ def at_once(
 
     async def main() -> None:
         async with scripted(script, no_more_mail) as port:
-            await collect(salmon, agent_keys(port))
+            await collect(salmon, agent_keys(port), plugins=plugins)
 
     asyncio.run(main())
     return answers[1:]
@@ -457,6 +462,65 @@ def test_a_message_twice_in_one_round_is_handled_and_notified_once(salmon: Salmo
     handled = [message.To.partition("@")[0] for message in salmon.handled]
     assert handled == ["first", "a", "b"]
     assert len(salmon.relayed) == 1
+
+
+def test_a_hook_that_ends_the_process_ends_the_delivery_of_one_message(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Leaves:
+        @hookimpl
+        def message_received(self, message: bytes) -> None:
+            if b"bad" in message:
+                raise SystemExit(3)
+
+    salmon.handle("[ab]@.*")
+    plugins = Plugins.load()
+    plugins.register(Leaves())
+    good, bad = MESSAGE, MESSAGE.replace(b"hello", b"bad")
+    answers = at_once(
+        salmon,
+        transaction(good, "a@example.org"),
+        transaction(bad, "a@example.org"),
+        transaction(good, "b@example.org"),
+        plugins=plugins,
+    )
+    assert answers == [
+        "250 2.0.0 delivered",
+        "451 4.3.0 internal error, try again later",
+        "250 2.0.0 delivered",
+    ]
+    assert "SystemExit: 3" in caplog.text
+
+
+def test_a_mailbox_twice_in_an_envelope_is_tried_once(salmon: Salmon) -> None:
+    salmon.handle(".*", fails(450, "later"))
+    heard, _ = exchange(salmon, "b@example.org", "b@example.org")
+    assert heard[0].startswith("450 ")
+    assert len(salmon.handled) == 1
+
+
+def test_the_journals_file_is_written_when_there_is_time(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250 ")
+        database = sqlite3.connect("run/revsmtp.sqlite3")
+        for _ in range(2000):
+            [[rows]] = database.execute("SELECT count(*) FROM deliveries")
+            if rows and not Path("run/revsmtp.sqlite3-tail0").read_bytes():
+                break
+            await asyncio.sleep(0.01)
+        else:
+            raise AssertionError("the session goes on, and nothing was written")
+        database.close()
+        await provider.quit()
+
+    async def main() -> None:
+        async with scripted(script, no_more_mail) as port:
+            await collect(salmon, agent_keys(port))
+
+    asyncio.run(main())
 
 
 def test_a_permanent_failure_beside_a_success_is_notified(salmon: Salmon) -> None:

@@ -150,6 +150,8 @@ def test_closed_it_ends_behind_the_piece_in_hand(endless: None) -> None:
     first.opened.set()
     assert second.reached.wait(LONG)
     rounds.close(wait=False)
+    with pytest.raises(RuntimeError):
+        rounds.submit(clerk, "e")
     second.opened.set()
     rounds.close(wait=True)
     assert clerk.minutes[3:] == ["begin b c d", "b", "end b"]

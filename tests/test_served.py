@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -207,8 +208,120 @@ def test_a_line_that_was_cut_off_costs_only_itself(path: Path) -> None:
     # As if this process had died, too: what it added is read behind the line that was cut off.
     copy = path.with_name("copy")
     copy.with_name("copy-tail0").write_bytes(tail.read_bytes())
-    assert known(journal(copy), 1, 2, 3) == [1, 2]
-    assert replies(journal(copy)) == {}, "the tail is in use"
+    after = journal(copy)
+    assert known(after, 1, 2, 3) == [1, 2]
+    assert replies(after) == {"b@example.org": OK}
+
+
+def test_a_tail_behind_a_gap_in_the_numbers(path: Path) -> None:
+    killed(path, 1, 2, flush=False)
+    [tail] = tails(path)
+    tail.rename(path.with_name("journal-tail7"))
+    assert known(journal(path), 2) == [2]
+
+
+def test_a_tail_that_cannot_be_opened_is_passed_over(path: Path) -> None:
+    path.with_name("journal-tail0").mkdir(parents=True)
+    killed(path, 1, 2, flush=False)
+    assert known(journal(path), 1, 2) == [1, 2]
+    assert path.with_name("journal-tail1").is_file()
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        (0, '"no digest"'),
+        (2, "null"),
+        (3, "5"),
+        (4, "NaN"),
+        (5, "1e300"),
+        (6, str(10**30)),
+        (6, "7"),
+        (7, "null"),
+        (8, '["x"]'),
+        (9, '"no"'),
+        (9, "1, 2"),
+        (1, "[" * 100_000),
+    ],
+)
+def test_a_line_that_nobody_wrote_costs_only_itself(path: Path, field: int, wrong: str) -> None:
+    killed(path, 0, 1, 2, 3, flush=False)
+    [tail] = tails(path)
+    lines = [line for line in tail.read_text().splitlines() if line]
+    fields = [json.dumps(value) for value in json.loads(lines[0])]
+    fields[field] = wrong
+    lines[0] = f"[{', '.join(fields)}]"
+    tail.write_text("\n".join(lines))
+    deliveries = journal(path)
+    assert known(deliveries, 1, 2, 3) == [2, 3]
+    deliveries.flush()
+    assert rows(path) == 3
+    assert tail.read_bytes() == b""
+
+
+def test_what_is_older_does_not_replace_what_is_newer(path: Path) -> None:
+    """The tail of a process that died long ago, of a message that has come again since."""
+    killed(path, 1, 2, flush=False)
+    [tail] = tails(path)
+    old = tail.read_bytes()
+    deliveries = journal(path)
+    key = MessageKey("default", "", b"2")
+    deliveries.record(key, "b@example.org", NO)
+    deliveries.close()
+    tail.write_bytes(old)
+    journal(path).flush()
+    assert replies(journal(path), key) == {"b@example.org": NO}
+
+
+def test_a_child_of_a_handler_does_not_keep_the_tail(path: Path) -> None:
+    program = (
+        "import os, sys, signal\n"
+        "from pathlib import Path\n"
+        "from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey\n"
+        "from salmon_revsmtp.journal import JournalFile\n"
+        "from salmon_revsmtp.smtp.replies import Reply\n"
+        "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
+        "journal.flush()\n"
+        "ready = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.write(ready[1], b'x')\n"
+        "    os.read(0, 1)\n"  # until the test closes it
+        "    os._exit(0)\n"
+        "os.read(ready[0], 1)\n"
+        "key = MessageKey('default', '', b'1')\n"
+        "journal.record(key, 'b@example.org', Reply(250, 'ok'), flush=False)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.wait(60) < 0
+        found = known(journal(path), 1)
+        process.communicate()  # the child ends, too
+    assert found == [1]
+
+
+def test_a_tail_that_somebody_deletes_is_made_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "LOOK_EVERY", 0.0)
+    deliveries = journal(path)
+    deliveries.flush()
+    [tail] = tails(path)
+    tail.unlink()
+    deliveries.served(KEY)
+    deliveries.record(KEY, "b@example.org", OK, flush=False)
+    assert b"b@example.org" in tail.read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+def test_roots_tail_is_as_accessible_as_the_journal(path: Path) -> None:
+    JournalFile(path).open().close()
+    os.chown(path, 12345, 12345)
+    path.chmod(0o640)
+    journal(path).flush()
+    [tail] = tails(path)
+    status = tail.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 12345, 0o640)
 
 
 @pytest.mark.parametrize("written", [None, 20])

@@ -48,6 +48,7 @@ LOOK_EVERY = 0.05
 # Messages after whose delivery the journal's file is written, although there are more.
 WRITE_AT_LEAST = 256
 
+BUG = Reply(451, "internal error, try again later", "4.3.0")
 LOOP = Reply(554, f"{MAX_HOPS} hops, this message runs in a circle", "5.4.6")
 
 
@@ -91,7 +92,7 @@ class Errand:
     key: MessageKey | None = None
     begun: bool = False
     abandoned: bool = False
-    outcome: Answer | Exception | None = None
+    outcome: Answer | RuntimeError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> bool:
@@ -126,7 +127,7 @@ class Waiting:
     """An errand, who waits for it in which event loop, and until when on that loop's clock."""
 
     errand: Errand
-    answered: Callable[[Answer | Exception], None]
+    answered: Callable[[Answer | RuntimeError], None]
     loop: asyncio.AbstractEventLoop
     until: float
     done: bool = False
@@ -136,7 +137,7 @@ class Waiting:
         if not self.done and self.errand.outcome is not None:
             self.tell(self.errand.outcome)
 
-    def tell(self, outcome: Answer | Exception) -> None:
+    def tell(self, outcome: Answer | RuntimeError) -> None:
         """This is what they hear, once."""
         self.done = True
         self.answered(outcome)
@@ -174,10 +175,11 @@ class Courier:
         self._bouncer = bouncer
         self._rounds = rounds
         self._pending: list[Waiting] = []
+        self._looks_in: asyncio.AbstractEventLoop | None = None
         self._unwritten = 0
         self._known: dict[MessageKey, dict[str, Served]] = {}
 
-    def deliver(self, errand: Errand, answered: Callable[[Answer | Exception], None]) -> None:
+    def deliver(self, errand: Errand, answered: Callable[[Answer | RuntimeError], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
         them are safe or refused; with an exception if something is wrong with us.
 
@@ -192,15 +194,14 @@ class Courier:
             self._rounds.submit(self, waiting)
         except RuntimeError as error:  # the thread is closed
             errand.outcome = error
-        if not self._pending:
-            loop.call_later(LOOK_EVERY, self._look)
         self._pending.append(waiting)
+        self._look_soon(loop)
 
     async def delivered(self, errand: Errand) -> Answer:
         """The same, to be awaited."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def answered(outcome: Answer | Exception) -> None:
+        def answered(outcome: Answer | RuntimeError) -> None:
             if future.done():
                 return
             if isinstance(outcome, Exception):
@@ -215,12 +216,20 @@ class Courier:
         """Do not let those who wait depend on the round's end: a handler may be slow, or never
         return."""
         loop = asyncio.get_running_loop()
-        for waiting in self._pending:
-            waiting.come_home()
-            if not waiting.done and waiting.until <= loop.time():
-                waiting.tell(self._put_off(waiting.errand))
-        self._pending = [one for one in self._pending if not one.done]
-        if self._pending:
+        self._looks_in = None
+        try:
+            for waiting in self._pending:
+                waiting.come_home()
+                if not waiting.done and waiting.until <= loop.time():
+                    waiting.tell(self._put_off(waiting.errand))
+        finally:
+            self._pending = [one for one in self._pending if not one.done and one.loop is loop]
+            if self._pending:
+                self._look_soon(loop)
+
+    def _look_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._looks_in is not loop:
+            self._looks_in = loop
             loop.call_later(LOOK_EVERY, self._look)
 
     def _put_off(self, errand: Errand) -> Answer:
@@ -255,10 +264,9 @@ class Courier:
             return
         try:
             errand.outcome = self._deliver(errand)
-        except BaseException as error:  # a hook may try to end the process
-            errand.outcome = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            if errand.abandoned:
-                log.exception("a late delivery failed")
+        except BaseException:  # a hook may even try to end the process
+            log.exception("%s a delivery failed", self._via(errand))
+            errand.outcome = errand.abandon(BUG)
 
     def end(self, pieces: Sequence[Waiting]) -> None:
         """Answer those of a round."""
@@ -283,16 +291,16 @@ class Courier:
             return errand.abandon(LOOP)
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]
+        put_off: dict[str, Served] = {}
         for recipient in envelope.recipients:
             if errand.abandoned:
                 return None
-            if served := known.get(recipient):
+            if served := known.get(recipient) or put_off.get(recipient):
                 errand.add(served.reply, delivered=False)
                 continue
             served = self._hand_over(errand, key, recipient, content)
             errand.add(served.reply, delivered=served.reply.positive)
-            if not served.reply.transient:
-                known[recipient] = served
+            (put_off if served.reply.transient else known)[recipient] = served
         if errand.abandoned:
             return None
         return errand.answer(self._put_together(errand, key, known, lines), errand.replies)

@@ -60,6 +60,8 @@ class Rounds(Generic[Piece]):
     def submit(self, worker: Worker[Piece], piece: Piece) -> None:
         """Have ``worker`` do a piece.  Raises :class:`RuntimeError` after :meth:`close`."""
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the thread of deliveries is closed")
             if not self._at_work:
                 self._executor.submit(self._work)
                 self._at_work = True

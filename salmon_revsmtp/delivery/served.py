@@ -81,9 +81,14 @@ _SELECT = (
     "FROM deliveries WHERE digest IN ({}) AND abs(at - ?) < ?"
 )
 _INSERT = (
-    "INSERT OR REPLACE INTO deliveries "
+    "INSERT INTO deliveries "
     "(digest, service, reverse_path, recipient, at, expires, code, text, enhanced, notified) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+    "ON CONFLICT (digest, service, reverse_path, recipient) DO UPDATE SET at = excluded.at, "
+    "expires = excluded.expires, code = excluded.code, text = excluded.text, "
+    "enhanced = excluded.enhanced, notified = excluded.notified "
+    # What a dead process left may be older than what is there.
+    "WHERE excluded.at >= at"
 )
 _PRUNE = (
     "DELETE FROM deliveries WHERE (digest, service, reverse_path, recipient) IN (SELECT "
@@ -217,7 +222,7 @@ class DeliveryJournal:
             self._attempt(write)
 
     def close(self) -> None:
-        """Close the file; what could not be written is lost with the process."""
+        """Close the file; what could not be written is left in the tail, as far as that has it."""
         with self._lock:
             if self._unwritten:
                 self._attempt(self._flush)
@@ -270,7 +275,7 @@ class DeliveryJournal:
         """Read the file, also while it cannot be written; ``None`` if that cannot be."""
         try:
             return work(self._connected())
-        except (sqlite3.Error, OSError, ValueError):
+        except Exception:
             self._disconnect()  # what writes next says so
             return None
 
@@ -281,7 +286,7 @@ class DeliveryJournal:
             return None
         try:
             result = work(self._connected())
-        except (sqlite3.Error, OSError, ValueError) as error:
+        except Exception as error:
             self._disconnect()  # which rolls back
             self._retry_at = time.monotonic() + RETRY
             if not self._broken:
@@ -302,7 +307,7 @@ class DeliveryJournal:
         """The connection; a new one if somebody has deleted the file."""
         if self._database is not None and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY
-            if self._identity != self._on_disk():
+            if self._identity != self._on_disk() or (self._tail is not None and self._tail.lost):
                 self._disconnect()
                 self._leave_tail()
         if self._database is None:
@@ -316,14 +321,20 @@ class DeliveryJournal:
 
     def _take_tail(self) -> None:
         """Without one, what is recorded is written at once."""
-        with contextlib.suppress(OSError):
+        try:
             self._tail = Tail(self._file.path)
-            for digest, service, reverse_path, recipient, *row in self._tail.found:
-                with contextlib.suppress(ValueError, TypeError):
-                    served = _served(*row)
-                    if served.expires > time.time():
-                        key = MessageKey(service, reverse_path, digest)
-                        self._unwritten.setdefault(key, {})[recipient] = served
+        except OSError as error:
+            log.warning("journal=%s every delivery is a commit: %s", self._file.path, error)
+            return
+        for digest, service, reverse_path, recipient, *row in self._tail.found:
+            with contextlib.suppress(ValueError):  # no reply code
+                served = _served(*row)
+                recipients = self._unwritten.setdefault(
+                    MessageKey(service, reverse_path, digest), {}
+                )
+                known = recipients.get(recipient)
+                if served.expires > time.time() and (known is None or known.at <= served.at):
+                    recipients[recipient] = served
 
     def _leave_tail(self) -> None:
         if self._tail is not None:

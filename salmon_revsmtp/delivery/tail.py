@@ -12,10 +12,14 @@ takes over what is in it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import json
 import os
+import weakref
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 __all__ = ["Row", "Tail"]
@@ -23,7 +27,9 @@ __all__ = ["Row", "Tail"]
 #: A delivery as the journal's table has it: ten values, of which the first is octets.
 Row = tuple[Any, ...]
 
-COLUMNS = 10
+TYPES: tuple[Any, ...] = (bytes, str, str, str, float, float, int, str, (str, NoneType), int)
+# No number is as large as this, which is some thousand years in seconds.
+FAR = 2**40
 # Processes that use one journal at a time; any more do without.
 FILES = 100
 # Octets in it when the journal cannot be written for long.
@@ -37,46 +43,54 @@ class Tail:
         """Take one of the files beside ``journal``.  Raises :class:`OSError`."""
         self.found: list[Row] = []  #: what processes that died have left
         self._descriptor = -1
+        self._path = journal
         self._size = 0
+        _tails.add(self)
         try:
-            for number in range(FILES):
-                path = journal.with_name(f"{journal.name}-tail{number}")
-                if self._descriptor >= 0 and not path.exists():
-                    return
+            for path in sorted(journal.parent.glob(f"{glob.escape(journal.name)}-tail*")):
                 self._take(path)
+            for number in range(FILES):
+                if self._descriptor >= 0:
+                    return
+                self._take(journal.with_name(f"{journal.name}-tail{number}"), like=journal)
         except BaseException:
             self.close()
             raise
-        if self._descriptor < 0:
-            raise BlockingIOError(f"{journal}-tail*: all are in use")
+        raise BlockingIOError(errno.EAGAIN, f"{journal}-tail*: all are in use")
 
-    def _take(self, path: Path) -> None:
+    def _take(self, path: Path, like: Path | None = None) -> None:
         """Lock a file and read it, if nobody has it; the first is ours, what is in others is moved
-        there."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        there.  A new one is as accessible as ``like``."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(path, flags | (os.O_CREAT if like else 0), 0o600)
+        except (PermissionError, IsADirectoryError, FileNotFoundError):
+            return
+        ours = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return
-        with open(descriptor, "rb", closefd=False) as file:
-            found = [row for line in file if (row := _parsed(line))]
-        self.found += found
-        if self._descriptor < 0:
-            self._descriptor, self._size = descriptor, os.fstat(descriptor).st_size
-            return
-        try:
-            if all(self.append(row) for row in found):
+            if like:
+                _make_alike(descriptor, like)
+            with open(descriptor, "rb", closefd=False) as file:
+                found = [row for line in file if (row := _parsed(line))]
+            self.found += found
+            if self._descriptor < 0:
+                self._descriptor, self._path, ours = descriptor, path, True
+                self._size = os.fstat(descriptor).st_size
+            elif all(self.append(row) for row in found):
                 os.ftruncate(descriptor, 0)
+        except BlockingIOError:
+            return
         finally:
-            os.close(descriptor)
+            if not ours:
+                os.close(descriptor)
 
     def append(self, row: Row) -> bool:
         """Keep a delivery; ``False`` if that cannot be."""
         digest, *rest = row
         # The line end in front ends a line that a full disk has cut off.
         line = f"\n{json.dumps([digest.hex(), *rest])}\n".encode()
-        if self._size + len(line) > LIMIT:
+        if self._descriptor < 0 or self._size + len(line) > LIMIT:
             return False
         try:
             written = os.write(self._descriptor, line)
@@ -92,20 +106,49 @@ class Tail:
                 os.ftruncate(self._descriptor, 0)
                 self._size = 0
 
+    @property
+    def lost(self) -> bool:
+        """Somebody has deleted the file."""
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        except OSError:
+            return True
+
     def close(self) -> None:
         """Leave the file, with what is in it, to others."""
         if self._descriptor >= 0:
-            # A child that a handler has forked has the descriptor, too, and would keep the lock.
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = -1
 
 
+_tails: weakref.WeakSet[Tail] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """A child that a handler forks has our descriptors, and would keep the locks when we die."""
+    for tail in list(_tails):
+        tail.close()
+
+
+os.register_at_fork(after_in_child=_close_all)
+
+
+def _make_alike(descriptor: int, like: Path) -> None:
+    """Root may be the first here, and is not to shut others out of it."""
+    there = like.stat()
+    os.fchmod(descriptor, there.st_mode & 0o666)
+    if os.geteuid() == 0:
+        os.fchown(descriptor, there.st_uid, there.st_gid)
+
+
 def _parsed(line: bytes) -> Row | None:
-    """``None``: an empty line, or one that is not whole."""
+    """``None``: an empty line, or one that is not whole, or not ours."""
     try:
         digest, *rest = json.loads(line)
-        return (bytes.fromhex(digest), *rest) if len(rest) == COLUMNS - 1 else None
-    except (ValueError, TypeError):
+        row = (bytes.fromhex(digest), *rest)
+    except (ValueError, TypeError, RecursionError):
         return None
+    if len(row) != len(TYPES) or not all(map(isinstance, row, TYPES)):
+        return None
+    numbers = (value for value in row if isinstance(value, (int, float)))
+    return row if all(abs(number) < FAR for number in numbers) else None

@@ -216,6 +216,9 @@ class Receiver:
     ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
                           :class:`Reply` that refuses it.  It must not block.
 
+    ``ahead``: the whole messages that are read ahead.  The caller may make it less than the limits
+    have, where messages are delivered slowly.
+
     For the caller's clock: ``steps`` counts the commands, chunks and messages that became whole,
     ``content_octets`` the octets of content that came.
     """
@@ -230,6 +233,7 @@ class Receiver:
     ) -> None:
         self.hostname = hostname
         self.limits = limits or Limits()
+        self.ahead = self.limits.unanswered_messages
         self._accept_recipient = accept_recipient
         self._starttls = starttls
         self._shutting_down: Reply | None = None
@@ -274,7 +278,7 @@ class Receiver:
         """Enough is unanswered: stop reading until :meth:`answer` (bytes that come all the same
         are kept)."""
         return (
-            self._unanswered_messages >= self.limits.unanswered_messages
+            self._unanswered_messages >= self.ahead
             or self._unanswered_octets > self.limits.unanswered_octets
         )
 

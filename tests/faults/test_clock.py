@@ -12,6 +12,7 @@ from salmon_revsmtp.smtp.receiver import Transaction
 from salmon_revsmtp.smtp.replies import Reply
 
 TIMEOUT = 300.0
+OK = Reply(250, "ok")
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -29,9 +30,9 @@ class Wire(asyncio.Transport):
     def __init__(self, loop: Loop) -> None:
         super().__init__()
         self.loop, self.heard, self.closed_at = loop, b"", -1.0
-        self.tasks: list[asyncio.Task[None]] = []
-        self.delivering = asyncio.Event()
-        self.delivering.set()
+        self.handed_over: list[Callable[[Answer | RuntimeError], None]] = []
+        self.answered = 0
+        self.slow = False
         service = Service("x", ServiceSettings(hostname="h", domains=("example.org",)))
         self.session = Session(
             service, service.recipient_policy(()), self._deliver, Tally(), TIMEOUT
@@ -42,13 +43,17 @@ class Wire(asyncio.Transport):
         self,
         transaction: Transaction,
         session: Session,
-        answered: Callable[[Answer | Exception], None],
+        answered: Callable[[Answer | RuntimeError], None],
     ) -> None:
-        async def deliver() -> None:
-            await self.delivering.wait()
-            answered(Answer(Reply(250, "ok"), (Reply(250, "ok"),), 1, b""))
+        self.handed_over.append(answered)
+        if not self.slow:
+            self.answer(1)
 
-        self.tasks.append(self.loop.create_task(deliver()))
+    def answer(self, messages: int) -> None:
+        """Some of those that have been handed over are delivered."""
+        for answered in self.handed_over[self.answered : self.answered + messages]:
+            self.answered += 1
+            self.loop.call_soon(answered, Answer(OK, (OK,), 1, b""))
 
     async def say(self, data: bytes) -> None:
         self.session.data_received(data)
@@ -187,10 +192,11 @@ def test_each_small_chunk_that_becomes_whole_is_progress() -> None:
 
 def test_the_clock_stands_still_while_we_deliver_and_begins_anew_after_it() -> None:
     async def talk(wire: Wire) -> None:
-        wire.delivering.clear()
+        wire.slow = True
         await wire.say(BEGIN + b"BDAT 1 LAST\r\nx")
         assert await wire.later(3600)
-        wire.delivering.set()
+        wire.slow = False
+        wire.answer(1)
         await wire.let_run()
         assert await wire.later(299)
         assert not await wire.later(1)
@@ -202,13 +208,48 @@ def test_the_clock_stands_still_while_we_deliver_and_begins_anew_after_it() -> N
 
 def test_octets_that_come_while_we_deliver_do_not_stop_the_clock_behind_it() -> None:
     async def talk(wire: Wire) -> None:
-        wire.delivering.clear()
+        wire.slow = True
         await wire.say(BEGIN + b"BDAT 1 LAST\r\nxMAI")
-        wire.delivering.set()
+        wire.slow = False
+        wire.answer(1)
         await wire.let_run()
         for _ in range(299):
             assert await wire.later(1)
             await wire.say(b"x")
         assert not await wire.later(1)
+
+    on_the_wire(talk)
+
+
+MESSAGE = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\nx\r\n"
+
+
+def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
+    """Read ahead, they would be put off when ``handler_timeout`` has gone by."""
+
+    async def talk(wire: Wire) -> None:
+        wire.slow = True
+        await wire.say(b"EHLO p\r\n" + 100 * MESSAGE)
+        for answered in range(100):
+            assert len(wire.handed_over) == min(answered + 16, 100)
+            assert await wire.later(1.2)
+            wire.answer(1)
+            await wire.let_run()
+
+    on_the_wire(talk)
+
+
+def test_as_much_is_read_ahead_as_is_delivered_in_a_second() -> None:
+    async def talk(wire: Wire) -> None:
+        wire.slow = True
+        await wire.say(b"EHLO p\r\n" + 16 * MESSAGE)
+        assert await wire.later(0.4)
+        wire.answer(16)
+        await wire.let_run()
+        await wire.say(100 * MESSAGE)
+        assert len(wire.handed_over) == 16 + 40
+        wire.slow = False
+        wire.answer(40)
+        await wire.let_run()
 
     on_the_wire(talk)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import random
 import re
 import sqlite3
@@ -30,8 +31,6 @@ from conftest import PASSWORD, agent_keys
 from lives import LONG, Nursery
 from salmon import queue
 
-from salmon_revsmtp.delivery.served import DeliveryJournal
-from salmon_revsmtp.journal import JournalFile
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
@@ -161,19 +160,25 @@ class Books:
         path = self.folder / "run/revsmtp.sqlite3"
         if not path.exists():
             return set()
-        journal = DeliveryJournal(JournalFile(path))
-        journal.flush()  # with what the dead process has left beside it
-        journal.close()
         database = sqlite3.connect(path)
         try:
-            rows = database.execute("SELECT service, hex(digest), recipient FROM deliveries")
-            # The consumer's have the key of the file behind the queue's name.
-            return {
-                (" ".join(service.split()[:2]), digest.lower(), recipient)
-                for service, digest, recipient in rows
-            }
+            if not database.execute("PRAGMA user_version").fetchone()[0]:
+                return set()
+            rows = list(
+                database.execute("SELECT lower(hex(digest)), service, recipient FROM deliveries")
+            )
         finally:
             database.close()
+        # What the dead process has left beside it is for the next one to take over.
+        for tail in path.parent.glob("*-tail*"):
+            for line in filter(str.strip, tail.read_text().splitlines()):
+                digest, service, _, recipient, *_ = json.loads(line)
+                rows.append((digest, service, recipient))
+        # The consumer's have the key of the file behind the queue's name.
+        return {
+            (" ".join(service.split()[:2]), digest, recipient)
+            for digest, service, recipient in rows
+        }
 
     def _waiting(self) -> Iterator[Delivery]:
         for key in self.held.waiting(["example.org"]):
