@@ -118,6 +118,19 @@ def test_without_an_undeliverable_queue_one_is_made(
     assert len(salmon.undeliverable()) == 1
 
 
+@pytest.mark.parametrize("left", [(), ("tmp",), ("tmp", "new")])
+def test_an_undeliverable_queue_in_the_making_of_which_a_process_died(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    for part in ("tmp", "new", "cur"):
+        if part not in left:
+            (Path("run/undeliverable") / part).rmdir()
+    monkeypatch.setattr(Router, "UNDELIVERABLE_QUEUE", queue.Queue("run/undeliverable"))
+    heard, _ = exchange(salmon, "b@example.org")
+    assert heard[0].startswith("250 ")
+    assert len(salmon.undeliverable()) == 1
+
+
 @pytest.mark.parametrize(("number", "reply"), [(errno.ENOSPC, "452 4.3.1"), (errno.EIO, "451 4")])
 def test_undeliverable_mail_that_cannot_be_kept_stays_with_the_provider(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, number: int, reply: str

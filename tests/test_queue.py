@@ -154,6 +154,12 @@ def test_a_message_that_cannot_be_set_aside_stays(salmon: Salmon, monkeypatch: A
     assert len(salmon.undeliverable()) == 1
 
 
+def test_a_queue_in_the_making_of_which_a_process_died(salmon: Salmon) -> None:
+    Path("run/inbound/tmp").mkdir(parents=True)
+    heard, _ = exchange(salmon, "b@example.org", delivery="queue")
+    assert heard[0].startswith("250 ")
+
+
 def test_two_consumers_never_work_on_one_queue(salmon: Salmon) -> None:
     consumer = QueueConsumer("run/inbound")
     with Path("run/inbound.lock").open("w") as other:

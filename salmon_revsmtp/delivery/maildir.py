@@ -21,7 +21,7 @@ from salmon import queue
 from salmon_revsmtp.disk import sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["by_age", "disk_reply", "open_queue", "push_safely"]
+__all__ = ["by_age", "disk_reply", "make_whole", "open_queue", "push_safely"]
 
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
@@ -35,8 +35,17 @@ def open_queue(folder: str | Path) -> Any:
     place = Path(folder).expanduser()  # mailbox does that, and Salmon does not
     place.parent.mkdir(parents=True, exist_ok=True)
     opened = queue.Queue(str(place))
+    make_whole(opened)
     opened.mbox.clean()
     return opened
+
+
+def make_whole(target: Any) -> None:
+    """Make what is missing of a Salmon Queue: :mod:`mailbox` takes a folder that is there for a
+    Maildir, also if a process died while it was making it.  Raises :class:`OSError`."""
+    if type(target) is queue.Queue:
+        for part in target.mbox._paths.values():
+            Path(part).mkdir(mode=0o700, exist_ok=True)
 
 
 def push_safely(target: Any, *pieces: bytes | memoryview) -> str:

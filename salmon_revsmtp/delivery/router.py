@@ -22,7 +22,7 @@ from salmon import mail
 from salmon.routing import Router
 from salmon.server import SMTPError
 
-from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
+from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
@@ -169,5 +169,6 @@ def undeliverable_queue() -> _Undeliverable:
         if not isinstance(current, _Undeliverable):
             if current is None:
                 current = open_queue(DEFAULT_UNDELIVERABLE)
+            make_whole(current)
             current = Router.UNDELIVERABLE_QUEUE = _Undeliverable(current)
         return current

@@ -253,3 +253,17 @@ def test_as_much_is_read_ahead_as_is_delivered_in_a_second() -> None:
         await wire.let_run()
 
     on_the_wire(talk)
+
+
+def test_a_half_close_in_the_turn_of_the_answer_does_not_cost_it() -> None:
+    async def talk(wire: Wire) -> None:
+        wire.slow = True
+        await wire.say(BEGIN + b"BDAT 1 LAST\r\nx")
+        wire.answer(1)
+        kept: list[bool] = []
+        wire.loop.call_soon(lambda: kept.append(wire.session.eof_received()))
+        await wire.let_run()
+        assert kept == [True], "the connection is kept open for it"
+        assert wire.heard.endswith(b"250 2.0.0 ok\r\n")
+
+    on_the_wire(talk)

@@ -29,8 +29,8 @@ from typing import Any
 import pytest
 from conftest import PASSWORD, agent_keys
 from lives import LONG, Nursery
-from salmon import queue
 
+from salmon_revsmtp.delivery.maildir import open_queue
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
@@ -195,7 +195,7 @@ class Books:
 
     def _queue(self, name: str) -> Iterator[tuple[str, bytes]]:
         if (self.folder / name).exists():
-            opened = queue.Queue(str(self.folder / name))
+            opened = open_queue(self.folder / name)
             for key in opened.keys():
                 yield key, opened.mbox.get_bytes(key)
 
