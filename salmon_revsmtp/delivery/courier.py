@@ -181,7 +181,7 @@ class Courier:
 
     def deliver(self, errand: Errand, answered: Callable[[Answer | RuntimeError], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
-        them are safe or refused; with an exception if something is wrong with us.
+        them are safe or refused; with :class:`RuntimeError` if there is no thread any more.
 
         Past the service's ``handler_timeout`` the answer is 451 for those that are not.  A message
         whose turn has not come by then is not handled at all; a handler that is running goes on,
