@@ -31,8 +31,8 @@ __all__ = ["SENDER", "message"]
 
 SENDER, RECIPIENT = "bench@example.net", f"bench@{DOMAIN}"
 
-# What is unanswered at a time.  Our receiver reads 256 messages or 1 MiB ahead, so that this much
-# keeps its socket full; any more would only measure the kernel's buffers.
+# What is unanswered at a time.  Our receiver reads at most 256 messages or 1 MiB ahead, so that
+# this much keeps its socket full; any more would only measure the kernel's buffers.
 WINDOW_MESSAGES = 1024
 WINDOW_OCTETS = 4 * 1024 * 1024
 PIECE = 256 * 1024

@@ -273,6 +273,41 @@ def test_what_is_older_does_not_replace_what_is_newer(path: Path) -> None:
     assert replies(journal(path), key) == {"b@example.org": NO}
 
 
+def test_a_clock_that_was_ahead_is_no_reason_to_forget(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 400 * DAY)
+    journal(path).record(KEY, "b@example.org", OK)
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert replies(journal(path)) == {}
+    journal(path).record(KEY, "b@example.org", NO)
+    assert replies(journal(path)) == {"b@example.org": NO}
+
+
+def test_a_row_that_nobody_wrote_breaks_no_round(path: Path) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    database = JournalFile(path).open()
+    database.execute("UPDATE deliveries SET code = 7")
+    database.close()
+    assert deliveries.served(KEY) == {}
+
+
+def test_the_file_is_written_after_so_many_messages(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "WRITE_AT_LEAST", 3)
+    deliveries = journal(path)
+    deliveries.flush()
+    written = []
+    for number in range(4):
+        key = KEY._replace(digest=b"%d" % number)
+        deliveries.record(key, "b@example.org", OK, flush=False)
+        written.append(rows(path))
+    assert written == [0, 0, 3, 3]
+
+
 def test_a_child_of_a_handler_does_not_keep_the_tail(path: Path) -> None:
     program = (
         "import os, sys, signal\n"

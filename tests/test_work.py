@@ -100,8 +100,7 @@ def test_a_message_into_handlers(salmon: Salmon) -> None:
     salmon.handle(".*")
     work = per_message(salmon, hostname="mail.example.org")
     # One hand-over to the delivery thread, which may have to be woken up; one record written in the
-    # journal, and for all that is
-    # handed over at a time one look into it; no file but the journal's.
+    # journal, and one look into it for all that is handed over at a time; no other file.
     assert work["python submit"] <= 1.3
     assert work["execute"] <= 1.3
     assert work.get("fsync", 0) == 0

@@ -45,9 +45,6 @@ log = logging.getLogger(__name__)
 # Seconds between two looks of the event loop at what has been delivered and not been answered.
 LOOK_EVERY = 0.05
 
-# Messages after whose delivery the journal's file is written, although there are more.
-WRITE_AT_LEAST = 256
-
 BUG = Reply(451, "internal error, try again later", "4.3.0")
 LOOP = Reply(554, f"{MAX_HOPS} hops, this message runs in a circle", "5.4.6")
 
@@ -176,7 +173,6 @@ class Courier:
         self._rounds = rounds
         self._pending: list[Waiting] = []
         self._looks_in: asyncio.AbstractEventLoop | None = None
-        self._unwritten = 0
         self._known: dict[MessageKey, dict[str, Served]] = {}
 
     def deliver(self, errand: Errand, answered: Callable[[Answer | RuntimeError], None]) -> None:
@@ -273,13 +269,9 @@ class Courier:
         for loop, those in groupby(pieces, key=lambda one: one.loop):
             with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
                 loop.call_soon_threadsafe(_come_home, list(those))
-        self._unwritten += len(pieces)
-        if self._unwritten >= WRITE_AT_LEAST:
-            self.rest()
 
     def rest(self) -> None:
         """There is time for what nobody waits for."""
-        self._unwritten = 0
         self._journal.flush()
 
     def _deliver(self, errand: Errand) -> Answer | None:

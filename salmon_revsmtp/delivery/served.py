@@ -23,7 +23,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from salmon_revsmtp.delivery.tail import Row, Tail
 from salmon_revsmtp.journal import JournalFile
@@ -34,6 +34,8 @@ __all__ = ["WEEK", "DeliveryJournal", "MessageKey", "Served"]
 #: Seconds in which a repeat is known: providers give up after four or five days (RFC 5321 4.5.4.1).
 WEEK = 7 * 86400.0
 
+# Messages whose deliveries are written, although nobody asks for that yet.
+WRITE_AT_LEAST = 256
 # Messages kept in memory while the file cannot be written, about 500 octets each.
 REMEMBERED = 100_000
 # Seconds until a file that could not be used is tried again.
@@ -81,14 +83,13 @@ _SELECT = (
     "FROM deliveries WHERE digest IN ({}) AND abs(at - ?) < ?"
 )
 _INSERT = (
-    "INSERT INTO deliveries "
+    "INSERT OR REPLACE INTO deliveries "
     "(digest, service, reverse_path, recipient, at, expires, code, text, enhanced, notified) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-    "ON CONFLICT (digest, service, reverse_path, recipient) DO UPDATE SET at = excluded.at, "
-    "expires = excluded.expires, code = excluded.code, text = excluded.text, "
-    "enhanced = excluded.enhanced, notified = excluded.notified "
-    # What a dead process left may be older than what is there.
-    "WHERE excluded.at >= at"
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_NEWER = (
+    "SELECT 1 FROM deliveries "
+    "WHERE digest = ? AND service = ? AND reverse_path = ? AND recipient = ? AND at > ?"
 )
 _PRUNE = (
     "DELETE FROM deliveries WHERE (digest, service, reverse_path, recipient) IN (SELECT "
@@ -151,15 +152,15 @@ class DeliveryJournal:
         digests = [key.digest for key in found]
         select = _SELECT.format(", ".join("?" for _ in digests))
 
-        def read(database: sqlite3.Connection) -> list[Any]:
-            return database.execute(select, (*digests, time.time(), window)).fetchall()
-
-        with self._lock:
-            rows = self._read(read) or []
+        def read(database: sqlite3.Connection) -> None:
+            rows = database.execute(select, (*digests, time.time(), window))
             for digest, service, reverse_path, recipient, *row in rows:
                 key = MessageKey(service, reverse_path, digest)
                 if key in found:
                     found[key][recipient] = _served(*row)
+
+        with self._lock:
+            self._read(read)
             for key, recipients in found.items():
                 recipients.update(self._unwritten.get(key, {}))
         return found
@@ -238,7 +239,7 @@ class DeliveryJournal:
             kept = tail is not None and all(
                 tail.append(_row(key, recipient, row)) for recipient, row in rows.items()
             )
-            if flush or not kept:
+            if flush or not kept or len(self._unwritten) >= WRITE_AT_LEAST:
                 self._attempt(self._flush)
             while len(self._unwritten) > REMEMBERED:
                 self._unwritten.popitem(last=False)
@@ -316,25 +317,31 @@ class DeliveryJournal:
             self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._identity = self._on_disk()
             if self._tail is None:
-                self._take_tail()
+                self._take_tail(self._database)
         return self._database
 
-    def _take_tail(self) -> None:
+    def _take_tail(self, database: sqlite3.Connection) -> None:
         """Without one, what is recorded is written at once."""
         try:
-            self._tail = Tail(self._file.path)
+            tail = Tail(self._file.path)
         except OSError as error:
             log.warning("journal=%s every delivery is a commit: %s", self._file.path, error)
             return
-        for digest, service, reverse_path, recipient, *row in self._tail.found:
+        for row in tail.found:
+            digest, service, reverse_path, recipient, *rest = row
             with contextlib.suppress(ValueError):  # no reply code
-                served = _served(*row)
+                served = _served(*rest)
                 recipients = self._unwritten.setdefault(
                     MessageKey(service, reverse_path, digest), {}
                 )
+                # What a dead process left may be older than what is here or in the file.
                 known = recipients.get(recipient)
-                if served.expires > time.time() and (known is None or known.at <= served.at):
+                newer = known and known.at > served.at
+                newer = newer or database.execute(_NEWER, row[:5]).fetchone()
+                if not newer and served.expires > time.time():
                     recipients[recipient] = served
+        tail.found.clear()
+        self._tail = tail
 
     def _leave_tail(self) -> None:
         if self._tail is not None:

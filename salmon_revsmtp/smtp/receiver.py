@@ -64,7 +64,7 @@ class State(Enum):
     HANDSHAKE = auto()  #: after STARTTLS: bytes wait until the caller has done the handshake
     CLOSED = auto()  #: after QUIT or 421: bytes are ignored
 
-    # Enum's own is slow, and every octet that comes goes by a look into a table of states.
+    # Enum's own is slow, and every command goes by a look into tables of states.
     __hash__ = object.__hash__
 
 
