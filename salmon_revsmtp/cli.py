@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -340,6 +341,7 @@ def _in_a_thread(show: Callable[[Report], None]) -> Iterator[Callable[[Report], 
     raised with the next report or at the end."""
     import signal
     import threading
+    import traceback
     from queue import SimpleQueue
 
     reports: SimpleQueue[Report | None] = SimpleQueue()
@@ -367,10 +369,16 @@ def _in_a_thread(show: Callable[[Report], None]) -> Iterator[Callable[[Report], 
             reports.put(None)
         ended.wait()
     except BaseException as error:
-        if not ended.wait(LAST_WORDS) and isinstance(error, KeyboardInterrupt):
-            # Nothing less ends a write into a full pipe.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
+        # A second ctrl-c is no reason to wait any longer.
+        with contextlib.suppress(KeyboardInterrupt):
+            ended.wait(LAST_WORDS)
+        if not ended.is_set():
+            # A write into a full pipe ends with the process, and Python's own end waits for it.
+            if isinstance(error, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+            traceback.print_exc()
+            os._exit(ATTENTION)
         raise
     if errors:
         raise errors[0]

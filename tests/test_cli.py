@@ -234,6 +234,8 @@ def unread(project: Project) -> Iterator[subprocess.Popen[bytes]]:
         cwd=project.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # It hears ctrl-c also where the tests do not: in the background of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         select.select([process.stdout], [], [], 60)
         yield process
@@ -276,6 +278,25 @@ def test_ctrl_c_ends_a_command_that_nobody_reads(project: Project) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
             assert process.returncode in (1, -signal.SIGINT)
+
+
+def test_an_error_ends_a_command_that_nobody_reads() -> None:
+    """Such as asyncio's, which may lose a ctrl-c while it closes its loop."""
+    program = (
+        "from salmon_revsmtp import cli\n"
+        "with cli._in_a_thread(print) as show:\n"
+        "    show('x' * 100_000)\n"
+        "    raise RuntimeError('Event loop stopped')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert b"RuntimeError: Event loop stopped" in process.stderr.read()
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
