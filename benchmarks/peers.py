@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.processes import ROOT, Child, free_port, wait_for_port
+from benchmarks.processes import ROOT, Child, wait_for_port
 from benchmarks.project import ACCOUNT, DOMAIN, PASSWORD, project
 from benchmarks.table import Missing
 
 sys.path.insert(0, str(ROOT / "tests/interop"))
 from servers import find as find_chroot
+from servers import free_port
 
 __all__ = [
     "collect",

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn
 
-__all__ = ["ROOT", "Child", "Failure", "end_with_parent", "free_port", "module", "wait_for_port"]
+__all__ = ["ROOT", "Child", "Failure", "end_with_parent", "module", "wait_for_port"]
 
 #: The checkout.
 ROOT = Path(__file__).parent.parent
@@ -126,13 +126,6 @@ def end_with_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int, child: Child, timeout: float = 20.0) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Dialogue, no_more_mail
+from servers import free_port
 from test_cli import MESSAGE, Project, isp, one_message, provider
 
 from salmon_revsmtp.control import ask
@@ -30,12 +31,6 @@ def project(tmp_path: Path) -> Project:
     # Salmon's own receiver must not meet that of another test.
     made.receiver_port = free_port()
     return made
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
@@ -60,13 +55,17 @@ def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[by
         text + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
     )
     environment = {**os.environ, "ISP_PASSWORD": "correct horse battery"}
-    log = (project.folder / "server.log").open("wb")
+    log_file = project.folder / "server.log"
+    log = log_file.open("wb")
     process = subprocess.Popen(
         command, cwd=project.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
     )
     try:
         wait_for(lambda: answers(project), process)
         yield process
+    except AssertionError:
+        print(log_file.read_text())
+        raise
     finally:
         process.kill()
         process.wait()

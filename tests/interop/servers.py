@@ -156,10 +156,20 @@ def _expect(client: smtplib.SMTP, code: int, command: str) -> None:
     assert got == code, f"{command}: {got} {text!r}"
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port for a server that sets SO_REUSEADDR, as they all do.
+
+    It stays bound, not listening, until this process ends, so that the system gives it to no other
+    socket meanwhile: not to a test that runs beside this one, and not to an outgoing connection.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    _reserved.append(reserved)
+    return int(reserved.getsockname()[1])
 
 
 EXIM = """
