@@ -264,12 +264,17 @@ def test_after_a_restart_the_retry_serves_only_the_unserved(salmon: Salmon) -> N
     assert "b@example.org" in text and "c@example.org" not in text
 
 
-def test_a_repeat_is_answered_as_before_and_not_handled_again(salmon: Salmon) -> None:
+def test_a_repeat_is_answered_as_before_and_not_handled_again(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     salmon.handle("a@.*")
     heard, report = exchange(salmon, "a@example.org", times=3)
     assert [line[:3] for line in heard] == ["250", "250", "250"]
     assert len(salmon.handled) == 1
     assert report.messages == 1
+    said = [line for line in caplog.messages if "to=<a@example.org>" in line]
+    assert [line.endswith("reply='250 2.0.0 delivered' repeat") for line in said] == [0, 1, 1]
     heard, report = exchange(salmon, "a@example.org")
     assert (heard[0][:3], report.messages) == ("250", 0)
     assert len(salmon.handled) == 1
@@ -454,12 +459,16 @@ def transaction(data: bytes, *recipients: str) -> bytes:
     return commands + b"BDAT %d LAST\r\n" % len(data) + data
 
 
-def test_a_slow_handler_does_not_hold_up_the_answer_to_the_message_before(salmon: Salmon) -> None:
+def test_a_slow_handler_does_not_hold_up_the_answer_to_the_message_before(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     answered = threading.Event()
     salmon.handle("fast@.*")
 
     def slow(message: MailRequest) -> None:
         assert answered.wait(20)
+        assert "to=<fast@example.org>" in caplog.text, "what was answered is in the log"
 
     salmon.handle("slow@.*", slow)
     fast = transaction(MESSAGE, "fast@example.org")
