@@ -173,3 +173,18 @@ def test_a_bug_ends_one_round_and_not_the_thread(
     rounds.submit(other, "b")
     assert other.wait() == ["begin b", "b", "end b"]
     assert clerk.minutes == ["begin bug"]
+
+
+def test_a_round_is_prepared_for_what_there_is_time_for(
+    rounds: Rounds[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROUND_SECONDS", 0.0)  # for one piece
+    gate = Gate("a")
+    clerk = Clerk(gate)
+    busy_with(rounds, clerk, gate)
+    for piece in "bcdef":
+        rounds.submit(clerk, piece)
+    gate.opened.set()
+    begun = [line for line in clerk.wait(6) if line.startswith("begin")]
+    assert begun[:3] == ["begin a", "begin b c d e f", "begin c d"]
+    assert begun[-1] == "begin f"

@@ -54,6 +54,7 @@ class Rounds(Generic[Piece]):
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Worker[Piece], Piece]] = deque()
+        self._most = ROUND_PIECES  # in the next round
         self._at_work = False
         self._closed = False
 
@@ -100,7 +101,7 @@ class Rounds(Generic[Piece]):
                 return None
             worker = self._waiting[0][0]
             pieces: list[Piece] = []
-            while self._waiting and self._waiting[0][0] is worker and len(pieces) < ROUND_PIECES:
+            while self._waiting and self._waiting[0][0] is worker and len(pieces) < self._most:
                 pieces.append(self._waiting.popleft()[1])
             return worker, pieces
 
@@ -113,4 +114,7 @@ class Rounds(Generic[Piece]):
             worker.do(pieces[done])
             done += 1
         worker.end(pieces[:done])
+        # To prepare for a piece for which there is no time is work that is done again.
+        most = 2 * self._most if done == len(pieces) else done + done // 4
+        self._most = min(most + 1, ROUND_PIECES)
         return pieces[done:]
