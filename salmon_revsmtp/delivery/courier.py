@@ -170,8 +170,10 @@ def _come_home(pieces: Sequence[Waiting]) -> None:
 
 def _for_all(envelope: Envelope, each: Sequence[Reply]) -> Reply | None:
     """The reply that a client hears behind those of the recipients, if it hears those."""
+    if not envelope.prdr:
+        return None
     taken = sum(reply.positive for reply in each)
-    if not (envelope.prdr and taken):
+    if not taken:
         return None
     return Reply(250, f"taken for {taken} of {len(each)} recipients", "2.0.0")
 
@@ -381,11 +383,13 @@ class Courier:
         self, errand: Errand, key: MessageKey, known: dict[str, Served], content: bytes
     ) -> Reply:
         replies: Sequence[Reply] = errand.replies
+        if total := _for_all(errand.envelope, replies):
+            return total
+        if len(replies) == 1:
+            return replies[0]
         positive = [reply for reply in replies if reply.positive]
         transient = [reply for reply in replies if reply.transient]
         permanent = [reply for reply in replies if reply.permanent]
-        if total := _for_all(errand.envelope, replies):
-            return total
         if transient:
             return transient[0]
         if not positive:

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from salmon import mail
@@ -60,8 +57,7 @@ class RouterDelivery:
             log.error("recipient=%s no undeliverable queue can be made: %s", recipient, error)
             return disk_reply(error)
         message = b"".join((trace, content))
-        lines = envelope_lines(envelope.reverse_path, recipient)
-        with undeliverable.keeping(lines, message) as kept:
+        with undeliverable.keeping(envelope, recipient, message) as kept:
             try:
                 request = mail.MailRequest(peer, envelope.reverse_path or "<>", recipient, message)
                 if recipient:  # Salmon takes the To header where it cannot read the envelope
@@ -95,21 +91,34 @@ def reply_to_error(error: SMTPError) -> Reply:
     return Reply(451, f"handler error: {text}", "4.3.0")
 
 
-@dataclass
 class _Kept:
-    """The message that a thread is delivering, and whether it has gone into the queue."""
+    """The message that a thread is delivering, and whether it has gone into the queue.
 
-    queue: Any
-    stored: tuple[bytes, ...]
-    request: Any = None
-    done: bool = False
-    failure: OSError | None = None
+    While the context lasts, a push of ``request`` by this thread stores the message.
+    """
+
+    def __init__(
+        self, before: _Undeliverable, envelope: Envelope, recipient: str, message: bytes
+    ) -> None:
+        self.request: Any = None
+        self.done = False
+        self.failure: OSError | None = None
+        self._before = before
+        self._envelope, self._recipient, self._message = envelope, recipient, message
+
+    def __enter__(self) -> _Kept:
+        self._before.delivering.kept = self
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._before.delivering.kept = None
 
     def push(self) -> str:
         if self.done:
             return ""
+        lines = envelope_lines(self._envelope.reverse_path, self._recipient)
         try:
-            key = push_safely(self.queue, *self.stored)
+            key = push_safely(self._before.original, lines, self._message)
         except OSError as error:
             self.failure = error
             raise
@@ -129,7 +138,7 @@ class _Undeliverable:
 
     def __init__(self, original: Any) -> None:
         self.original = original
-        self._thread = threading.local()
+        self.delivering = threading.local()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)
@@ -138,7 +147,7 @@ class _Undeliverable:
         return len(self.original)
 
     def push(self, message: Any) -> Any:
-        kept: _Kept | None = getattr(self._thread, "kept", None)
+        kept: _Kept | None = getattr(self.delivering, "kept", None)
         if kept is not None and message is kept.request:
             return kept.push()
         return self.original.push(message)
@@ -147,15 +156,9 @@ class _Undeliverable:
         """Store a message as it is, synced.  Raises :class:`OSError`."""
         return push_safely(self.original, stored)
 
-    @contextmanager
-    def keeping(self, *stored: bytes) -> Iterator[_Kept]:
-        """While this lasts, a push of ``request`` by this thread stores ``stored``."""
-        kept = _Kept(self.original, stored)
-        self._thread.kept = kept
-        try:
-            yield kept
-        finally:
-            self._thread.kept = None
+    def keeping(self, envelope: Envelope, recipient: str, message: bytes) -> _Kept:
+        """A context for the delivery of a message."""
+        return _Kept(self, envelope, recipient, message)
 
 
 _wrapping = threading.Lock()

@@ -22,7 +22,6 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from salmon_revsmtp.delivery.tail import Row, Tail
@@ -67,8 +66,7 @@ class MessageKey(NamedTuple):
         return cls(service, reverse_path, hashlib.sha256(data).digest())
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """One delivery that was made: when, and until when that is of interest (seconds since the
     epoch), what was answered, and whether its sender has been notified that it failed."""
 
@@ -190,7 +188,7 @@ class DeliveryJournal:
         self, key: MessageKey, failed: Mapping[str, Served]
     ) -> Mapping[str, Served]:
         """Note that the sender has been told of these failures; returns them as they are now."""
-        told = {one: replace(row, notified=True) for one, row in failed.items()}
+        told = {one: row._replace(notified=True) for one, row in failed.items()}
         self._write(key, told)
         return told
 
@@ -235,9 +233,8 @@ class DeliveryJournal:
     def _write(self, key: MessageKey, rows: Mapping[str, Served], flush: bool = True) -> None:
         with self._lock:
             self._unwritten.setdefault(key, {}).update(rows)
-            tail = self._tail
-            kept = tail is not None and all(
-                tail.append(_row(key, recipient, row)) for recipient, row in rows.items()
+            kept = self._tail is not None and self._tail.append(
+                *(_row(key, recipient, row) for recipient, row in rows.items())
             )
             if flush or not kept or len(self._unwritten) >= WRITE_AT_LEAST:
                 self._attempt(self._flush)

@@ -77,7 +77,7 @@ class Tail:
             if self._descriptor < 0:
                 self._descriptor, self._path, ours = descriptor, path, True
                 self._size = os.fstat(descriptor).st_size
-            elif all(self.append(row) for row in found):
+            elif self.append(*found):
                 os.ftruncate(descriptor, 0)
         except BlockingIOError:
             return
@@ -85,19 +85,18 @@ class Tail:
             if not ours:
                 os.close(descriptor)
 
-    def append(self, row: Row) -> bool:
-        """Keep a delivery; ``False`` if that cannot be."""
-        digest, *rest = row
+    def append(self, *rows: Row) -> bool:
+        """Keep deliveries; ``False`` if that cannot be."""
         # The line end in front ends a line that a full disk has cut off.
-        line = f"\n{json.dumps([digest.hex(), *rest])}\n".encode()
-        if self._descriptor < 0 or self._size + len(line) > LIMIT:
+        lines = "".join(f"\n{_encode([row[0].hex(), *row[1:]])}\n" for row in rows).encode()
+        if self._descriptor < 0 or self._size + len(lines) > LIMIT:
             return False
         try:
-            written = os.write(self._descriptor, line)
+            written = os.write(self._descriptor, lines)
         except OSError:
             return False
         self._size += written
-        return written == len(line)
+        return written == len(lines)
 
     def clear(self) -> None:
         """All that was appended is in the journal."""
@@ -120,6 +119,9 @@ class Tail:
             os.close(self._descriptor)
             self._descriptor = -1
 
+
+# There are no circles in a row.
+_encode = json.JSONEncoder(check_circular=False).encode
 
 _tails: weakref.WeakSet[Tail] = weakref.WeakSet()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
-import secrets
 import time
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -54,7 +54,7 @@ class Hop:
         return (
             f"Received: from {helo} ([{client}])\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.via})\n"
-            f"\twith {self.protocol(envelope)} id {secrets.token_hex(8)}\n"
+            f"\twith {self.protocol(envelope)} id {random.getrandbits(64):016x}\n"
             f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
         ).encode()
 
