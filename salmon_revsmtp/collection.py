@@ -112,8 +112,8 @@ class Collection:
                 self.tally.refuse(1, refusal)
         if wanted:
             accepted = Envelope(
-                envelope.reverse_path,
-                wanted,
+                sound(envelope.reverse_path),
+                tuple(sound(one) for one in wanted),
                 {**envelope.mail_options, "PRDR": ""},  # every recipient has a reply of its own
                 envelope.rcpt_options,
                 envelope.helo,

@@ -98,6 +98,8 @@ class Tally:
         for reply in answer.each:
             if not reply.positive:
                 self.refuse(1, reply)
+        if answer.reply.transient:  # whatever became of each, the client comes again
+            self.put_off = answer.reply
 
 
 class Service:

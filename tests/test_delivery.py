@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email
 import errno
+import logging
 import smtplib
 import sqlite3
 import threading
@@ -33,7 +34,9 @@ from salmon.mail import MailRequest
 from salmon.routing import Router
 from salmon.server import SMTPError, SMTPReceiver
 
-from salmon_revsmtp import Reply, hookimpl
+from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
+from salmon_revsmtp.collection import Collection
+from salmon_revsmtp.delivery import courier
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.report import Outcome, Report
 
@@ -280,6 +283,34 @@ def test_a_repeat_is_answered_as_before_and_not_handled_again(
     assert len(salmon.handled) == 1
 
 
+def test_a_repeat_of_a_sender_that_is_no_utf8_is_known(salmon: Salmon) -> None:
+    class Archive(Agent):
+        """Reads its envelopes from files, as the octets are."""
+
+        protocol = "archive"
+        domains = ("example.org",)
+
+        async def collect(self, collection: Collection) -> Outcome:
+            sender = b"j\xfcrgen@example.net".decode("utf-8", "surrogateescape")
+            [reply] = await collection.deliver(Envelope(sender, ("b@example.org",)), MESSAGE)
+            assert reply.positive, reply
+            return Outcome.COLLECTED
+
+    class Plugin:
+        @hookimpl
+        def register_agent_types(self, register: Any) -> None:
+            register(Archive)
+
+    salmon.handle(".*")
+    plugins = Plugins.load()
+    plugins.register(Plugin())
+    for _ in range(2):
+        agent = {"name": "old", "protocol": "archive"}
+        [report] = asyncio.run(collect(salmon, agent, plugins=plugins, default=DEFAULT))
+        assert (report.outcome, report.error) == (Outcome.COLLECTED, None)
+    assert len(salmon.handled) == 1
+
+
 def test_a_refusal_is_repeated_as_before(salmon: Salmon) -> None:
     salmon.handle("a@.*", fails(550, "5.1.1 no a here"))
     for _ in range(2):
@@ -308,7 +339,8 @@ class Slow:
     def __call__(self, message: MailRequest) -> None:
         if b"slow" in message.Data:
             self.began.set()
-            assert self.go.wait(20)
+            if not self.go.wait(20):
+                raise SMTPError(554, "nobody has let it go")
 
 
 def slowly(salmon: Salmon, script: Script, **service: Any) -> Report:
@@ -415,6 +447,7 @@ def at_once(
     *transactions: bytes,
     until: threading.Event | None = None,
     plugins: Plugins | None = None,
+    **service: Any,
 ) -> list[str]:
     """Collect from a provider that sends messages in one piece, of which those behind the first
     are delivered in one round; returns the answers to the data.
@@ -446,7 +479,8 @@ def at_once(
 
     async def main() -> None:
         async with scripted(script, no_more_mail) as port:
-            await collect(salmon, agent_keys(port), plugins=plugins)
+            keys = {**DEFAULT, **service}
+            await collect(salmon, agent_keys(port), plugins=plugins, default=keys)
 
     asyncio.run(main())
     return answers[1:]
@@ -465,15 +499,39 @@ def test_a_slow_handler_does_not_hold_up_the_answer_to_the_message_before(
     caplog.set_level("INFO")
     answered = threading.Event()
     salmon.handle("fast@.*")
+    seen = []
 
     def slow(message: MailRequest) -> None:
-        assert answered.wait(20)
-        assert "to=<fast@example.org>" in caplog.text, "what was answered is in the log"
+        seen.append((answered.wait(20), "to=<fast@example.org>" in caplog.text))
 
     salmon.handle("slow@.*", slow)
     fast = transaction(MESSAGE, "fast@example.org")
     answers = at_once(salmon, fast, transaction(SLOW, "slow@example.org"), until=answered)
-    assert [answer[:3] for answer in answers] == ["250", "250"]
+    assert seen == [(True, True)], "answered, and in the log"
+    assert answers == ["250 2.0.0 delivered"] * 2
+
+
+def test_what_was_done_in_time_is_not_put_off_for_a_slow_one_behind_it(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(courier, "LOOK_EVERY", 1.0)  # nobody looks before the time is up
+    salmon.handle("fast@.*")
+    answered = threading.Event()
+    salmon.handle("slow@.*", lambda message: answered.wait(20) and None)
+    answers = at_once(
+        salmon,
+        transaction(MESSAGE, "fast@example.org"),
+        transaction(SLOW, "slow@example.org"),
+        transaction(MESSAGE, "behind@example.org"),
+        until=answered,
+        handler_timeout=0.9,
+    )
+    late = "451 4.3.0 not done in 0.9 seconds, try again later"
+    assert answers == ["250 2.0.0 delivered", late, late]
+    assert "to=<fast@example.org>" in caplog.text
+    assert caplog.text.count("its handler goes on") == 1
+    assert caplog.text.count("its turn did not come") == 1
 
 
 def test_a_message_twice_in_one_round_is_handled_and_notified_once(salmon: Salmon) -> None:
@@ -512,6 +570,48 @@ def test_a_hook_that_ends_the_process_ends_the_delivery_of_one_message(
         "250 2.0.0 delivered",
     ]
     assert "SystemExit: 3" in caplog.text
+
+
+def test_a_hook_that_ends_the_process_when_a_message_is_delivered(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Leaves:
+        @hookimpl
+        def message_delivered(self, recipient: str) -> None:
+            if recipient.startswith("bad"):
+                raise SystemExit(3)
+
+    caplog.set_level("INFO")
+    salmon.handle("bad@.*")
+    plugins = Plugins.load()
+    plugins.register(Leaves())
+    bad = transaction(MESSAGE, "bad@example.org")
+    answers = at_once(salmon, bad, bad, plugins=plugins)
+    assert answers == ["451 4.3.0 internal error, try again later", "250 2.0.0 delivered"]
+    assert [message.To.partition("@")[0] for message in salmon.handled] == ["first", "bad"]
+    said = [line for line in caplog.messages if "to=<bad@" in line]
+    assert [line.endswith("repeat") for line in said] == [False, True]
+
+
+def test_a_filter_of_the_log_that_raises_costs_a_line_and_no_mail(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(record: logging.LogRecord) -> bool:
+        if "to=<a@" in record.getMessage():
+            raise ValueError("a bug in a filter")
+        return True
+
+    caplog.set_level("INFO")
+    salmon.handle("[ab]@.*")
+    logger = logging.getLogger(courier.__name__)
+    logger.addFilter(broken)
+    try:
+        messages = [transaction(MESSAGE, f"{one}@example.org") for one in "ab"]
+        answers = at_once(salmon, *messages)
+    finally:
+        logger.removeFilter(broken)
+    assert answers == ["250 2.0.0 delivered"] * 2
+    assert "to=<b@example.org>" in caplog.text
 
 
 def test_a_mailbox_twice_in_an_envelope_is_tried_once(salmon: Salmon) -> None:
@@ -642,10 +742,11 @@ def test_only_permanent_failures_are_the_reply(salmon: Salmon) -> None:
     assert salmon.relayed == []
 
 
-def test_a_message_that_runs_in_a_circle(salmon: Salmon) -> None:
+def test_a_message_that_runs_in_a_circle(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
     salmon.handle(".*")
     heard, _ = exchange(salmon, "b@example.org", data=b"Received: x\r\n" * 100 + MESSAGE)
     assert heard[0].startswith("554 5.4.6 ")
+    assert "to=<b@example.org>" in caplog.text and "reply='554 5.4.6 " in caplog.text
     heard, _ = exchange(salmon, "b@example.org", data=b"Received: x\r\n" * 99 + MESSAGE)
     assert heard[0].startswith("250 ")
 

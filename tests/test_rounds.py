@@ -188,3 +188,13 @@ def test_a_round_is_prepared_for_what_there_is_time_for(
     begun = [line for line in clerk.wait(6) if line.startswith("begin")]
     assert begun[:3] == ["begin a", "begin b c d e f", "begin c d"]
     assert begun[-1] == "begin f"
+    # And for more again, when there is more time.
+    monkeypatch.setattr(module, "ROUND_SECONDS", LONG)
+    second = Gate("g")
+    clerk = Clerk(second)
+    busy_with(rounds, clerk, second)
+    for piece in "hijklmnop":
+        rounds.submit(clerk, piece)
+    second.opened.set()
+    assert clerk.rested.acquire(timeout=LONG)
+    assert max(line.count(" ") for line in clerk.minutes if line.startswith("begin")) > 2

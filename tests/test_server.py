@@ -63,7 +63,7 @@ def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[by
     try:
         wait_for(lambda: answers(project), process)
         yield process
-    except AssertionError:
+    except BaseException:
         print(log_file.read_text())
         raise
     finally:

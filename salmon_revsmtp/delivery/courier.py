@@ -21,7 +21,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -70,10 +71,9 @@ class Delivery(Protocol):
 
 
 class Line(NamedTuple):
-    """What the log says of one recipient: octets with the trace, and whether it was a repeat."""
+    """What the log says of one recipient; a repeat: what came of it was known."""
 
     recipient: str
-    octets: int
     reply: Reply
     repeat: bool
 
@@ -142,7 +142,7 @@ class Errand:
 class Waiting:
     """An errand, who waits for it in which event loop, and until when on that loop's clock.
 
-    ``overdue``: there is something to log or to tell, and its round should have ended.
+    ``overdue``: there was something to log or to tell when the event loop looked.
     """
 
     errand: Errand
@@ -240,12 +240,14 @@ class Courier:
         self._looks_in = None
         try:
             for waiting in self._pending:
-                if waiting.overdue:
-                    self._log(waiting.errand)
+                late = waiting.until <= loop.time()
+                if waiting.overdue or late:
                     waiting.come_home()
+                    if late and not waiting.done:
+                        waiting.tell(self._put_off(waiting.errand))
+                    # Before the answer leaves, which it does in the loop's next turn.
+                    self._log(waiting.errand)
                 waiting.overdue = bool(waiting.errand.lines or waiting.errand.outcome)
-                if not waiting.done and waiting.until <= loop.time():
-                    waiting.tell(self._put_off(waiting.errand))
         finally:
             self._pending = [one for one in self._pending if not one.done and one.loop is loop]
             if self._pending:
@@ -293,14 +295,17 @@ class Courier:
             errand.outcome = errand.abandon(BUG)
 
     def end(self, pieces: Sequence[Waiting]) -> None:
-        """Log those of a round, all at once, which costs a third of one at a time; answer them."""
-        try:
-            for piece in pieces:
-                self._log(piece.errand)
-        finally:
-            for loop, those in groupby(pieces, key=lambda one: one.loop):
-                with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
-                    loop.call_soon_threadsafe(_come_home, list(those))
+        """Log those of a round, and answer them.
+
+        All at once: a line among deliveries costs more than twice as much.
+        """
+        errands = [piece.errand for piece in pieces]
+        # Taken first: what a slow log holds up is answered, and not logged, by the event loop.
+        for errand, lines in [(errand, errand.take_lines()) for errand in errands]:
+            self._write_lines(errand, lines)
+        for loop, those in groupby(pieces, key=lambda one: one.loop):
+            with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
+                loop.call_soon_threadsafe(_come_home, list(those))
 
     def rest(self) -> None:
         """There is time for what nobody waits for."""
@@ -312,6 +317,8 @@ class Courier:
         assert key is not None
         lines = errand.data.replace(b"\r\n", b"\n")
         if hops(lines) >= MAX_HOPS:
+            for recipient in envelope.recipients:
+                errand.add(Line(recipient, LOOP, repeat=False))
             return errand.abandon(LOOP)
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]
@@ -320,47 +327,55 @@ class Courier:
             if errand.abandoned:
                 return None
             if served := known.get(recipient) or put_off.get(recipient):
-                errand.add(Line(recipient, len(content), served.reply, True))
+                errand.add(Line(recipient, served.reply, repeat=True))
                 continue
-            trace = errand.hop.received(envelope, recipient)
-            served = self._hand_over(errand, key, recipient, trace, content)
-            errand.add(Line(recipient, len(trace) + len(content), served.reply, False))
+            served = self._hand_over(errand, key, recipient, content)
+            errand.add(Line(recipient, served.reply, repeat=False))
             (put_off if served.reply.transient else known)[recipient] = served
+            self._tell_plugins(errand, recipient, served.reply)
         if errand.abandoned:
             return None
         return errand.answer(self._put_together(errand, key, known, lines), errand.replies)
 
     def _hand_over(
-        self, errand: Errand, key: MessageKey, recipient: str, trace: bytes, content: Content
+        self, errand: Errand, key: MessageKey, recipient: str, content: Content
     ) -> Served:
         envelope = errand.envelope
+        trace = errand.hop.received(envelope, recipient)
         reply = self._asked(errand.agent, envelope, trace, content)
         if reply is None:
             reply = self._delivery.deliver(errand.peer, envelope, recipient, trace, content)
         window = self._service.settings.repeat_seconds
-        served = self._journal.record(key, recipient, reply, window, flush=False)
+        return self._journal.record(key, recipient, reply, window, flush=False)
+
+    def _tell_plugins(self, errand: Errand, recipient: str, reply: Reply) -> None:
         if self._plugins.implemented("message_delivered"):
             self._plugins.call(
                 "message_delivered",
                 agent=errand.agent,
-                envelope=envelope,
+                envelope=errand.envelope,
                 recipient=recipient,
                 reply=reply,
             )
-        return served
 
     def _log(self, errand: Errand) -> None:
-        for recipient, octets, reply, repeat in errand.take_lines():
-            log.log(
-                logging.INFO if reply.positive else logging.WARNING,
-                "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
-                self._via(errand),
-                errand.envelope.reverse_path,
-                recipient,
-                octets,
-                str(reply),
-                " repeat" if repeat else "",
-            )
+        self._write_lines(errand, errand.take_lines())
+
+    def _write_lines(self, errand: Errand, lines: Iterable[Line]) -> None:
+        for recipient, reply, repeat in lines:
+            try:
+                log.log(
+                    logging.INFO if reply.positive else logging.WARNING,
+                    "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
+                    self._via(errand),
+                    errand.envelope.reverse_path,
+                    recipient,
+                    len(errand.data),
+                    str(reply),
+                    " repeat" if repeat else "",
+                )
+            except Exception:  # a filter's: to where logging says what its handlers raise
+                traceback.print_exc()
 
     def _via(self, errand: Errand) -> str:
         return f"agent={errand.agent.name}" if errand.agent else f"service={self._service.name}"

@@ -57,7 +57,7 @@ class RouterDelivery:
             log.error("recipient=%s no undeliverable queue can be made: %s", recipient, error)
             return disk_reply(error)
         message = b"".join((trace, content))
-        with undeliverable.keeping(envelope, recipient, message) as kept:
+        with _Kept(undeliverable, envelope, recipient, message) as kept:
             try:
                 request = mail.MailRequest(peer, envelope.reverse_path or "<>", recipient, message)
                 if recipient:  # Salmon takes the To header where it cannot read the envelope
@@ -123,7 +123,10 @@ class _Kept:
             self.failure = error
             raise
         self.done, self.failure = True, None
-        log.error("undeliverable, kept with key %s; the log has the reason above", key)
+        log.error(
+            "from=<%s> to=<%s> undeliverable, kept with key %s; the log has the reason above",
+            *(self._envelope.reverse_path, self._recipient, key),
+        )
         return key
 
     def push_quietly(self) -> None:
@@ -155,10 +158,6 @@ class _Undeliverable:
     def keep(self, stored: bytes) -> str:
         """Store a message as it is, synced.  Raises :class:`OSError`."""
         return push_safely(self.original, stored)
-
-    def keeping(self, envelope: Envelope, recipient: str, message: bytes) -> _Kept:
-        """A context for the delivery of a message."""
-        return _Kept(self, envelope, recipient, message)
 
 
 _wrapping = threading.Lock()

@@ -63,7 +63,7 @@ class MessageKey(NamedTuple):
     @classmethod
     def of(cls, service: str, reverse_path: str, data: bytes) -> MessageKey:
         """The key of a message by its octets as they came."""
-        return cls(service, reverse_path, hashlib.sha256(data).digest())
+        return cls(service, sound(reverse_path), hashlib.sha256(data).digest())
 
 
 class Served(NamedTuple):

@@ -16,6 +16,9 @@ __all__ = ["MAX_HOPS", "Hop", "envelope_lines", "hops", "split_envelope"]
 # RFC 5321 6.3: that many Received lines are a loop.
 MAX_HOPS = 100
 
+# Of our own: handlers may seed the one that everybody shares.
+_random = random.Random()
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 _RECEIVED = re.compile(rb"^received:", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
@@ -54,7 +57,7 @@ class Hop:
         return (
             f"Received: from {helo} ([{client}])\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.via})\n"
-            f"\twith {self.protocol(envelope)} id {random.getrandbits(64):016x}\n"
+            f"\twith {self.protocol(envelope)} id {_random.getrandbits(64):016x}\n"
             f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
         ).encode()
 
