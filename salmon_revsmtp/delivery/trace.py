@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import random
 import re
+import secrets
 import time
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -15,9 +15,6 @@ __all__ = ["MAX_HOPS", "Hop", "envelope_lines", "hops", "split_envelope"]
 
 # RFC 5321 6.3: that many Received lines are a loop.
 MAX_HOPS = 100
-
-# Of our own: handlers may seed the one that everybody shares.
-_random = random.Random()
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 _RECEIVED = re.compile(rb"^received:", re.IGNORECASE | re.MULTILINE)
@@ -57,7 +54,7 @@ class Hop:
         return (
             f"Received: from {helo} ([{client}])\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.via})\n"
-            f"\twith {self.protocol(envelope)} id {_random.getrandbits(64):016x}\n"
+            f"\twith {self.protocol(envelope)} id {secrets.token_hex(8)}\n"
             f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
         ).encode()
 
