@@ -20,18 +20,20 @@ from conftest import (
     server_tls,
 )
 
+from salmon_revsmtp import hookimpl
+from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.report import Outcome, Report
 
 MESSAGE = b"From: a@example.net\r\nTo: b@example.org\r\nSubject: hi\r\n\r\n.hello\r\n"
 
 
-def run(salmon: Salmon, *scripts: object, **keys: object) -> Report:
+def run(salmon: Salmon, *scripts: object, plugins: Plugins | None = None, **keys: object) -> Report:
     """Collect once from a provider with these scripts."""
     tls = server_tls() if keys.get("tls") == "implicit" else None
 
     async def main() -> Report:
         async with scripted(*scripts, tls=tls) as port:  # type: ignore[arg-type]
-            [report] = await collect(salmon, agent_keys(port, **keys))
+            [report] = await collect(salmon, agent_keys(port, **keys), plugins=plugins)
         return report
 
     return asyncio.run(main())
@@ -404,6 +406,34 @@ def test_recipients_outside_the_domains_are_refused_and_counted(salmon: Salmon) 
 
     report = run(salmon, script, no_more_mail)
     assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 1, 1)
+
+
+def test_what_was_delivered_but_put_off_is_no_empty_mailbox(salmon: Salmon) -> None:
+    """The provider keeps it, so the collection has failed; it is handled once all the same."""
+
+    class Leaves:
+        @hookimpl
+        def message_delivered(self) -> None:
+            raise SystemExit(3)
+
+    async def first(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("451 4.3.0 ")
+        await provider.quit()
+
+    async def again(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250 2.")
+        await provider.quit()
+
+    salmon.handle(".*")
+    plugins = Plugins.load()
+    plugins.register(Leaves())
+    report = run(salmon, first, plugins=plugins)
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "put off, the last with 451 4.3.0" in report.error
+    assert run(salmon, again, no_more_mail).outcome is Outcome.COLLECTED
+    assert len(salmon.handled) == 1
 
 
 def test_a_provider_that_the_service_shuts_out(salmon: Salmon) -> None:
