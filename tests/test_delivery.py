@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email
 import errno
+import io
 import logging
 import smtplib
 import sqlite3
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from email import policy
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +40,7 @@ from salmon.server import SMTPError, SMTPReceiver
 
 from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
 from salmon_revsmtp.collection import Collection
-from salmon_revsmtp.delivery import courier
+from salmon_revsmtp.delivery import courier, rounds
 from salmon_revsmtp.plugins import Plugins
 from salmon_revsmtp.report import Outcome, Report
 
@@ -550,13 +554,13 @@ def test_a_hook_that_ends_the_process_ends_the_delivery_of_one_message(
     class Leaves:
         @hookimpl
         def message_received(self, message: bytes) -> None:
-            if b"bad" in message:
+            if b"poison" in message:
                 raise SystemExit(3)
 
     salmon.handle("[ab]@.*")
     plugins = Plugins.load()
     plugins.register(Leaves())
-    good, bad = MESSAGE, MESSAGE.replace(b"hello", b"bad")
+    good, bad = MESSAGE, MESSAGE.replace(b"hello", b"poison")
     answers = at_once(
         salmon,
         transaction(good, "a@example.org"),
@@ -593,25 +597,113 @@ def test_a_hook_that_ends_the_process_when_a_message_is_delivered(
     assert [line.endswith("repeat") for line in said] == [False, True]
 
 
+def test_what_a_slow_log_costs_is_not_the_event_loops(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "LOOK_EVERY", 0.01)
+    wrote: list[str] = []
+
+    def slow(record: logging.LogRecord) -> bool:
+        if "to=<s" in record.getMessage():
+            wrote.append(threading.current_thread().name)
+        return True
+
+    def takes_some_looks(message: MailRequest) -> None:
+        assert not threading.Event().wait(0.1)
+
+    salmon.handle("s[0-9]@.*", takes_some_looks)
+    with log_filter(slow):
+        at_once(salmon, transaction(MESSAGE, *(f"s{one}@example.org" for one in range(4))))
+    assert len(wrote) == 4
+    assert threading.main_thread().name not in wrote
+
+
+@contextlib.contextmanager
+def log_filter(accepts: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """A filter of the user's at the loggers of a delivery."""
+    loggers = [logging.getLogger(module.__name__) for module in (courier, rounds)]
+    for logger in loggers:
+        logger.addFilter(accepts)
+        logger.setLevel("INFO")
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(accepts)
+            logger.setLevel("NOTSET")
+
+
+class Gone(io.StringIO):
+    """Standard error of a process whose log is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("gone", [False, True])
 def test_a_filter_of_the_log_that_raises_costs_a_line_and_no_mail(
-    salmon: Salmon, caplog: pytest.LogCaptureFixture
+    salmon: Salmon, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, gone: bool
 ) -> None:
     def broken(record: logging.LogRecord) -> bool:
         if "to=<a@" in record.getMessage():
             raise ValueError("a bug in a filter")
         return True
 
-    caplog.set_level("INFO")
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)  # the second waits for the first's lines
+    if gone:
+        monkeypatch.setattr(sys, "stderr", Gone())
     salmon.handle("[ab]@.*")
-    logger = logging.getLogger(courier.__name__)
-    logger.addFilter(broken)
-    try:
-        messages = [transaction(MESSAGE, f"{one}@example.org") for one in "ab"]
+    messages = [transaction(MESSAGE, f"{one}@example.org") for one in "ab"]
+    with log_filter(broken):
         answers = at_once(salmon, *messages)
-    finally:
-        logger.removeFilter(broken)
     assert answers == ["250 2.0.0 delivered"] * 2
     assert "to=<b@example.org>" in caplog.text
+
+
+def test_a_filter_that_raises_at_an_error_does_not_end_the_deliveries(salmon: Salmon) -> None:
+    class Leaves:
+        @hookimpl
+        def message_received(self, message: bytes) -> None:
+            if b"poison" in message:
+                raise SystemExit(3)
+
+    def broken(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            raise ValueError("a bug in a filter")
+        return True
+
+    salmon.handle("[ab]@.*")
+    plugins = Plugins.load()
+    plugins.register(Leaves())
+    with log_filter(broken):
+        answers = at_once(
+            salmon,
+            transaction(MESSAGE.replace(b"hello", b"poison"), "a@example.org"),
+            transaction(MESSAGE, "b@example.org"),
+            plugins=plugins,
+        )
+    assert answers == ["451 4.3.0 internal error, try again later", "250 2.0.0 delivered"]
+
+
+def test_a_filter_that_raises_at_what_is_put_off_keeps_no_one_waiting(salmon: Salmon) -> None:
+    def broken(record: logging.LogRecord) -> bool:
+        if "reply='451" in record.getMessage():
+            raise ValueError("a bug in a filter")
+        return True
+
+    slow = Slow()
+    salmon.handle(".*", slow)
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(SLOW)).startswith("451 4.3.0 ")
+        assert (await provider.send(MESSAGE)).startswith("451 4.3.0 ")
+        slow.go.set()
+        assert (await provider.send(SLOW)).startswith("250 ")
+        await provider.quit()
+
+    with log_filter(broken):
+        assert slowly(salmon, script).outcome is Outcome.COLLECTED
 
 
 def test_a_mailbox_twice_in_an_envelope_is_tried_once(salmon: Salmon) -> None:

@@ -157,6 +157,14 @@ def test_ehlo_offers_passwords_under_tls_only() -> None:
         (["AUTH LOGIN " + encoded("nobody"), encoded(PASSWORD)], [334, 535]),
         (["AUTH CRAM-MD5", "*"], [334, 501]),
         (["AUTH CRAM-MD5", "no base64!"], [334, 501]),
+        (["AUTH CRAM-MD5 " + encoded("acme 00")], [501]),  # RFC 4954 4: the server is first
+        (["AUTH CRAM-MD5 ="], [501]),
+        (["AUTH PLAIN " + encoded(f"acme\0acme\0{PASSWORD}")], [235]),
+        (["AUTH PLAIN " + encoded(f"other\0acme\0{PASSWORD}")], [535]),
+        (["AUTH PLAIN " + encoded(f"\0acme\0{PASSWORD}") + " "], [235]),
+        (["AUTH PLAIN " + encoded(f"\0acme\0{PASSWORD}") + "\n"], [501]),
+        (["AUTH PLAIN", "x" * 20000], [334, 500]),
+        (["AUTH"], [501]),
         (["AUTH CRAM-MD5", encoded("acme 00")], [334, 535]),
         (["AUTH SCRAM-SHA-256 " + encoded("nonsense")], [535]),
         (["AUTH GSSAPI"], [504]),
@@ -197,6 +205,14 @@ def test_atrn_needs_a_login_and_ones_own_domains() -> None:
 def test_everything_else_is_not_done_here() -> None:
     customer = Customer()
     assert customer.say("MAIL FROM:<>", "FOO", "NOOP", "RSET", "QUIT") == [502, 502, 250, 250, 221]
+
+
+def test_commands_with_too_much_or_too_little() -> None:
+    customer = Customer(tls_offered=True)
+    assert customer.say("HELO", "EHLO", "EHLO x", "STARTTLS now") == [501, 501, 250, 501]
+    customer.log_in()
+    assert customer.say("ATRN \nexample.org", "ATRN example.org\x1f") == [501, 501]
+    assert customer.events == []
 
 
 def test_bytes_behind_starttls_are_never_read() -> None:
@@ -366,6 +382,29 @@ def test_mail_that_another_connection_has_is_not_no_mail(
     else:
         assert (reports[0].outcome, len(queue)) == (Outcome.DEFERRED, 1)
         assert reports[0].error is not None and "another connection" in reports[0].error
+
+
+def test_what_a_customer_says_while_it_waits_for_atrn_fills_no_memory(tmp_path: Path) -> None:
+    async def work(provider: Provider) -> None:
+        key = provider.queue.put(mail("a@example.org"), MESSAGE)
+        assert provider.take(key)
+        reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+        writer.write(b"EHLO x\r\nAUTH CRAM-MD5\r\n")
+        challenge = b""
+        while not challenge.startswith(b"334 "):
+            challenge = await reader.readline()
+        digest = hmac.new(PASSWORD.encode(), base64.b64decode(challenge[4:]), hashlib.md5)
+        writer.write(encoded(f"acme {digest.hexdigest()}").encode() + b"\r\nATRN\r\n")
+        assert (await reader.readline()).startswith(b"235 ")
+        with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+            for _ in range(64):  # MiB; that is more than the system keeps on the way
+                writer.write(b"x" * 2**20)
+                await asyncio.wait_for(writer.drain(), 1)
+        provider.release([key])
+        assert (await reader.readline()).startswith(b"250 ")
+        writer.transport.abort()
+
+    with_provider(tmp_path, work)
 
 
 @pytest.mark.parametrize("answered", [0, 1, 7, 20])

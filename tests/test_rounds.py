@@ -175,6 +175,25 @@ def test_a_bug_ends_one_round_and_not_the_thread(
     assert clerk.minutes == ["begin bug"]
 
 
+def test_a_round_whose_end_fails_takes_nothing_from_the_next(
+    rounds: Rounds[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROUND_SECONDS", 0.0)  # for one piece
+    gate = Gate("a")
+
+    class Fails(Clerk):
+        def end(self, pieces: Sequence[str]) -> None:
+            super().end(pieces)
+            raise ValueError("a bug")
+
+    clerk = Fails(gate)
+    busy_with(rounds, clerk, gate)
+    for piece in "bc":
+        rounds.submit(clerk, piece)
+    gate.opened.set()
+    assert clerk.wait(3)[-3:] == ["begin c", "c", "end c"]
+
+
 def test_a_round_is_prepared_for_what_there_is_time_for(
     rounds: Rounds[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

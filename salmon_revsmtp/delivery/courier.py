@@ -21,13 +21,14 @@ import asyncio
 import contextlib
 import logging
 import threading
-import traceback
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from salmon_revsmtp.delivery.bounce import Bouncer
+from salmon_revsmtp.delivery.logs import say
 from salmon_revsmtp.delivery.rounds import Rounds
 from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey, Served
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Hop, hops
@@ -199,6 +200,7 @@ class Courier:
         self._pending: list[Waiting] = []
         self._looks_in: asyncio.AbstractEventLoop | None = None
         self._known: dict[MessageKey, dict[str, Served]] = {}
+        self._log_from = 0.0
 
     def deliver(self, errand: Errand, answered: Callable[[Answer | RuntimeError], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
@@ -262,7 +264,9 @@ class Courier:
         timeout = self._service.settings.handler_timeout
         late = Reply(451, f"not done in {timeout:g} seconds, try again later", "4.3.0")
         answer = errand.abandon(late)
-        log.warning(
+        say(
+            log,
+            logging.WARNING,
             "%s from=<%s> reply=%r %s",
             self._via(errand),
             errand.envelope.reverse_path,
@@ -275,6 +279,7 @@ class Courier:
 
     def begin(self, pieces: Sequence[Waiting]) -> None:
         """A round: see which of them have come before."""
+        self._log_from = time.monotonic() + LOOK_EVERY
         name = self._service.name
         keys = []
         for errand in (one.errand for one in pieces):
@@ -291,13 +296,14 @@ class Courier:
         try:
             errand.outcome = self._deliver(errand)
         except BaseException:  # a hook may even try to end the process
-            log.exception("%s a delivery failed", self._via(errand))
             errand.outcome = errand.abandon(BUG)
+            say(log, logging.ERROR, "%s a delivery failed", self._via(errand), error=True)
 
     def end(self, pieces: Sequence[Waiting]) -> None:
         """Log those of a round, and answer them.
 
-        All at once: a line among deliveries costs more than twice as much.
+        All at once: a line among deliveries costs more than twice as much.  In a round that takes
+        long they are logged as they come, or the event loop would have to.
         """
         errands = [piece.errand for piece in pieces]
         # Taken first: what a slow log holds up is answered, and not logged, by the event loop.
@@ -333,6 +339,8 @@ class Courier:
             errand.add(Line(recipient, served.reply, repeat=False))
             (put_off if served.reply.transient else known)[recipient] = served
             self._tell_plugins(errand, recipient, served.reply)
+            if time.monotonic() >= self._log_from:
+                self._log(errand)
         if errand.abandoned:
             return None
         return errand.answer(self._put_together(errand, key, known, lines), errand.replies)
@@ -363,19 +371,17 @@ class Courier:
 
     def _write_lines(self, errand: Errand, lines: Iterable[Line]) -> None:
         for recipient, reply, repeat in lines:
-            try:
-                log.log(
-                    logging.INFO if reply.positive else logging.WARNING,
-                    "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
-                    self._via(errand),
-                    errand.envelope.reverse_path,
-                    recipient,
-                    len(errand.data),
-                    str(reply),
-                    " repeat" if repeat else "",
-                )
-            except Exception:  # a filter's: to where logging says what its handlers raise
-                traceback.print_exc()
+            say(
+                log,
+                logging.INFO if reply.positive else logging.WARNING,
+                "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
+                self._via(errand),
+                errand.envelope.reverse_path,
+                recipient,
+                len(errand.data),
+                str(reply),
+                " repeat" if repeat else "",
+            )
 
     def _via(self, errand: Errand) -> str:
         return f"agent={errand.agent.name}" if errand.agent else f"service={self._service.name}"

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
+from salmon_revsmtp.delivery.logs import say
+
 __all__ = ["Rounds", "Worker"]
 
 ROUND_PIECES = 256
@@ -85,7 +87,7 @@ class Rounds(Generic[Piece]):
                 left = self._round(worker, pieces)
             except BaseException:
                 # A bug.  What hears no answer is put off when its time is up.
-                log.exception("a round of deliveries failed")
+                say(log, logging.ERROR, "a round of deliveries failed", error=True)
                 continue
             with self._lock:
                 if not self._closed:
@@ -113,7 +115,10 @@ class Rounds(Generic[Piece]):
         while done < len(pieces) and (done == 0 or time.monotonic() < ends) and not self._closed:
             worker.do(pieces[done])
             done += 1
-        worker.end(pieces[:done])
+        try:
+            worker.end(pieces[:done])
+        except BaseException:  # the next ones have nothing to do with it
+            say(log, logging.ERROR, "the end of a round of deliveries failed", error=True)
         # To prepare for a piece for which there is no time is work that is done again.
         most = 2 * self._most if done == len(pieces) else done + done // 4
         self._most = min(most + 1, ROUND_PIECES)

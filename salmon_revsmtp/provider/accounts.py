@@ -49,6 +49,10 @@ class Accounts:
         """What is offered; a password travels under TLS only."""
         return tuple(_CHALLENGES) + (tuple(_PASSWORDS) if tls else ())
 
+    def client_first(self, mechanism: str) -> bool:
+        """Whether the customer has the first word, which may be an initial response."""
+        return mechanism.upper() != "CRAM-MD5"
+
     def begin(self, mechanism: str, initial: bytes | None) -> Exchange:
         """Start a login; ``initial`` is the initial response, ``None`` without one.
 
@@ -67,7 +71,10 @@ class Accounts:
         """RFC 4616."""
         message = initial if initial is not None else (yield b"")
         parts = message.split(b"\0")
-        return self._check(parts[1], parts[2]) if len(parts) == 3 else None
+        # Nobody may act for another.
+        if len(parts) != 3 or parts[0] not in (b"", parts[1]):
+            return None
+        return self._check(parts[1], parts[2])
 
     def _login(self, mechanism: str, initial: bytes | None) -> Exchange:
         name = initial if initial is not None else (yield b"Username:")

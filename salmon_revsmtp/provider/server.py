@@ -221,7 +221,11 @@ class _Connection(asyncio.Protocol):
     async def _atrn(self, request: AtrnRequest) -> None:
         if self._idle:
             self._idle.cancel()  # the customer is silent because it waits for us
+        assert self._transport is not None
+        self._transport.pause_reading()  # and if it is not, nothing is kept of what it says
         keys = await self._provider.waiting(request.domains)
+        if self._failure is None:
+            self._transport.resume_reading()
         self._wait()
         if not keys:
             self._handle(self._session.answer(_NO_MAIL if keys is not None else _BUSY))

@@ -113,7 +113,12 @@ class Session:
             end = self._buffer.find(b"\r\n", 0, MAX_LINE)
             if end < 0:
                 if len(self._buffer) >= MAX_LINE:
-                    self._leave(Reply(421, "a line is too long, closing", "4.5.0"))
+                    # RFC 4954 4 has its own code for a line of an AUTH exchange.
+                    self._leave(
+                        Reply(421, "a line is too long, closing", "4.5.0")
+                        if self._exchange is None
+                        else Reply(500, "a line of AUTH is too long, closing", "5.5.6")
+                    )
                 break
             line = bytes(self._buffer[:end])
             del self._buffer[: end + 2]
@@ -146,7 +151,7 @@ class Session:
         if handler is None:
             self._error(Reply(502, "only EHLO, STARTTLS, AUTH, ATRN and QUIT", "5.5.1"))
         else:
-            handler(self, argument.strip())
+            handler(self, argument.strip(" \t"))
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -162,12 +167,17 @@ class Session:
         self._reply(Reply(250, "\n".join(lines), ""))
 
     def _on_helo(self, argument: str) -> None:
+        if not argument:
+            self._error(Reply(501, "HELO takes a host name", "5.5.4"))
+            return
         self._greeted = True
         self._reply(Reply(250, self._hostname, ""))
 
     def _on_starttls(self, argument: str) -> None:
         if not self._tls_offered or self._tls:
             self._error(Reply(502, "no STARTTLS here", "5.5.1"))
+        elif argument:
+            self._error(Reply(501, "STARTTLS takes no parameter", "5.5.4"))
         elif self.pending:
             self._leave(Reply(421, "bytes behind STARTTLS, closing", "4.7.0"))
         else:
@@ -179,8 +189,12 @@ class Session:
         mechanism, _, initial = argument.partition(" ")
         if not self._greeted or self._account is not None:
             self._error(Reply(503, "not now", "5.5.1"))
+        elif not mechanism:
+            self._error(Reply(501, "AUTH takes a mechanism", "5.5.4"))
         elif mechanism.upper() not in self._accounts.mechanisms(self._tls):
             self._error(Reply(504, "no such mechanism", "5.5.4"))
+        elif initial and not self._accounts.client_first(mechanism):
+            self._error(Reply(501, "the first word is the server's in this one", "5.7.0"))
         else:
             first: bytes | None = None
             if initial:
@@ -193,11 +207,14 @@ class Session:
 
     def _on_response(self, line: bytes) -> None:
         response = _decoded(line)
-        if line == b"*" or response is None:
-            self._exchange = None
+        if response is not None:
+            self._advance(response)
+            return
+        self._exchange = None
+        if line == b"*":
             self._error(Reply(501, "the login was cancelled", "5.7.0"))
         else:
-            self._advance(response)
+            self._error(Reply(501, "that is no base64", "5.5.2"))
 
     def _advance(self, response: bytes | None) -> None:
         assert self._exchange is not None

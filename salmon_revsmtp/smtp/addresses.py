@@ -30,7 +30,7 @@ def to_ascii(domain: str) -> str:
 
     Raises :class:`AddressError` for what is no domain.  (RFC 5890 2.3.2.1, RFC 3490 4)
     """
-    name = domain.strip().rstrip(".")
+    name = domain.strip(" \t").rstrip(".")
     if any(letter in name for letter in _DEVIATIONS):
         raise AddressError(
             f"{domain!r}: IDNA2003 and IDNA2008 disagree about this name, write its xn-- form"
