@@ -40,6 +40,7 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --cache-dir $(VENV)/.import_linter
 
 types: $(READY)
 	$(BIN)/mypy --strict salmon_revsmtp

@@ -58,6 +58,7 @@ setup(
             "build",
             "coverage",
             "hypothesis",
+            "import-linter>=2.5",
             "mypy",
             "pytest",
             "pytest-xdist",
@@ -73,10 +74,10 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli:main"],
+        "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli.main:main"],
         "salmon_revsmtp": [
-            "etrn = salmon_revsmtp.agents.etrn",
-            "odmr = salmon_revsmtp.agents.odmr",
+            "etrn = salmon_revsmtp.plugins.builtin:etrn",
+            "odmr = salmon_revsmtp.plugins.builtin:odmr",
         ],
     },
 )

@@ -9,13 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salmon_revsmtp.agents.base import Agent, AgentSettings, Check, ServerSettings
-    from salmon_revsmtp.attached import attach
-    from salmon_revsmtp.client import Connection
-    from salmon_revsmtp.collection import Collection
-    from salmon_revsmtp.delivery.queue import QueueConsumer
-    from salmon_revsmtp.plugins import hookimpl
-    from salmon_revsmtp.report import CollectionError, Deferred, Failed, Outcome, Refused, Report
+    from salmon_revsmtp.customer.agent import Agent, Check
+    from salmon_revsmtp.customer.collection import Collection
+    from salmon_revsmtp.customer.report import Report
+    from salmon_revsmtp.customer.settings import AgentSettings, ServerSettings
+    from salmon_revsmtp.delivery.consumer import QueueConsumer
+    from salmon_revsmtp.hooks import hookimpl
+    from salmon_revsmtp.net.client import Connection
+    from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Outcome, Refused
+    from salmon_revsmtp.server.attach import attach
     from salmon_revsmtp.settings import SettingsError
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
@@ -44,24 +46,24 @@ __all__ = [
 # name -> module: imported when it is first asked for, so that a command that needs none of it
 # starts at once.
 _HOME = {
-    "Agent": "agents.base",
-    "AgentSettings": "agents.base",
-    "Check": "agents.base",
-    "Collection": "collection",
-    "CollectionError": "report",
-    "Connection": "client",
-    "Deferred": "report",
+    "Agent": "customer.agent",
+    "AgentSettings": "customer.settings",
+    "Check": "customer.agent",
+    "Collection": "customer.collection",
+    "CollectionError": "net.outcome",
+    "Connection": "net.client",
+    "Deferred": "net.outcome",
     "Envelope": "smtp.envelope",
-    "Failed": "report",
-    "Outcome": "report",
-    "QueueConsumer": "delivery.queue",
-    "Refused": "report",
+    "Failed": "net.outcome",
+    "Outcome": "net.outcome",
+    "QueueConsumer": "delivery.consumer",
+    "Refused": "net.outcome",
     "Reply": "smtp.replies",
-    "Report": "report",
-    "ServerSettings": "agents.base",
+    "Report": "customer.report",
+    "ServerSettings": "customer.settings",
     "SettingsError": "settings",
-    "attach": "attached",
-    "hookimpl": "plugins",
+    "attach": "server.attach",
+    "hookimpl": "hooks",
 }
 
 

@@ -1,5 +1,5 @@
 """``python -m salmon_revsmtp``: the command without its script."""
 
-from salmon_revsmtp.cli import main
+from salmon_revsmtp.cli.main import main
 
 main()

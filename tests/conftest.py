@@ -19,10 +19,10 @@ from salmon.routing import Router, route, stateless
 from salmon.server import SMTPError
 
 import salmon_revsmtp.demo
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Report
-from salmon_revsmtp.runtime import Runtime
-from salmon_revsmtp.settings import Configuration, load
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.configuration import Configuration, load
 
 DEMO = Path(salmon_revsmtp.demo.__file__).parent
 CERTIFICATE = DEMO / "localhost-certificate.pem"

@@ -283,8 +283,8 @@ def test_ctrl_c_ends_a_command_that_nobody_reads(project: Project) -> None:
 def test_an_error_ends_a_command_that_nobody_reads() -> None:
     """Such as asyncio's, which may lose a ctrl-c while it closes its loop."""
     program = (
-        "from salmon_revsmtp import cli\n"
-        "with cli._in_a_thread(print) as show:\n"
+        "from salmon_revsmtp.cli.output import in_a_thread\n"
+        "with in_a_thread(print) as show:\n"
         "    show('x' * 100_000)\n"
         "    raise RuntimeError('Event loop stopped')\n"
     )
@@ -396,7 +396,7 @@ def test_agents_lists_them_with_their_state(project: Project) -> None:
 
 AND_SAY_WHAT_IS_IMPORTED = """
 import atexit, sys
-from salmon_revsmtp.cli import main
+from salmon_revsmtp.cli.main import main
 atexit.register(lambda: print(*sys.modules, file=sys.stderr))
 main()
 """
@@ -422,14 +422,14 @@ COLLECTING = {"aiosmtplib", "dns", "rich", "salmon", "scramp", "smtplib"}
 
 def test_help_imports_nothing_that_takes_long(project: Project) -> None:
     modules = imported(project, "--help")
-    assert {"click", "salmon_revsmtp.cli", "salmon_revsmtp.agents.odmr"} <= modules
+    assert {"click", "salmon_revsmtp.cli.main", "salmon_revsmtp.plugins.builtin"} <= modules
     assert not modules & (COLLECTING | {"asyncio", "dotenv", "pydantic", "sqlite3", "ssl"})
 
 
 def test_agents_imports_nothing_that_only_a_collection_needs(project: Project) -> None:
     project.configure(isp(366))
     modules = imported(project, "agents")
-    assert {"pydantic", "salmon_revsmtp.agents.odmr.agent"} <= modules
+    assert {"pydantic", "salmon_revsmtp.customer.odmr"} <= modules
     assert not modules & COLLECTING
 
 

@@ -9,11 +9,11 @@ import pytest
 from conftest import Dialogue, Salmon, agent_keys, configuration, no_more_mail, scripted
 
 from salmon_revsmtp import hookimpl
-from salmon_revsmtp.daemon import Daemon
-from salmon_revsmtp.journal import Journal
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Report
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.journal.collections import Journal
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.daemon import Daemon
 
 SOON = 0.002  # minutes
 

@@ -39,10 +39,12 @@ from salmon.routing import Router
 from salmon.server import SMTPError, SMTPReceiver
 
 from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
-from salmon_revsmtp.collection import Collection
-from salmon_revsmtp.delivery import courier, rounds
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.customer.collection import Collection
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.delivery import batches as rounds
+from salmon_revsmtp.delivery import dispatcher as courier
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 
 
 @pytest.mark.parametrize(

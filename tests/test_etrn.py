@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import Dialogue, Salmon, agent_keys, collect, configuration, scripted
 
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.settings import SettingsError
 
 

@@ -10,24 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from salmon_revsmtp import journal as journal_module
-from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
-from salmon_revsmtp.journal import AgentState, Journal, JournalFile
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.journal import file as journal_module
+from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
 
 NOW = time.time()
 
 
-def report(agent: str = "isp", outcome: Outcome = Outcome.COLLECTED, **counts: int) -> Report:
-    return Report(agent, "odmr", outcome, seconds=1.5, tls="TLSv1.3", **counts)  # type: ignore[arg-type]
+def entry(
+    started: float, agent: str = "isp", outcome: str = "collected", messages: int = 0
+) -> Entry:
+    counts = (messages, 0, 0, 0, 0)
+    return Entry(agent, "odmr", started, started + 1.5, outcome, *counts, "TLSv1.3", None, None)
 
 
 def test_collections_are_kept_newest_first(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run/journal")
     assert journal.history() == []
-    journal.record(report(messages=3), NOW - 20, True)
-    journal.record(report("other", Outcome.FAILED), NOW - 10, False)
+    journal.record(entry(NOW - 20, messages=3), True)
+    journal.record(entry(NOW - 10, "other", "failed"), False)
     first, second = journal.history()
     assert (first.agent, first.outcome, first.started) == ("other", "failed", NOW - 10)
     assert (second.messages, second.tls, second.ended) == (3, "TLSv1.3", NOW - 18.5)
@@ -37,10 +40,10 @@ def test_collections_are_kept_newest_first(tmp_path: Path) -> None:
 
 def test_failing_since_is_kept_until_it_recovers(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
-    journal.record(report(outcome=Outcome.FAILED), NOW - 20, False)
-    journal.record(report(outcome=Outcome.FAILED), NOW - 10, False)
+    journal.record(entry(NOW - 20, outcome="failed"), False)
+    journal.record(entry(NOW - 10, outcome="failed"), False)
     assert journal.state("isp") == AgentState(None, NOW - 18.5)
-    journal.record(report(), NOW, True)
+    journal.record(entry(NOW), True)
     assert journal.state("isp") == AgentState(None, None)
 
 
@@ -48,7 +51,7 @@ def test_enabled_is_kept_beside_it(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     assert journal.state("isp") == AgentState()
     assert journal.set_enabled("isp", False)
-    journal.record(report(outcome=Outcome.FAILED), NOW, False)
+    journal.record(entry(NOW, outcome="failed"), False)
     assert journal.state("isp") == AgentState(False, NOW + 1.5)
     assert journal.set_enabled("isp", True)
     assert Journal(tmp_path / "journal").state("isp").enabled is True
@@ -56,8 +59,8 @@ def test_enabled_is_kept_beside_it(tmp_path: Path) -> None:
 
 def test_old_collections_are_forgotten(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
-    journal.record(report(), NOW - 91 * 86400, True)
-    journal.record(report(), NOW - 89 * 86400, True)
+    journal.record(entry(NOW - 91 * 86400), True)
+    journal.record(entry(NOW - 89 * 86400), True)
     assert len(journal.history()) == 1
 
 
@@ -65,10 +68,11 @@ def test_several_processes_may_write_at_once(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from salmon_revsmtp.journal import Journal\n"
-        "from salmon_revsmtp.report import Report\n"
+        "from salmon_revsmtp.journal.collections import Entry, Journal\n"
+        "now = time.time()\n"
         "for number in range(25):\n"
-        "    Journal(Path(sys.argv[1])).record(Report('isp', 'odmr'), time.time(), True)\n"
+        "    Journal(Path(sys.argv[1])).record(Entry('isp', 'odmr', now, now,\n"
+        "        'collected', 1, 1, 1, 0, 1, None, None, None), True)\n"
     )
     path = str(tmp_path / "journal")
     writers = [subprocess.Popen([sys.executable, "-c", program, path]) for _ in range(4)]
@@ -78,7 +82,7 @@ def test_several_processes_may_write_at_once(tmp_path: Path) -> None:
 
 def test_an_older_schema_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal"
-    Journal(path).record(report(), NOW, True)
+    Journal(path).record(entry(NOW), True)
     later = "ALTER TABLE agents ADD COLUMN colour TEXT"
     monkeypatch.setattr(journal_module, "MIGRATIONS", (*journal_module.MIGRATIONS, later))
     assert len(Journal(path).history()) == 1
@@ -121,8 +125,8 @@ def test_a_journal_that_cannot_be_used_is_one_warning(
     else:
         path.write_bytes(b"not a database at all" * 100)
     journal = Journal(path)
-    journal.record(report(), NOW, True)
-    journal.record(report(), NOW, True)
+    journal.record(entry(NOW), True)
+    journal.record(entry(NOW), True)
     assert journal.state("isp") == AgentState()
     assert not journal.set_enabled("isp", True)
     assert caplog.text.count("mail is not affected") == 1

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, configuration
 
-from salmon_revsmtp import listener as listening
-from salmon_revsmtp.listener import Listener
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.service import listener as listening
+from salmon_revsmtp.service.listener import Listener
 from salmon_revsmtp.settings import SettingsError
 
 MESSAGE = b"From: a@example.net\r\nSubject: hi\r\n\r\nhello\r\n"

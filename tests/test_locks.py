@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from salmon_revsmtp.locks import only_one
+from salmon_revsmtp.files import only_one
 
 
 def test_one_has_it_and_then_another(tmp_path: Path) -> None:

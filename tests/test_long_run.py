@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from conftest import Salmon, agent_keys, configuration
 
-from salmon_revsmtp.daemon import NOTIFY_EVERY, TICK, Daemon
-from salmon_revsmtp.journal import AgentState
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.journal.collections import AgentState
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.daemon import NOTIFY_EVERY, TICK, Daemon
 
 MINUTE, HOUR = 60.0, 3600.0
 WEEK = 7 * 24 * HOUR
@@ -98,7 +99,7 @@ class World:
         report = Report(agent.name, agent.protocol)
         return SimpleNamespace(agent=agent, tally=tally, report=report, stop=lambda: False)
 
-    async def run(self, collection: Any) -> Report:
+    async def run(self, agent: Any, collection: Any) -> Report:
         name = collection.agent.name
         assert name not in self.running, "two runs of one agent at once"
         self.running.add(name)

@@ -21,8 +21,9 @@ from conftest import (
 )
 
 from salmon_revsmtp import hookimpl
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 
 MESSAGE = b"From: a@example.net\r\nTo: b@example.org\r\nSubject: hi\r\n\r\n.hello\r\n"
 

@@ -17,13 +17,14 @@ from conftest import CERTIFICATE, PASSWORD, Dialogue, Salmon, agent_keys, collec
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
 
+from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import samples
+from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.provider import server
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.session import AtrnRequest, Goodbye, Session, StartTls
-from salmon_revsmtp.report import Outcome, Report
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply, ReplyParser
 

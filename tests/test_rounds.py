@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from salmon_revsmtp.delivery import rounds as module
-from salmon_revsmtp.delivery.rounds import Rounds
+from salmon_revsmtp.delivery import batches as module
+from salmon_revsmtp.delivery.batches import Rounds
 
 LONG = 20.0
 

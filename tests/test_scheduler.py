@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from salmon_revsmtp.scheduler import FIRST, Schedule
+from salmon_revsmtp.customer.schedule import FIRST, Schedule
 
 MINUTE = 60.0
 HOUR = 60 * MINUTE

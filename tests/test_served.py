@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from salmon_revsmtp import journal as journal_module
-from salmon_revsmtp.delivery import served as served_module
-from salmon_revsmtp.delivery import tail as tail_module
-from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
-from salmon_revsmtp.journal import JournalFile
+from salmon_revsmtp.journal import deliveries as served_module
+from salmon_revsmtp.journal import file as journal_module
+from salmon_revsmtp.journal import tail as tail_module
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
 
 OK = Reply(250, "queued as 7", "2.6.0")
@@ -116,8 +116,8 @@ def killed(path: Path, *numbers: int, flush: bool) -> None:
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
-        "from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey\n"
-        "from salmon_revsmtp.journal import JournalFile\n"
+        "from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey\n"
+        "from salmon_revsmtp.journal.file import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
         "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
         "for number in sys.argv[3:]:\n"
@@ -312,8 +312,8 @@ def test_a_child_of_a_handler_does_not_keep_the_tail(path: Path) -> None:
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
-        "from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey\n"
-        "from salmon_revsmtp.journal import JournalFile\n"
+        "from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey\n"
+        "from salmon_revsmtp.journal.file import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
         "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
         "journal.flush()\n"

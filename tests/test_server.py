@@ -21,8 +21,8 @@ from conftest import Dialogue, no_more_mail
 from servers import free_port
 from test_cli import MESSAGE, Project, isp, one_message, provider
 
-from salmon_revsmtp.control import ask
-from salmon_revsmtp.journal import Journal
+from salmon_revsmtp.journal.collections import Journal
+from salmon_revsmtp.server.control import ask
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from conftest import CERTIFICATE, PASSWORD, agent_keys, configuration
 
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.settings import SettingsError, load
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.configuration import load
+from salmon_revsmtp.settings import SettingsError
 
 
 def problems(*agents: Any, **services: Any) -> list[str]:

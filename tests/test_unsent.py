@@ -18,7 +18,7 @@ from conftest import Salmon
 from salmon import queue
 from salmon.server import Relay as SalmonRelay
 
-from salmon_revsmtp.delivery.unsent import GIVE_UP, Unsent
+from salmon_revsmtp.delivery.outbox import GIVE_UP, Unsent
 
 NOTICE = b"Subject: Undelivered mail\nTo: ann@example.net\n\nsorry\n"
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import Dialogue, Salmon, agent_keys, collect, no_more_mail, scripted
 
-from salmon_revsmtp.report import Outcome
+from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import Receiver, Transaction

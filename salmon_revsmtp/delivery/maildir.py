@@ -18,7 +18,7 @@ from typing import Any
 
 from salmon import queue
 
-from salmon_revsmtp.disk import sync_folder
+from salmon_revsmtp.files import sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["by_age", "disk_reply", "make_whole", "open_queue", "push_safely"]

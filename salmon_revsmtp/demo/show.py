@@ -21,16 +21,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import Sample, samples
-from salmon_revsmtp.plugins import Plugins, hookimpl
-from salmon_revsmtp.progress import line
-from salmon_revsmtp.project import Project
+from salmon_revsmtp.hooks import hookimpl
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.report import Report
-from salmon_revsmtp.runtime import Runtime
-from salmon_revsmtp.settings import load
+from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.configuration import load
+from salmon_revsmtp.server.project import Project
 
 __all__ = ["run"]
 
@@ -91,7 +91,7 @@ def run(plugins: Plugins) -> int:
         reports, left, seconds = asyncio.run(_collect(project, queue, plugins, witness))
     _show(console, held, witness)
     for report in reports:
-        console.print(line(report), soft_wrap=True)
+        console.print(report.summary(), soft_wrap=True)
     console.print(
         f"\nThe provider has {left} messages left, the whole took {seconds:.1f} s.  "
         "Now your own: README.rst, «Five minutes»."

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from salmon_revsmtp.disk import sync_folder
+from salmon_revsmtp.files import sync_folder
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply

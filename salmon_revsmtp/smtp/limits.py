@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AheadLimits", "Limits"]
+__all__ = ["COMMAND_TIMEOUT", "AheadLimits", "Limits"]
+
+# RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command; in seconds.
+COMMAND_TIMEOUT = 300.0
 
 KIB = 1024
 MIB = 1024 * KIB

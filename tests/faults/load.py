@@ -30,11 +30,11 @@ from conftest import PASSWORD, Dialogue, agent_keys, configuration
 from salmon import mail, queue
 from salmon.routing import Router, route, stateless
 
-from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.server.collector import Runtime
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__ = ["LOADS", "Load", "Result", "run"]

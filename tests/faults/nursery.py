@@ -32,8 +32,8 @@ from salmon.server import SMTPError
 import salmon_revsmtp
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.trace import envelope_lines
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
 
 PACKAGE = Path(salmon_revsmtp.__file__).parent
 # Where a death may cost or double a message; elsewhere it is no more than a cut connection.

@@ -19,12 +19,13 @@ from typing import Any
 from conftest import CERTIFICATE, PASSWORD, Salmon, agent_keys, configuration, server_tls
 from proxy import Fault, Proxy
 
-from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.report import Outcome, Report
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.server.collector import Runtime
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__ = ["BOTH", "Rig", "one_message", "with_rig"]

@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from salmon_revsmtp.service import Answer, Service, Session, Tally
-from salmon_revsmtp.settings import ServiceSettings
+from salmon_revsmtp.delivery.dispatcher import Answer
+from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.session import Session
+from salmon_revsmtp.service.settings import ServiceSettings
+from salmon_revsmtp.service.tally import Tally
 from salmon_revsmtp.smtp.receiver import Transaction
 from salmon_revsmtp.smtp.replies import Reply
 

@@ -11,7 +11,8 @@ from conftest import Salmon
 from proxy import Direction, Fault, How
 from rig import BOTH, Rig, one_message, with_rig
 
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net.outcome import Outcome
 
 TO_CUSTOMER, TO_PROVIDER = Direction.TO_CUSTOMER, Direction.TO_PROVIDER
 

@@ -27,13 +27,14 @@ from salmon import queue
 from salmon.mail import MailRequest
 
 from salmon_revsmtp import QueueConsumer
-from salmon_revsmtp.delivery import served
-from salmon_revsmtp.delivery.served import DeliveryJournal, MessageKey
-from salmon_revsmtp.delivery.unsent import Unsent
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.delivery.outbox import Unsent
+from salmon_revsmtp.journal import deliveries as served
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.report import Outcome, Report
 from salmon_revsmtp.smtp.envelope import Envelope
 
 ROOM = 256 * 1024

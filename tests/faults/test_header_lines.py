@@ -18,7 +18,7 @@ from salmon.server import SMTPError
 from test_delivery import exchange
 
 from salmon_revsmtp import QueueConsumer
-from salmon_revsmtp.delivery.bounce import notification
+from salmon_revsmtp.delivery.dsn import notification
 from salmon_revsmtp.delivery.trace import Hop, envelope_lines, split_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver

@@ -36,9 +36,10 @@ from test_listener import listener
 from test_odmr import MESSAGE, run
 
 from salmon_revsmtp import hookimpl
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Outcome, Report
-from salmon_revsmtp.service import LOGGED_REFUSALS
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.service.session import LOGGED_REFUSALS
 
 MIB = 1024 * 1024
 
@@ -487,7 +488,9 @@ def test_a_provider_with_endless_refusals_does_not_fill_the_log(
     report = run(salmon, script)
     assert failed(report, "we sent the provider away", "refusals in a row", "the log names")
     assert report.refused == 10_001
-    lines = [one.getMessage() for one in caplog.records if one.name == "salmon_revsmtp.service"]
+    lines = [
+        one.getMessage() for one in caplog.records if one.name == "salmon_revsmtp.service.session"
+    ]
     assert len(lines) == LOGGED_REFUSALS + 1
     assert f"{10_001 - LOGGED_REFUSALS} more refused" in lines[-1]
 

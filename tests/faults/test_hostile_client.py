@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 from test_receiver import Client, codes
 
-from salmon_revsmtp.service import Service
-from salmon_revsmtp.settings import ServiceSettings
+from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.limits import GIB, MIB, Limits
 from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused
 

@@ -11,14 +11,15 @@ import pytest
 from conftest import MESSAGE, PASSWORD, Salmon, agent_keys, configuration, fails
 from salmon.mail import MailRequest
 
-from salmon_revsmtp.agents.odmr import agent as odmr
+from salmon_revsmtp.customer import odmr
+from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.trace import MAX_HOPS
-from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.report import Outcome, Report
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.server.collector import Runtime
 from salmon_revsmtp.smtp.envelope import Envelope
 
 

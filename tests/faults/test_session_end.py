@@ -17,12 +17,13 @@ from conftest import (
     scripted,
 )
 
-from salmon_revsmtp.plugins import Plugins
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.report import Outcome, Report
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.server.collector import Runtime
 from salmon_revsmtp.smtp.envelope import Envelope
 
 MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"

@@ -9,8 +9,8 @@ from conftest import Salmon
 from proxy import Direction, Fault, How
 from rig import Rig, one_message, with_rig
 
-from salmon_revsmtp.agents.odmr import agent as odmr
-from salmon_revsmtp.report import Outcome
+from salmon_revsmtp.customer import odmr
+from salmon_revsmtp.net.outcome import Outcome
 
 TO_CUSTOMER, TO_PROVIDER = Direction.TO_CUSTOMER, Direction.TO_PROVIDER
 

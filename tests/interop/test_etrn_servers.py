@@ -12,10 +12,11 @@ import pytest
 from conftest import Salmon, agent_keys, configuration
 from servers import Exim, Postfix, Sendmail, Server, free_port
 
+from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import samples
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.report import Outcome, Report
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
 
 pytestmark = pytest.mark.interop
 

@@ -10,8 +10,9 @@ import pytest
 from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, collect
 from servers import ACCOUNTS, Exim
 
+from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import Sample, samples
-from salmon_revsmtp.report import Outcome, Report
+from salmon_revsmtp.net.outcome import Outcome
 
 pytestmark = pytest.mark.interop
 

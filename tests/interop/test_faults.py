@@ -20,8 +20,8 @@ from salmon.server import Relay, SMTPError
 from servers import ACCOUNTS, Exim, Postfix, Server, free_port
 from test_etrn_servers import etrn, until
 
-from salmon_revsmtp.plugins import Plugins
-from salmon_revsmtp.runtime import Runtime
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
 
 pytestmark = pytest.mark.interop
 

@@ -1,0 +1,160 @@
+"""``agents``, ``enable``, ``disable``, ``history``: what there is, and what has been."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from salmon_revsmtp.cli.options import Options, json_option, named, with_options
+from salmon_revsmtp.cli.output import iso, print_json, table
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.customer.agent import Agent
+    from salmon_revsmtp.journal.collections import Journal
+
+__all__ = ["agents", "disable", "enable", "history"]
+
+
+@click.command()
+@json_option
+@with_options
+def agents(options: Options, as_json: bool) -> None:
+    """List the mail collection agents."""
+    from salmon_revsmtp.journal.collections import Journal
+
+    _, configuration = options.open()
+    journal = Journal()
+    rows = [_agent_row(agent, journal) for agent in configuration.agents]
+    for name, at in _next_runs().items():
+        for row in rows:
+            if row["agent"] == name and row["enabled"]:
+                row["next"] = iso(at)
+    if as_json:
+        for row in rows:
+            print_json(row)
+        return
+    if not configuration.agents:
+        click.echo("No agents: collection_agents in the settings is empty.")
+        return
+    table(
+        "Mail Collection Agents",
+        ("name", "protocol", "server", "schedule", "last outcome", "next run"),
+        [
+            (
+                str(row["title"]),
+                agent.protocol,
+                agent.address,
+                _schedule(agent),
+                str(row["outcome"] or "-"),
+                str(row["next"] or "-"),
+            )
+            for agent, row in zip(configuration.agents, rows, strict=True)
+        ],
+    )
+
+
+def _next_runs() -> dict[str, float]:
+    """When the running server runs each agent next; empty if none runs."""
+    from salmon_revsmtp.server.control import NoServer, ask
+
+    try:
+        [answer] = ask({"do": "state"})
+    except (NoServer, OSError, ValueError):
+        return {}
+    return dict(answer.get("next", {}))
+
+
+def _agent_row(agent: Agent, journal: Journal) -> dict[str, object]:
+    kept = journal.state(agent.name).enabled
+    enabled = agent.settings.enabled if kept is None else kept
+    last = journal.history(agent.name, 1)
+    return {
+        "agent": agent.name,
+        "title": agent.name if enabled else f"{agent.name} (Disabled)",
+        "protocol": agent.protocol,
+        "enabled": enabled,
+        "server": getattr(agent.settings, "server", None),
+        "port": getattr(agent.settings, "port", None),
+        "every": agent.settings.every,
+        "outcome": last[0].outcome if last else None,
+        "ended": iso(last[0].ended) if last else None,
+        "next": None,
+    }
+
+
+def _schedule(agent: Agent) -> str:
+    every = agent.settings.every
+    if every is None:
+        return "on demand"
+    return "every minute" if every == 1 else f"every {every:g} minutes"
+
+
+@click.command()
+@click.argument("name")
+@with_options
+def enable(options: Options, name: str) -> None:
+    """Enable an agent, whatever the settings file says."""
+    _set_enabled(options, name, True)
+
+
+@click.command()
+@click.argument("name")
+@with_options
+def disable(options: Options, name: str) -> None:
+    """Disable an agent, whatever the settings file says."""
+    _set_enabled(options, name, False)
+
+
+def _set_enabled(options: Options, name: str, enabled: bool) -> None:
+    from salmon_revsmtp.journal.collections import Journal
+    from salmon_revsmtp.journal.file import DEFAULT_JOURNAL
+
+    _, configuration = options.open()
+    [agent] = named(configuration, [name])
+    if not Journal().set_enabled(agent.name, enabled):
+        raise click.ClickException(f"{DEFAULT_JOURNAL} could not be written")
+    click.echo(f"{agent.name} is {'enabled' if enabled else 'disabled'}")
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--limit", default=50, show_default=True, help="How many at most.")
+@json_option
+@with_options
+def history(options: Options, name: str | None, limit: int, as_json: bool) -> None:
+    """List past collections, newest first."""
+    from salmon_revsmtp.journal.collections import Journal
+
+    _, configuration = options.open()
+    if name is not None:
+        named(configuration, [name])
+    entries = Journal().history(name, limit)
+    if as_json:
+        for entry in entries:
+            print_json(
+                {
+                    **asdict(entry),
+                    "started": iso(entry.started),
+                    "ended": iso(entry.ended),
+                    "seconds": round(entry.ended - entry.started, 3),
+                }
+            )
+        return
+    table(
+        "Collections",
+        ("started", "agent", "outcome", "messages", "refused", "seconds", "error"),
+        [
+            (
+                iso(entry.started),
+                entry.agent,
+                entry.outcome,
+                str(entry.messages),
+                str(entry.refused),
+                f"{entry.ended - entry.started:.1f}",
+                entry.error or "",
+            )
+            for entry in entries
+        ],
+    )

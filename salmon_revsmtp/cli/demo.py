@@ -1,0 +1,23 @@
+"""``demo``: the whole thing on one machine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+
+from salmon_revsmtp.cli.options import Options, terminal, with_options
+
+__all__ = ["demo"]
+
+
+@click.command()
+@with_options
+def demo(options: Options) -> None:
+    """Show it all on this machine: a provider with sample mail, and a project that collects it."""
+    from salmon_revsmtp.demo import show
+
+    if not options.verbose:
+        terminal.setLevel(logging.CRITICAL)  # the table shows what the log would
+    sys.exit(show.run(options.load_plugins()))

@@ -1,0 +1,39 @@
+"""The command ``salmon-revsmtp`` (click, as Salmon's own command is).
+
+Exit status: 0 when there is nothing for a person to do, 1 when any agent ended otherwise, 2 for
+usage and settings errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from salmon_revsmtp.cli.agents import agents, disable, enable, history
+from salmon_revsmtp.cli.collect import check, collect, run
+from salmon_revsmtp.cli.demo import demo
+from salmon_revsmtp.cli.options import Options, with_options
+from salmon_revsmtp.cli.plugins import plugins
+
+__all__ = ["cli", "main"]
+
+
+@click.group()
+@click.version_option(package_name="salmon-revsmtp", message="%(version)s")
+@with_options
+def cli(options: Options) -> None:
+    """Collect waiting mail into a Salmon project by reverse SMTP."""
+
+
+for _command in (agents, collect, check, enable, disable, history, run, plugins, demo):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: plugins may add commands, then click takes over."""
+    options = Options()
+    options.log_to_terminal()
+    loaded = options.load_plugins()
+    loaded.call("register_commands", cli=cli)
+    cli.main(args=arguments, prog_name="salmon-revsmtp", obj=options)

@@ -1,0 +1,1 @@
+"""The customer's side: agents, and the collections that they run."""

@@ -1,0 +1,198 @@
+"""On-Demand Mail Relay, the customer's side (RFC 2645).
+
+Connect, TLS, AUTH, ``ATRN``; the roles reverse, and the provider sends the waiting mail down the
+same connection.  An agent type as any other: nothing here that a third party's could not use.
+What only a collection needs is imported by it, so that a list of the agents is there at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field, SecretStr, field_validator
+
+from salmon_revsmtp.customer.agent import Agent, Check
+from salmon_revsmtp.customer.settings import (
+    ACCOUNT,
+    PASSWORD,
+    ServerSettings,
+    without_control_characters,
+)
+from salmon_revsmtp.net.outcome import Failed, Outcome
+from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
+from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.customer.collection import Collection
+    from salmon_revsmtp.net.client import Connection
+    from salmon_revsmtp.service.policy import Service
+    from salmon_revsmtp.service.session import Session
+    from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["OdmrAgent", "OdmrSettings"]
+
+# RFC 2645 5.2.1: the customer waits at least this long for the answer to ATRN.
+ATRN_TIMEOUT = 600.0
+
+NO_MAIL = 453
+
+# Sessions of one collection.  Some providers send one message a session, so that it takes many; but
+# a handler that mails back into a collected domain makes new mail for ever, and the rest of it can
+# wait for the next collection.
+MAX_SESSIONS = 1000
+
+log = logging.getLogger(__name__)
+
+
+class OdmrSettings(ServerSettings):
+    """The keys of an agent with ``protocol: "odmr"``."""
+
+    port: Annotated[int, Field(ge=1, le=65535, description="a TCP port, 1 to 65535")] = 366
+    # RFC 2645 5.1.1: ATRN is for those who have logged in.
+    account: Annotated[str, Field(min_length=1, description=ACCOUNT)]
+    password: Annotated[SecretStr, Field(min_length=1, description=PASSWORD)]
+    parameters: Annotated[
+        str | None, Field(description="a text that is sent after ATRN as it is")
+    ] = None
+
+    @field_validator("domains")
+    @classmethod
+    def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(to_ascii(domain) for domain in value)
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters(cls, value: str | None) -> str | None:
+        if value is not None:
+            without_control_characters(value)
+            if not value.isascii():
+                raise ValueError("only ASCII goes on the wire; write a domain's xn-- form")
+        return value
+
+
+class OdmrAgent(Agent):
+    """Collects by ODMR."""
+
+    protocol: ClassVar[str] = "odmr"
+    Settings = OdmrSettings
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that ATRN names, those of ``parameters`` too if they read as domains."""
+        settings = self.settings
+        if settings.domains or not settings.parameters:
+            return tuple(settings.domains)
+        try:
+            return tuple(to_ascii(domain) for domain in settings.parameters.split(","))
+        except AddressError:
+            return ()
+
+    @property
+    def command(self) -> str:
+        """The ATRN that is sent (RFC 2645 5.2.1)."""
+        argument = self.settings.parameters
+        if argument is None:
+            argument = ",".join(self.settings.domains)
+        return f"ATRN {argument}".rstrip(" ")
+
+    def problems(self, service: Service) -> list[str]:
+        if service.settings.domains or self.domains:
+            return []
+        return [
+            "domains: empty, and service "
+            f'"{self.settings.service}" has no domains either, so every recipient would be '
+            "refused; name the domains in one of the two"
+        ]
+
+    async def collect(self, collection: Collection) -> Outcome:
+        """Collect until the provider has no more.
+
+        A session that took messages is followed by another, also when it broke: some providers
+        send one message and break off.  A session that brought nothing is the last.
+        """
+        while True:
+            session = await self._session(collection)
+            if session is None or collection.stopping:
+                break
+            if session.served:
+                if collection.report.sessions < MAX_SESSIONS:
+                    continue
+                log.warning(
+                    "agent=%s sessions=%d and still more mail, the next collection goes on; does a "
+                    "handler mail back into a domain that is collected?",
+                    *(self.name, collection.report.sessions),
+                )
+                break
+            if session.broken:
+                raise Failed(f"receiving from {self.address}: {session.broken}")
+            break
+        tally = collection.tally
+        if tally.accepted:
+            return Outcome.COLLECTED
+        if tally.put_off is not None:
+            raise Failed(
+                f"receiving from {self.address}: all that came was put off, the last with "
+                f"{tally.put_off}; the provider keeps it, the log says why"
+            )
+        return Outcome.COLLECTED if tally.refused else Outcome.NO_MAIL
+
+    async def _session(self, collection: Collection) -> Session | None:
+        """One connection; ``None`` when the provider has no mail for us (453)."""
+        from salmon_revsmtp.net.client import Connection
+
+        report, settings = collection.report, self.settings
+        connection = await Connection.open(settings, collection.service.hostname)
+        try:
+            report.sessions += 1
+            report.tls, report.auth = connection.tls, connection.auth
+            self._admit(collection.service, connection)
+            reply, answer = await connection.last_command(
+                self.command, max(ATRN_TIMEOUT, settings.timeout)
+            )
+            if reply.code == 250:
+                return await collection.receive(answer, settings.idle_timeout(COMMAND_TIMEOUT))
+            await connection.say_goodbye(answer)
+            if reply.code == NO_MAIL:
+                return None
+            raise self._atrn_error(reply)
+        finally:
+            connection.close()
+
+    def _admit(self, service: Service, connection: Connection) -> None:
+        if rule := service.refuses_client(connection.peer[0]):
+            raise Failed(
+                f"{self.address} is {connection.peer[0]}, which service "
+                f'"{self.settings.service}" shuts out by its rule "{rule}"'
+            )
+
+    def _atrn_error(self, reply: Reply) -> Exception:
+        """RFC 2645 5.2.1: what else may be answered, and what to do about it."""
+        from salmon_revsmtp.net.client import error_for
+
+        advice = {
+            450: "the provider refuses to reverse now; the next collection tries again",
+            451: "the provider cannot do it now; the next collection tries again",
+            500: "it does not know ATRN: is this its ODMR port?",
+            502: "it does not do ATRN: is this its ODMR port?",
+            530: "it wants a login first: check account and password",
+            550: "it does not hold mail of these domains for this account: check domains",
+        }.get(reply.code, "")
+        return error_for(reply, f"asking {self.address} for mail with {self.command}", advice)
+
+    async def check(self, service: Service) -> Check:
+        """Dial, TLS, EHLO, AUTH; no ATRN."""
+        from salmon_revsmtp.net.client import Connection
+
+        connection = await Connection.open(self.settings, await service.find_hostname())
+        result = Check(connection.tls, connection.auth, connection.extensions)
+        try:
+            self._admit(service, connection)
+        except Failed as error:
+            result.problems.append(str(error))
+        if "ATRN" not in connection.extensions:
+            result.problems.append(
+                f"{self.address} does not list ATRN; a collection tries it all the same"
+            )
+        await connection.quit()
+        return result

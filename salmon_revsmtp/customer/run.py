@@ -1,0 +1,65 @@
+"""One run of an agent, from its lock to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from salmon_revsmtp.customer.agent import Agent
+from salmon_revsmtp.customer.collection import Collection
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.files import only_one
+from salmon_revsmtp.net.outcome import CollectionError, Outcome
+from salmon_revsmtp.smtp.replies import sound
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+LOCKS = Path("run")
+
+
+async def run(agent: Agent, collection: Collection) -> Report:
+    """Run a collection of ``agent`` to its end; returns the report, whatever happens.
+
+    Two collections of one agent never run at once, in whatever process: the second is ``busy``.
+    """
+    report = collection.report
+    started = time.monotonic()
+    with only_one(LOCKS / f"agent-{agent.name}.lock") as ours:
+        if not ours:
+            report.outcome = Outcome.BUSY
+            report.error = "another collection of this agent is running; wait for it to end"
+            return report
+        await collection.service.find_hostname()
+        await collection.call("collection_started")
+        try:
+            report.outcome = await agent.collect(collection)
+        except CollectionError as error:
+            report.outcome, report.error = error.outcome, sound(str(error))
+        except asyncio.CancelledError:
+            report.outcome, report.error = Outcome.FAILED, "interrupted"
+            raise
+        except Exception as error:
+            log.exception("agent=%s the agent type has a bug", agent.name)
+            report.outcome = Outcome.FAILED
+            report.error = sound(
+                f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"
+            )
+        finally:
+            tally = collection.tally
+            report.messages, report.recipients = tally.messages, tally.recipients
+            report.bytes, report.refused = tally.bytes, tally.refused
+            report.seconds = time.monotonic() - started
+            quiet = report.outcome in (Outcome.NO_MAIL, Outcome.BUSY) or not report.outcome.good
+            level = logging.DEBUG if quiet else logging.INFO
+            log.log(level, "agent=%s %s", agent.name, _line(report))
+        await collection.call("collection_finished", report=report)
+    return report
+
+
+def _line(report: Report) -> str:
+    shown = {key: value for key, value in report.as_dict().items() if key != "agent"}
+    return " ".join(f"{key}={value!r}" for key, value in shown.items() if value is not None)

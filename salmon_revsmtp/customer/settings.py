@@ -1,0 +1,115 @@
+"""The keys of an agent, as a third party's agent type has them too."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+
+__all__ = [
+    "ACCOUNT",
+    "PASSWORD",
+    "AgentSettings",
+    "ServerSettings",
+    "TlsMode",
+    "without_control_characters",
+]
+
+TlsMode = Literal["implicit", "starttls", "opportunistic", "none"]
+
+ACCOUNT = "the name to log in with, a text"
+PASSWORD = "a text that is not empty; is the variable that it comes from set in .env?"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def without_control_characters(text: str) -> str:
+    """``text``, or :class:`ValueError`: a line end in it would be another SMTP command."""
+    if _CONTROL.search(text):
+        raise ValueError("control characters are refused")
+    return text
+
+
+class AgentSettings(BaseModel):
+    """The keys that every agent has.  A field's description is what a wrong value is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, - and _")]
+    protocol: Annotated[str, Field(description="an agent type")]
+    enabled: Annotated[bool, Field(description="True or False")] = True
+    service: Annotated[str, Field(description="a key of smtp_services")] = "default"
+    every: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="minutes above 0, or None for only on demand",
+        ),
+    ] = 10
+
+
+class ServerSettings(AgentSettings):
+    """The keys of an agent that calls out to an SMTP server."""
+
+    server: Annotated[str, Field(min_length=1, description="a host name or address")]
+    port: Annotated[int, Field(ge=1, le=65535, description="a TCP port, 1 to 65535")]
+    tls: Annotated[
+        TlsMode, Field(description="'implicit', 'starttls', 'opportunistic' or 'none'")
+    ] = "starttls"
+    ca_file: Annotated[
+        Path | None, Field(description="a readable file of certificates in PEM form")
+    ] = None
+    account: Annotated[str | None, Field(min_length=1, description=ACCOUNT)] = None
+    password: Annotated[SecretStr | None, Field(min_length=1, description=PASSWORD)] = None
+    domains: Annotated[
+        tuple[str, ...], Field(description="a list of domain names such as 'example.org'")
+    ] = ()
+    timeout: Annotated[
+        float,
+        Field(gt=0, le=86400, allow_inf_nan=False, description="seconds, above 0 and up to 86400"),
+    ] = 60
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _domains_are_a_list(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError("a single text is no list")
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str) -> str:
+        if re.search(r"[\s/@\x00-\x1f\x7f]", value):
+            raise ValueError("a host name has no spaces, no slash and no @")
+        return value
+
+    @field_validator("account")
+    @classmethod
+    def _account(cls, value: str | None) -> str | None:
+        return value if value is None else without_control_characters(value)
+
+    @field_validator("password")
+    @classmethod
+    def _password(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            without_control_characters(value.get_secret_value())
+        return value
+
+    @field_validator("ca_file")
+    @classmethod
+    def _ca_file(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
+            except (OSError, ssl.SSLError) as error:
+                raise ValueError(str(error.strerror or error)) from None
+        return value
+
+    def idle_timeout(self, least: float) -> float:
+        """Seconds to wait for a peer that RFC 5321 4.5.3.2 gives ``least``: ``timeout`` rules where
+        the user has set it, the RFC where not."""
+        return self.timeout if "timeout" in self.model_fields_set else max(least, self.timeout)

@@ -1,0 +1,180 @@
+"""Queue mode: a message is safe in a Salmon Queue before its 250, and handled later.
+
+Salmon's Queue keeps the message and forgets the envelope, so the envelope stands on top of it as
+``Return-Path:`` and ``Delivered-To:``.  :class:`QueueConsumer` routes by these.  It is what
+Salmon's QueueReceiver is not: it deletes a message after it has been handled, not before.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from salmon_revsmtp.delivery.dsn import Bouncer
+from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue
+from salmon_revsmtp.delivery.outbox import Unsent
+from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
+from salmon_revsmtp.delivery.trace import split_envelope
+from salmon_revsmtp.files import only_one
+from salmon_revsmtp.hostname import machine_name
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["QueueConsumer"]
+
+# A message whose handling was begun this often and never ended is not tried again.
+CRASHES = 3
+
+# Seconds that a single run waits at its end for the relay to take notifications.
+RELAY_PATIENCE = 60.0
+
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+log = logging.getLogger(__name__)
+
+
+def _settings_relay() -> Any:
+    """The relay of the project that Salmon has loaded."""
+    from salmon import utils
+
+    return utils.settings.relay
+
+
+class QueueConsumer:
+    """Takes messages from the queue of queue mode through the handlers, one after another.
+
+    It has ``start`` as Salmon's receivers have, so ``settings.receiver = QueueConsumer()`` in a
+    boot module makes a process of it.
+
+    ``folder``: the queue, as in the service's settings.
+
+    ``sleep``: seconds to wait when it is empty, and before a message that a handler put off
+    (``SMTPError`` 4yz) is tried again.
+
+    ``hostname``: our name in notifications; this machine's if there is none.
+
+    ``relay``: asked for the relay when a notification goes out; that of the settings by default.
+    """
+
+    def __init__(
+        self,
+        folder: str = "run/inbound",
+        sleep: float = 10,
+        hostname: str | None = None,
+        relay: Callable[[], Any] = _settings_relay,
+    ) -> None:
+        self.queue = open_queue(folder)
+        self._folder = folder
+        self._sleep = sleep
+        self._delivery = RouterDelivery()
+        self._journal = DeliveryJournal()
+        self._unsent = Unsent(relay)
+        self._bouncer = Bouncer(lambda: hostname or machine_name(), self._unsent)
+        self._stopped = threading.Event()
+
+    def start(self, one_shot: bool = False) -> None:
+        """Handle what is there, for ever, or once if ``one_shot``.
+
+        A signal (SIGHUP of ``salmon stop``, SIGTERM, SIGINT) ends it after the message in hand.
+        Raises :class:`RuntimeError` when another consumer works on the same queue.
+        """
+        lock = Path(f"{self._folder}.lock")
+        with only_one(lock) as ours, self._signals():
+            if not ours:
+                raise RuntimeError(f"another consumer works on {self._folder}: it holds {lock}")
+            while True:
+                for key in by_age(self.queue.keys()):
+                    if self._stopped.is_set():
+                        return
+                    self.handle(key)
+                self._unsent.send_soon()
+                if one_shot or self._stopped.wait(self._sleep):
+                    self._unsent.wait(RELAY_PATIENCE if one_shot else 0)
+                    return
+
+    def stop(self) -> None:
+        """End :meth:`start` after the message in hand."""
+        self._stopped.set()
+
+    def handle(self, key: str) -> Reply | None:
+        """Handle one message and delete it then.  ``None`` if another has taken it.
+
+        The order is: begun, handled, recorded, deleted.  After a crash between the last three it is
+        not handled again; a message that was begun three times, and the process died each time, is
+        set aside in the undeliverable queue.
+
+        A handler's 4yz leaves it in the queue; its 5yz becomes a notification to the sender; what
+        no handler takes, and what a handler raises on, is in the undeliverable queue.
+        """
+        try:
+            stored = self.queue.mbox.get_bytes(key)
+        except (KeyError, FileNotFoundError):
+            return None
+        except OSError as error:
+            log.error("queue=%s key=%s cannot be read: %s", self._folder, key, error)
+            return disk_reply(error)
+        reverse_path, recipient, content = split_envelope(stored)
+        # By its key: two files with the same octets are two messages.
+        message = MessageKey.of(f"queue {self._folder} {key}", reverse_path or "", stored)
+        served = self._journal.served(message).get(recipient or "")
+        if served is not None:
+            reply = served.reply
+        elif self._journal.begin(self._folder, key) > CRASHES:
+            reply = self._set_aside(key, stored)
+            if reply.transient:
+                return reply  # and its crashes are not forgotten
+        else:
+            envelope = Envelope(reverse_path or "", (recipient or "",))
+            reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
+            self._journal.record(message, recipient or "", reply)
+        if reply.transient:
+            log.info("queue=%s key=%s put off: %s", self._folder, key, reply)
+        else:
+            with suppress(KeyError, FileNotFoundError):  # somebody has taken it away meanwhile
+                self.queue.remove(key)
+        self._journal.end(self._folder, key)
+        return reply
+
+    def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
+        reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)
+        if reply.permanent:
+            return self._bouncer.bounce(envelope, {recipient: reply}, content) or reply
+        return reply
+
+    def _set_aside(self, key: str, stored: bytes) -> Reply:
+        try:
+            kept = undeliverable_queue().keep(stored)
+        except OSError as error:
+            log.error("queue=%s key=%s cannot be set aside: %s", self._folder, key, error)
+            return disk_reply(error)
+        log.error(
+            "queue=%s key=%s the process died %d times while handling it; set aside in the "
+            "undeliverable queue with key %s",
+            *(self._folder, key, CRASHES, kept),
+        )
+        return Reply(250, "set aside", "2.0.0")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While this lasts, a signal is a :meth:`stop`; the second one is what it always was."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            log.info("stopping on signal %s", number)
+            signal.signal(number, before[signal.Signals(number)])
+            self.stop()
+
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

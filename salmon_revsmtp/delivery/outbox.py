@@ -1,0 +1,166 @@
+"""Notifications on their way to the relay: on disk first, sent from there, deleted then.
+
+So a sender is told although the relay is down, and 250 does not wait for the relay.  A crash
+between sent and deleted sends one twice, and loses none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email
+import logging
+import os
+import smtplib
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
+from salmon_revsmtp.delivery.router import undeliverable_queue
+from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
+from salmon_revsmtp.files import only_one
+
+__all__ = ["UNSENT", "Unsent"]
+
+UNSENT = Path("run/unsent")
+
+# RFC 5321 4.5.4.1: the give-up time is generally at least four or five days.
+GIVE_UP = 5 * 86400.0
+
+# It is the relay, and not this notification.
+_DOWN = (
+    smtplib.SMTPServerDisconnected,
+    smtplib.SMTPConnectError,
+    smtplib.SMTPHeloError,
+    smtplib.SMTPAuthenticationError,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Unsent:
+    """The Salmon Queue in which notifications wait.
+
+    ``relay``  asked for Salmon's relay when one is needed: ``settings.relay`` may be set late.
+    """
+
+    def __init__(self, relay: Callable[[], Any], folder: Path = UNSENT) -> None:
+        self._relay = relay
+        self._folder = folder
+        self._down = False
+        self._sent: set[str] = set()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._again = False
+
+    def put(self, to: str, message: bytes) -> None:
+        """Take a notification; it is safe on disk when this returns.  Raises :class:`OSError`."""
+        push_safely(open_queue(self._folder), envelope_lines("", to), message)
+
+    def send_soon(self) -> None:
+        """:meth:`send` in a thread, which does not keep the process: a relay may take its time, or
+        never say a word."""
+        with self._lock:
+            self._again = True
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="notifications", daemon=True
+                )
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._again:
+                    self._thread = None
+                    return
+                self._again = False
+            self.send()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until what :meth:`send_soon` has begun is done, but no longer than that."""
+        if thread := self._thread:
+            thread.join(seconds)
+
+    def send(self) -> None:
+        """Send all that wait, oldest first, until the relay cannot be reached.  Blocks; never
+        raises.  Two processes never send at once."""
+        try:
+            if not self._folder.is_dir():
+                return
+            with only_one(Path(f"{self._folder}.lock")) as ours:
+                if ours:
+                    self._send_all(open_queue(self._folder))
+        except Exception as error:
+            log.error("queue=%s notifications cannot be sent: %s", self._folder, error)
+
+    def _send_all(self, waiting: Any) -> None:
+        keys = by_age(waiting.keys())
+        if keys and not os.access(self._folder / "new", os.W_OK):
+            # What was sent could not be deleted, and would be sent again.
+            raise PermissionError(f"{len(keys)} wait, and the folder cannot be written")
+        for key in keys:
+            if not self._send(waiting, key):
+                return
+
+    def _send(self, waiting: Any, key: str) -> bool:
+        """One of them; ``False`` when the relay takes none just now."""
+        stored = waiting.mbox.get_bytes(key)
+        _, to, message = split_envelope(stored)
+        try:
+            if key not in self._sent:
+                self._relay().deliver(email.message_from_bytes(message), To=to, From="<>")
+        except Exception as error:
+            if _is_behind_it(error):
+                log.info("to=<%s> the relay broke off behind the notification", to)
+            elif _for_good(error) or self._age(key) > GIVE_UP:
+                log.error("to=<%s> the notification cannot be sent, given up: %s", to, error)
+                undeliverable_queue().keep(stored)
+                waiting.remove(key)
+                return True
+            else:
+                return self._put_off(to, error)
+        self._down = False
+        self._sent.add(key)
+        waiting.remove(key)
+        self._sent.discard(key)
+        log.info("to=<%s> the notification was sent", to)
+        return True
+
+    def _put_off(self, to: str | None, error: Exception) -> bool:
+        """Whether the next may be tried: what was said of this one may be otherwise for that."""
+        down = isinstance(error, _DOWN) or not isinstance(error, smtplib.SMTPException)
+        if not (down and self._down):
+            log.warning(
+                "to=<%s> the notification was not sent: %s: %s; it waits in %s",
+                *(to, type(error).__name__, error, self._folder),
+            )
+        self._down = down
+        return not down
+
+    def _age(self, key: str) -> float:
+        with contextlib.suppress(OSError):
+            return time.time() - (self._folder / "new" / key).stat().st_mtime
+        return 0.0
+
+
+def _is_behind_it(error: Exception) -> bool:
+    """The relay had taken the notification, and broke off when Salmon's Relay said QUIT."""
+    goodbye = smtplib.SMTP.quit.__code__
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is goodbye for frame, _ in frames)
+
+
+def _for_good(error: Exception) -> bool:
+    """The relay said 5yz to this notification, or cannot be told of such an address."""
+    if isinstance(error, UnicodeError | smtplib.SMTPNotSupportedError | IndexError):
+        return True
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        return all(code >= 500 for code, _ in error.recipients.values())
+    # A 5yz to EHLO or AUTH is about us, and may be mended.
+    if isinstance(error, _DOWN):
+        return False
+    return isinstance(error, smtplib.SMTPResponseException) and error.smtp_code >= 500

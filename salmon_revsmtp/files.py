@@ -1,0 +1,51 @@
+"""What a file system must be told: that a name is to survive a power cut, that a lock is held."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["only_one", "sync_folder"]
+
+log = logging.getLogger(__name__)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut: syncing a file does not sync its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[bool]:
+    """Hold the lock file ``path``, which is made with its folder; ``False``: another process (or
+    another place in this one) has it.
+
+    A folder that cannot be written is no reason not to work: a warning, and ``True``.
+    """
+    descriptor: int | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        assert descriptor is not None
+        os.close(descriptor)
+        yield False
+        return
+    except OSError as error:
+        log.warning("lock=%s cannot be had: %s; nothing keeps a second one away", path, error)
+    try:
+        yield True
+    finally:
+        if descriptor is not None:
+            # A child that a handler has forked has the descriptor, too, and would keep the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The journal: the SQLite record of collections and deliveries."""

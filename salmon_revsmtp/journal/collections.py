@@ -1,0 +1,164 @@
+"""The record of collections, and what is kept of each agent between them.
+
+Every call opens the file, does its work in one transaction and closes it again, so that it may be
+made from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
+
+__all__ = ["AgentState", "Entry", "Journal"]
+
+KEEP_DAYS = 90
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One collection that has ended; times in seconds since the epoch."""
+
+    agent: str
+    protocol: str
+    started: float
+    ended: float
+    outcome: str
+    messages: int
+    recipients: int
+    bytes: int
+    refused: int
+    sessions: int
+    tls: str | None
+    auth: str | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class AgentState:
+    """What is kept of an agent.  ``enabled``: what ``enable`` or ``disable`` said, ``None`` if
+    neither; ``failing_since``: when it began to fail, ``None`` if it does not."""
+
+    enabled: bool | None = None
+    failing_since: float | None = None
+
+
+_COLUMNS = ", ".join(Entry.__annotations__)
+_PLACES = ", ".join("?" for _ in Entry.__annotations__)
+
+
+class Journal:
+    """The record of collections in a file, which is made when it is first written."""
+
+    def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
+        self._file = JournalFile(path)
+        self._warned = False
+
+    def record(self, entry: Entry, good: bool) -> None:
+        """Note a collection's end, and since when its agent fails if it does."""
+        values = [getattr(entry, name) for name in Entry.__annotations__]
+
+        def write(database: sqlite3.Connection) -> None:
+            database.execute(f"INSERT INTO collections ({_COLUMNS}) VALUES ({_PLACES})", values)
+            database.execute(
+                "INSERT INTO agents (agent, failing_since) VALUES (?, ?) ON CONFLICT (agent) DO "
+                "UPDATE SET failing_since = CASE WHEN excluded.failing_since IS NULL THEN NULL "
+                "ELSE coalesce(failing_since, excluded.failing_since) END",
+                (entry.agent, None if good else entry.ended),
+            )
+            oldest = time.time() - KEEP_DAYS * 86400
+            database.execute("DELETE FROM collections WHERE started < ?", (oldest,))
+
+        self._write(write)
+
+    def set_enabled(self, agent: str, enabled: bool) -> bool:
+        """Keep what ``enable`` or ``disable`` said; ``False`` if it cannot be kept."""
+
+        def write(database: sqlite3.Connection) -> None:
+            database.execute(
+                "INSERT INTO agents (agent, enabled) VALUES (?, ?) "
+                "ON CONFLICT (agent) DO UPDATE SET enabled = excluded.enabled",
+                (agent, int(enabled)),
+            )
+
+        return self._write(write)
+
+    def state(self, agent: str) -> AgentState:
+        """What is kept of an agent."""
+
+        def read(database: sqlite3.Connection) -> AgentState:
+            row = database.execute(
+                "SELECT enabled, failing_since FROM agents WHERE agent = ?", (agent,)
+            ).fetchone()
+            if row is None:
+                return AgentState()
+            return AgentState(None if row[0] is None else bool(row[0]), row[1])
+
+        return self._read(read, AgentState())
+
+    def history(self, agent: str | None = None, limit: int = 50) -> list[Entry]:
+        """Past collections, newest first."""
+
+        def read(database: sqlite3.Connection) -> list[Entry]:
+            rows = database.execute(
+                f"SELECT {_COLUMNS} FROM collections WHERE ? IS NULL OR agent = ? "
+                "ORDER BY started DESC, id DESC LIMIT ?",
+                (agent, agent, limit),
+            )
+            return [Entry(*row) for row in rows]
+
+        return self._read(read, [])
+
+    # -- the file -------------------------------------------------------------------------------
+
+    def _write(self, work: Callable[[sqlite3.Connection], None]) -> bool:
+        try:
+            with self._transaction() as database:
+                work(database)
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self._warn("written", error)
+            return False
+        self._warned = False
+        return True
+
+    def _read(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
+        if not self._file.path.exists():
+            return otherwise
+        try:
+            with self._transaction() as database:
+                return work(database)
+        except (sqlite3.Error, OSError) as error:
+            self._warn("read", error)
+            return otherwise
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        database = self._file.open()
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
+            database.execute("COMMIT")
+        finally:
+            database.close()  # rolls back what was not committed
+
+    def _warn(self, doing: str, error: Exception) -> None:
+        """Once, not at every collection."""
+        if not self._warned:
+            log.warning(
+                "journal=%s cannot be %s: %s; mail is not affected",
+                self._file.path,
+                doing,
+                error,
+            )
+        self._warned = True

@@ -1,0 +1,116 @@
+"""The journal's file, and its schema: the SQLite record of collections and deliveries.
+
+It is a record and no more: a journal that cannot be written costs no mail and no collection, only
+a warning.  Several processes may use one at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+__all__ = ["DEFAULT_JOURNAL", "JournalFile"]
+
+DEFAULT_JOURNAL = Path("run/revsmtp.sqlite3")
+
+# Seconds to wait for another process that is writing.
+BUSY_TIMEOUT = 10.0
+
+# Each statement block takes the schema from its index to the next version (PRAGMA user_version).
+MIGRATIONS = (
+    """
+    CREATE TABLE collections (
+        id INTEGER PRIMARY KEY,
+        agent TEXT NOT NULL,
+        protocol TEXT NOT NULL,
+        started REAL NOT NULL,
+        ended REAL NOT NULL,
+        outcome TEXT NOT NULL,
+        messages INTEGER NOT NULL,
+        recipients INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        refused INTEGER NOT NULL,
+        sessions INTEGER NOT NULL,
+        tls TEXT,
+        auth TEXT,
+        error TEXT
+    );
+    CREATE INDEX collections_by_agent ON collections (agent, started);
+    CREATE INDEX collections_by_start ON collections (started);
+    CREATE TABLE agents (
+        agent TEXT PRIMARY KEY,
+        enabled INTEGER,
+        failing_since REAL
+    );
+    """,
+    """
+    CREATE TABLE deliveries (
+        digest BLOB NOT NULL,
+        service TEXT NOT NULL,
+        reverse_path TEXT NOT NULL,
+        recipient TEXT NOT NULL,
+        at REAL NOT NULL,
+        expires REAL NOT NULL,
+        code INTEGER NOT NULL,
+        text TEXT NOT NULL,
+        enhanced TEXT,
+        notified INTEGER NOT NULL,
+        PRIMARY KEY (digest, service, reverse_path, recipient)
+    ) WITHOUT ROWID;
+    CREATE TABLE attempts (
+        queue TEXT NOT NULL,
+        key TEXT NOT NULL,
+        begun INTEGER NOT NULL,
+        PRIMARY KEY (queue, key)
+    ) WITHOUT ROWID;
+    """,
+)
+
+
+class JournalFile:
+    """The file, which is made when it is first opened."""
+
+    def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
+        self.path = path
+
+    def open(self) -> sqlite3.Connection:
+        """A connection, its schema up to date, without transactions of Python's own.  It may be
+        used from several threads, not at the same time.
+
+        What is committed survives the death of the process.  With a write-ahead log it costs no
+        sync unless the connection asks for that (``PRAGMA synchronous``).  Raises
+        :class:`sqlite3.Error` and :class:`OSError`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+        )
+        try:
+            # A file system without shared memory has no such log; then every commit is synced.
+            with contextlib.suppress(sqlite3.OperationalError):
+                database.execute("PRAGMA journal_mode = WAL")
+            if self._version(database) != len(MIGRATIONS):
+                database.execute("BEGIN IMMEDIATE")
+                self._migrate(database)
+                database.execute("COMMIT")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @staticmethod
+    def _version(database: sqlite3.Connection) -> int:
+        [version] = database.execute("PRAGMA user_version").fetchone()
+        return int(version)
+
+    def _migrate(self, database: sqlite3.Connection) -> None:
+        version = self._version(database)
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError(
+                f"its schema is version {version}, of a later salmon-revsmtp than this one"
+            )
+        for number in range(version, len(MIGRATIONS)):
+            for statement in MIGRATIONS[number].split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {number + 1}")

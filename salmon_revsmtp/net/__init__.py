@@ -1,0 +1,1 @@
+"""asyncio around the SMTP machine: connections, in either role."""

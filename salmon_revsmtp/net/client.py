@@ -1,0 +1,448 @@
+"""The customer's side before the reversal: dial, TLS, EHLO, AUTH, one more command.
+
+Dialling, STARTTLS and AUTH are aiosmtplib's.  What is added here: SCRAM (scramp), the choice of the
+strongest mechanism, a transcript without secrets, the refusal of bytes that come glued behind an
+answer, and errors that say what to try.  Whoever wants the transport for another protocol asks
+:meth:`Connection.last_command` and gets it handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import aiosmtplib
+from aiosmtplib.typing import Default
+from pydantic import SecretStr
+from scramp import ScramClient, ScramException
+
+from salmon_revsmtp.net.handover import GLUED, LastAnswer, StartTlsWatch
+from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Refused
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Connection", "Server", "error_for"]
+
+# -v shows it; its lines never hold a secret.
+dialogue = logging.getLogger("salmon_revsmtp.dialogue")
+
+HIDDEN = "***"
+
+# Strongest first.  The first four prove the password without sending it; the others send it, and
+# are used under TLS only (RFC 4954 4, RFC 2645 5.1.1 wants CRAM-MD5 of every provider).
+CHALLENGES = ("SCRAM-SHA-256", "SCRAM-SHA-1", "CRAM-MD5")
+PASSWORDS = ("PLAIN", "LOGIN")
+
+# Seconds for the answer to a QUIT whose outcome changes nothing.
+GOODBYE = 5.0
+
+# RFC 4954 4: the server does not do this mechanism after all; another may work.
+TRY_ANOTHER = (504, 534)
+
+
+class Server(Protocol):
+    """A server to dial, and how to log in there; an agent's settings are one.
+
+    ``timeout`` in seconds, for connecting and for each command.
+    """
+
+    @property
+    def server(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def tls(self) -> Literal["implicit", "starttls", "opportunistic", "none"]: ...
+    @property
+    def ca_file(self) -> Path | None: ...
+    @property
+    def account(self) -> str | None: ...
+    @property
+    def password(self) -> SecretStr | None: ...
+    @property
+    def timeout(self) -> float: ...
+
+
+def error_for(reply: Reply, doing: str, advice: str = "") -> CollectionError:
+    """The error for a reply that is not the one hoped for: 4yz later, 5yz no, others broken."""
+    kind = Deferred if reply.transient else Refused if reply.permanent else Failed
+    return kind(f"{doing}: the server said {reply}" + (f"; {advice}" if advice else ""))
+
+
+class Connection:
+    """An SMTP connection in the client role, up to the command that ends that role.
+
+    ``tls``         the TLS version, or ``None``.
+    ``auth``        the SASL mechanism that let us in, or ``None``.
+    ``extensions``  the server's EHLO keywords in upper case, with their parameters.
+    ``peer``        the server's address and port.
+    """
+
+    def __init__(self, settings: Server, hostname: str) -> None:
+        self.settings = settings
+        self.tls: str | None = None
+        self.auth: str | None = None
+        self.extensions: dict[str, str] = {}
+        self.peer: tuple[str, int] = ("", 0)
+        self._where = f"{settings.server}:{settings.port}"
+        self._hide = _hider(settings)
+        self._dialled: asyncio.Transport | None = None
+        self._smtp = _SMTP(
+            self._hide,
+            hostname=settings.server,
+            port=settings.port,
+            use_tls=settings.tls == "implicit",
+            start_tls=False,
+            tls_context=_tls_context(settings),
+            timeout=settings.timeout,
+            local_hostname=hostname,
+        )
+
+    @classmethod
+    async def open(cls, settings: Server, hostname: str) -> Connection:
+        """Dial, TLS as ``tls`` says, EHLO, AUTH if there is an account.
+
+        ``hostname`` is what we call ourselves.  Raises
+        :class:`~salmon_revsmtp.net.outcome.CollectionError`; nothing is left open then.
+        """
+        connection = cls(settings, hostname)
+        try:
+            await connection._open()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _open(self) -> None:
+        await self._dial()
+        await self._ehlo()
+        if self.settings.tls in ("starttls", "opportunistic"):
+            await self._starttls()
+        if self.settings.account is not None:
+            await self._authenticate()
+            await self._ehlo()  # RFC 4954 4: what was said before may not hold any more
+
+    def close(self) -> None:
+        """Drop the connection without a word."""
+        self._smtp.close()
+        if self._dialled is not None:
+            # A close under TLS waits half a minute for the other side's, and aiosmtplib lets go of
+            # a transport that it closes itself.
+            self._dialled.abort()
+
+    async def quit(self) -> None:
+        """Say QUIT, wait for the answer, and close (RFC 5321 4.1.1.10)."""
+        with contextlib.suppress(aiosmtplib.SMTPException, OSError):
+            await self._smtp.execute_command(b"QUIT", timeout=GOODBYE)
+        self.close()
+
+    # -- the steps ----------------------------------------------------------------------------
+
+    async def _dial(self) -> None:
+        doing = f"connecting to {self._where}"
+        try:
+            greeting = await self._smtp.connect()
+        except aiosmtplib.SMTPConnectResponseError as error:
+            raise error_for(self._reply(error.code, error.message), doing) from None
+        except aiosmtplib.SMTPException as error:
+            raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
+        dialogue.debug("S: %s", self._reply(greeting.code, greeting.message))
+        self.peer = self._transport().get_extra_info("peername")[:2]
+        self._note_tls()
+
+    async def _ehlo(self) -> None:
+        doing = f"greeting {self._where} with EHLO"
+        try:
+            await self._smtp.ehlo()
+        except aiosmtplib.SMTPHeloError as error:
+            raise error_for(self._reply(error.code, error.message), doing) from None
+        except (aiosmtplib.SMTPException, OSError) as error:
+            raise self._broken(doing, error) from None
+        self.extensions = {
+            keyword.upper(): self._hide(parameters)
+            for keyword, parameters in self._smtp.esmtp_extensions.items()
+        }
+
+    async def _starttls(self) -> None:
+        if "STARTTLS" not in self.extensions:
+            if self.settings.tls == "opportunistic":
+                return
+            raise Failed(
+                f"{self._where} offers no STARTTLS; set tls to 'implicit' if it speaks TLS from "
+                "the start, or to 'none' to send everything in the clear"
+            )
+        doing = f"STARTTLS with {self._where}"
+        transport = self._transport()
+        watch = StartTlsWatch(transport)
+        transport.set_protocol(watch)
+        dialogue.debug("C: STARTTLS")
+        try:
+            response = await self._smtp.starttls()
+        except aiosmtplib.SMTPResponseException as error:
+            raise error_for(self._reply(error.code, error.message, doing), doing) from None
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            if watch.glued:
+                raise Failed(f"{doing}: {GLUED}") from None
+            raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
+        dialogue.debug("S: %s", self._reply(response.code, response.message))
+        self._note_tls()
+        await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
+
+    async def _authenticate(self) -> None:
+        offered = self.extensions.get("AUTH", "").upper().split()
+        usable = [name for name in CHALLENGES if name in offered]
+        if self.tls:
+            usable += [name for name in PASSWORDS if name in offered]
+        if not usable:
+            raise Failed(self._no_mechanism(offered))
+        for number, mechanism in enumerate(usable):
+            reply = await self._try_mechanism(mechanism)
+            if reply.positive:
+                self.auth = mechanism
+                return
+            if reply.code not in TRY_ANOTHER or number == len(usable) - 1:
+                raise error_for(
+                    reply,
+                    f"logging in to {self._where} as {self.settings.account} with {mechanism}",
+                    "check account and password" if reply.permanent else "",
+                )
+
+    def _no_mechanism(self, offered: Sequence[str]) -> str:
+        if not offered:
+            if "STARTTLS" in self.extensions and not self.tls:
+                return f"{self._where} offers no AUTH without TLS; set tls to 'starttls'"
+            return f"{self._where} offers no AUTH, so {self.settings.account} cannot log in"
+        methods = " ".join(offered)
+        if any(name in offered for name in PASSWORDS):
+            return (
+                f"{self._where} offers AUTH {methods} only, which sends the password as it is: "
+                "that needs TLS; set tls to 'starttls' or 'implicit'"
+            )
+        known = " ".join((*CHALLENGES, *PASSWORDS))
+        return f"{self._where} offers AUTH {methods} only; we can do {known}"
+
+    async def _try_mechanism(self, mechanism: str) -> Reply:
+        account = self.settings.account or ""
+        password = self.settings.password.get_secret_value() if self.settings.password else ""
+        doing = f"logging in to {self._where} as {account} with {mechanism}"
+        try:
+            if mechanism.startswith("SCRAM-"):
+                response = await self._scram(mechanism, account, password)
+            elif mechanism == "CRAM-MD5":
+                response = await self._smtp.auth_crammd5(account, password)
+            elif mechanism == "PLAIN":
+                response = await self._smtp.auth_plain(account, password)
+            else:
+                response = await self._smtp.auth_login(account, password)
+        except aiosmtplib.SMTPAuthenticationError as error:
+            return self._reply(error.code, error.message)
+        except ScramException as error:
+            raise Failed(
+                f"{doing}: {self._hide(str(error))}; the server did not prove that it knows the "
+                "password"
+            ) from None
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            raise self._broken(doing, error) from None
+        return self._reply(response.code, response.message)
+
+    async def _scram(self, mechanism: str, account: str, password: str) -> aiosmtplib.SMTPResponse:
+        """RFC 5802 over RFC 4954: two exchanges, and the server proves itself in the second."""
+        client = ScramClient([mechanism], account, password)
+        first = base64.b64encode(client.get_client_first().encode())
+        response = await self._smtp.execute_command(b"AUTH", mechanism.encode(), first)
+        if response.code == 334:
+            client.set_server_first(_challenge(response))
+            # PBKDF2 with as many rounds as the server likes, some seconds of them at most (scramp
+            # refuses more): not on the event loop.
+            final = await asyncio.to_thread(client.get_client_final)
+            response = await self._smtp.execute_command(base64.b64encode(final.encode()))
+            if response.code == 334:
+                client.set_server_final(_challenge(response))
+                response = await self._smtp.execute_command(b"")
+            elif response.code == 235:
+                raise ScramException("it let us in without its own proof")
+        if response.code != 235:
+            raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
+        return response
+
+    async def command(self, line: str) -> Reply:
+        """Send a command line and wait for its reply, ``timeout`` seconds at most.
+
+        Raises :class:`~salmon_revsmtp.net.outcome.Failed` when none comes.
+        """
+        verb = line.partition(" ")[0]
+        try:
+            response = await self._smtp.execute_command(line.encode("ascii"))
+        except (aiosmtplib.SMTPException, OSError) as error:
+            raise self._broken(f"sending {verb} to {self._where}", error) from None
+        return self._reply(response.code, response.message)
+
+    # -- the last command ---------------------------------------------------------------------
+
+    async def last_command(self, line: str, timeout: float) -> tuple[Reply, LastAnswer]:
+        """Send a command after which the transport may belong to another protocol, and wait
+        ``timeout`` seconds for its answer.
+
+        Returns the reply and the :class:`LastAnswer` that hands the transport over.  Raises
+        :class:`~salmon_revsmtp.net.outcome.Failed` when no answer comes, or no SMTP reply.
+        """
+        verb = line.partition(" ")[0]
+        doing = f"waiting for the answer of {self._where} to {verb}"
+        answer = LastAnswer(self._transport(), doing)
+        dialogue.debug("C: %s", line)
+        try:
+            reply = await asyncio.wait_for(answer.ask(line.encode("ascii") + b"\r\n"), timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise Failed(f"{doing}: nothing in {timeout:g} seconds") from None
+        reply = Reply(reply.code, self._hide(reply.text))
+        dialogue.debug("S: %s", reply)
+        return reply, answer
+
+    async def say_goodbye(self, answer: LastAnswer) -> None:
+        """QUIT after a last command that was answered with no; waits a little for the answer."""
+        dialogue.debug("C: QUIT")
+        with contextlib.suppress(CollectionError, asyncio.TimeoutError, TimeoutError):
+            reply = await asyncio.wait_for(answer.ask(b"QUIT\r\n"), GOODBYE)
+            dialogue.debug("S: %s", Reply(reply.code, self._hide(reply.text)))
+        self.close()
+
+    # -- details ------------------------------------------------------------------------------
+
+    def _transport(self) -> asyncio.Transport:
+        transport = self._smtp.transport
+        if transport is None or transport.is_closing():
+            raise Failed(f"{self._where} closed the connection")
+        return cast(asyncio.Transport, transport)
+
+    def _note_tls(self) -> None:
+        self._dialled = self._transport()
+        tls = self._dialled.get_extra_info("ssl_object")
+        self.tls = tls.version() if tls is not None else None
+
+    def _reply(self, code: int, message: str, doing: str = "") -> Reply:
+        try:
+            return Reply(code, self._hide(message))
+        except ValueError:
+            prefix = f"{doing}: " if doing else ""
+            said = self._hide(message)[:80]
+            raise Failed(f"{prefix}{self._where} sent no SMTP reply: {said}") from None
+
+    def _broken(self, doing: str, error: Exception) -> CollectionError:
+        return Failed(f"{doing}: {self._hide(_network_reason(error, self.settings))}")
+
+
+class _SMTP(aiosmtplib.SMTP):
+    """aiosmtplib's client with a transcript in which no secret stands."""
+
+    def __init__(self, hide: Callable[[str], str], **options: Any) -> None:
+        super().__init__(**options)
+        self._hide_secrets = hide
+        self._in_auth = False
+
+    async def execute_command(
+        self,
+        *args: bytes,
+        timeout: Any = Default.token,
+    ) -> aiosmtplib.SMTPResponse:
+        if self._in_auth:
+            shown = HIDDEN
+        else:
+            public = args[:2] if args[:1] == (b"AUTH",) else args
+            shown = b" ".join(public).decode("utf-8", "replace")
+            shown += f" {HIDDEN}" if len(public) < len(args) else ""
+        dialogue.debug("C: %s", shown)
+        self._in_auth = False
+        response = await super().execute_command(*args, timeout=timeout)
+        self._in_auth = response.code == 334
+        text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
+        dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
+        return response
+
+
+def _challenge(response: aiosmtplib.SMTPResponse) -> str:
+    try:
+        return base64.b64decode(response.message, validate=True).decode()
+    except ValueError:
+        raise ScramException("the server's challenge is no base64") from None
+
+
+def _hider(settings: Server) -> Callable[[str], str]:
+    """A function that blanks the password in what a server sends back to us."""
+    if settings.password is None:
+        return lambda text: text
+    password = settings.password.get_secret_value()
+    plain = f"\0{settings.account or ''}\0{password}"
+    secrets = [password, *(base64.b64encode(one.encode()).decode() for one in (password, plain))]
+
+    def hide(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, HIDDEN)
+        return text
+
+    return hide
+
+
+def _tls_context(settings: Server) -> ssl.SSLContext | None:
+    if settings.tls == "none":
+        return None
+    context = ssl.create_default_context()
+    if settings.tls == "opportunistic":
+        # RFC 7435: encrypted is better than not, whoever is at the other end.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif settings.ca_file is not None:
+        context = ssl.create_default_context(cafile=str(settings.ca_file))
+        # A server's own certificate may be the anchor, and one made by hand lacks what the strict
+        # checks of Python 3.13 ask of a CA.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+# What OpenSSL calls a peer without a TLS version that we take.
+_OLD_TLS = ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW")
+
+
+def _network_reason(error: BaseException, settings: Server) -> str:
+    """What went wrong below SMTP, and what to try."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"its certificate was not accepted ({cause.verify_message}); set ca_file to the "
+                "certificate or CA to trust, or server to the name in the certificate"
+            )
+        if isinstance(cause, ssl.SSLError) and any(
+            word in (cause.reason or "") for word in _OLD_TLS
+        ):
+            return (
+                f"TLS failed ({cause.reason}): it has no TLS version that is safe today; it has to "
+                "learn TLS 1.2"
+            )
+        if isinstance(cause, ssl.SSLError):
+            hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
+            return f"TLS failed ({cause.reason or cause}); does it want tls {hint}?"
+        if isinstance(cause, ConnectionAbortedError):  # asyncio's word for a silent TLS handshake
+            return f"no TLS handshake in {settings.timeout:g} seconds"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, aiosmtplib.SMTPResponseException):
+        return f"it sent no SMTP reply: {error.message[:80]}"
+    text = str(error).strip()
+    if isinstance(error, aiosmtplib.SMTPTimeoutError):
+        waited = "no TLS handshake" if "upgrading" in text else "no whole answer"
+        return f"{waited} in {settings.timeout:g} seconds"
+    dialling = f"Error connecting to {settings.server} on port {settings.port}:"
+    text = text.removeprefix(dialling).strip()
+    if text.startswith("Connection reset while upgrading") or (
+        not text and settings.tls == "implicit"
+    ):
+        hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
+        return (
+            "TLS failed (it broke the connection off in the handshake); does it know TLS 1.2, "
+            f"and does it want tls {hint}?"
+        )
+    return text or f"it broke the connection off ({type(error).__name__})"

@@ -1,0 +1,74 @@
+"""The hooks that a plugin may implement (pluggy; mark them with ``salmon_revsmtp.hookimpl``).
+
+A hook that raises is logged with its plugin's name and costs no mail.  Hooks are called in
+threads beside the network, one at a time per message; they may block, and only their own
+collection waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from salmon_revsmtp.customer.agent import Agent
+    from salmon_revsmtp.customer.report import Report
+    from salmon_revsmtp.service.session import Session
+    from salmon_revsmtp.smtp.envelope import Envelope
+    from salmon_revsmtp.smtp.replies import Reply
+
+hookspec = pluggy.HookspecMarker("salmon_revsmtp")
+
+
+@hookspec
+def register_agent_types(register: Callable[[type[Agent]], None]) -> None:
+    """Before the first use of an agent: call ``register(AgentClass)`` for each agent type of the
+    plugin."""
+
+
+@hookspec(firstresult=True)
+def may_collect(agent: Agent) -> str | None:
+    """Before a scheduled collection: return a reason such as ``"offline"`` to skip it."""
+
+
+@hookspec
+def collection_started(agent: Agent) -> None:
+    """A collection of ``agent`` begins."""
+
+
+@hookspec
+def collection_finished(agent: Agent, report: Report) -> None:
+    """A collection of ``agent`` has ended as ``report`` says; also when it ended badly."""
+
+
+@hookspec
+def connection_reversed(agent: Agent, session: Session) -> None:
+    """Right after the reversal, before our 220: ``session.peer`` is the provider's address."""
+
+
+@hookspec(firstresult=True)
+def message_received(agent: Agent | None, envelope: Envelope, message: bytes) -> Reply | None:
+    """Before delivery: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz) to refuse the message.
+
+    ``message`` is what the handlers would get: bytes with LF line ends, ``Received:`` on top.
+    ``agent`` is ``None`` for mail that came to a listening service.
+    """
+
+
+@hookspec
+def message_delivered(
+    agent: Agent | None, envelope: Envelope, recipient: str, reply: Reply
+) -> None:
+    """After each recipient, with what the delivery said: 2yz delivered, 4yz or 5yz not.
+
+    ``agent`` is ``None`` for mail that came to a listening service.
+    """
+
+
+@hookspec
+def register_commands(cli: click.Group) -> None:
+    """Add click commands to ``salmon-revsmtp``: ``cli.add_command(...)``."""

@@ -1,0 +1,152 @@
+"""The plugin manager: pluggy, with hooks that cannot break a collection.
+
+The built-in agent types come as a stranger's would: through the entry-point group
+``salmon_revsmtp``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from salmon_revsmtp.plugins import hookspecs
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.customer.agent import Agent
+
+__all__ = ["ENTRY_POINTS", "Plugin", "Plugins"]
+
+ENTRY_POINTS = "salmon_revsmtp"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Plugin:
+    """One plugin as ``salmon-revsmtp plugins`` shows it; ``error`` says why it did not load."""
+
+    plugin: str
+    distribution: str = ""
+    version: str = ""
+    agent_types: list[str] = field(default_factory=list)
+    hooks: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+class Plugins(pluggy.PluginManager):
+    """All plugins and the agent types that they register."""
+
+    def __init__(self) -> None:
+        super().__init__("salmon_revsmtp")
+        self.add_hookspecs(hookspecs)
+        self._loaded: list[Plugin] = []
+
+    @classmethod
+    def load(cls) -> Plugins:
+        """Every plugin of every installed distribution.  One that cannot be imported is logged
+        and listed with its error; the others work."""
+        plugins = cls()
+        points = metadata.entry_points(group=ENTRY_POINTS)
+        for point in sorted(points, key=lambda point: point.name):
+            plugins._load(point)
+        return plugins
+
+    @functools.cached_property
+    def agent_types(self) -> dict[str, type[Agent]]:
+        """Protocol -> agent class.  The plugins are asked when it is first read, so that a command
+        that is not about agents starts without what they import."""
+        agent_types: dict[str, type[Agent]] = {}
+        by_name = {entry.plugin: entry for entry in self._loaded}
+        for implementation in self.hook.register_agent_types.get_hookimpls():
+            entry = by_name.get(implementation.plugin_name) or Plugin(implementation.plugin_name)
+            function = getattr(implementation.function, "__wrapped__", implementation.function)
+            try:
+                function(functools.partial(_register, agent_types, entry))
+            except Exception as error:
+                entry.error = f"{type(error).__name__}: {error}"
+                log.exception("hook=register_agent_types plugin=%s raised", entry.plugin)
+        return agent_types
+
+    @property
+    def loaded(self) -> list[Plugin]:
+        """What there is, in the order in which it was found; broken ones too."""
+        _ = self.agent_types  # each is listed with its own
+        return self._loaded
+
+    def _load(self, point: metadata.EntryPoint) -> None:
+        entry = Plugin(point.name)
+        if point.dist is not None:
+            entry.distribution, entry.version = point.dist.name, point.dist.version
+        if any(entry == known for known in self._loaded):
+            return  # the same distribution, found twice on sys.path
+        self._loaded.append(entry)
+        try:
+            plugin = point.load()
+            self.register(plugin, point.name)
+        except Exception as error:
+            entry.error = f"{type(error).__name__}: {error}"
+            log.error("plugin=%s distribution=%s not loaded: %s", *_who(entry), entry.error)
+        else:
+            callers = self.get_hookcallers(self.get_plugin(point.name)) or []
+            entry.hooks = sorted(caller.name for caller in callers)
+
+    def register(self, plugin: object, name: str | None = None) -> str | None:
+        """As pluggy's, but what the plugin's hooks raise is logged, not raised.
+
+        pluggy sees a stand-in that has the plugin's hooks and nothing else.
+        """
+        name = name or self.get_canonical_name(plugin)
+        stand_in = SimpleNamespace()
+        for attribute in dir(plugin):
+            options = self.parse_hookimpl_opts(plugin, attribute)
+            if options is None:
+                continue
+            hook = getattr(plugin, attribute)
+            if not (options.get("wrapper") or options.get("hookwrapper")):
+                hook = _guarded(hook, attribute, name)
+            setattr(stand_in, attribute, hook)
+        return super().register(stand_in, name)
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook; returns what pluggy returns.  Never raises: a wrapper that does is
+        logged."""
+        try:
+            return getattr(self.hook, hook)(**arguments)
+        except Exception:
+            log.exception("hook=%s a wrapper of it raised", hook)
+            return None
+
+    def implemented(self, hook: str) -> bool:
+        """Whether any plugin has this hook, so that nobody pays for one that none has."""
+        return bool(getattr(self.hook, hook).get_hookimpls())
+
+
+def _register(agent_types: dict[str, type[Agent]], entry: Plugin, agent_type: type[Agent]) -> None:
+    protocol = agent_type.protocol
+    known = agent_types.setdefault(protocol, agent_type)
+    if known is not agent_type:
+        raise ValueError(f"the protocol {protocol!r} is taken by {known.__module__}")
+    entry.agent_types.append(protocol)
+
+
+def _who(entry: Plugin) -> tuple[str, str]:
+    return entry.plugin, entry.distribution
+
+
+def _guarded(function: Callable[..., Any], hook: str, plugin: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception:
+            log.exception("plugin=%s hook=%s raised; it is left out this time", plugin, hook)
+            return None
+
+    return guarded

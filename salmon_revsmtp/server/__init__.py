@@ -1,0 +1,1 @@
+"""What runs: the project, its configuration, collections on demand and on schedule."""

@@ -1,0 +1,176 @@
+"""``attach``: the line in a project's boot module that makes it ours; and what runs from then on.
+
+The server runs on an event loop in a thread of its own, beside Salmon's receiver, which has its
+own thread.  Signals end both: SIGHUP (``salmon stop``), SIGTERM and SIGINT (ctrl-c).  Python runs
+signal handlers in the main thread, which may be anywhere in Salmon's code; so the handlers do
+nothing, and the event loop hears of the signal by the wake-up descriptor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import ModuleType
+from typing import Any
+
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.configuration import Configuration, load
+from salmon_revsmtp.server.daemon import GRACE, Daemon
+from salmon_revsmtp.server.project import enable_logging
+
+__all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+
+class AttachedReceiver:
+    """Stands where Salmon's receiver stood; starts it, and the server beside it.
+
+    ``configuration``  the valid agents and services.
+    ``receiver``       Salmon's receiver, or ``None``.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        plugins: Plugins,
+        relay: Callable[[], Any],
+        receiver: Any = None,
+        grace: float = GRACE,
+    ) -> None:
+        self.configuration = configuration
+        self.receiver = receiver
+        self._plugins = plugins
+        self._relay = relay
+        self._grace = grace
+
+    def start(self) -> None:
+        """What ``salmon start`` calls, after it has daemonised and dropped its privileges.
+
+        Does not return: the process ends when a signal has stopped the server.  (When Python's main
+        thread ends, no other thread can hand work to a thread pool any more.)  Raises
+        :class:`OSError` when an address cannot be had.
+        """
+        enable_logging()
+        listening: Future[None] = Future()
+        signals = _heard_signals()
+        threading.Thread(target=self._serve, args=(listening, signals), name="revsmtp").start()
+        listening.result()
+        if self.receiver is not None:
+            self.receiver.start()
+        threading.Event().wait()
+
+    def _serve(self, listening: Future[None], signals: socket.socket | None) -> None:
+        stopped_by = None
+        try:
+            stopped_by = asyncio.run(
+                _serve(
+                    self.configuration,
+                    self._plugins,
+                    self._relay,
+                    self._grace,
+                    signals,
+                    lambda: listening.set_result(None),
+                )
+            )
+        except BaseException as error:
+            if not listening.done():
+                listening.set_exception(error)
+                return
+            log.exception("the server failed")
+        # `salmon stop` sends SIGHUP and deletes the PID file itself; it fails when that is gone
+        # already, as it would be if python-daemon's exit function ran.
+        _end_process(exit_functions=stopped_by != signal.SIGHUP)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.receiver, name)
+
+
+def attach(settings: ModuleType, receiver: Any = None) -> AttachedReceiver:
+    """Validate ``collection_agents`` and ``smtp_services`` of ``settings`` and wrap a receiver::
+
+        settings.receiver = salmon_revsmtp.attach(settings, LMTPReceiver(...))
+
+    ``attach(settings)`` alone does without one.  Raises
+    :class:`~salmon_revsmtp.SettingsError` with every problem that there is.
+    """
+    enable_logging()
+    plugins = Plugins.load()
+    configuration = load(settings, plugins)
+    return AttachedReceiver(configuration, plugins, lambda: settings.relay, receiver)
+
+
+def serve_in_foreground(
+    configuration: Configuration, plugins: Plugins, relay: Callable[[], Any]
+) -> None:
+    """Run the server in the main thread until a signal stops it.  Raises :class:`OSError`."""
+    signals = _heard_signals()
+    asyncio.run(_serve(configuration, plugins, relay, GRACE, signals, lambda: None))
+    _end_process(exit_functions=True)
+
+
+async def _serve(
+    configuration: Configuration,
+    plugins: Plugins,
+    relay: Callable[[], Any],
+    grace: float,
+    signals: socket.socket | None,
+    started: Callable[[], None],
+) -> int | None:
+    """Run the server; returns the number of the signal that stopped it."""
+    stopped_by = None
+    runtime = Runtime(configuration, plugins, relay)
+    daemon = Daemon(runtime, plugins, grace)
+    if signals is not None:
+        loop = asyncio.get_running_loop()
+
+        def heard() -> None:
+            nonlocal stopped_by
+            numbers = signals.recv(16)
+            stopped_by = numbers[0] if numbers else None
+            log.info("stopping on signal %s", stopped_by)
+            daemon.stop()
+
+        loop.add_reader(signals, heard)
+    try:
+        await daemon.run(started)
+    finally:
+        runtime.close(wait=False)
+    return stopped_by
+
+
+def _heard_signals() -> socket.socket | None:
+    """A socket from which the numbers of signals can be read; ``None`` outside the main thread,
+    where Python has no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    reading, writing = socket.socketpair()
+    reading.setblocking(False)
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    return reading
+
+
+def _end_process(exit_functions: bool) -> None:
+    """Salmon's own threads run for ever: what is to happen at exit happens here, then it is over.
+
+    A handler that is still running has not been answered 250; the provider keeps its message.
+    """
+    logging.shutdown()
+    if exit_functions:
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
+    os._exit(0)

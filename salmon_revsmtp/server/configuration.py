@@ -1,0 +1,119 @@
+"""The settings of a Salmon project, read and validated: agents and services.
+
+Every wrong setting is one sentence with the agent and the key; all of them are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from salmon_revsmtp.customer.agent import Agent
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.settings import ServiceSettings
+from salmon_revsmtp.settings import SettingsError, quote, validated, words_of
+
+__all__ = ["Configuration", "load"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Valid settings: agents in their order, services by name."""
+
+    agents: tuple[Agent, ...]
+    services: Mapping[str, ServiceSettings]
+
+    def asked_for(self, service: str) -> tuple[str, ...]:
+        """The domains that the agents of a service ask for."""
+        agents = [agent for agent in self.agents if agent.settings.service == service]
+        return tuple(dict.fromkeys(domain for agent in agents for domain in agent.domains))
+
+    def agent(self, name: str) -> Agent | None:
+        """The agent of that name, if there is one."""
+        return next((agent for agent in self.agents if agent.name == name), None)
+
+
+def load(module: ModuleType, plugins: Plugins) -> Configuration:
+    """Read ``collection_agents`` and ``smtp_services`` of a settings module.
+
+    Raises :class:`SettingsError` with every problem that there is.
+    """
+    problems: list[str] = []
+    services = _services(getattr(module, "smtp_services", None), problems)
+    known = set(services) | set(getattr(module, "smtp_services", None) or ())
+    agents = _agents(getattr(module, "collection_agents", None), known, plugins, problems)
+    for agent in agents:
+        if settings := services.get(agent.settings.service):
+            found = agent.problems(Service(agent.settings.service, settings))
+            problems += [f'agent "{agent.name}": {problem}' for problem in found]
+    configuration = Configuration(tuple(agents), services)
+    problems += [
+        f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
+        "recipient would be refused; name the domains"
+        for name, settings in services.items()
+        if settings.listen and not settings.domains and not configuration.asked_for(name)
+    ]
+    if problems:
+        raise SettingsError(problems)
+    return configuration
+
+
+def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:
+    if found is None:
+        found = {}
+    if not isinstance(found, Mapping):
+        problems.append(f"smtp_services: found {quote(found)}, allowed: a dict of services")
+        found = {}
+    services = {}
+    for name, keys in {"default": {}, **found}.items():
+        where = f'service "{name}"'
+        if service := validated(ServiceSettings, keys, where, problems):
+            services[name] = service
+    return services
+
+
+def _agents(
+    found: object, services: Collection[str], plugins: Plugins, problems: list[str]
+) -> list[Agent]:
+    if found is None:
+        found = []
+    if isinstance(found, str | Mapping) or not isinstance(found, Sequence):
+        problems.append(f"collection_agents: found {quote(found)}, allowed: a list of dicts")
+        return []
+    agents: list[Agent] = []
+    names: set[str] = set()
+    for number, keys in enumerate(found, 1):
+        name = keys.get("name") if isinstance(keys, Mapping) else None
+        where = f'agent "{name}"' if isinstance(name, str) and name else f"agent number {number}"
+        if isinstance(name, str) and name in names:
+            problems.append(f"{where}: name: found twice, allowed: a name of its own for each")
+        names.add(str(name))
+        service = keys.get("service", "default") if isinstance(keys, Mapping) else "default"
+        if service not in services:
+            problems.append(
+                f"{where}: service: found {quote(service)}, allowed: {words_of(services)}"
+            )
+        if agent := _agent(keys, where, plugins, problems):
+            agents.append(agent)
+    return agents
+
+
+def _agent(keys: Any, where: str, plugins: Plugins, problems: list[str]) -> Agent | None:
+    if not isinstance(keys, Mapping):
+        problems.append(f"{where}: found {quote(keys)}, allowed: a dict")
+        return None
+    agent_type = None
+    protocol = keys.get("protocol")
+    if isinstance(protocol, str):
+        agent_type = plugins.agent_types.get(protocol)
+    if agent_type is None:
+        found = "missing" if protocol is None else f"found {quote(protocol)}"
+        broken = [f"; plugin {one.plugin}: {one.error}" for one in plugins.loaded if one.error]
+        known = words_of(plugins.agent_types)
+        problems.append(f"{where}: protocol: {found}, allowed: {known}{''.join(broken)}")
+        return None
+    settings = validated(agent_type.Settings, keys, where, problems)
+    return agent_type(settings) if settings is not None else None

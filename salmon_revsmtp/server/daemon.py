@@ -1,0 +1,251 @@
+"""The server: listeners, the schedule and the control socket on one event loop.
+
+``salmon-revsmtp run`` has it in the foreground, ``attach`` in a thread beside Salmon's receiver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from salmon_revsmtp.customer.agent import Agent
+from salmon_revsmtp.customer.collection import Collection
+from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.customer.schedule import Schedule
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.control import Answers, Control
+from salmon_revsmtp.service.listener import Listener
+
+__all__ = ["GRACE", "Daemon"]
+
+log = logging.getLogger(__name__)
+
+# Seconds that a stop waits for the messages in hand.
+GRACE = 10.0
+# The schedule is looked at this often at least: a machine that slept is noticed that soon.
+TICK = 15.0
+# And no oftener than this, however near the next time is.
+BLINK = 0.01
+# Seconds until notifications that the relay did not take are tried again.
+NOTIFY_EVERY = 300.0
+# Seconds between two lines of progress to who asked for a collection.
+PROGRESS = 0.2
+
+
+def awake_or_asleep() -> float:
+    """Seconds since boot, on a clock that nobody sets and that counts a suspended machine's sleep,
+    too, where the system has one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Daemon:
+    """Runs until it is stopped.  ``grace``: seconds for the messages in hand when it stops."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        plugins: Plugins,
+        grace: float = GRACE,
+        clock: Callable[[], float] = awake_or_asleep,
+    ) -> None:
+        self._runtime = runtime
+        self._plugins = plugins
+        self._grace = grace
+        self._clock = clock
+        self._agents = {agent.name: agent for agent in runtime.configuration.agents}
+        self._running: dict[str, tuple[Collection, asyncio.Task[Report]]] = {}
+        self._scheduled: set[asyncio.Task[None]] = set()
+        self._held: dict[str, str] = {}
+        self._failing: dict[str, float] = {}
+        self._notify_at = clock()
+        self._stop = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._listeners: list[Listener] = []
+        self._control = Control(self._answer)
+        self._schedule = Schedule(
+            {
+                name: agent.settings.every * 60
+                for name, agent in self._agents.items()
+                if agent.settings.every is not None
+            },
+            clock(),
+            lambda wait: wait * random.uniform(0.8, 1.2),
+        )
+
+    def stop(self) -> None:
+        """End :meth:`run` at the next message boundary."""
+        self._stop.set()
+        self._wake.set()
+
+    async def run(self, started: Callable[[], None] = lambda: None) -> None:
+        """Listen, collect on schedule and answer the control socket, until :meth:`stop`.
+
+        ``started`` is called when everything listens.  Raises :class:`OSError` when an address
+        cannot be had.
+        """
+        try:
+            for listener in self._runtime.listeners():
+                await listener.start()
+                self._listeners.append(listener)
+            await self._control.start()
+            await self._recall()
+            started()
+            while not self._stop.is_set():
+                self._start_due()
+                self._send_waiting()
+                await self._sleep()
+        finally:
+            await self._shut_down()
+
+    # -- the schedule ---------------------------------------------------------------------------
+
+    async def _recall(self) -> None:
+        """Who was failing when the last process ended: its recovery is news."""
+        for name in self._agents:
+            state = await asyncio.to_thread(self._runtime.journal.state, name)
+            if state.failing_since is not None:
+                self._failing[name] = state.failing_since
+
+    def _start_due(self) -> None:
+        while name := self._schedule.due(self._clock()):
+            task = asyncio.get_running_loop().create_task(self._on_schedule(self._agents[name]))
+            self._scheduled.add(task)
+            task.add_done_callback(self._scheduled.discard)
+
+    def _send_waiting(self) -> None:
+        if self._clock() >= self._notify_at:
+            self._notify_at = self._clock() + NOTIFY_EVERY
+            self._runtime.send_waiting()
+
+    async def _sleep(self) -> None:
+        self._wake.clear()
+        if self._stop.is_set():
+            return
+        until = self._schedule.next_time()
+        seconds = TICK if until is None else min(TICK, max(BLINK, until - self._clock()))
+        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), seconds)
+
+    async def _on_schedule(self, agent: Agent) -> None:
+        try:
+            if await self._may_run(agent):
+                self._schedule.finished(agent.name, await self._ended_well(agent), self._clock())
+            else:
+                self._schedule.put_off(agent.name, self._clock())
+        finally:
+            self._wake.set()
+
+    async def _ended_well(self, agent: Agent) -> bool:
+        try:
+            return (await self._collect(agent)).outcome.good
+        except Exception:
+            # Our own bug; the next run comes all the same.
+            log.exception("agent=%s the collection broke", agent.name)
+            return False
+
+    async def _may_run(self, agent: Agent) -> bool:
+        if not await asyncio.to_thread(self._runtime.enabled, agent):
+            return False
+        reason = None
+        if self._plugins.implemented("may_collect"):
+            reason = await asyncio.to_thread(self._plugins.call, "may_collect", agent=agent)
+        if reason and self._held.get(agent.name) != reason:
+            log.info("agent=%s held back: %s", agent.name, reason)
+        if not reason and self._held.get(agent.name):
+            log.info("agent=%s is not held back any more", agent.name)
+        self._held[agent.name] = reason or ""
+        return not reason
+
+    # -- collections ----------------------------------------------------------------------------
+
+    async def _collect(self, agent: Agent) -> Report:
+        """Run an agent now; ``busy`` if it is running."""
+        if agent.name in self._running:
+            return Report(agent.name, agent.protocol, Outcome.BUSY, error="it is running already")
+        collection = self._runtime.collection(agent)
+        task = asyncio.get_running_loop().create_task(self._runtime.run(agent, collection))
+        self._running[agent.name] = (collection, task)
+        try:
+            report = await task
+        except asyncio.CancelledError:
+            if not self._stop.is_set():
+                raise
+            report = collection.report
+        finally:
+            del self._running[agent.name]
+        self._note(report)
+        return report
+
+    def _note(self, report: Report) -> None:
+        """One line when an agent begins to fail and one when it recovers, not one a try."""
+        if report.outcome in (Outcome.BUSY, Outcome.DISABLED):
+            return
+        since = self._failing.get(report.agent)
+        if report.outcome.good and since is not None:
+            del self._failing[report.agent]
+            minutes = (time.time() - since) / 60
+            log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
+        elif not (report.outcome.good or since is not None or self._stop.is_set()):
+            self._failing[report.agent] = time.time()
+            log.warning("agent=%s fails: %s: %s", report.agent, report.outcome, report.error)
+
+    # -- the control socket ---------------------------------------------------------------------
+
+    async def _answer(self, request: dict[str, Any]) -> Answers:
+        if request.get("do") == "state":
+            ahead = time.time() - self._clock()
+            times = {name: self._schedule.next_run(name) for name in self._agents}
+            yield {"next": {name: at + ahead for name, at in times.items() if at is not None}}
+        elif request.get("do") == "collect":
+            async for answer in self._answer_collect(request.get("agents", [])):
+                yield answer
+        else:
+            yield {"error": "no such request"}
+
+    async def _answer_collect(self, names: list[str]) -> Answers:
+        unknown = [name for name in names if name not in self._agents]
+        for name in unknown:
+            yield {"error": f"the running server has no agent {name!r}; restart it"}
+        tasks = {
+            asyncio.get_running_loop().create_task(self._collect(self._agents[name]))
+            for name in names
+            if name not in unknown
+        }
+        while tasks:
+            done, tasks = await asyncio.wait(
+                tasks, timeout=PROGRESS, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                yield {"report": task.result().as_dict()}
+            for name in names:
+                if running := self._running.get(name):
+                    tally = running[0].tally
+                    yield {"agent": name, "messages": tally.messages, "bytes": tally.bytes}
+        yield {"end": True}
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    async def _shut_down(self) -> None:
+        """Everything at once, and nothing longer than the grace."""
+        for collection, task in self._running.values():
+            if not collection.stop():
+                task.cancel()
+        ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
+        ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self._listeners]
+        if ending:
+            _, late = await asyncio.wait(ending, timeout=self._grace)
+            for one in late:
+                one.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for waiting in self._scheduled:
+            waiting.cancel()
+        await asyncio.gather(*self._scheduled, return_exceptions=True)
+        await self._control.stop()
+        log.info("stopped")

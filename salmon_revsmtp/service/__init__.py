@@ -1,0 +1,1 @@
+"""An inbound SMTP service: its settings, its policy, and its sessions."""
