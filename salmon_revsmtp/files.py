@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["only_one", "sync_folder"]
+__all__ = ["exclusive_lock", "sync_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[bool]:
+def exclusive_lock(path: Path) -> Iterator[bool]:
     """Hold the lock file ``path``, which is made with its folder; ``False``: another process (or
     another place in this one) has it.
 

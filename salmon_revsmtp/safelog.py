@@ -6,10 +6,10 @@ import contextlib
 import logging
 import traceback
 
-__all__ = ["say"]
+__all__ = ["log_safely"]
 
 
-def say(
+def log_safely(
     log: logging.Logger, level: int, text: str, *arguments: object, error: bool = False
 ) -> None:
     """Log a line, with the traceback of the exception in hand if ``error``.

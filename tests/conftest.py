@@ -21,7 +21,7 @@ from salmon.server import SMTPError
 import salmon_revsmtp.demo
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.configuration import Configuration, load
 
 DEMO = Path(salmon_revsmtp.demo.__file__).parent
@@ -107,8 +107,8 @@ async def collect(
 ) -> list[Report]:
     plugins = plugins or Plugins.load()
     valid = configuration(*agents, plugins=plugins, **services)
-    with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-        return await runtime.collect(valid.agents)
+    with Collector(valid, plugins, lambda: salmon.relay) as collector:
+        return await collector.collect(valid.agents)
 
 
 class Dialogue:

@@ -12,7 +12,7 @@ from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
 
 SOON = 0.002  # minutes
@@ -44,8 +44,8 @@ async def serve(salmon: Salmon, watcher: Watcher, enough: int, *agents: dict[str
     plugins = Plugins.load()
     plugins.register(watcher)
     valid = configuration(*agents, plugins=plugins)
-    with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-        daemon = Daemon(runtime, plugins)
+    with Collector(valid, plugins, lambda: salmon.relay) as collector:
+        daemon = Daemon(collector, plugins)
         running = asyncio.create_task(daemon.run())
         while len(watcher.reports) < enough:
             watcher.ended.clear()

@@ -42,7 +42,7 @@ from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery import batches as rounds
-from salmon_revsmtp.delivery import dispatcher as courier
+from salmon_revsmtp.delivery import dispatcher as dispatcher
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 
@@ -521,7 +521,7 @@ def test_what_was_done_in_time_is_not_put_off_for_a_slow_one_behind_it(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(courier, "LOOK_EVERY", 1.0)  # nobody looks before the time is up
+    monkeypatch.setattr(dispatcher, "LOOK_EVERY", 1.0)  # nobody looks before the time is up
     salmon.handle("fast@.*")
     answered = threading.Event()
     salmon.handle("slow@.*", lambda message: answered.wait(20) and None)
@@ -602,7 +602,7 @@ def test_a_hook_that_ends_the_process_when_a_message_is_delivered(
 def test_what_a_slow_log_costs_is_not_the_event_loops(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(courier, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(dispatcher, "LOOK_EVERY", 0.01)
     wrote: list[str] = []
 
     def slow(record: logging.LogRecord) -> bool:
@@ -623,7 +623,7 @@ def test_what_a_slow_log_costs_is_not_the_event_loops(
 @contextlib.contextmanager
 def log_filter(accepts: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
     """A filter of the user's at the loggers of a delivery."""
-    loggers = [logging.getLogger(module.__name__) for module in (courier, rounds)]
+    loggers = [logging.getLogger(module.__name__) for module in (dispatcher, rounds)]
     for logger in loggers:
         logger.addFilter(accepts)
         logger.setLevel("INFO")
@@ -651,7 +651,7 @@ def test_a_filter_of_the_log_that_raises_costs_a_line_and_no_mail(
             raise ValueError("a bug in a filter")
         return True
 
-    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)  # the second waits for the first's lines
+    monkeypatch.setattr(rounds, "BATCH_SECONDS", 0.0)  # the second waits for the first's lines
     if gone:
         monkeypatch.setattr(sys, "stderr", Gone())
     salmon.handle("[ab]@.*")

@@ -81,7 +81,7 @@ def _collect(
     import asyncio
 
     from salmon_revsmtp.cli.progress import Progress
-    from salmon_revsmtp.server.collector import Runtime
+    from salmon_revsmtp.server.collector import Collector
 
     def show(report: Report) -> None:
         if as_json:
@@ -93,11 +93,11 @@ def _collect(
     try:
         with (
             Progress(live=not as_json and not options.verbose) as progress,
-            # Outside of the runtime, whose handlers end properly whatever becomes of the output.
+            # Outside of the collector, whose handlers end properly whatever becomes of the output.
             in_a_thread(show) as show_in_a_thread,
-            Runtime(configuration, plugins, lambda: project.settings.relay) as runtime,
+            Collector(configuration, plugins, lambda: project.settings.relay) as collector,
         ):
-            return asyncio.run(runtime.collect(chosen, progress.watch, show_in_a_thread))
+            return asyncio.run(collector.collect(chosen, progress.watch, show_in_a_thread))
     except KeyboardInterrupt:
         raise click.ClickException(
             "interrupted; what was not answered with 250 stays with the provider"

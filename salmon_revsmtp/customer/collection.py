@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.delivery.dispatcher import Answer, Courier, Errand, Named
+from salmon_revsmtp.delivery.dispatcher import Answer, Dispatcher, Errand, Named
 from salmon_revsmtp.delivery.trace import Hop
 from salmon_revsmtp.hooks import HookCaller
-from salmon_revsmtp.net.handover import LastAnswer
+from salmon_revsmtp.net.handover import Handover
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session
 from salmon_revsmtp.service.tally import Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.receiver import Transaction
-from salmon_revsmtp.smtp.replies import Reply, sound
+from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 __all__ = ["Collecting", "Collection"]
 
@@ -53,20 +53,20 @@ class Collection:
         self,
         agent: Collecting,
         service: Service,
-        courier: Courier,
+        dispatcher: Dispatcher,
         plugins: HookCaller,
     ) -> None:
         self.agent = agent
         self.service = service
         self.report = Report(agent.name, agent.protocol)
         self.tally = Tally()
-        self._courier = courier
+        self._dispatcher = dispatcher
         self._plugins = plugins
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
         self.stopping = False
 
-    async def receive(self, answer: LastAnswer, idle_timeout: float = COMMAND_TIMEOUT) -> Session:
+    async def receive(self, answer: Handover, idle_timeout: float = COMMAND_TIMEOUT) -> Session:
         """Reverse the roles: be the SMTP server on the transport that ``answer`` waits on, until
         the connection ends.
 
@@ -116,15 +116,15 @@ class Collection:
                 self.tally.refuse(1, refusal)
         if wanted:
             accepted = Envelope(
-                sound(envelope.reverse_path),
-                tuple(sound(one) for one in wanted),
+                without_surrogates(envelope.reverse_path),
+                tuple(without_surrogates(one) for one in wanted),
                 {**envelope.mail_options, "PRDR": ""},  # every recipient has a reply of its own
                 envelope.rcpt_options,
                 envelope.helo,
                 envelope.esmtp,
             )
             hop = self._hop(peer, tls=False, authenticated=False)
-            answer = await self._courier.delivered(Errand(self.agent, peer, hop, accepted, data))
+            answer = await self._dispatcher.delivered(Errand(self.agent, peer, hop, accepted, data))
             self.tally.add(answer, len(data))
             replies.update(zip(wanted, answer.each, strict=True))
         return tuple(replies[one] or answer.reply for one in envelope.recipients)
@@ -142,7 +142,7 @@ class Collection:
     ) -> None:
         hop = self._hop(session.peer, tls=session.tls, authenticated=True)
         errand = Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)
-        self._courier.deliver(errand, answered)
+        self._dispatcher.deliver(errand, answered)
 
     def _hop(self, peer: tuple[str, int], *, tls: bool, authenticated: bool) -> Hop:
         return Hop(peer[0], self.service.hostname, f"agent {self.agent.name}", tls, authenticated)

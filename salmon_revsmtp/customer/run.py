@@ -10,9 +10,9 @@ from pathlib import Path
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.files import only_one
+from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.net.outcome import CollectionError, Outcome
-from salmon_revsmtp.smtp.replies import sound
+from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["run"]
 
@@ -28,7 +28,7 @@ async def run(agent: Agent, collection: Collection) -> Report:
     """
     report = collection.report
     started = time.monotonic()
-    with only_one(LOCKS / f"agent-{agent.name}.lock") as ours:
+    with exclusive_lock(LOCKS / f"agent-{agent.name}.lock") as ours:
         if not ours:
             report.outcome = Outcome.BUSY
             report.error = "another collection of this agent is running; wait for it to end"
@@ -38,14 +38,14 @@ async def run(agent: Agent, collection: Collection) -> Report:
         try:
             report.outcome = await agent.collect(collection)
         except CollectionError as error:
-            report.outcome, report.error = error.outcome, sound(str(error))
+            report.outcome, report.error = error.outcome, without_surrogates(str(error))
         except asyncio.CancelledError:
             report.outcome, report.error = Outcome.FAILED, "interrupted"
             raise
         except Exception as error:
             log.exception("agent=%s the agent type has a bug", agent.name)
             report.outcome = Outcome.FAILED
-            report.error = sound(
+            report.error = without_surrogates(
                 f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"
             )
         finally:

@@ -15,12 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from salmon_revsmtp.delivery.dsn import Bouncer
+from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue
-from salmon_revsmtp.delivery.outbox import Unsent
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import split_envelope
-from salmon_revsmtp.files import only_one
+from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -74,8 +74,8 @@ class QueueConsumer:
         self._sleep = sleep
         self._delivery = RouterDelivery()
         self._journal = DeliveryJournal()
-        self._unsent = Unsent(relay)
-        self._bouncer = Bouncer(lambda: hostname or machine_name(), self._unsent)
+        self._outbox = Outbox(relay)
+        self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
         self._stopped = threading.Event()
 
     def start(self, one_shot: bool = False) -> None:
@@ -85,7 +85,7 @@ class QueueConsumer:
         Raises :class:`RuntimeError` when another consumer works on the same queue.
         """
         lock = Path(f"{self._folder}.lock")
-        with only_one(lock) as ours, self._signals():
+        with exclusive_lock(lock) as ours, self._signals():
             if not ours:
                 raise RuntimeError(f"another consumer works on {self._folder}: it holds {lock}")
             while True:
@@ -93,9 +93,9 @@ class QueueConsumer:
                     if self._stopped.is_set():
                         return
                     self.handle(key)
-                self._unsent.send_soon()
+                self._outbox.send_soon()
                 if one_shot or self._stopped.wait(self._sleep):
-                    self._unsent.wait(RELAY_PATIENCE if one_shot else 0)
+                    self._outbox.wait(RELAY_PATIENCE if one_shot else 0)
                     return
 
     def stop(self) -> None:
@@ -144,7 +144,7 @@ class QueueConsumer:
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
         reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)
         if reply.permanent:
-            return self._bouncer.bounce(envelope, {recipient: reply}, content) or reply
+            return self._notifier.notify(envelope, {recipient: reply}, content) or reply
         return reply
 
     def _set_aside(self, key: str, stored: bytes) -> Reply:

@@ -27,16 +27,16 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
-from salmon_revsmtp.delivery.batches import Rounds
-from salmon_revsmtp.delivery.dsn import Bouncer
+from salmon_revsmtp.delivery.batches import BatchWorker
+from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Hop, hops
 from salmon_revsmtp.hooks import HookCaller
-from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey, Served
-from salmon_revsmtp.safelog import say
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Answer", "Courier", "Delivery", "Errand", "Waiting"]
+__all__ = ["Answer", "Delivery", "Dispatcher", "Errand", "Waiting"]
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +199,8 @@ def _for_all(envelope: Envelope, each: Sequence[Reply]) -> Reply | None:
     return Reply(250, f"taken for {taken} of {len(each)} recipients", "2.0.0")
 
 
-class Courier:
-    """Delivers the messages of one service, one after another, in the thread of ``rounds``.
+class Dispatcher:
+    """Delivers the messages of one service, one after another, in the thread of ``worker``.
 
     ``service``          its name.
     ``handler_timeout``  seconds from a message's end to its answer.
@@ -213,8 +213,8 @@ class Courier:
         delivery: Delivery,
         journal: DeliveryJournal,
         plugins: HookCaller,
-        bouncer: Bouncer,
-        rounds: Rounds[Waiting],
+        notifier: Notifier,
+        worker: BatchWorker[Waiting],
         *,
         handler_timeout: float,
         repeat_seconds: float,
@@ -224,11 +224,11 @@ class Courier:
         self._delivery = delivery
         self._journal = journal
         self._plugins = plugins
-        self._bouncer = bouncer
-        self._rounds = rounds
+        self._notifier = notifier
+        self._worker = worker
         self._pending: list[Waiting] = []
         self._looks_in: asyncio.AbstractEventLoop | None = None
-        self._known: dict[MessageKey, dict[str, Served]] = {}
+        self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
         self._log_from = 0.0
 
     def deliver(self, errand: Errand, answered: Callable[[Answer | RuntimeError], None]) -> None:
@@ -243,7 +243,7 @@ class Courier:
         until = loop.time() + self._handler_timeout
         waiting = Waiting(errand, answered, loop, until)
         try:
-            self._rounds.submit(self, waiting)
+            self._worker.submit(self, waiting)
         except RuntimeError as error:  # the thread is closed
             errand.outcome = error
         self._pending.append(waiting)
@@ -265,7 +265,7 @@ class Courier:
         return await future
 
     def _look(self) -> None:
-        """Do not let those who wait depend on the round's end: a handler may be slow, or never
+        """Do not let those who wait depend on the batch's end: a handler may be slow, or never
         return."""
         loop = asyncio.get_running_loop()
         self._looks_in = None
@@ -293,7 +293,7 @@ class Courier:
         timeout = self._handler_timeout
         late = Reply(451, f"not done in {timeout:g} seconds, try again later", "4.3.0")
         answer = errand.abandon(late)
-        say(
+        log_safely(
             log,
             logging.WARNING,
             "%s from=<%s> reply=%r %s",
@@ -307,7 +307,7 @@ class Courier:
     # -- in the thread ----------------------------------------------------------------------------
 
     def begin(self, pieces: Sequence[Waiting]) -> None:
-        """A round: see which of them have come before."""
+        """A batch: see which of them have come before."""
         self._log_from = time.monotonic() + LOOK_EVERY
         name = self._service
         keys = []
@@ -315,7 +315,7 @@ class Courier:
             if errand.key is None:
                 errand.key = MessageKey.of(name, errand.envelope.reverse_path, errand.data)
             keys.append(errand.key)
-        self._known = self._journal.served_all(keys, self._repeat_seconds)
+        self._known = self._journal.recorded_all(keys, self._repeat_seconds)
 
     def do(self, piece: Waiting) -> None:
         """Deliver one message, if anybody still waits for it."""
@@ -326,12 +326,12 @@ class Courier:
             errand.outcome = self._deliver(errand)
         except BaseException:  # a hook may even try to end the process
             errand.outcome = errand.abandon(BUG)
-            say(log, logging.ERROR, "%s a delivery failed", self._via(errand), error=True)
+            log_safely(log, logging.ERROR, "%s a delivery failed", self._via(errand), error=True)
 
     def end(self, pieces: Sequence[Waiting]) -> None:
-        """Log those of a round, and answer them.
+        """Log those of a batch, and answer them.
 
-        All at once: a line among deliveries costs more than twice as much.  In a round that takes
+        All at once: a line among deliveries costs more than twice as much.  In a batch that takes
         long they are logged as they come, or the event loop would have to.
         """
         errands = [piece.errand for piece in pieces]
@@ -342,7 +342,7 @@ class Courier:
             with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
                 loop.call_soon_threadsafe(_come_home, list(those))
 
-    def rest(self) -> None:
+    def idle(self) -> None:
         """There is time for what nobody waits for."""
         self._journal.flush()
 
@@ -357,7 +357,7 @@ class Courier:
             return errand.abandon(LOOP)
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]
-        put_off: dict[str, Served] = {}
+        put_off: dict[str, DeliveryRecord] = {}
         for recipient in envelope.recipients:
             if errand.abandoned:
                 return None
@@ -376,7 +376,7 @@ class Courier:
 
     def _hand_over(
         self, errand: Errand, key: MessageKey, recipient: str, content: Content
-    ) -> Served:
+    ) -> DeliveryRecord:
         envelope = errand.envelope
         trace = errand.hop.received(envelope, recipient)
         reply = self._asked(errand.agent, envelope, trace, content)
@@ -400,7 +400,7 @@ class Courier:
 
     def _write_lines(self, errand: Errand, lines: Iterable[Line]) -> None:
         for recipient, reply, repeat in lines:
-            say(
+            log_safely(
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
@@ -430,7 +430,7 @@ class Courier:
         return None
 
     def _put_together(
-        self, errand: Errand, key: MessageKey, known: dict[str, Served], content: bytes
+        self, errand: Errand, key: MessageKey, known: dict[str, DeliveryRecord], content: bytes
     ) -> Reply:
         replies: Sequence[Reply] = errand.replies
         if total := _for_all(errand.envelope, replies):
@@ -449,7 +449,7 @@ class Courier:
         return positive[0]
 
     def _notify(
-        self, envelope: Envelope, key: MessageKey, known: dict[str, Served], content: bytes
+        self, envelope: Envelope, key: MessageKey, known: dict[str, DeliveryRecord], content: bytes
     ) -> Reply | None:
         """Have the sender told of the failures that it has not been told of; ``None`` when that is
         safe, else the 4yz for the message."""
@@ -461,7 +461,7 @@ class Courier:
         if not failed:
             return None
         replies = {recipient: served.reply for recipient, served in failed.items()}
-        refusal = self._bouncer.bounce(envelope, replies, content)
+        refusal = self._notifier.notify(envelope, replies, content)
         if refusal is None:
             known.update(self._journal.record_notified(key, failed))
         return refusal

@@ -15,11 +15,11 @@ from email.mime.text import MIMEText
 from email.utils import formatdate, make_msgid
 
 from salmon_revsmtp.delivery.maildir import disk_reply
-from salmon_revsmtp.delivery.outbox import Unsent
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Bouncer", "notification"]
+__all__ = ["Notifier", "notification"]
 
 # Octets of the original's headers that go back; a message may be nothing but a header.
 MAX_HEADERS = 64 * 1024
@@ -27,18 +27,18 @@ MAX_HEADERS = 64 * 1024
 log = logging.getLogger(__name__)
 
 
-class Bouncer:
+class Notifier:
     """Makes notifications, and has them sent.
 
     ``hostname``  asked for our name.
-    ``unsent``    where they wait until the relay takes them.
+    ``outbox``    where they wait until the relay takes them.
     """
 
-    def __init__(self, hostname: Callable[[], str], unsent: Unsent) -> None:
+    def __init__(self, hostname: Callable[[], str], outbox: Outbox) -> None:
         self._hostname = hostname
-        self._unsent = unsent
+        self._outbox = outbox
 
-    def bounce(
+    def notify(
         self, envelope: Envelope, failed: Mapping[str, Reply], content: bytes
     ) -> Reply | None:
         """Tell the sender about the failed recipients.
@@ -56,11 +56,11 @@ class Bouncer:
             return None
         message = notification(self._hostname(), envelope, wanted, content)
         try:
-            self._unsent.put(envelope.reverse_path, message.as_bytes())
+            self._outbox.put(envelope.reverse_path, message.as_bytes())
         except OSError as error:
             log.error("to=<%s> the notification was not kept: %s", envelope.reverse_path, error)
             return disk_reply(error)
-        self._unsent.send_soon()
+        self._outbox.send_soon()
         log.info("to=<%s> is told of %d failed recipients", envelope.reverse_path, len(wanted))
         return None
 

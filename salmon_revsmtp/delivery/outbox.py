@@ -21,9 +21,9 @@ from typing import Any
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
-from salmon_revsmtp.files import only_one
+from salmon_revsmtp.files import exclusive_lock
 
-__all__ = ["UNSENT", "Unsent"]
+__all__ = ["UNSENT", "Outbox"]
 
 UNSENT = Path("run/unsent")
 
@@ -41,7 +41,7 @@ _DOWN = (
 log = logging.getLogger(__name__)
 
 
-class Unsent:
+class Outbox:
     """The Salmon Queue in which notifications wait.
 
     ``relay``  asked for Salmon's relay when one is needed: ``settings.relay`` may be set late.
@@ -91,7 +91,7 @@ class Unsent:
         try:
             if not self._folder.is_dir():
                 return
-            with only_one(Path(f"{self._folder}.lock")) as ours:
+            with exclusive_lock(Path(f"{self._folder}.lock")) as ours:
                 if ours:
                     self._send_all(open_queue(self._folder))
         except Exception as error:

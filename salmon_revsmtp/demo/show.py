@@ -28,7 +28,7 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.configuration import load
 from salmon_revsmtp.server.project import Project
 
@@ -134,9 +134,9 @@ async def _collect(
         project.boot()
         witness.listen()
         started = time.monotonic()
-        with Runtime(configuration, plugins, lambda: project.settings.relay) as runtime:
-            reports = await runtime.collect(configuration.agents)
-            reports += await runtime.collect(configuration.agents)
+        with Collector(configuration, plugins, lambda: project.settings.relay) as collector:
+            reports = await collector.collect(configuration.agents)
+            reports += await collector.collect(configuration.agents)
         return reports, len(queue), time.monotonic() - started
 
 

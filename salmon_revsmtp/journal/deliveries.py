@@ -26,9 +26,9 @@ from typing import NamedTuple, TypeVar
 
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.journal.tail import Row, Tail
-from salmon_revsmtp.smtp.replies import Reply, sound
+from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
-__all__ = ["WEEK", "DeliveryJournal", "MessageKey", "Served"]
+__all__ = ["WEEK", "DeliveryJournal", "DeliveryRecord", "MessageKey"]
 
 #: Seconds in which a repeat is known: providers give up after four or five days (RFC 5321 4.5.4.1).
 WEEK = 7 * 86400.0
@@ -63,10 +63,10 @@ class MessageKey(NamedTuple):
     @classmethod
     def of(cls, service: str, reverse_path: str, data: bytes) -> MessageKey:
         """The key of a message by its octets as they came."""
-        return cls(service, sound(reverse_path), hashlib.sha256(data).digest())
+        return cls(service, without_surrogates(reverse_path), hashlib.sha256(data).digest())
 
 
-class Served(NamedTuple):
+class DeliveryRecord(NamedTuple):
     """One delivery that was made: when, and until when that is of interest (seconds since the
     epoch), what was answered, and whether its sender has been notified that it failed."""
 
@@ -100,13 +100,13 @@ _BEGIN = (
 _BEGUN = "SELECT begun FROM attempts WHERE queue = ? AND key = ?"
 
 
-def _row(key: MessageKey, recipient: str, served: Served) -> Row:
+def _row(key: MessageKey, recipient: str, served: DeliveryRecord) -> Row:
     reply = served.reply
     return (
         key.digest,
         key.service,
-        sound(key.reverse_path),
-        sound(recipient),
+        without_surrogates(key.reverse_path),
+        without_surrogates(recipient),
         served.at,
         served.expires,
         reply.code,
@@ -118,8 +118,8 @@ def _row(key: MessageKey, recipient: str, served: Served) -> Row:
 
 def _served(
     at: float, expires: float, code: int, text: str, enhanced: str | None, notified: int
-) -> Served:
-    return Served(at, expires, Reply(code, text, enhanced), bool(notified))
+) -> DeliveryRecord:
+    return DeliveryRecord(at, expires, Reply(code, text, enhanced), bool(notified))
 
 
 class DeliveryJournal:
@@ -131,22 +131,22 @@ class DeliveryJournal:
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] = (0, 0)
         self._tail: Tail | None = None
-        self._unwritten: OrderedDict[MessageKey, dict[str, Served]] = OrderedDict()
+        self._unwritten: OrderedDict[MessageKey, dict[str, DeliveryRecord]] = OrderedDict()
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._broken = False
         self._retry_at = 0.0
         self._look_at = 0.0
         self._prune_at = 0.0
 
-    def served(self, key: MessageKey, window: float = WEEK) -> dict[str, Served]:
+    def served(self, key: MessageKey, window: float = WEEK) -> dict[str, DeliveryRecord]:
         """By recipient, the deliveries of a message in the last ``window`` seconds."""
-        return self.served_all([key], window)[key]
+        return self.recorded_all([key], window)[key]
 
-    def served_all(
+    def recorded_all(
         self, keys: Iterable[MessageKey], window: float = WEEK
-    ) -> dict[MessageKey, dict[str, Served]]:
+    ) -> dict[MessageKey, dict[str, DeliveryRecord]]:
         """The same for each of several messages, in one look."""
-        found: dict[MessageKey, dict[str, Served]] = {key: {} for key in keys}
+        found: dict[MessageKey, dict[str, DeliveryRecord]] = {key: {} for key in keys}
         digests = [key.digest for key in found]
         select = _SELECT.format(", ".join("?" for _ in digests))
 
@@ -171,7 +171,7 @@ class DeliveryJournal:
         window: float = WEEK,
         *,
         flush: bool = True,
-    ) -> Served:
+    ) -> DeliveryRecord:
         """Note a delivery, to be known for ``window`` seconds; a 4yz is none, the provider is to
         try again.
 
@@ -179,14 +179,14 @@ class DeliveryJournal:
         survives at once.
         """
         now = time.time()
-        served = Served(now, now + window, reply)
+        served = DeliveryRecord(now, now + window, reply)
         if not reply.transient:
             self._write(key, {recipient: served}, flush)
         return served
 
     def record_notified(
-        self, key: MessageKey, failed: Mapping[str, Served]
-    ) -> Mapping[str, Served]:
+        self, key: MessageKey, failed: Mapping[str, DeliveryRecord]
+    ) -> Mapping[str, DeliveryRecord]:
         """Note that the sender has been told of these failures; returns them as they are now."""
         told = {one: row._replace(notified=True) for one, row in failed.items()}
         self._write(key, told)
@@ -230,7 +230,9 @@ class DeliveryJournal:
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def _write(self, key: MessageKey, rows: Mapping[str, Served], flush: bool = True) -> None:
+    def _write(
+        self, key: MessageKey, rows: Mapping[str, DeliveryRecord], flush: bool = True
+    ) -> None:
         with self._lock:
             self._unwritten.setdefault(key, {}).update(rows)
             kept = self._tail is not None and self._tail.append(

@@ -22,7 +22,7 @@ from aiosmtplib.typing import Default
 from pydantic import SecretStr
 from scramp import ScramClient, ScramException
 
-from salmon_revsmtp.net.handover import GLUED, LastAnswer, StartTlsWatch
+from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
 from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Refused
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -283,16 +283,16 @@ class Connection:
 
     # -- the last command ---------------------------------------------------------------------
 
-    async def last_command(self, line: str, timeout: float) -> tuple[Reply, LastAnswer]:
+    async def last_command(self, line: str, timeout: float) -> tuple[Reply, Handover]:
         """Send a command after which the transport may belong to another protocol, and wait
         ``timeout`` seconds for its answer.
 
-        Returns the reply and the :class:`LastAnswer` that hands the transport over.  Raises
+        Returns the reply and the :class:`Handover` that hands the transport over.  Raises
         :class:`~salmon_revsmtp.net.outcome.Failed` when no answer comes, or no SMTP reply.
         """
         verb = line.partition(" ")[0]
         doing = f"waiting for the answer of {self._where} to {verb}"
-        answer = LastAnswer(self._transport(), doing)
+        answer = Handover(self._transport(), doing)
         dialogue.debug("C: %s", line)
         try:
             reply = await asyncio.wait_for(answer.ask(line.encode("ascii") + b"\r\n"), timeout)
@@ -302,7 +302,7 @@ class Connection:
         dialogue.debug("S: %s", reply)
         return reply, answer
 
-    async def say_goodbye(self, answer: LastAnswer) -> None:
+    async def say_goodbye(self, answer: Handover) -> None:
         """QUIT after a last command that was answered with no; waits a little for the answer."""
         dialogue.debug("C: QUIT")
         with contextlib.suppress(CollectionError, asyncio.TimeoutError, TimeoutError):

@@ -9,7 +9,7 @@ from typing import Any, cast
 from salmon_revsmtp.net.outcome import Failed
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 
-__all__ = ["GLUED", "LastAnswer", "StartTlsWatch"]
+__all__ = ["GLUED", "Handover", "StartTlsWatch"]
 
 GLUED = (
     "more bytes came behind the answer, before anyone may speak; either the server is broken or "
@@ -17,7 +17,7 @@ GLUED = (
 )
 
 
-class LastAnswer(asyncio.Protocol):
+class Handover(asyncio.Protocol):
     """Waits for one reply on a transport, and hands the transport to the next protocol.
 
     Whatever comes behind the reply before the hand-over is a protocol error, not a command

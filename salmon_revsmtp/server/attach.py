@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.configuration import Configuration, load
 from salmon_revsmtp.server.daemon import GRACE, Daemon
 from salmon_revsmtp.server.project import enable_logging
@@ -130,8 +130,8 @@ async def _serve(
 ) -> int | None:
     """Run the server; returns the number of the signal that stopped it."""
     stopped_by = None
-    runtime = Runtime(configuration, plugins, relay)
-    daemon = Daemon(runtime, plugins, grace)
+    collector = Collector(configuration, plugins, relay)
+    daemon = Daemon(collector, plugins, grace)
     if signals is not None:
         loop = asyncio.get_running_loop()
 
@@ -146,7 +146,7 @@ async def _serve(
     try:
         await daemon.run(started)
     finally:
-        runtime.close(wait=False)
+        collector.close(wait=False)
     return stopped_by
 
 

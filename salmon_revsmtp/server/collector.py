@@ -19,10 +19,10 @@ from salmon_revsmtp.customer import run
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.delivery.batches import Rounds
-from salmon_revsmtp.delivery.dispatcher import Courier, Delivery, Waiting
-from salmon_revsmtp.delivery.dsn import Bouncer
-from salmon_revsmtp.delivery.outbox import Unsent
+from salmon_revsmtp.delivery.batches import BatchWorker
+from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, Waiting
+from salmon_revsmtp.delivery.dsn import Notifier
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
 from salmon_revsmtp.delivery.router import RouterDelivery
 from salmon_revsmtp.journal.collections import Entry, Journal
@@ -37,14 +37,14 @@ from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.listener import Listener
 from salmon_revsmtp.service.policy import Service
 
-__all__ = ["Runtime"]
+__all__ = ["Collector"]
 
 # Seconds that a command waits at its end for the relay to take notifications; what it has not taken
 # by then goes out another time.
 RELAY_PATIENCE = 60.0
 
 
-class Runtime:
+class Collector:
     """Runs collections of a configuration; a context manager that waits for its threads.
 
     ``relay``  asked for Salmon's relay when a notification has to go out.
@@ -57,11 +57,11 @@ class Runtime:
         self._plugins = plugins
         self.journal = Journal()
         self._deliveries = DeliveryJournal()
-        self._handling: Rounds[Waiting] = Rounds("delivery")
-        self._queueing: Rounds[Waiting] = Rounds("queueing")
-        self._unsent = Unsent(relay)
+        self._handling: BatchWorker[Waiting] = BatchWorker("delivery")
+        self._queueing: BatchWorker[Waiting] = BatchWorker("queueing")
+        self._outbox = Outbox(relay)
 
-    def __enter__(self) -> Runtime:
+    def __enter__(self) -> Collector:
         return self
 
     def __exit__(
@@ -74,15 +74,15 @@ class Runtime:
 
     def close(self, wait: bool) -> None:
         """Deliver no more; ``wait`` for what is under way."""
-        for rounds in (self._handling, self._queueing):
-            rounds.close(wait)
+        for worker in (self._handling, self._queueing):
+            worker.close(wait)
         if wait:
-            self._unsent.wait(RELAY_PATIENCE)
+            self._outbox.wait(RELAY_PATIENCE)
             self._deliveries.close()
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""
-        self._unsent.send_soon()
+        self._outbox.send_soon()
 
     @cached_property
     def services(self) -> dict[str, Service]:
@@ -92,22 +92,22 @@ class Runtime:
         }
 
     @cached_property
-    def _couriers(self) -> dict[str, Courier]:
-        return {name: self._courier(service) for name, service in self.services.items()}
+    def _dispatchers(self) -> dict[str, Dispatcher]:
+        return {name: self._dispatcher(service) for name, service in self.services.items()}
 
-    def _courier(self, service: Service) -> Courier:
+    def _dispatcher(self, service: Service) -> Dispatcher:
         delivery: Delivery = RouterDelivery()
-        rounds = self._handling
+        worker = self._handling
         if service.settings.delivery == "queue":
-            delivery, rounds = QueueDelivery(service.settings.queue), self._queueing
-        bouncer = Bouncer(lambda: service.hostname, self._unsent)
-        return Courier(
+            delivery, worker = QueueDelivery(service.settings.queue), self._queueing
+        notifier = Notifier(lambda: service.hostname, self._outbox)
+        return Dispatcher(
             service.name,
             delivery,
             self._deliveries,
             self._plugins,
-            bouncer,
-            rounds,
+            notifier,
+            worker,
             handler_timeout=service.settings.handler_timeout,
             repeat_seconds=service.settings.repeat_seconds,
         )
@@ -118,7 +118,7 @@ class Runtime:
             Listener(
                 service,
                 service.recipient_policy(self.configuration.asked_for(name)),
-                self._couriers[name],
+                self._dispatchers[name],
             )
             for name, service in self.services.items()
             if service.settings.listen
@@ -127,7 +127,7 @@ class Runtime:
     def collection(self, agent: Agent) -> Collection:
         """A new collection of an agent, to be run with ``customer.run.run``."""
         name = agent.settings.service
-        return Collection(agent, self.services[name], self._couriers[name], self._plugins)
+        return Collection(agent, self.services[name], self._dispatchers[name], self._plugins)
 
     def enabled(self, agent: Agent) -> bool:
         """What ``enable`` or ``disable`` said, else what the settings say.  Reads the journal."""

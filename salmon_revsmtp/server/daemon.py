@@ -19,7 +19,7 @@ from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
 from salmon_revsmtp.service.listener import Listener
 
@@ -50,16 +50,16 @@ class Daemon:
 
     def __init__(
         self,
-        runtime: Runtime,
+        collector: Collector,
         plugins: Plugins,
         grace: float = GRACE,
         clock: Callable[[], float] = awake_or_asleep,
     ) -> None:
-        self._runtime = runtime
+        self._collector = collector
         self._plugins = plugins
         self._grace = grace
         self._clock = clock
-        self._agents = {agent.name: agent for agent in runtime.configuration.agents}
+        self._agents = {agent.name: agent for agent in collector.configuration.agents}
         self._running: dict[str, tuple[Collection, asyncio.Task[Report]]] = {}
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
@@ -91,7 +91,7 @@ class Daemon:
         cannot be had.
         """
         try:
-            for listener in self._runtime.listeners():
+            for listener in self._collector.listeners():
                 await listener.start()
                 self._listeners.append(listener)
             await self._control.start()
@@ -109,7 +109,7 @@ class Daemon:
     async def _recall(self) -> None:
         """Who was failing when the last process ended: its recovery is news."""
         for name in self._agents:
-            state = await asyncio.to_thread(self._runtime.journal.state, name)
+            state = await asyncio.to_thread(self._collector.journal.state, name)
             if state.failing_since is not None:
                 self._failing[name] = state.failing_since
 
@@ -122,7 +122,7 @@ class Daemon:
     def _send_waiting(self) -> None:
         if self._clock() >= self._notify_at:
             self._notify_at = self._clock() + NOTIFY_EVERY
-            self._runtime.send_waiting()
+            self._collector.send_waiting()
 
     async def _sleep(self) -> None:
         self._wake.clear()
@@ -151,7 +151,7 @@ class Daemon:
             return False
 
     async def _may_run(self, agent: Agent) -> bool:
-        if not await asyncio.to_thread(self._runtime.enabled, agent):
+        if not await asyncio.to_thread(self._collector.enabled, agent):
             return False
         reason = None
         if self._plugins.implemented("may_collect"):
@@ -169,8 +169,8 @@ class Daemon:
         """Run an agent now; ``busy`` if it is running."""
         if agent.name in self._running:
             return Report(agent.name, agent.protocol, Outcome.BUSY, error="it is running already")
-        collection = self._runtime.collection(agent)
-        task = asyncio.get_running_loop().create_task(self._runtime.run(agent, collection))
+        collection = self._collector.collection(agent)
+        task = asyncio.get_running_loop().create_task(self._collector.run(agent, collection))
         self._running[agent.name] = (collection, task)
         try:
             report = await task

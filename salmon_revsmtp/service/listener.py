@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from salmon_revsmtp.delivery.dispatcher import Answer, Courier, Errand
+from salmon_revsmtp.delivery.dispatcher import Answer, Dispatcher, Errand
 from salmon_revsmtp.delivery.trace import Hop
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session
@@ -42,12 +42,12 @@ class Listener:
         self,
         service: Service,
         policy: Callable[[str], Reply | None],
-        courier: Courier,
+        dispatcher: Dispatcher,
         idle_timeout: float = COMMAND_TIMEOUT,
     ) -> None:
         self.service = service
         self._policy = policy
-        self._courier = courier
+        self._dispatcher = dispatcher
         self._idle_timeout = idle_timeout
         self._tls = service.settings.tls_context()
         self._server: asyncio.Server | None = None
@@ -120,4 +120,4 @@ class Listener:
         via = f"service {self.service.name}"
         hop = Hop(session.peer[0], self.service.hostname, via, session.tls, authenticated=False)
         errand = Errand(None, session.peer, hop, transaction.envelope, transaction.data)
-        self._courier.deliver(errand, answered)
+        self._dispatcher.deliver(errand, answered)

@@ -9,7 +9,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-__all__ = ["Reply", "ReplyError", "ReplyParser", "sound"]
+__all__ = ["Reply", "ReplyError", "ReplyParser", "without_surrogates"]
 
 # RFC 5321 4.5.3.1.5: a reply line has 512 octets with its code and CRLF; peers send longer ones.
 MAX_LINE = 8192
@@ -23,7 +23,7 @@ _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*))?", re.DOTALL)
 _NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
-def sound(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """``text`` without lone surrogates: they stand for octets that are no UTF-8, and neither a
     database nor a terminal takes them."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
@@ -54,7 +54,7 @@ class Reply:
         if not 200 <= self.code <= 599:
             raise ValueError(f"{self.code} is no SMTP reply code: 200 to 599")
         if not self.text.isascii():
-            object.__setattr__(self, "text", sound(self.text))
+            object.__setattr__(self, "text", without_surrogates(self.text))
 
     @property
     def positive(self) -> bool:

@@ -34,7 +34,7 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__ = ["LOADS", "Load", "Result", "run"]
@@ -283,10 +283,10 @@ async def consume(load: Load, port: int) -> None:
         "max_message_size": load.limit,
     }
     valid = configuration(*keys, plugins=plugins, default=service)
-    with Runtime(valid, plugins, lambda: None) as runtime:
+    with Collector(valid, plugins, lambda: None) as collector:
         before = memory("VmRSS")
         started = time.monotonic()
-        reports = await runtime.collect(valid.agents)
+        reports = await collector.collect(valid.agents)
         seconds = time.monotonic() - started
         peak = memory("VmHWM")
     if load.delivery == "queue":

@@ -25,7 +25,7 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__ = ["BOTH", "Rig", "one_message", "with_rig"]
@@ -46,9 +46,11 @@ class QuickLogin(Accounts):
 class Rig:
     """What a test works with; :func:`with_rig` makes it."""
 
-    def __init__(self, salmon: Salmon, provider: Provider, proxy: Proxy, runtime: Runtime) -> None:
+    def __init__(
+        self, salmon: Salmon, provider: Provider, proxy: Proxy, collector: Collector
+    ) -> None:
         self.queue, self.proxy = provider.queue, proxy
-        self._salmon, self._runtime = salmon, runtime
+        self._salmon, self._collector = salmon, collector
         self._numbers = itertools.count()
         self._sent: Counter[tuple[str, bytes]] = Counter()
 
@@ -65,7 +67,7 @@ class Rig:
         """One collection, the first connection of which has this fault; ``to_the_end`` of all that
         it set going."""
         self.proxy.fault = fault
-        collecting = self._runtime.collect(self._runtime.configuration.agents)
+        collecting = self._collector.collect(self._collector.configuration.agents)
         [report] = await asyncio.wait_for(collecting, PATIENCE)
         if to_the_end:
             await self.at_rest()
@@ -131,8 +133,8 @@ def with_rig(
         ):
             plugins = Plugins.load()
             valid = configuration(agent_keys(proxy.port, **keys), plugins=plugins)
-            with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-                rig = Rig(salmon, provider, proxy, runtime)
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
+                rig = Rig(salmon, provider, proxy, collector)
                 rig.put()
                 await rig.collect()  # what is made once has been made
                 before = _open_files()

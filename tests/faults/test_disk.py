@@ -28,7 +28,7 @@ from salmon.mail import MailRequest
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.delivery.outbox import Unsent
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.journal import deliveries as served
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.net.outcome import Outcome
@@ -223,7 +223,7 @@ def test_a_notification_on_a_full_disk(salmon: Salmon, disk: Disk) -> None:
 def test_a_notification_on_a_read_only_disk_is_not_sent_again_and_again(
     salmon: Salmon, disk: Disk
 ) -> None:
-    unsent = Unsent(lambda: salmon.relay)
+    unsent = Outbox(lambda: salmon.relay)
     unsent.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
     disk.read_only()
     unsent.send()

@@ -2,7 +2,7 @@
 
 In two ways: at random instants, and at each line of the code between a message's last octet and
 its 250, one after another.  After every
-death the books are balanced: what the handlers wrote down, what the journal has, what waits with
+death the ledger are reconciled: what the handlers wrote down, what the journal has, what waits with
 the provider and in the queue.
 
 - Nothing is lost: what the provider has let go of was handled, or waits in the queue, or is in the
@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 from conftest import PASSWORD, agent_keys
-from lives import LONG, Nursery
+from processes import LONG, KillableProcess
 
 from salmon_revsmtp.delivery.maildir import open_queue
 from salmon_revsmtp.provider.accounts import Account, Accounts
@@ -71,8 +71,8 @@ def serving(held: HoldQueue) -> Iterator[Provider]:
         loop.close()
 
 
-class Books:
-    """What is known of every delivery, balanced after each death."""
+class Ledger:
+    """What is known of every delivery, reconciled after each death."""
 
     def __init__(self, folder: Path, delivery: str) -> None:
         self.folder = folder
@@ -99,7 +99,7 @@ class Books:
         self.digests[subject] = hashlib.sha256(data).hexdigest()
         self.sent.update({(subject, recipient): key for recipient in recipients})
 
-    def balance(self) -> None:
+    def reconcile(self) -> None:
         """After a death: everything is somewhere, and nothing was repeated without its reason."""
         before = set(self._recorded)
         self._recorded = self._read_journal()
@@ -120,7 +120,7 @@ class Books:
             assert safe, f"{delivery} is lost"
 
     def _read_ledger(self, before: set[Record]) -> set[Record]:
-        """What was handled in this life."""
+        """What was handled in this run."""
         try:
             lines = (self.folder / "ledger").read_text().splitlines()
         except FileNotFoundError:
@@ -137,7 +137,7 @@ class Books:
                 # In queue mode the consumer is judged by what was stored, not by what was sent.
                 service = "queue run/inbound" if self.queued else "default"
                 record = (service, digest if self.queued else self.digests[subject], recipient)
-                assert record not in made, f"{line}: twice in one life"
+                assert record not in made, f"{line}: twice in one run"
                 assert record not in before, f"{line}: again, though recorded"
                 made.add(record)
                 self.repeats += counts[subject, recipient] > 1
@@ -145,7 +145,7 @@ class Books:
         return made
 
     def _read_queue(self, before: set[Record]) -> set[Record]:
-        """What was stored in this life."""
+        """What was stored in this run."""
         made: set[Record] = set()
         for key, stored in self._queue("run/inbound"):
             if key not in self.stored:
@@ -220,44 +220,44 @@ def _delivery(stored: bytes) -> Delivery:
 
 
 @contextlib.contextmanager
-def everything(folder: Path, delivery: str) -> Iterator[tuple[Books, Nursery]]:
+def everything(folder: Path, delivery: str) -> Iterator[tuple[Ledger, KillableProcess]]:
     (folder / "run").mkdir()
-    books = Books(folder, delivery)
-    with serving(books.held) as provider:
-        nursery = Nursery(folder, agent_keys(provider.port), delivery)
+    ledger = Ledger(folder, delivery)
+    with serving(ledger.held) as provider:
+        killable = KillableProcess(folder, agent_keys(provider.port), delivery)
         try:
-            yield books, nursery
+            yield ledger, killable
         finally:
-            nursery.close()
+            killable.close()
 
 
-def drain(books: Books, nursery: Nursery) -> None:
+def drain(ledger: Ledger, killable: KillableProcess) -> None:
     """Lives that nobody ends, until nothing waits."""
     for _ in range(50):
-        assert nursery.live("collect") == 0
-        if books.queued:
-            assert nursery.live("consume") == 0
-        books.balance()
-        if len(books.held) == 0:
+        assert killable.run("collect") == 0
+        if ledger.queued:
+            assert killable.run("consume") == 0
+        ledger.reconcile()
+        if len(ledger.held) == 0:
             return
     raise AssertionError("the provider does not get empty")
 
 
-def killed_at_random(folder: Path, delivery: str, kills: int, seed: int) -> Books:
+def killed_at_random(folder: Path, delivery: str, kills: int, seed: int) -> Ledger:
     chance = random.Random(seed)
-    with everything(folder, delivery) as (books, nursery):
+    with everything(folder, delivery) as (ledger, killable):
         done = 0
         while done < kills:
-            while len(books.held) < 30:
-                books.put(chance.choice(CASTS))
-            do = "consume" if books.queued and chance.random() < 0.5 else "collect"
+            while len(ledger.held) < 30:
+                ledger.put(chance.choice(CASTS))
+            do = "consume" if ledger.queued and chance.random() < 0.5 else "collect"
             # So that most deaths fall where messages are under way, wherever that is here.
-            done += nursery.live(do, kill_after=chance.uniform(0.005, 0.08)) == -9
-            books.balance()
-        drain(books, nursery)
-        books.settled()
-        assert sum(books.begun.values()) == len(books.sent) + books.repeats
-        return books
+            done += killable.run(do, kill_after=chance.uniform(0.005, 0.08)) == -9
+            ledger.reconcile()
+        drain(ledger, killable)
+        ledger.settled()
+        assert sum(ledger.begun.values()) == len(ledger.sent) + ledger.repeats
+        return ledger
 
 
 @pytest.mark.parametrize("delivery", ["router", "queue"])
@@ -271,28 +271,28 @@ def test_killed_at_random_nothing_is_lost(tmp_path: Path, delivery: str) -> None
 def test_killed_at_random_hundreds_of_times_nothing_is_lost(
     tmp_path: Path, delivery: str, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    books = killed_at_random(tmp_path, delivery, kills=250, seed=seed)
+    ledger = killed_at_random(tmp_path, delivery, kills=250, seed=seed)
     with capsys.disabled():
-        print(f"\n{delivery}: {len(books.sent)} deliveries, 250 kills, {books.repeats} repeats")
+        print(f"\n{delivery}: {len(ledger.sent)} deliveries, 250 kills, {ledger.repeats} repeats")
 
 
 def killed_line_by_line(folder: Path, delivery: str, do: str, first: int, step: int) -> int:
-    """Die at line ``first``, ``first + step`` ... until a life gets to its end; returns how often
+    """Die at line ``first``, ``first + step`` ... until a run gets to its end; returns how often
     it died."""
-    with everything(folder, delivery) as (books, nursery):
+    with everything(folder, delivery) as (ledger, killable):
         line = first
         while True:
             for cast in LINE_BY_LINE:
-                books.put(cast)
+                ledger.put(cast)
             if do == "consume":
-                assert nursery.live("collect") == 0
-            status = nursery.live(do, die_at=line)
-            books.balance()
-            drain(books, nursery)
+                assert killable.run("collect") == 0
+            status = killable.run(do, die_at=line)
+            ledger.reconcile()
+            drain(ledger, killable)
             if status == 0:
                 break
             line += step
-        books.settled()
+        ledger.settled()
         return (line - first) // step
 
 

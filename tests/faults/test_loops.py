@@ -19,7 +19,7 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
 
@@ -45,8 +45,8 @@ class World:
             plugins = Plugins.load()
             async with Provider(accounts, self.held, "odmr.example.net") as provider:
                 valid = configuration(agent_keys(provider.port), plugins=plugins)
-                with Runtime(valid, plugins, lambda: self.salmon.relay) as runtime:
-                    [report] = await runtime.collect(valid.agents)
+                with Collector(valid, plugins, lambda: self.salmon.relay) as collector:
+                    [report] = await collector.collect(valid.agents)
             return report
 
         return asyncio.run(main())
@@ -106,8 +106,8 @@ def test_a_notification_that_comes_back_makes_no_other(salmon: Salmon) -> None:
         plugins = Plugins.load()
         service = {"hostname": "x", "listen": "127.0.0.1:0"}
         valid = configuration(agent_keys(366), plugins=plugins, default=service)
-        with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-            [listener] = runtime.listeners()
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            [listener] = collector.listeners()
             await listener.start()
             everyone = ["good@example.org", "never@example.org"]
             data = MESSAGE + b"another\r\n"
@@ -147,8 +147,8 @@ def test_a_handler_that_mails_to_our_own_listener_waits_no_longer_than_its_timeo
         plugins = Plugins.load()
         service = {"hostname": "x", "listen": "127.0.0.1:0", "handler_timeout": 0.4}
         valid = configuration(agent_keys(366), plugins=plugins, default=service)
-        with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-            [listener] = runtime.listeners()
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            [listener] = collector.listeners()
             await listener.start()
             ports.append(listener.port)
             with pytest.raises(smtplib.SMTPDataError, match="451"):
@@ -172,14 +172,14 @@ def test_an_agent_pointed_at_ourselves_fails_and_says_so(salmon: Salmon, protoco
         plugins = Plugins.load()
         service = {"hostname": "mail.example.org", "listen": "127.0.0.1:0"}
         listening = configuration(agent_keys(366), plugins=plugins, default=service)
-        with Runtime(listening, plugins, lambda: salmon.relay) as runtime:
-            [listener] = runtime.listeners()
+        with Collector(listening, plugins, lambda: salmon.relay) as collector:
+            [listener] = collector.listeners()
             await listener.start()
             keys = agent_keys(listener.port, server="127.0.0.1", protocol=protocol)
             if protocol == "etrn":
                 del keys["account"], keys["password"]
             valid = configuration(keys, plugins=plugins, default=service)
-            with Runtime(valid, plugins, lambda: salmon.relay) as other:
+            with Collector(valid, plugins, lambda: salmon.relay) as other:
                 [report] = await other.collect(valid.agents)
             await listener.stop(5)
         return report

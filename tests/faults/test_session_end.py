@@ -23,7 +23,7 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
 MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
@@ -38,8 +38,8 @@ def run(salmon: Salmon, *scripts: Script, collections: int = 1) -> list[Report]:
         async with scripted(*scripts) as port:
             plugins = Plugins.load()
             valid = configuration(agent_keys(port), plugins=plugins)
-            with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-                return [(await runtime.collect(valid.agents))[0] for _ in range(collections)]
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
+                return [(await collector.collect(valid.agents))[0] for _ in range(collections)]
 
     return asyncio.run(main())
 
@@ -201,15 +201,15 @@ def test_a_provider_that_dies_before_it_has_struck_the_message_off(
         async with Provider(accounts, queue) as provider:
             port = provider.port
             valid = configuration(agent_keys(port, server="127.0.0.1"), plugins=plugins)
-            with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
                 with monkeypatch.context() as patch:
                     patch.setattr(HoldQueue, "settle_all", crash)
-                    [first] = await runtime.collect(valid.agents)
+                    [first] = await collector.collect(valid.agents)
                 assert crashed.is_set()
                 # The third time that the same message comes, it brings nobody forward.
                 assert (first.outcome, first.messages) == (Outcome.FAILED, 1)
                 assert len(queue) == 1
-                [second] = await runtime.collect(valid.agents)
+                [second] = await collector.collect(valid.agents)
         assert (second.outcome, second.messages) == (Outcome.COLLECTED, 0)
         assert len(queue) == 0
 

@@ -16,7 +16,7 @@ from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import samples
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 
 pytestmark = pytest.mark.interop
 
@@ -48,10 +48,10 @@ def requested(salmon: Salmon, server: Server, expected: int, *domains: str) -> R
         keys = etrn(server.port, *domains)
         valid = configuration(keys, default={**service, "domains": DOMAINS})
         plugins = Plugins.load()
-        with Runtime(valid, plugins, lambda: salmon.relay) as runtime:
-            [listener] = runtime.listeners()
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            [listener] = collector.listeners()
             await listener.start()
-            [report] = await runtime.collect(valid.agents)
+            [report] = await collector.collect(valid.agents)
             await until(lambda: delivered(salmon) >= expected, server)
             await until(lambda: server.waiting() == 0, server)
             await listener.stop(5)
@@ -67,8 +67,8 @@ def delivered(salmon: Salmon) -> int:
 def asked(salmon: Salmon, server: Server, *domains: str) -> Report:
     async def main() -> Report:
         valid = configuration(etrn(server.port, *domains), default={"domains": DOMAINS})
-        with Runtime(valid, Plugins.load(), lambda: salmon.relay) as runtime:
-            [report] = await runtime.collect(valid.agents)
+        with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
+            [report] = await collector.collect(valid.agents)
         return report
 
     return asyncio.run(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import MESSAGE, Salmon, agent_keys, configuration, exchange, fails
-from lives import Nursery
+from processes import KillableProcess
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import Relay, SMTPError
@@ -21,7 +21,7 @@ from servers import ACCOUNTS, Exim, Postfix, Server, free_port
 from test_etrn_servers import etrn, until
 
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 
 pytestmark = pytest.mark.interop
 
@@ -41,19 +41,19 @@ def test_killed_at_random_while_exim_sends(salmon: Salmon, chroot: Roots) -> Non
             exim.submit("a@example.net", recipients, b"Subject: %s\r\n\r\nx\r\n" % subject.encode())
             expected |= {(subject, recipient) for recipient in recipients}
         keys = agent_keys(exim.port, server="127.0.0.1", password=ACCOUNTS["acme"])
-        nursery = Nursery(salmon.folder, keys, "router")
+        killable = KillableProcess(salmon.folder, keys, "router")
         try:
             kills = sum(
-                nursery.live("collect", kill_after=chance.uniform(0.05, 0.4)) == -9
+                killable.run("collect", kill_after=chance.uniform(0.05, 0.4)) == -9
                 for _ in range(25)
             )
             assert kills >= 5
             for _ in range(30):
-                assert nursery.live("collect") == 0
+                assert killable.run("collect") == 0
                 if exim.waiting() == 0:
                     break
         finally:
-            nursery.close()
+            killable.close()
         assert exim.waiting() == 0, exim.log()
     handled = Counter(
         (subject, recipient)
@@ -102,10 +102,10 @@ async def _flushed(salmon: Salmon, server: Server, handled: int) -> None:
     service = {"listen": f"127.0.0.1:{server.next_hop}", "hostname": "mail.example.org"}
     keys = etrn(server.port, "example.org")
     valid = configuration(keys, default={**service, "domains": ["example.org"]})
-    with Runtime(valid, Plugins.load(), lambda: salmon.relay) as runtime:
-        [listener] = runtime.listeners()
+    with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
+        [listener] = collector.listeners()
         await listener.start()
-        await runtime.collect(valid.agents)
+        await collector.collect(valid.agents)
         answered = 250 if handled == 4 else 451
         await until(lambda: len(salmon.handled) >= handled, server)
         await until(lambda: f"said: {answered}" in server.log() or server.waiting() == 0, server)

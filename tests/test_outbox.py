@@ -18,7 +18,7 @@ from conftest import Salmon
 from salmon import queue
 from salmon.server import Relay as SalmonRelay
 
-from salmon_revsmtp.delivery.outbox import GIVE_UP, Unsent
+from salmon_revsmtp.delivery.outbox import GIVE_UP, Outbox
 
 NOTICE = b"Subject: Undelivered mail\nTo: ann@example.net\n\nsorry\n"
 
@@ -47,21 +47,21 @@ def keys() -> list[str]:
     return list(queue.Queue("run/unsent").keys())
 
 
-def put(unsent: Unsent, *recipients: str) -> None:
+def put(outbox: Outbox, *recipients: str) -> None:
     for recipient in recipients:
-        unsent.put(recipient, NOTICE)
+        outbox.put(recipient, NOTICE)
 
 
 def test_what_is_put_in_goes_out_once_oldest_first(relay: Relay) -> None:
-    unsent = Unsent(lambda: relay)
-    unsent.send()
-    put(unsent, "ann@example.net", "bob@example.net")
-    unsent.send()
+    outbox = Outbox(lambda: relay)
+    outbox.send()
+    put(outbox, "ann@example.net", "bob@example.net")
+    outbox.send()
     assert relay.sent == [
         ("<>", "ann@example.net", NOTICE.decode()),
         ("<>", "bob@example.net", NOTICE.decode()),
     ]
-    unsent.send()
+    outbox.send()
     assert len(relay.sent) == 2 and keys() == []
 
 
@@ -77,16 +77,16 @@ def test_what_is_put_in_goes_out_once_oldest_first(relay: Relay) -> None:
 def test_while_the_relay_is_down_all_wait(
     relay: Relay, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    unsent = Unsent(lambda: relay)
-    put(unsent, "ann@example.net", "bob@example.net")
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net", "bob@example.net")
     relay.fails["*"] = error
-    unsent.send()
-    unsent.send()
+    outbox.send()
+    outbox.send()
     assert relay.asked == ["ann@example.net"] * 2, "one try, not one a notification"
     assert len(keys()) == 2
     assert caplog.text.count("was not sent") == 1
     relay.fails.clear()
-    Unsent(lambda: relay).send()
+    Outbox(lambda: relay).send()
     assert [to for _, to, _ in relay.sent] == ["ann@example.net", "bob@example.net"]
 
 
@@ -99,10 +99,10 @@ def test_while_the_relay_is_down_all_wait(
     ],
 )
 def test_one_that_must_wait_does_not_hold_up_the_others(relay: Relay, error: Exception) -> None:
-    unsent = Unsent(lambda: relay)
-    put(unsent, "ann@example.net", "bob@example.net")
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net", "bob@example.net")
     relay.fails["ann@example.net"] = error
-    unsent.send()
+    outbox.send()
     assert [to for _, to, _ in relay.sent] == ["bob@example.net"]
     assert len(keys()) == 1
 
@@ -118,33 +118,33 @@ def test_one_that_must_wait_does_not_hold_up_the_others(relay: Relay, error: Exc
 def test_one_that_is_refused_is_given_up_and_kept_aside(
     salmon: Salmon, relay: Relay, error: Exception
 ) -> None:
-    unsent = Unsent(lambda: relay)
-    put(unsent, "ann@example.net")
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net")
     relay.fails["*"] = error
-    unsent.send()
+    outbox.send()
     assert keys() == [] and relay.asked == ["ann@example.net"]
     assert salmon.undeliverable() == [b"Return-Path: <>\nDelivered-To: ann@example.net\n" + NOTICE]
 
 
 def test_one_that_has_waited_too_long_is_given_up(salmon: Salmon, relay: Relay) -> None:
-    unsent = Unsent(lambda: relay)
-    put(unsent, "ann@example.net", "bob@example.net")
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net", "bob@example.net")
     relay.fails["*"] = ConnectionRefusedError("no relay")
     old = Path("run/unsent/new", sorted(keys())[0])
     os.utime(old, (time.time() - GIVE_UP - 60,) * 2)
-    unsent.send()
+    outbox.send()
     assert len(keys()) == 1
     assert len(salmon.undeliverable()) == 1
 
 
 def test_two_processes_never_send_at_once(relay: Relay) -> None:
-    unsent = Unsent(lambda: relay)
-    put(unsent, "ann@example.net")
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net")
     with Path("run/unsent.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        unsent.send()
+        outbox.send()
         assert relay.asked == []
-    unsent.send()
+    outbox.send()
     assert len(relay.sent) == 1
 
 
@@ -152,9 +152,9 @@ def test_an_address_that_the_relay_cannot_be_told_of_is_given_up(salmon: Salmon)
     """Salmon's own relay, which knows no SMTPUTF8."""
     with listening() as (port, taken):
         relay = SalmonRelay(host="127.0.0.1", port=port)
-        unsent = Unsent(lambda: relay)
-        put(unsent, "δοκιμή@example.net", "bob@example.net")
-        unsent.send()
+        outbox = Outbox(lambda: relay)
+        put(outbox, "δοκιμή@example.net", "bob@example.net")
+        outbox.send()
         assert taken == ["RCPT TO:<BOB@EXAMPLE.NET>"]
     assert keys() == []
     assert len(salmon.undeliverable()) == 1
@@ -163,10 +163,10 @@ def test_an_address_that_the_relay_cannot_be_told_of_is_given_up(salmon: Salmon)
 def test_a_relay_that_breaks_off_behind_the_notification_has_it(salmon: Salmon) -> None:
     with listening(quits=False) as (port, taken):
         relay = SalmonRelay(host="127.0.0.1", port=port)
-        unsent = Unsent(lambda: relay)
-        put(unsent, "ann@example.net", "bob@example.net")
+        outbox = Outbox(lambda: relay)
+        put(outbox, "ann@example.net", "bob@example.net")
         for _ in range(3):
-            unsent.send()
+            outbox.send()
         assert taken == ["RCPT TO:<ANN@EXAMPLE.NET>", "RCPT TO:<BOB@EXAMPLE.NET>"]
     assert keys() == []
 
@@ -174,18 +174,18 @@ def test_a_relay_that_breaks_off_behind_the_notification_has_it(salmon: Salmon) 
 def test_one_that_was_sent_and_cannot_be_deleted_is_not_sent_again(
     relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsent = Unsent(lambda: relay)
-    put(unsent, "ann@example.net")
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net")
 
     def stuck(self: object, key: str) -> None:
         raise OSError(30, "Read-only file system")
 
     with monkeypatch.context() as patch:
         patch.setattr(queue.Queue, "remove", stuck)
-        unsent.send()
-        unsent.send()
+        outbox.send()
+        outbox.send()
     assert len(keys()) == 1
-    unsent.send()
+    outbox.send()
     assert len(relay.sent) == 1
     assert keys() == []
 

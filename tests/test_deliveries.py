@@ -133,7 +133,7 @@ def killed(path: Path, *numbers: int, flush: bool) -> None:
 def known(deliveries: DeliveryJournal, *numbers: int) -> list[int]:
     """Which of these messages are known to have been delivered."""
     keys = {number: MessageKey("default", "", b"%d" % number) for number in numbers}
-    found = deliveries.served_all(keys.values())
+    found = deliveries.recorded_all(keys.values())
     return [number for number, key in keys.items() if found[key]]
 
 

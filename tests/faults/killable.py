@@ -1,8 +1,8 @@
 """A process that brings up others to be killed: imports everything once, then forks.
 
-    python nursery.py FOLDER KEYS DELIVERY
+    python killable.py FOLDER KEYS DELIVERY
 
-A line of JSON on standard input is a life: ``{"do": "collect", "die_at": 17}`` forks a child that
+A line of JSON on standard input is a run: ``{"do": "collect", "die_at": 17}`` forks a child that
 collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue), and that
 kills itself at the 17th line that it comes to of the code which makes a message safe.  Answers:
 ``pid 4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``,
@@ -33,11 +33,11 @@ import salmon_revsmtp
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Runtime
+from salmon_revsmtp.server.collector import Collector
 
 PACKAGE = Path(salmon_revsmtp.__file__).parent
 # Where a death may cost or double a message; elsewhere it is no more than a cut connection.
-PERILOUS = (f"{PACKAGE}/delivery/", f"{PACKAGE}/service.py", f"{PACKAGE}/journal.py")
+PERILOUS = tuple(f"{PACKAGE}/{name}/" for name in ("delivery", "journal", "service"))
 LEDGER = "ledger"
 
 
@@ -90,11 +90,11 @@ def collect(keys: dict[str, Any], delivery: str) -> None:
     plugins = Plugins.load()
     service = {"hostname": "mail.example.org", "delivery": delivery}
     valid = configuration(keys, plugins=plugins, default=service)
-    with Runtime(valid, plugins, Sent) as runtime:
-        asyncio.run(runtime.collect(valid.agents))
+    with Collector(valid, plugins, Sent) as collector:
+        asyncio.run(collector.collect(valid.agents))
 
 
-def live(request: dict[str, Any], keys: dict[str, Any], delivery: str) -> None:
+def run(request: dict[str, Any], keys: dict[str, Any], delivery: str) -> None:
     if number := request.get("die_at"):
         die_at(number)
     if request["do"] == "collect":
@@ -111,7 +111,7 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
-            live(json.loads(line), json.loads(keys), delivery)
+            run(json.loads(line), json.loads(keys), delivery)
             sys.stdout.flush()
             os._exit(0)
         print("pid", pid, flush=True)

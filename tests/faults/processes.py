@@ -1,4 +1,4 @@
-"""Processes that may be killed: the test's side of nursery.py."""
+"""Processes that may be killed: the test's side of killable.py."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 LONG = 60
 
 
-class Nursery:
-    """Processes that may be killed; see nursery.py."""
+class KillableProcess:
+    """Processes that may be killed; see killable.py."""
 
     def __init__(self, folder: Path, keys: dict[str, Any], delivery: str) -> None:
-        script = str(HERE / "nursery.py")
+        script = str(HERE / "killable.py")
         command = [sys.executable, script, str(folder), json.dumps(keys), delivery]
         environment = {"PYTHONPATH": str(HERE.parent), "PATH": "/usr/bin:/bin"}
         self._process = subprocess.Popen(
@@ -40,8 +40,8 @@ class Nursery:
         assert said[:1] == [word], said
         return int(said[1])
 
-    def live(self, do: str, kill_after: float | None = None, die_at: int | None = None) -> int:
-        """One life; returns its exit status, -9 if it was killed."""
+    def run(self, do: str, kill_after: float | None = None, die_at: int | None = None) -> int:
+        """One run; returns its exit status, -9 if it was killed."""
         pid = self._ask(do=do, die_at=die_at)
         if kill_after is None:
             return self._hear("ended")
