@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, configuration
 
+from salmon_revsmtp.net import listener as listening
+from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.service import listener as listening
-from salmon_revsmtp.service.listener import Listener
 from salmon_revsmtp.settings import SettingsError
 
 MESSAGE = b"From: a@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
@@ -26,7 +26,7 @@ async def listener(salmon: Salmon, **service: Any) -> AsyncIterator[Listener]:
     keys = {"hostname": "mail.example.org", "listen": "127.0.0.1:0", **service}
     valid = configuration(agent_keys(366), default=keys)
     with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
-        [one] = collector.listeners()
+        [one] = await collector.listeners()
         await one.start()
         yield one
         await one.stop(5)

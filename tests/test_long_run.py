@@ -91,7 +91,7 @@ class World:
     def enabled(self, agent: Any) -> bool:
         return True
 
-    def listeners(self) -> list[Any]:
+    async def listeners(self) -> list[Any]:
         return []
 
     def collection(self, agent: Any) -> Any:

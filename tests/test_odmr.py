@@ -432,7 +432,7 @@ def test_what_was_delivered_but_put_off_is_no_empty_mailbox(salmon: Salmon) -> N
     plugins.register(Leaves())
     report = run(salmon, first, plugins=plugins)
     assert report.outcome is Outcome.FAILED
-    assert report.error is not None and "put off, the last with 451 4.3.0" in report.error
+    assert report.error is not None and "deferred, the last with 451 4.3.0" in report.error
     assert run(salmon, again, no_more_mail).outcome is Outcome.COLLECTED
     assert len(salmon.handled) == 1
 

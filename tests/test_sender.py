@@ -535,7 +535,8 @@ def test_written_ahead_every_message_arrives_as_it_is(
             event = events.pop(0)
             assert isinstance(event, Transaction)
             arrived.append(event)
-            events += receiver.answer(event, Reply(250, "ok"))
+            receiver.answer(event, Reply(250, "ok"))
+            events += receiver.advance()
         peer.events += peer.sender.receive_bytes(receiver.data_to_send())
     assert peer.sent == [[250]] * len(contents)
     for number, (one, content) in enumerate(zip(arrived, contents, strict=True)):

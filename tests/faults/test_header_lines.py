@@ -19,7 +19,7 @@ from test_delivery import exchange
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.dsn import notification
-from salmon_revsmtp.delivery.trace import Hop, envelope_lines, split_envelope
+from salmon_revsmtp.delivery.trace import Origin, envelope_lines, split_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
@@ -140,8 +140,8 @@ def test_any_mailbox_that_is_taken_makes_two_lines(one: str, other: str) -> None
     sender, recipient = f"{one}@example.net", f"{other}@example.org"
     assert is_mailbox(sender) and is_mailbox(recipient)
     content = MESSAGE.replace(b"\r\n", b"\n")
-    hop = Hop("192.0.2.1", "mail.example.org", "agent isp", tls=True)
-    received = hop.received(Envelope(sender, (recipient,), helo=one), recipient)
+    origin = Origin("default", "mail.example.org", peer=("192.0.2.1", 25), tls=True)
+    received = origin.received(Envelope(sender, (recipient,), helo=one), recipient)
     kept = envelope_lines(sender, recipient) + received + content
     assert names(kept) == KEPT
     assert split_envelope(kept) == (sender, recipient, received + content)
