@@ -19,24 +19,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import (
-    DEFAULT,
-    MESSAGE,
-    Dialogue,
-    Salmon,
-    Script,
-    agent_keys,
-    collect,
-    exchange,
-    explodes,
-    fails,
-    no_more_mail,
-    scripted,
-)
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.routing import Router
 from salmon.server import SMTPError, SMTPReceiver
+from support.collecting import collect, exchange
+from support.configuration import DEFAULT, agent_keys
+from support.dialogue import Dialogue, Script, no_more_mail, scripted
+from support.messages import MESSAGE
+from support.salmon import Salmon, explodes, fails
 
 from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
 from salmon_revsmtp.customer.collection import Collection
@@ -78,7 +69,7 @@ def test_a_handlers_exception_goes_to_the_undeliverable_queue_and_nowhere_else(
     assert kept.startswith(
         b"Return-Path: <ann@example.net>\nDelivered-To: b@example.org\nReceived: from "
     )
-    assert kept.endswith(b"Subject: hi\n\nhello")
+    assert kept.endswith(b"Subject: hi\n\n.hello")
 
 
 def test_with_salmons_exceptions_raised_it_is_kept_once_all_the_same(

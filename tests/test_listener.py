@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import smtplib
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, configuration
+from support.configuration import agent_keys, configuration
+from support.listener import listener
+from support.messages import MESSAGE
+from support.salmon import Salmon
+from support.tls import CERTIFICATE, PRIVATE_KEY
 
-from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.service import listener as listening
 from salmon_revsmtp.service.listener import Listener
 from salmon_revsmtp.settings import SettingsError
-
-MESSAGE = b"From: a@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
-
-
-@contextlib.asynccontextmanager
-async def listener(salmon: Salmon, **service: Any) -> AsyncIterator[Listener]:
-    keys = {"hostname": "mail.example.org", "listen": "127.0.0.1:0", **service}
-    valid = configuration(agent_keys(366), default=keys)
-    with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
-        [one] = collector.listeners()
-        await one.start()
-        yield one
-        await one.stop(5)
 
 
 def with_listener(salmon: Salmon, talk: Callable[[int], None], **service: Any) -> None:

@@ -19,7 +19,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from conftest import Dialogue, Salmon, agent_keys, collect, no_more_mail, scripted
+from support.collecting import collect
+from support.configuration import agent_keys
+from support.dialogue import Dialogue, no_more_mail, scripted
+from support.salmon import Salmon
 
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.smtp.envelope import Envelope

@@ -26,9 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import PASSWORD, Dialogue, agent_keys, configuration
 from salmon import mail, queue
 from salmon.routing import Router, route, stateless
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.dialogue import Dialogue
 
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts

@@ -9,13 +9,14 @@ from email import policy
 from email.message import Message
 
 import pytest
-from conftest import Salmon
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
-from test_delivery import exchange
+from support.collecting import exchange
+from support.messages import MESSAGE
+from support.salmon import Salmon
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.dsn import notification
@@ -23,8 +24,6 @@ from salmon_revsmtp.delivery.trace import Hop, envelope_lines, split_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
-
-MESSAGE = b"From: Ann <ann@example.net>\r\nSubject: hi\r\n\r\nhello\r\n"
 
 # RFC 5321 4.1.2 and RFC 6531 3.3 allow them all.
 LOCAL_PARTS = [
@@ -71,7 +70,7 @@ def names(data: bytes) -> list[str]:
 
 
 RECIPIENTS = [f"{local}@example.org" for local in LOCAL_PARTS]
-KEPT = ["Return-Path", "Delivered-To", "Received", "From", "Subject"]
+KEPT = ["Return-Path", "Delivered-To", "Received", "From", "To", "Subject"]
 ODD_SENDER = "a\u2028Bcc\u0085@example.net"
 
 
@@ -83,8 +82,8 @@ def test_handlers_find_the_message_and_one_line_of_ours(salmon: Salmon) -> None:
     assert [message.To for message in salmon.handled] == [one.lower() for one in RECIPIENTS]
     for message in salmon.handled:
         assert message.From == ODD_SENDER.lower()
-        assert names(message.Data) == ["Received", "From", "Subject"]
-        assert message.body() == "hello"
+        assert names(message.Data) == ["Received", "From", "To", "Subject"]
+        assert message.body() == ".hello"
 
 
 def test_the_queue_keeps_the_envelope_in_two_lines_and_gives_it_back(salmon: Salmon) -> None:

@@ -21,19 +21,13 @@ from typing import Any
 
 import pytest
 import trustme
-from conftest import (
-    CERTIFICATE,
-    PASSWORD,
-    PRIVATE_KEY,
-    Dialogue,
-    Salmon,
-    agent_keys,
-    collect,
-    scripted,
-    server_tls,
-)
-from test_listener import listener
-from test_odmr import MESSAGE, run
+from support.collecting import collect, collect_from
+from support.configuration import PASSWORD, agent_keys
+from support.dialogue import Dialogue, scripted
+from support.listener import listener
+from support.messages import MESSAGE
+from support.salmon import Salmon
+from support.tls import CERTIFICATE, PRIVATE_KEY, server_tls
 
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report
@@ -152,7 +146,7 @@ def test_a_reply_without_an_end(salmon: Salmon, stage: str, endless: str) -> Non
         line = b"%d-and more\r\n" % code if endless == "lines" else b"%d x" % code
         sent = await flood(provider, line * 5000)
 
-    report = run(salmon, script, timeout=3600, **tls_of(stage))
+    report = collect_from(salmon, script, timeout=3600, **tls_of(stage))
     assert failed(report, doing)
     assert report.error is not None and len(report.error) < 400
     assert sent < 50 * MIB
@@ -199,7 +193,7 @@ def test_a_provider_that_never_ends_its_answer(salmon: Salmon, stage: str, octet
         await reach(provider)
         seconds = await outlast(provider, octets)
 
-    report = run(salmon, script, **tls_of(stage))
+    report = collect_from(salmon, script, **tls_of(stage))
     if stage != "handshake" or not octets:
         # RFC 2645 5.2.1: ten minutes for ATRN
         assert failed(report, doing, f" in {600 if stage == 'atrn' else 60} seconds")
@@ -227,7 +221,7 @@ def test_a_provider_that_gives_our_password_back(
             await provider.hear("QUIT")
 
     caplog.set_level(logging.DEBUG)
-    report = run(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
     assert report.outcome in (Outcome.REFUSED, Outcome.FAILED)
     assert report.error is not None and no_secret(report.error) and no_secret(caplog.text)
 
@@ -263,7 +257,7 @@ def test_a_scram_challenge_that_is_none(salmon: Salmon, challenge: str) -> None:
         provider.say(b"334 " + base64.b64encode(answer))
         await provider.silence()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert failed(report, "logging in to", "acme", "SCRAM-SHA-256")
     assert report.seconds < 15
 
@@ -458,7 +452,7 @@ def test_a_provider_that_falls_silent_or_trickles(
         provider.say("453 you have no mail")
 
     served = reach is to_the_next_message
-    report = run(salmon, script, *([again] if served else []))
+    report = collect_from(salmon, script, *([again] if served else []))
     if served:
         assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
     else:
@@ -485,7 +479,7 @@ def test_a_provider_with_endless_refusals_does_not_fill_the_log(
         with contextlib.suppress(ConnectionError):
             await provider.silence()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert failed(report, "we sent the provider away", "refusals in a row", "the log names")
     assert report.refused == 10_001
     lines = [
@@ -526,7 +520,7 @@ def test_what_handlers_see_of_odd_recipients(salmon: Salmon) -> None:
         await to_atrn(provider)
         provider.say("453 no mail")
 
-    report = run(salmon, script, done)
+    report = collect_from(salmon, script, done)
     assert (report.outcome, report.recipients, report.refused) == (Outcome.COLLECTED, 7, 3)
     assert [message.To for message in salmon.handled] == [to for _, to in recipients]
 

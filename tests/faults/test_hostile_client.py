@@ -6,7 +6,7 @@ import time
 import tracemalloc
 
 import pytest
-from test_receiver import Client, codes
+from support.client import Client, codes
 
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings

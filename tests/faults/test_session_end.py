@@ -6,16 +6,10 @@ import asyncio
 import threading
 
 import pytest
-from conftest import (
-    PASSWORD,
-    Dialogue,
-    Salmon,
-    Script,
-    agent_keys,
-    configuration,
-    no_more_mail,
-    scripted,
-)
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.dialogue import Dialogue, Script, no_more_mail, scripted
+from support.messages import MESSAGE
+from support.salmon import Salmon
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
@@ -26,7 +20,6 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
-MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
 ENVELOPE = (b"MAIL FROM:<a@example.net>", b"RCPT TO:<b@example.org>")
 DATA = b"BDAT %d LAST\r\n%b" % (len(MESSAGE), MESSAGE)
 

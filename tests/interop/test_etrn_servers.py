@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Salmon, agent_keys, configuration
-from servers import Exim, Postfix, Sendmail, Server, free_port
+from support.configuration import agent_keys, configuration
+from support.salmon import Salmon
+from support.servers import Exim, Postfix, Sendmail, Server, free_port
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import samples

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MESSAGE, Salmon, agent_keys, configuration, exchange, fails
-from processes import KillableProcess
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import Relay, SMTPError
-from servers import ACCOUNTS, Exim, Postfix, Server, free_port
+from support.collecting import exchange
+from support.configuration import agent_keys, configuration
+from support.messages import MESSAGE
+from support.processes import KillableProcess
+from support.salmon import Salmon, fails
+from support.servers import ACCOUNTS, Exim, Postfix, Server, free_port
 from test_etrn_servers import etrn, until
 
 from salmon_revsmtp.plugins.manager import Plugins

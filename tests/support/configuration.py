@@ -1,0 +1,34 @@
+"""An agent's keys, and the configuration that they make."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.configuration import Configuration, load
+
+PASSWORD = "correct horse battery"
+DEFAULT = {"hostname": "mail.example.org"}
+
+
+def agent_keys(port: Any, /, **keys: Any) -> dict[str, Any]:
+    return {
+        "name": "isp",
+        "protocol": "odmr",
+        "server": "localhost",
+        "port": port,
+        "tls": "none",
+        "account": "acme",
+        "password": PASSWORD,
+        "domains": ["example.org"],
+        **keys,
+    }
+
+
+def configuration(
+    *agents: dict[str, Any], plugins: Plugins | None = None, **services: dict[str, Any]
+) -> Configuration:
+    services.setdefault("default", DEFAULT)
+    module: Any = SimpleNamespace(collection_agents=list(agents), smtp_services=services)
+    return load(module, plugins or Plugins.load())
