@@ -14,10 +14,13 @@ from support.salmon import Salmon
 
 
 @contextlib.asynccontextmanager
-async def listener(salmon: Salmon, **service: Any) -> AsyncIterator[Listener]:
+async def listener(
+    salmon: Salmon, *, plugins: Plugins | None = None, **service: Any
+) -> AsyncIterator[Listener]:
     keys = {"hostname": "mail.example.org", "listen": "127.0.0.1:0", **service}
-    valid = configuration(agent_keys(366), default=keys)
-    with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
+    plugins = plugins or Plugins.load()
+    valid = configuration(agent_keys(366), default=keys, plugins=plugins)
+    with Collector(valid, plugins, lambda: salmon.relay) as collector:
         [one] = collector.listeners()
         await one.start()
         yield one
