@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import assume, given
@@ -290,8 +291,14 @@ def test_a_utf8_orcpt_needs_smtputf8() -> None:
 def test_nothing_is_kept_of_what_a_peer_says_after_the_end() -> None:
     peer = Peer()
     peer.say("421 closing")
-    peer.sender.receive_bytes(b"x" * 100)
-    assert peer.sender._parser.idle
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            assert peer.sender.receive_bytes(b"x" * 100_000) == []
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 100_000
 
 
 @pytest.mark.parametrize("keywords", [("PIPELINING",), ("PIPELINING", "CHUNKING")])

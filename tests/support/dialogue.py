@@ -14,11 +14,11 @@ class Dialogue:
     """One connection of a scripted provider."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+        self.reader, self.writer = reader, writer
         self.heard: list[str] = []
 
     async def hear(self, expected: str = "") -> str:
-        line = (await asyncio.wait_for(self._reader.readline(), 20)).decode()
+        line = (await asyncio.wait_for(self.reader.readline(), 20)).decode()
         self.heard.append(line.rstrip("\r\n"))
         assert line.startswith(expected), f"heard {line!r}, not {expected!r}"
         return line.rstrip("\r\n")
@@ -32,16 +32,16 @@ class Dialogue:
 
     async def silence(self) -> None:
         """The other side closes without another word."""
-        assert await asyncio.wait_for(self._reader.read(), 20) == b""
+        assert await asyncio.wait_for(self.reader.read(), 20) == b""
 
     async def ignore(self) -> None:
         """Answer nothing until the other side closes."""
-        await asyncio.wait_for(self._reader.read(), 20)
+        await asyncio.wait_for(self.reader.read(), 20)
 
     def say(self, *lines: str | bytes) -> None:
         for line in lines:
             text = line.encode() if isinstance(line, str) else line
-            self._writer.write(text + b"\r\n")
+            self.writer.write(text + b"\r\n")
 
     async def asks(self, command: str, *reply: str) -> str:
         heard = await self.hear(command)
@@ -71,7 +71,7 @@ class Dialogue:
         for recipient in recipients or ("b@example.org",):
             self.say(f"RCPT TO:<{recipient}>")
             await self.replied(250)
-        self._writer.write(b"BDAT %d LAST\r\n" % len(data) + data)
+        self.writer.write(b"BDAT %d LAST\r\n" % len(data) + data)
         line = await self.hear()
         while line[3:4] == "-":
             line = await self.hear()
@@ -84,11 +84,11 @@ class Dialogue:
 
     def end(self) -> None:
         """Say no more, but listen."""
-        self._writer.write_eof()
+        self.writer.write_eof()
 
     def abort(self) -> None:
         """Break the connection off."""
-        self._writer.transport.abort()
+        self.writer.transport.abort()
 
 
 Script = Callable[[Dialogue], Awaitable[None]]
@@ -108,7 +108,9 @@ async def scripted(*scripts: Script, tls: ssl.SSLContext | None = None) -> Async
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal calls
         calls += 1
-        running.add(asyncio.current_task())  # type: ignore[arg-type]
+        task = asyncio.current_task()
+        assert task is not None
+        running.add(task)
         try:
             if waiting:
                 await waiting.pop(0)(Dialogue(reader, writer))
