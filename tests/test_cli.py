@@ -111,6 +111,7 @@ def unread(project: Project) -> Iterator[subprocess.Popen[bytes]]:
         # It hears ctrl-c also where the tests do not: in the background of a shell.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
+        assert process.stdout is not None
         select.select([process.stdout], [], [], 60)
         yield process
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from email import policy
+from email.message import EmailMessage
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -515,7 +516,7 @@ def test_what_was_done_in_time_is_not_put_off_for_a_slow_one_behind_it(
     monkeypatch.setattr(dispatcher, "LOOK_EVERY", 1.0)  # nobody looks before the time is up
     salmon.handle("fast@.*")
     answered = threading.Event()
-    salmon.handle("slow@.*", lambda message: answered.wait(20) and None)
+    salmon.handle("slow@.*", lambda message: answered.wait(20))
     answers = at_once(
         salmon,
         transaction(MESSAGE, "fast@example.org"),
@@ -746,7 +747,8 @@ def test_a_permanent_failure_beside_a_success_is_notified(salmon: Salmon) -> Non
     assert notice["Auto-Submitted"] == "auto-replied"
     explanation, status, headers = notice.iter_parts()
     assert "no b here" in explanation.get_content()
-    _, recipient = status.get_payload()
+    assert isinstance(status, EmailMessage)
+    _, recipient = status.iter_parts()
     assert recipient["Final-Recipient"] == "rfc822; b@example.org"
     assert (recipient["Action"], recipient["Status"]) == ("failed", "5.1.1")
     assert recipient["Diagnostic-Code"] == "smtp; 550 5.1.1 no b here"

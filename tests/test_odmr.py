@@ -10,7 +10,7 @@ import hmac
 import pytest
 from support.collecting import collect, collect_from
 from support.configuration import PASSWORD, agent_keys
-from support.dialogue import Dialogue, no_more_mail, scripted
+from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
 from support.salmon import Salmon
 from support.tls import CERTIFICATE, server_tls
@@ -279,7 +279,7 @@ def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
 ) -> None:
     salmon.handle(".*")
 
-    def one(number: int) -> object:
+    def one(number: int) -> Script:
         async def script(provider: Dialogue) -> None:
             await provider.reverse()
             assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
@@ -315,8 +315,9 @@ def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Sa
         assert (await provider.send(MESSAGE + b"second\r\n")).startswith("250")
         await provider.quit()
 
-    keys = {"tls": "implicit", "ca_file": str(CERTIFICATE)}
-    report = collect_from(salmon, first, second, no_more_mail, **keys)
+    report = collect_from(
+        salmon, first, second, no_more_mail, tls="implicit", ca_file=str(CERTIFICATE)
+    )
     assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 2, 0)
     assert len(salmon.handled) == 2
 
@@ -525,7 +526,7 @@ def test_a_slow_handler_delays_no_other_agents_network(salmon: Salmon) -> None:
     import threading
 
     finished = threading.Event()
-    salmon.handle("slow@.*", lambda message: finished.wait(20) and None)
+    salmon.handle("slow@.*", lambda message: finished.wait(20))
 
     async def main() -> None:
         async def slow(provider: Dialogue) -> None:

@@ -61,10 +61,7 @@ POLICIES = [policy.compat32, policy.default, policy.SMTP, policy.SMTPUTF8]
 
 def names(data: bytes) -> list[str]:
     """The header lines that Python finds, by every policy the same."""
-    [found, *others] = [
-        email.message_from_bytes(data, policy=one).keys()  # type: ignore[arg-type]
-        for one in POLICIES
-    ]
+    [found, *others] = [email.message_from_bytes(data, policy=one).keys() for one in POLICIES]
     assert all(other == found for other in others)
     return found
 
@@ -166,8 +163,15 @@ NOTIFICATION = [
 def parts_of(report: bytes) -> list[Message]:
     """The parts of a notification, which has our header lines and no others."""
     assert names(report) == NOTIFICATION
-    [_, status, _] = email.message_from_bytes(report).get_payload()  # type: ignore[misc]
-    return list(status.get_payload())
+    whole = email.message_from_bytes(report)
+    [_, status, _] = parts(whole)
+    return parts(status)
+
+
+def parts(message: Message) -> list[Message]:
+    payload = message.get_payload()
+    assert isinstance(payload, list)
+    return [part for part in payload if isinstance(part, Message)]
 
 
 def test_a_notification_has_our_header_lines_only(salmon: Salmon) -> None:

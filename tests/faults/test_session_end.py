@@ -89,7 +89,7 @@ def test_quit_twice_is_answered_once(salmon: Salmon) -> None:
 def test_quit_behind_the_data_before_its_answer(salmon: Salmon) -> None:
     """RFC 2920: the answers come in order, that to the data first, and only when it is safe."""
     quitted = threading.Event()
-    salmon.handle(".*", lambda message: quitted.wait(20) and None)
+    salmon.handle(".*", lambda message: quitted.wait(20))
 
     async def session(provider: Dialogue) -> None:
         await provider.reverse()
@@ -140,7 +140,7 @@ def test_a_provider_that_does_not_wait_for_the_221(salmon: Salmon, reset: bool) 
 
 def test_a_provider_that_ends_its_side_behind_the_data_hears_the_answer(salmon: Salmon) -> None:
     ended = threading.Event()
-    salmon.handle(".*", lambda message: ended.wait(20) and None)
+    salmon.handle(".*", lambda message: ended.wait(20))
 
     async def session(provider: Dialogue) -> None:
         await provider.reverse()

@@ -59,3 +59,10 @@ def replies(data: bytes) -> list[Reply]:
 
 def codes(data: bytes) -> str:
     return " ".join(str(reply.code) for reply in replies(data))
+
+
+def transactions(events: list[Event]) -> list[Transaction]:
+    """These events, which are all transactions."""
+    found = [event for event in events if isinstance(event, Transaction)]
+    assert found == events
+    return found

@@ -50,15 +50,16 @@ def write_down(what: str, message: MailRequest) -> None:
     os.close(descriptor)
 
 
-@route("(name)@example.org", name="[a-z]+")
-@stateless
-def HANDLE(message: MailRequest, name: str = "") -> None:
+def handle(message: MailRequest, name: str = "") -> None:
     write_down("begin", message)
     if name == "boom":
         raise RuntimeError("handler bug")
     write_down("end", message)
     if name == "never":
         raise SMTPError(550, "5.1.1 no such user")
+
+
+route("(name)@example.org", name="[a-z]+")(stateless(handle))
 
 
 class Sent:

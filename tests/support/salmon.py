@@ -26,15 +26,15 @@ class Salmon:
         self.relayed.append((From, To, str(message)))
 
     def handle(
-        self, pattern: str, action: Callable[[MailRequest], None] = lambda message: None
+        self, pattern: str, action: Callable[[MailRequest], object] = lambda message: None
     ) -> None:
         """Route addresses that match ``pattern`` to a handler that records and runs ``action``."""
 
-        @route(pattern)
-        @stateless
         def handler(message: MailRequest, **captures: str) -> None:
             self.handled.append(message)
             action(message)
+
+        route(pattern)(stateless(handler))
 
     def undeliverable(self) -> list[bytes]:
         target = queue.Queue("run/undeliverable")
