@@ -28,7 +28,7 @@ from support.collecting import collect, exchange
 from support.configuration import DEFAULT, agent_keys
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
-from support.salmon import Salmon, explodes, fails
+from support.salmon import Salmon, explodes, fails, waits_for
 
 from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
 from salmon_revsmtp.customer.collection import Collection
@@ -516,7 +516,7 @@ def test_what_was_done_in_time_is_not_put_off_for_a_slow_one_behind_it(
     monkeypatch.setattr(dispatcher, "LOOK_EVERY", 1.0)  # nobody looks before the time is up
     salmon.handle("fast@.*")
     answered = threading.Event()
-    salmon.handle("slow@.*", lambda message: answered.wait(20))
+    salmon.handle("slow@.*", waits_for(answered))
     answers = at_once(
         salmon,
         transaction(MESSAGE, "fast@example.org"),

@@ -6,13 +6,14 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import threading
 
 import pytest
 from support.collecting import collect, collect_from
 from support.configuration import PASSWORD, agent_keys
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
-from support.salmon import Salmon
+from support.salmon import Salmon, waits_for
 from support.tls import CERTIFICATE, server_tls
 
 from salmon_revsmtp import hookimpl
@@ -523,10 +524,8 @@ def test_two_collections_of_one_agent_never_run_at_once(salmon: Salmon) -> None:
 
 def test_a_slow_handler_delays_no_other_agents_network(salmon: Salmon) -> None:
     """The handler of one agent's mail waits until the other agent's collection has ended."""
-    import threading
-
     finished = threading.Event()
-    salmon.handle("slow@.*", lambda message: finished.wait(20))
+    salmon.handle("slow@.*", waits_for(finished))
 
     async def main() -> None:
         async def slow(provider: Dialogue) -> None:

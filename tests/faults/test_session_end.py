@@ -9,7 +9,7 @@ import pytest
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
-from support.salmon import Salmon
+from support.salmon import Salmon, waits_for
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
@@ -89,7 +89,7 @@ def test_quit_twice_is_answered_once(salmon: Salmon) -> None:
 def test_quit_behind_the_data_before_its_answer(salmon: Salmon) -> None:
     """RFC 2920: the answers come in order, that to the data first, and only when it is safe."""
     quitted = threading.Event()
-    salmon.handle(".*", lambda message: quitted.wait(20))
+    salmon.handle(".*", waits_for(quitted))
 
     async def session(provider: Dialogue) -> None:
         await provider.reverse()
@@ -140,7 +140,7 @@ def test_a_provider_that_does_not_wait_for_the_221(salmon: Salmon, reset: bool) 
 
 def test_a_provider_that_ends_its_side_behind_the_data_hears_the_answer(salmon: Salmon) -> None:
     ended = threading.Event()
-    salmon.handle(".*", lambda message: ended.wait(20))
+    salmon.handle(".*", waits_for(ended))
 
     async def session(provider: Dialogue) -> None:
         await provider.reverse()

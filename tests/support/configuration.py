@@ -26,6 +26,13 @@ def agent_keys(port: Any, /, **keys: Any) -> dict[str, Any]:
     }
 
 
+def etrn_keys(port: int, *domains: str) -> dict[str, Any]:
+    """The keys of an agent that asks a server on this machine, without a login."""
+    keys = agent_keys(port, name="mx", protocol="etrn", server="127.0.0.1", domains=list(domains))
+    del keys["account"], keys["password"]
+    return keys
+
+
 def configuration(
     *agents: dict[str, Any], plugins: Plugins | None = None, **services: dict[str, Any]
 ) -> Configuration:

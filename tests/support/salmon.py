@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,3 +51,13 @@ def fails(code: int, text: str | None = None) -> Any:
 
 def explodes(message: MailRequest) -> None:
     raise RuntimeError("handler bug")
+
+
+def waits_for(event: threading.Event) -> Callable[[MailRequest], None]:
+    """A handler that waits for an event, and defers the mail if nothing sets it."""
+
+    def action(message: MailRequest) -> None:
+        if not event.wait(10):
+            raise SMTPError(451, "what this handler waits for did not happen")
+
+    return action
