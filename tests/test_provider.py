@@ -13,9 +13,14 @@ from typing import Any
 
 import aiosmtplib
 import pytest
-from conftest import CERTIFICATE, PASSWORD, Dialogue, Salmon, agent_keys, collect, server_tls
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
+from support.collecting import collect
+from support.configuration import PASSWORD, agent_keys
+from support.dialogue import Dialogue
+from support.messages import MESSAGE
+from support.salmon import Salmon
+from support.tls import CERTIFICATE, server_tls
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import samples
@@ -30,7 +35,6 @@ from salmon_revsmtp.smtp.turn import AtrnRequest, Quit, StartTls, Turn
 
 ACME = Account("acme", PASSWORD, ("example.org", "example.com"))
 OTHER = Account("other", "another one", ("example.net",))
-MESSAGE = b"From: a@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
 OK = Reply(250, "ok")
 
 

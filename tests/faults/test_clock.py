@@ -230,7 +230,7 @@ def test_octets_that_come_while_we_deliver_do_not_stop_the_clock_behind_it() -> 
     on_the_wire(talk)
 
 
-MESSAGE = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\nx\r\n"
+TRANSACTION = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\nx\r\n"
 
 
 def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
@@ -238,7 +238,7 @@ def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
 
     async def talk(wire: Wire) -> None:
         wire.slow = True
-        await wire.say(b"EHLO p\r\n" + 100 * MESSAGE)
+        await wire.say(b"EHLO p\r\n" + 100 * TRANSACTION)
         for answered in range(100):
             assert len(wire.handed_over) == min(answered + 16, 100)
             assert await wire.later(1.2)
@@ -251,11 +251,11 @@ def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
 def test_as_much_is_read_ahead_as_is_delivered_in_a_second() -> None:
     async def talk(wire: Wire) -> None:
         wire.slow = True
-        await wire.say(b"EHLO p\r\n" + 16 * MESSAGE)
+        await wire.say(b"EHLO p\r\n" + 16 * TRANSACTION)
         assert await wire.later(0.4)
         wire.answer(16)
         await wire.let_run()
-        await wire.say(100 * MESSAGE)
+        await wire.say(100 * TRANSACTION)
         assert len(wire.handed_over) == 16 + 40
         wire.slow = False
         wire.answer(40)

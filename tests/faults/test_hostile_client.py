@@ -6,7 +6,7 @@ import time
 import tracemalloc
 
 import pytest
-from test_receiver import Client, codes
+from support.client import Client, codes
 
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -390,9 +390,3 @@ def test_no_command_takes_long(line: bytes) -> None:
     before = time.process_time()
     receiver.receive_bytes((line + b"\r\n") * 50)
     assert time.process_time() - before < 0.25
-
-
-def test_the_limits_of_a_session_have_reasons() -> None:
-    """Each limit stands in the docstring that explains it."""
-    for name in Limits.__dataclass_fields__:
-        assert f"``{name}``" in (Limits.__doc__ or "")

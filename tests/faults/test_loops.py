@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import MESSAGE, PASSWORD, Salmon, agent_keys, configuration, fails
 from salmon.mail import MailRequest
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.messages import MESSAGE
+from support.salmon import Salmon, fails
 
 from salmon_revsmtp.customer import odmr
 from salmon_revsmtp.customer.report import Report

@@ -172,4 +172,7 @@ def _covered() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(again(*sys.argv[1:]) if sys.argv[1:] else main())
+    if sys.argv[1:]:
+        again(*sys.argv[1:])
+    else:
+        sys.exit(main())
