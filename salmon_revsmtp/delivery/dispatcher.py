@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -163,7 +164,10 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[PendingDelivery] = deque()
         self._looking = False  # soon
+        # Of the batch in hand, in the thread.
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
+        self._lines: list[tuple[PendingDelivery, str, Reply, bool]] = []
+        self._log_at = 0.0
 
     # -- in the event loop ------------------------------------------------------------------------
 
@@ -247,6 +251,7 @@ class Dispatcher:
                 sender = pending.envelope.reverse_path
                 pending.key = MessageKey.of(self._service, sender, pending.data)
         keys = [pending.key for pending in items if pending.key is not None]
+        self._log_at = time.monotonic() + LOOK_EVERY
         self._known = self._journal.recorded_all(keys, self._repeat_seconds)
 
     def do(self, item: PendingDelivery) -> None:
@@ -260,7 +265,8 @@ class Dispatcher:
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
 
     def end(self, items: Sequence[PendingDelivery]) -> None:
-        """Answer those of a batch."""
+        """Log those of a batch, and answer them."""
+        self._log()
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
@@ -333,17 +339,26 @@ class Dispatcher:
 
     def _note(self, pending: PendingDelivery, recipient: str, reply: Reply, repeat: bool) -> None:
         pending.add(reply, repeat)
-        log_safely(
-            log,
-            logging.INFO if reply.positive else logging.WARNING,
-            "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
-            pending.origin.label,
-            pending.envelope.reverse_path,
-            recipient,
-            len(pending.data),
-            str(reply),
-            " repeat" if repeat else "",
-        )
+        self._lines.append((pending, recipient, reply, repeat))
+        if time.monotonic() >= self._log_at:
+            self._log()
+
+    def _log(self) -> None:
+        """Write the lines of a batch together: one among deliveries costs twice as much.  In a batch
+        that takes long they are written as they come."""
+        lines, self._lines = self._lines, []
+        for pending, recipient, reply, repeat in lines:
+            log_safely(
+                log,
+                logging.INFO if reply.positive else logging.WARNING,
+                "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
+                pending.origin.label,
+                pending.envelope.reverse_path,
+                recipient,
+                len(pending.data),
+                str(reply),
+                " repeat" if repeat else "",
+            )
 
     def _combined(
         self,
