@@ -166,7 +166,7 @@ class Dispatcher:
         self._looking = False  # soon
         # Of the batch in hand, in the thread.
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
-        self._lines: list[tuple[PendingDelivery, str, Reply, bool]] = []
+        self._lines: deque[tuple[PendingDelivery, str, Reply, bool]] = deque()
         self._log_at = 0.0
 
     # -- in the event loop ------------------------------------------------------------------------
@@ -214,7 +214,9 @@ class Dispatcher:
             for pending in self._waiting:
                 if pending.reply is None and pending.until <= now:
                     self._abandon(pending)
-            self._answer(self._waiting)
+            if any(one.reply is not None for one in self._waiting):
+                self._log()  # before the answer leaves
+                self._answer(self._waiting)
         finally:
             self._waiting = deque(one for one in self._waiting if one.answered is not None)
             if self._waiting:
@@ -344,9 +346,13 @@ class Dispatcher:
             self._log()
 
     def _log(self) -> None:
-        """Write the lines of a batch together: one among deliveries costs twice as much.  In a batch
-        that takes long they are written as they come."""
-        lines, self._lines = self._lines, []
+        """Write the lines of a batch together: one among deliveries costs twice as much.  In a
+        batch that takes long they are written as they come, by the event loop if the thread is
+        held up."""
+        lines = []  # taken first: what a slow log holds up is not written by the other, too
+        with contextlib.suppress(IndexError):
+            while True:
+                lines.append(self._lines.popleft())
         for pending, recipient, reply, repeat in lines:
             log_safely(
                 log,

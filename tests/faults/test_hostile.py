@@ -31,9 +31,9 @@ from support.tls import CERTIFICATE, PRIVATE_KEY, server_tls
 
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.net import listener as listening
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.net import listener as listening
 from salmon_revsmtp.service.session import LOGGED_REFUSALS
 
 MIB = 1024 * 1024
