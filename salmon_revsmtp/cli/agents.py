@@ -21,7 +21,11 @@ __all__ = ["agents", "disable", "enable", "history"]
 @json_option
 @with_options
 def agents(options: Options, as_json: bool) -> None:
-    """List the mail collection agents."""
+    """List the mail collection agents.
+
+    For each agent you see how its last collection ended and, while a server runs, when the next
+    one begins. An agent that does not collect has "(Disabled)" after its name.
+    """
     from salmon_revsmtp.journal.collections import Journal
 
     _, configuration = options.open()
@@ -95,7 +99,10 @@ def _schedule(agent: Agent) -> str:
 @click.argument("name")
 @with_options
 def enable(options: Options, name: str) -> None:
-    """Enable an agent, whatever the settings file says."""
+    """Enable an agent.
+
+    This is kept in the journal and wins over the settings file. A running server follows it.
+    """
     _set_enabled(options, name, True)
 
 
@@ -103,7 +110,10 @@ def enable(options: Options, name: str) -> None:
 @click.argument("name")
 @with_options
 def disable(options: Options, name: str) -> None:
-    """Disable an agent, whatever the settings file says."""
+    """Disable an agent: it does not collect until you enable it.
+
+    This is kept in the journal and wins over the settings file. A running server follows it.
+    """
     _set_enabled(options, name, False)
 
 
@@ -124,7 +134,10 @@ def _set_enabled(options: Options, name: str, enabled: bool) -> None:
 @json_option
 @with_options
 def history(options: Options, name: str | None, limit: int, as_json: bool) -> None:
-    """List past collections, newest first."""
+    """List past collections, newest first.
+
+    The journal keeps them for 90 days.
+    """
     from salmon_revsmtp.journal.collections import Journal
 
     _, configuration = options.open()
