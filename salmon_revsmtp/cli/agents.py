@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import iso, print_json, table
+from salmon_revsmtp.cli.output import iso, print_json, table, when
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -31,12 +31,11 @@ def agents(options: Options, as_json: bool) -> None:
     _, configuration = options.open()
     journal = Journal()
     rows = [_agent_row(agent, journal) for agent in configuration.agents]
-    for name, at in _next_runs().items():
-        for row in rows:
-            if row["agent"] == name and row["enabled"]:
-                row["next"] = iso(at)
+    next_runs = _next_runs()
     if as_json:
         for row in rows:
+            if row["enabled"] and row["agent"] in next_runs:
+                row["next"] = iso(next_runs[str(row["agent"])])
             print_json(row)
         return
     if not configuration.agents:
@@ -52,7 +51,7 @@ def agents(options: Options, as_json: bool) -> None:
                 agent.address,
                 _schedule(agent),
                 str(row["outcome"] or "-"),
-                str(row["next"] or "-"),
+                when(next_runs[agent.name]) if row["enabled"] and agent.name in next_runs else "-",
             )
             for agent, row in zip(configuration.agents, rows, strict=True)
         ],
@@ -160,7 +159,7 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
         ("started", "agent", "outcome", "messages", "refused", "seconds", "error"),
         [
             (
-                iso(entry.started),
+                when(entry.started),
                 entry.agent,
                 entry.outcome,
                 str(entry.messages),
@@ -170,4 +169,5 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
             )
             for entry in entries
         ],
+        remarks=True,
     )
