@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 from docutils import nodes
+from docutils.core import publish_doctree
 from pydantic import BaseModel
 
 from salmon_revsmtp.cli.main import cli
@@ -24,7 +25,11 @@ from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.service.settings import ServiceSettings
 
 ROOT = Path(__file__).parent.parent
-MODELS = {"ODMR agents": OdmrSettings, "ETRN agents": EtrnSettings, "Services": ServiceSettings}
+MODELS: dict[str, type[BaseModel]] = {
+    "ODMR agents": OdmrSettings,
+    "ETRN agents": EtrnSettings,
+    "Services": ServiceSettings,
+}
 
 Pages = Callable[[str], nodes.document]
 
@@ -58,7 +63,7 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("title", MODELS)
 def test_every_key_has_its_default_its_meaning_and_what_is_allowed(page: Pages, title: str) -> None:
-    model: type[BaseModel] = MODELS[title]
+    model = MODELS[title]
     rows = section(page("settings"), title).findall(nodes.row)
     table: dict[str, Any] = {cells[0]: cells[1:] for cells in map(_cells, rows)}
     assert list(table) == ["key", *model.model_fields]
@@ -100,6 +105,12 @@ def test_every_outcome_and_every_key_of_a_report_is_explained(page: Pages) -> No
 def _terms(section: nodes.section) -> set[str]:
     terms = section.findall(nodes.term)
     return {word.strip() for term in terms for word in term.astext().split(",")}
+
+
+@pytest.mark.parametrize("source", [*ROOT.glob("*.rst")], ids=lambda source: source.name)
+def test_a_page_beside_the_package_has_no_mistake_in_its_markup(source: Path) -> None:
+    strict = {"report_level": 2, "halt_level": 2}
+    publish_doctree(source.read_text(), source_path=str(source), settings_overrides=strict)
 
 
 SOURCES = [*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst")]
