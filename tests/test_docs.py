@@ -107,6 +107,14 @@ def _terms(section: nodes.section) -> set[str]:
     return {word.strip() for term in terms for word in term.astext().split(",")}
 
 
+def test_the_parts_of_the_program_are_those_of_the_contracts(page: Pages) -> None:
+    contracts = (ROOT / "pyproject.toml").read_text()
+    [layers] = re.findall(r"^layers = \[(.*?)^\]", contracts, re.MULTILINE | re.DOTALL)
+    rows = section(page("internals"), "What each folder may know").findall(nodes.row)
+    listed = [_cells(row)[0].split(", ") for row in rows]
+    assert listed == [layer.split(" | ") for layer in re.findall(r'"([^"]+)"', layers)]
+
+
 @pytest.mark.parametrize("source", [*ROOT.glob("*.rst")], ids=lambda source: source.name)
 def test_a_page_beside_the_package_has_no_mistake_in_its_markup(source: Path) -> None:
     strict = {"report_level": 2, "halt_level": 2}
