@@ -12,12 +12,11 @@ release = version = installed("salmon-revsmtp")
 # `generated` is ours: it writes the pages about settings and commands from the code.
 extensions = ["sphinx.ext.autodoc", "generated"]
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 # states.rst is included by internals.rst.
 exclude_patterns = ["_build", "states.rst"]
 html_theme = "alabaster"
 # A value such as 'odmr', an option such as --json: as they are typed.
 smartquotes = False
 html_theme_options = {"page_width": "1000px"}
-# pydantic's own machinery is no part of the reference.
-autodoc_default_options = {"exclude-members": "model_config, model_post_init"}

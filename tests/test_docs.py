@@ -16,7 +16,9 @@ import pytest
 from docutils import nodes
 from docutils.core import publish_doctree
 from pydantic import BaseModel
+from sphinx import addnodes
 
+import salmon_revsmtp
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.customer.etrn import EtrnSettings
 from salmon_revsmtp.customer.odmr import OdmrSettings
@@ -113,6 +115,13 @@ def test_the_parts_of_the_program_are_those_of_the_contracts(page: Pages) -> Non
     rows = section(page("internals"), "What each folder may know").findall(nodes.row)
     listed = [_cells(row)[0].split(", ") for row in rows]
     assert listed == [layer.split(" | ") for layer in re.findall(r'"([^"]+)"', layers)]
+
+
+def test_every_public_name_is_in_the_reference(page: Pages) -> None:
+    signatures = page("reference").findall(addnodes.desc_signature)
+    documented = {name for one in signatures for name in one["ids"]}
+    public = {f"salmon_revsmtp.{name}" for name in salmon_revsmtp.__all__}
+    assert public - documented == set()
 
 
 @pytest.mark.parametrize("source", [*ROOT.glob("*.rst")], ids=lambda source: source.name)

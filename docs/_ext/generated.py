@@ -2,10 +2,12 @@
 
 ``.. settings:: package.module.Model`` is a table of the keys of a pydantic model: the default, the
 meaning (the string below the field in the source) and what is allowed (the field's description,
-which is also what a wrong value is told).
+which is also what a wrong value is told).  ``:beside:`` leaves out the keys of another model.
 
 ``.. commands:: package.module.group`` has a section for each command of a click group: its usage,
 its help text and its options.  The options that the group has itself stand once, at the top.
+
+In docstrings, lines such as ``name``  meaning, which read well in the source, become a list.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import click
@@ -57,11 +59,13 @@ def default(model: type[BaseModel], key: str) -> str:
     return f"``{WORDS.get(field.default, field.default)}``"
 
 
-def setting_lines(model: type[BaseModel]) -> Iterator[str]:
+def setting_lines(model: type[BaseModel], leave_out: Container[str] = ()) -> Iterator[str]:
     """The keys of a model as a table in reStructuredText."""
     yield from (".. list-table::", "   :header-rows: 1", "   :widths: 20 15 65", "")
     yield from ("   * - key", "     - default", "     - meaning")
     for key, field in model.model_fields.items():
+        if key in leave_out:
+            continue
         yield f"   * - ``{key}``"
         yield f"     - {default(model, key)}"
         yield f"     - {meaning(model, key)}"
@@ -71,9 +75,12 @@ def setting_lines(model: type[BaseModel]) -> Iterator[str]:
 
 class Settings(SphinxDirective):
     required_arguments = 1
+    option_spec = {"beside": find}  # noqa: RUF012 (docutils' own way)
 
     def run(self) -> list[nodes.Node]:
-        return self.parse_text_to_nodes("\n".join(setting_lines(find(self.arguments[0]))))
+        beside: type[BaseModel] = self.options.get("beside", BaseModel)
+        lines = setting_lines(find(self.arguments[0]), beside.model_fields)
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
 # -- commands -------------------------------------------------------------------------------------
@@ -126,7 +133,30 @@ class Commands(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
+# -- docstrings -----------------------------------------------------------------------------------
+
+ITEM = re.compile(r"((?:``\w+``(?:, )?)+)( +)(\S.*)")
+
+
+def list_items(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Make a definition of each line ``name``  meaning; those that go on below it are indented."""
+    made: list[str] = []
+    among = False
+    for line in lines:
+        found = ITEM.fullmatch(line)
+        if found and (among or len(found[2]) > 1):
+            made += ["", found[1], f"    {found[3]}"]
+            among = True
+        else:
+            made.append(f"    {line.strip()}" if among and line.strip() else line)
+            among = among and bool(line.strip())
+    lines[:] = made
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("settings", Settings)
     app.add_directive("commands", Commands)
+    app.connect("autodoc-process-docstring", list_items)
     return {"parallel_read_safe": True}

@@ -20,7 +20,7 @@ __all__ = [
 
 TlsMode = Literal["implicit", "starttls", "opportunistic", "none"]
 
-ACCOUNT = "the name to log in with, a text"
+ACCOUNT = "a text: the name to log in with"
 PASSWORD = "a text that is not empty (if it comes from .env: is it set there?)"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
