@@ -43,7 +43,7 @@ lint: $(READY)
 	$(BIN)/lint-imports --cache-dir $(VENV)/.import_linter
 
 types: $(READY)
-	$(BIN)/mypy --strict salmon_revsmtp
+	$(BIN)/mypy --strict salmon_revsmtp tests benchmarks
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build

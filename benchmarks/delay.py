@@ -58,7 +58,7 @@ class _Way(asyncio.Protocol):
             self._loop.call_at(self._under_way[0][0], self._arrive)
 
     def _arrives(self, data: bytes | None) -> None:
-        target = self.other and self.other._transport
+        target = self.other._transport if self.other else None
         if target is None or target.is_closing():
             return
         if data is None:

@@ -162,7 +162,9 @@ def _send_chunks(peer: Peer, made: Sequence[tuple[bytes, bytes]]) -> float:
     head = _MAIL + _RCPT + b"BDAT %d LAST\r\n" % octets
     window = max(1, min(WINDOW_MESSAGES, WINDOW_OCTETS // octets))
     small = octets <= SMALL
-    whole = [(head + own + rest,) if small else (head + own, rest) for own, rest in made]
+    whole: list[tuple[bytes, ...]] = [
+        (head + own + rest,) if small else (head + own, rest) for own, rest in made
+    ]
     written = replies = 0
     started = time.perf_counter()
     while replies < 3 * len(whole):

@@ -20,9 +20,9 @@ from benchmarks.processes import ROOT, Child, wait_for_port
 from benchmarks.project import ACCOUNT, DOMAIN, PASSWORD, project
 from benchmarks.table import Missing
 
-sys.path.insert(0, str(ROOT / "tests/interop"))
-from servers import find as find_chroot
-from servers import free_port
+sys.path.insert(0, str(ROOT / "tests"))
+from support.servers import find as find_chroot
+from support.servers import free_port
 
 __all__ = [
     "collect",

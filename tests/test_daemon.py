@@ -6,7 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import Dialogue, Salmon, agent_keys, configuration, no_more_mail, scripted
+from support.configuration import agent_keys, configuration
+from support.dialogue import Dialogue, no_more_mail, scripted
+from support.salmon import Salmon
 
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report

@@ -6,7 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import Dialogue, Salmon, agent_keys, collect, configuration, scripted
+from support.collecting import collect
+from support.configuration import agent_keys, configuration
+from support.dialogue import Dialogue, scripted
+from support.salmon import Salmon
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import importlib
 import smtplib
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, configuration
+from support.configuration import agent_keys, configuration
+from support.listener import listener
+from support.messages import MESSAGE
+from support.salmon import Salmon
+from support.tls import CERTIFICATE, PRIVATE_KEY
 
+from salmon_revsmtp.net import listener as listening
+from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.service import listener as listening
-from salmon_revsmtp.service.listener import Listener
 from salmon_revsmtp.settings import SettingsError
 
-MESSAGE = b"From: a@example.net\r\nSubject: hi\r\n\r\nhello\r\n"
 
-
-@contextlib.asynccontextmanager
-async def listener(salmon: Salmon, **service: Any) -> AsyncIterator[Listener]:
-    keys = {"hostname": "mail.example.org", "listen": "127.0.0.1:0", **service}
-    valid = configuration(agent_keys(366), default=keys)
-    with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
-        [one] = collector.listeners()
-        await one.start()
-        yield one
-        await one.stop(5)
-
-
-def with_listener(salmon: Salmon, talk: Callable[[int], None], **service: Any) -> None:
+def with_listener(
+    salmon: Salmon,
+    talk: Callable[[int], None],
+    *,
+    plugins: Plugins | None = None,
+    **service: Any,
+) -> None:
     """Have ``talk`` speak to a listener's port, in a thread."""
 
     async def main() -> None:
-        async with listener(salmon, **service) as one:
+        async with listener(salmon, plugins=plugins, **service) as one:
             await asyncio.to_thread(talk, one.port)
 
     asyncio.run(main())
@@ -71,7 +68,7 @@ def test_starttls_is_offered_with_a_certificate(salmon: Salmon) -> None:
             assert not client.has_extn("starttls")
             client.sendmail("a@example.net", ["b@example.org"], MESSAGE)
 
-    keys = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}
+    keys: dict[str, Any] = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}
     with_listener(salmon, talk, listen="localhost:0", **keys)
     assert b"with ESMTPS id" in salmon.handled[0].Data
 
@@ -130,6 +127,25 @@ def test_connections_of_one_address_are_bounded(
         smtplib.SMTP("127.0.0.1", port).quit()
 
     with_listener(salmon, talk)
+
+
+def test_the_plugin_of_the_documentation_hears_of_mail_that_no_agent_collected(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugins/spool"))
+    plugins = Plugins.load()
+    plugins.register(importlib.import_module("salmon_revsmtp_spool"), "spool")
+    salmon.handle(".*")
+
+    def talk(port: int) -> None:
+        with smtplib.SMTP("127.0.0.1", port) as client:
+            client.sendmail("a@example.net", ["b@example.org"], MESSAGE)
+
+    with_listener(salmon, talk, plugins=plugins)
+    said = [one.getMessage() for one in caplog.records if one.name == "spool"]
+    assert said == ["a listening service: b@example.org: 250 2.0.0 delivered"]
+    assert "plugin=spool" not in caplog.text, "it raised"
 
 
 def dialogue(salmon: Salmon, work: Callable[[Listener, Any, Any], Awaitable[None]]) -> None:

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Salmon, agent_keys, configuration
+from support.configuration import agent_keys, configuration
+from support.salmon import Salmon
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.journal.collections import AgentState
@@ -91,7 +92,7 @@ class World:
     def enabled(self, agent: Any) -> bool:
         return True
 
-    def listeners(self) -> list[Any]:
+    async def listeners(self) -> list[Any]:
         return []
 
     def collection(self, agent: Any) -> Any:

@@ -6,38 +6,20 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import threading
 
 import pytest
-from conftest import (
-    CERTIFICATE,
-    PASSWORD,
-    Dialogue,
-    Salmon,
-    agent_keys,
-    collect,
-    no_more_mail,
-    scripted,
-    server_tls,
-)
+from support.collecting import collect, collect_from
+from support.configuration import PASSWORD, agent_keys
+from support.dialogue import Dialogue, Script, no_more_mail, scripted
+from support.messages import MESSAGE
+from support.salmon import Salmon, waits_for
+from support.tls import CERTIFICATE, server_tls
 
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-
-MESSAGE = b"From: a@example.net\r\nTo: b@example.org\r\nSubject: hi\r\n\r\n.hello\r\n"
-
-
-def run(salmon: Salmon, *scripts: object, plugins: Plugins | None = None, **keys: object) -> Report:
-    """Collect once from a provider with these scripts."""
-    tls = server_tls() if keys.get("tls") == "implicit" else None
-
-    async def main() -> Report:
-        async with scripted(*scripts, tls=tls) as port:  # type: ignore[arg-type]
-            [report] = await collect(salmon, agent_keys(port, **keys), plugins=plugins)
-        return report
-
-    return asyncio.run(main())
 
 
 def test_a_collection_from_greeting_to_453(salmon: Salmon) -> None:
@@ -60,7 +42,7 @@ def test_a_collection_from_greeting_to_453(salmon: Salmon) -> None:
         assert (await provider.send(MESSAGE)).startswith("250 2.")
         await provider.quit()
 
-    report = run(salmon, first, no_more_mail, domains=["example.org", "Example.COM."])
+    report = collect_from(salmon, first, no_more_mail, domains=["example.org", "Example.COM."])
     assert report.outcome is Outcome.COLLECTED
     assert (report.messages, report.recipients, report.bytes) == (1, 1, len(MESSAGE))
     assert (report.sessions, report.refused, report.tls, report.auth) == (2, 0, None, "CRAM-MD5")
@@ -69,7 +51,7 @@ def test_a_collection_from_greeting_to_453(salmon: Salmon) -> None:
     assert message.Peer[0] == "127.0.0.1"
     assert (message.From, message.To) == ("a@example.net", "b@example.org")
     trace, _, rest = message.Data.partition(b"\nFrom: ")
-    assert rest == b"a@example.net\nTo: b@example.org\nSubject: hi\n\n.hello"
+    assert rest == b"Ann <ann@example.net>\nTo: list@example.net\nSubject: hi\n\n.hello"
     trace = b" ".join(trace.split())
     assert trace.startswith(b"Received: from odmr.example.net ([127.0.0.1]) by mail.example.org")
     assert b"agent isp) with ESMTPA id " in trace
@@ -95,7 +77,7 @@ def test_each_answer_to_atrn_has_its_outcome(salmon: Salmon, answer: str, outcom
         await provider.up_to_atrn()
         await provider.asks("ATRN example.org", answer)
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert report.outcome is outcome
     if outcome is not Outcome.NO_MAIL:
         assert report.error is not None and answer.split()[-1] in report.error
@@ -111,7 +93,7 @@ def test_a_provider_that_does_not_list_atrn_is_tried(salmon: Salmon) -> None:
         await provider.asks("EHLO", "250 odmr")
         await provider.asks("ATRN", "502 not here")
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert report.outcome is Outcome.REFUSED
     assert report.error is not None and "502 not here" in report.error
 
@@ -144,9 +126,9 @@ def test_domains_go_out_in_idna_and_parameters_as_they_are(salmon: Salmon) -> No
         assert await provider.hear() == "ATRN #queue  7"
         provider.say("453 no mail")
 
-    report = run(salmon, idna, domains=["Müller.example", "δοκιμή.example"])
+    report = collect_from(salmon, idna, domains=["Müller.example", "δοκιμή.example"])
     assert report.outcome is Outcome.NO_MAIL
-    report = run(salmon, verbatim, parameters="#queue  7")
+    report = collect_from(salmon, verbatim, parameters="#queue  7")
     assert report.outcome is Outcome.NO_MAIL
 
 
@@ -157,7 +139,7 @@ def test_a_login_that_fails(salmon: Salmon, code: int, outcome: Outcome) -> None
         await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5 SCRAM-SHA-1")
         await provider.asks("AUTH SCRAM-SHA-1", f"{code} no")
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert report.outcome is outcome
     assert report.error is not None and "acme" in report.error and f"{code} no" in report.error
     assert report.sessions == 0
@@ -173,7 +155,7 @@ def test_a_mechanism_that_the_provider_does_not_do_after_all(salmon: Salmon) -> 
         await provider.asks("EHLO", "250 odmr")
         await provider.asks("ATRN", "453 no mail")
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
 
 
@@ -194,7 +176,7 @@ def test_under_tls_the_password_may_be_sent(salmon: Salmon, mechanism: str) -> N
         await provider.asks("EHLO", "250-odmr", "250 ATRN")
         await provider.asks("ATRN", "453 no mail")
 
-    report = run(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, mechanism)
 
 
@@ -205,7 +187,7 @@ def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) ->
         await provider.asks("EHLO", "250-odmr", f"250 {offered}")
         await provider.silence()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert report.outcome is Outcome.FAILED
     assert report.error is not None
     if "PLAIN" in offered or "STARTTLS" in offered:
@@ -224,7 +206,7 @@ def test_a_scram_server_that_does_not_prove_itself(salmon: Salmon) -> None:
         provider.say("334 " + base64.b64encode(b"v=AAAA").decode())
         await provider.silence()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "prove" in report.error
 
@@ -235,13 +217,13 @@ def test_starttls_that_is_not_offered_is_a_failure_by_default(salmon: Salmon) ->
         await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5")
         await provider.silence()
 
-    report = run(salmon, script, tls="starttls")
+    report = collect_from(salmon, script, tls="starttls")
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "offers no STARTTLS" in report.error
 
 
 def test_opportunistic_goes_on_without_tls(salmon: Salmon) -> None:
-    report = run(salmon, no_more_mail, tls="opportunistic")
+    report = collect_from(salmon, no_more_mail, tls="opportunistic")
     assert (report.outcome, report.tls) == (Outcome.NO_MAIL, None)
 
 
@@ -257,7 +239,7 @@ def test_bytes_glued_to_the_answer_of_starttls(salmon: Salmon, together: bool) -
             provider.say("220 go ahead")
             provider.say("235 injected")
 
-    report = run(salmon, script, tls="starttls")
+    report = collect_from(salmon, script, tls="starttls")
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "STARTTLS" in report.error
     if together:
@@ -273,7 +255,7 @@ def test_bytes_glued_to_the_answer_of_atrn_are_no_commands(salmon: Salmon) -> No
         provider.say("250 reversing\r\nEHLO evil\r\nMAIL FROM:<x@example.net>")
         await provider.silence()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "behind the answer" in report.error
     assert salmon.handled == []
@@ -298,7 +280,7 @@ def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
 ) -> None:
     salmon.handle(".*")
 
-    def one(number: int) -> object:
+    def one(number: int) -> Script:
         async def script(provider: Dialogue) -> None:
             await provider.reverse()
             assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
@@ -307,7 +289,7 @@ def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
         return script
 
     scripts = [one(number) for number in range(5)]
-    report = run(salmon, *scripts, no_more_mail, tls="implicit", ca_file=str(CERTIFICATE))
+    report = collect_from(salmon, *scripts, no_more_mail, tls="implicit", ca_file=str(CERTIFICATE))
     assert report.outcome is Outcome.COLLECTED
     assert (report.messages, report.sessions) == (5, 6)
     assert report.tls is not None and report.tls.startswith("TLSv1.")
@@ -318,7 +300,7 @@ def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
 def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Salmon) -> None:
     """Exim 4.100.1 does that to every message of a session but the first."""
     salmon.handle(".*")
-    record = b"\x17\x03\x03\x00\x40" + bytes(range(64))
+    record = b"\x17\x03\x03\x00\x80" + bytes(range(128))
 
     async def first(provider: Dialogue) -> None:
         await provider.reverse()
@@ -334,8 +316,9 @@ def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Sa
         assert (await provider.send(MESSAGE + b"second\r\n")).startswith("250")
         await provider.quit()
 
-    keys = {"tls": "implicit", "ca_file": str(CERTIFICATE)}
-    report = run(salmon, first, second, no_more_mail, **keys)
+    report = collect_from(
+        salmon, first, second, no_more_mail, tls="implicit", ca_file=str(CERTIFICATE)
+    )
     assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 2, 0)
     assert len(salmon.handled) == 2
 
@@ -345,7 +328,7 @@ def test_a_provider_that_breaks_off_without_giving_anything(salmon: Salmon) -> N
         await provider.reverse()
         provider.abort()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert (report.outcome, report.sessions) == (Outcome.FAILED, 1)
     assert report.error is not None and "broke the connection off" in report.error
 
@@ -359,7 +342,7 @@ def test_a_provider_that_gives_the_same_message_for_ever(salmon: Salmon) -> None
         assert (await provider.send(MESSAGE)).startswith("250")
         provider.abort()
 
-    report = run(salmon, script, script, script)
+    report = collect_from(salmon, script, script, script)
     assert report.outcome is Outcome.FAILED
     assert report.messages == 1
     assert len(salmon.handled) == 1
@@ -370,7 +353,7 @@ def test_a_session_that_brings_nothing_is_the_last(salmon: Salmon) -> None:
         await provider.reverse()
         await provider.quit()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert (report.outcome, report.sessions) == (Outcome.NO_MAIL, 1)
 
 
@@ -386,7 +369,7 @@ def test_a_message_that_is_cut_off_is_not_delivered(salmon: Salmon) -> None:
         provider.say("Subject: half", "", "half of it")
         provider.abort()
 
-    report = run(salmon, script)
+    report = collect_from(salmon, script)
     assert (report.outcome, report.messages) == (Outcome.FAILED, 0)
     assert salmon.handled == []
 
@@ -405,7 +388,7 @@ def test_recipients_outside_the_domains_are_refused_and_counted(salmon: Salmon) 
         await provider.replied(250)
         await provider.quit()
 
-    report = run(salmon, script, no_more_mail)
+    report = collect_from(salmon, script, no_more_mail)
     assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 1, 1)
 
 
@@ -430,10 +413,10 @@ def test_what_was_delivered_but_put_off_is_no_empty_mailbox(salmon: Salmon) -> N
     salmon.handle(".*")
     plugins = Plugins.load()
     plugins.register(Leaves())
-    report = run(salmon, first, plugins=plugins)
+    report = collect_from(salmon, first, plugins=plugins)
     assert report.outcome is Outcome.FAILED
-    assert report.error is not None and "put off, the last with 451 4.3.0" in report.error
-    assert run(salmon, again, no_more_mail).outcome is Outcome.COLLECTED
+    assert report.error is not None and "deferred, the last with 451 4.3.0" in report.error
+    assert collect_from(salmon, again, no_more_mail).outcome is Outcome.COLLECTED
     assert len(salmon.handled) == 1
 
 
@@ -470,7 +453,7 @@ def test_a_provider_that_greets_with_no(salmon: Salmon, greeting: str, outcome: 
     async def script(provider: Dialogue) -> None:
         provider.say(greeting)
 
-    assert run(salmon, script).outcome is outcome
+    assert collect_from(salmon, script).outcome is outcome
 
 
 @pytest.mark.parametrize("step", ["connect", "reversed"])
@@ -480,7 +463,7 @@ def test_a_silent_provider_is_left_after_the_timeout(salmon: Salmon, step: str) 
             await provider.reverse()
         await provider.silence()
 
-    report = run(salmon, script, timeout=0.3)
+    report = collect_from(salmon, script, timeout=0.3)
     assert report.outcome is Outcome.FAILED
 
 
@@ -495,7 +478,7 @@ def test_a_provider_that_is_silent_behind_its_mail_is_left_after_the_timeout(
         assert (await provider.send(MESSAGE)).startswith("250")
         await provider.silence()
 
-    report = run(salmon, script, no_more_mail, timeout=0.3)
+    report = collect_from(salmon, script, no_more_mail, timeout=0.3)
     assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
 
 
@@ -506,13 +489,13 @@ def test_a_tls_handshake_without_an_answer(salmon: Salmon) -> None:
         await provider.asks("STARTTLS", "220 go ahead")
         await provider.ignore()
 
-    report = run(salmon, script, tls="starttls", timeout=0.3)
+    report = collect_from(salmon, script, tls="starttls", timeout=0.3)
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "no TLS handshake in 0.3 seconds" in report.error
 
 
 def test_a_disabled_agent_does_not_call(salmon: Salmon) -> None:
-    assert run(salmon, enabled=False).outcome is Outcome.DISABLED
+    assert collect_from(salmon, enabled=False).outcome is Outcome.DISABLED
 
 
 def test_two_collections_of_one_agent_never_run_at_once(salmon: Salmon) -> None:
@@ -541,10 +524,8 @@ def test_two_collections_of_one_agent_never_run_at_once(salmon: Salmon) -> None:
 
 def test_a_slow_handler_delays_no_other_agents_network(salmon: Salmon) -> None:
     """The handler of one agent's mail waits until the other agent's collection has ended."""
-    import threading
-
     finished = threading.Event()
-    salmon.handle("slow@.*", lambda message: finished.wait(20) and None)
+    salmon.handle("slow@.*", waits_for(finished))
 
     async def main() -> None:
         async def slow(provider: Dialogue) -> None:

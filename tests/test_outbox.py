@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Salmon
 from salmon import queue
 from salmon.server import Relay as SalmonRelay
+from support.salmon import Salmon
 
 from salmon_revsmtp.delivery.outbox import GIVE_UP, Outbox
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Salmon, exchange, fails
 from salmon import queue
 from salmon.mail import MailRequest
+from support.collecting import exchange
+from support.salmon import Salmon, fails
 
 from salmon_revsmtp import QueueConsumer
 
@@ -36,7 +37,7 @@ def test_queue_mode_keeps_the_envelope_and_the_consumer_routes_by_it(salmon: Sal
     assert sorted(message.To for message in salmon.handled) == ["b@example.org", "c@example.org"]
     assert {message.From for message in salmon.handled} == {"ann@example.net"}
     assert salmon.handled[0].Data.startswith(b"Received: ")
-    assert salmon.handled[0].Data.endswith(b"\n\nhello")
+    assert salmon.handled[0].Data.endswith(b"\n\n.hello")
     assert len(inbound) == 0
 
 

@@ -7,64 +7,11 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.client import OK, Client, codes, only_example, replies, transactions
 
 from salmon_revsmtp.smtp.limits import Limits
-from salmon_revsmtp.smtp.receiver import Event, Quit, Receiver, Refused, Transaction
-from salmon_revsmtp.smtp.replies import Reply, ReplyParser
-
-OK = Reply(250, "delivered")
-
-
-def only_example(mailbox: str) -> Reply | None:
-    if mailbox.lower().endswith("@example.org") or mailbox.lower() == "postmaster":
-        return None
-    return Reply(550, "not one of our domains", "5.7.1")
-
-
-class Client:
-    """Speaks to a receiver and answers each transaction at once."""
-
-    def __init__(self, limits: Limits | None = None, answer: Reply = OK) -> None:
-        self.receiver = Receiver("mail.example.org", limits, only_example)
-        self.answer = answer
-        self.messages: list[Transaction] = []
-        self.events: list[Event] = []
-        self.heard = self.receiver.data_to_send()
-
-    def say(self, data: bytes) -> str:
-        """Send bytes; returns the codes that came back, "250 250 354"."""
-        before = len(self.heard)
-        events = self.receiver.receive_bytes(data)
-        self.heard += self.receiver.data_to_send()
-        while events:
-            event = events.pop(0)
-            self.events.append(event)
-            if isinstance(event, Transaction):
-                self.messages.append(event)
-                each = [self.answer] * len(event.envelope.recipients)
-                events += self.receiver.answer(event, self.answer, each)
-                self.heard += self.receiver.data_to_send()
-        return codes(self.heard[before:])
-
-    def begin(self, *recipients: str) -> None:
-        assert self.say(b"EHLO provider.example.net\r\n") == "250"
-        assert self.say(b"MAIL FROM:<a@example.com>\r\n") == "250"
-        for recipient in recipients or ("b@example.org",):
-            assert self.say(f"RCPT TO:<{recipient}>\r\n".encode()) == "250"
-
-
-def replies(data: bytes) -> list[Reply]:
-    parser = ReplyParser()
-    parser.receive_bytes(data)
-    found = []
-    while reply := parser.next_reply():
-        found.append(reply)
-    assert parser.idle
-    return found
-
-
-def codes(data: bytes) -> str:
-    return " ".join(str(reply.code) for reply in replies(data))
+from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, Transaction
+from salmon_revsmtp.smtp.replies import Reply
 
 
 def test_a_plain_session() -> None:
@@ -133,7 +80,8 @@ def test_replies_keep_their_order_behind_an_unanswered_transaction() -> None:
     receiver = Receiver("h", Limits(), only_example)
     receiver.data_to_send()
     one = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx"
-    [first, second, end] = receiver.receive_bytes(b"EHLO p\r\n" + one + one + b"QUIT\r\n")
+    [*messages, end] = receiver.receive_bytes(b"EHLO p\r\n" + one + one + b"QUIT\r\n")
+    [first, second] = transactions(messages)
     assert codes(receiver.data_to_send()) == "250 250 250"
     receiver.answer(second, Reply(451, "later"))
     assert receiver.data_to_send() == b""
@@ -147,10 +95,10 @@ def test_replies_keep_their_order_behind_an_unanswered_transaction() -> None:
 def test_reading_ahead_is_bounded_and_goes_on_after_an_answer() -> None:
     receiver = Receiver("h", Limits(unanswered_messages=2), only_example)
     one = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx"
-    events = receiver.receive_bytes(b"EHLO p\r\n" + one * 3)
-    assert len(events) == 2
+    [first, _] = transactions(receiver.receive_bytes(b"EHLO p\r\n" + one * 3))
     assert receiver.paused
-    [third] = receiver.answer(events[0], OK)
+    receiver.answer(first, OK)
+    [third] = transactions(receiver.advance())
     assert receiver.paused
     receiver.answer(third, OK)
     assert not receiver.paused
@@ -158,13 +106,13 @@ def test_reading_ahead_is_bounded_and_goes_on_after_an_answer() -> None:
 
 def test_replies_that_wait_behind_a_transaction_are_bounded() -> None:
     receiver = Receiver("h", Limits(unanswered_octets=1000), only_example)
-    [event] = receiver.receive_bytes(
-        b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx" + b"HELP\r\n" * 100
-    )
+    begin = b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx"
+    [event] = transactions(receiver.receive_bytes(begin + b"HELP\r\n" * 100))
     receiver.data_to_send()
     assert receiver.paused
     receiver.answer(event, OK)
     assert not receiver.paused
+    receiver.advance()
     assert codes(receiver.data_to_send()) == "250" + " 214" * 100
 
 
@@ -186,6 +134,7 @@ def test_a_shutdown_during_the_handshake_is_the_end() -> None:
     receiver.receive_bytes(b"EHLO p\r\nSTARTTLS\r\n")
     receiver.shut_down()
     receiver.tls_started()
+    receiver.advance()
     receiver.data_to_send()
     assert receiver.receive_bytes(b"EHLO p\r\n") == []
     assert receiver.data_to_send() == b""
@@ -194,8 +143,10 @@ def test_a_shutdown_during_the_handshake_is_the_end() -> None:
 
 def test_an_answer_is_given_once() -> None:
     receiver = Receiver("h", Limits(), only_example)
-    [event] = receiver.receive_bytes(
-        b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx"
+    [event] = transactions(
+        receiver.receive_bytes(
+            b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nx"
+        )
     )
     receiver.answer(event, OK)
     with pytest.raises(KeyError):
@@ -249,9 +200,11 @@ def test_a_bdat_whose_octets_cannot_be_counted_ends_the_session(argument: bytes)
 
 def test_prdr_answers_each_recipient() -> None:
     receiver = Receiver("h", Limits(), only_example)
-    [event] = receiver.receive_bytes(
-        b"EHLO p\r\nMAIL FROM:<a@example.com> PRDR\r\nRCPT TO:<b@example.org>\r\n"
-        b"RCPT TO:<c@example.org>\r\nDATA\r\nx\r\n.\r\n"
+    [event] = transactions(
+        receiver.receive_bytes(
+            b"EHLO p\r\nMAIL FROM:<a@example.com> PRDR\r\nRCPT TO:<b@example.org>\r\n"
+            b"RCPT TO:<c@example.org>\r\nDATA\r\nx\r\n.\r\n"
+        )
     )
     receiver.data_to_send()
     receiver.answer(event, Reply(250, "for some"), [OK, Reply(550, "no c here", "5.1.1")])

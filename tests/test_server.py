@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Dialogue, no_more_mail
-from servers import free_port
-from test_cli import MESSAGE, Project, isp, one_message, provider
+from support.dialogue import Dialogue, no_more_mail
+from support.messages import MESSAGE
+from support.project import Project, isp, one_message, provider
+from support.servers import free_port
 
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.server.control import ask
@@ -99,7 +100,7 @@ def test_it_collects_on_schedule_and_ends_on_a_signal(
             process.send_signal(number)
             assert ended_with(project, process) == 0
     [message] = project.got()
-    assert message.endswith(b"Subject: hi\n\nhello")
+    assert message.endswith(b"Subject: hi\n\n.hello")
 
 
 def test_attach_alone_keeps_the_process(project: Project) -> None:

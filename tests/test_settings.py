@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CERTIFICATE, PASSWORD, agent_keys, configuration
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.tls import CERTIFICATE
 
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.configuration import load

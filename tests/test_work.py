@@ -19,7 +19,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from conftest import Dialogue, Salmon, agent_keys, collect, no_more_mail, scripted
+from support.collecting import collect
+from support.configuration import agent_keys
+from support.dialogue import Dialogue, no_more_mail, scripted
+from support.salmon import Salmon
 
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -53,7 +56,7 @@ def counted() -> Iterator[Counter[str]]:
         yield counts
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
 
 
 _numbers = itertools.count()
@@ -74,7 +77,7 @@ def work_of(salmon: Salmon, messages: int, **service: Any) -> Counter[str]:
         # In one write, and all answers in few reads: the provider is not what we count.
         said = [_transaction(next(_numbers)) for _ in range(messages)]
         provider.say(b"".join(said) + b"QUIT")
-        answers = await asyncio.wait_for(provider._reader.read(), 20)
+        answers = await asyncio.wait_for(provider.reader.read(), 20)
         assert answers.count(b"250 ") == 3 * messages
 
     async def main() -> None:

@@ -8,12 +8,11 @@ policy and delivery are the same, and the counts go into the same report.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.delivery.dispatcher import Answer, Dispatcher, Errand, Named
-from salmon_revsmtp.delivery.trace import Hop
+from salmon_revsmtp.delivery.dispatcher import Dispatcher, PendingDelivery
+from salmon_revsmtp.delivery.trace import Named, Origin
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.handover import Handover
 from salmon_revsmtp.service.policy import Service
@@ -21,7 +20,6 @@ from salmon_revsmtp.service.session import Session
 from salmon_revsmtp.service.tally import Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
-from salmon_revsmtp.smtp.receiver import Transaction
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 __all__ = ["Collecting", "Collection"]
@@ -74,7 +72,7 @@ class Collection:
         :class:`~salmon_revsmtp.report.Failed` when the transport cannot be had.
         """
         session = Session(
-            self.service, self._policy, self._deliver_transaction, self.tally, idle_timeout
+            self.service, self._policy, self._dispatcher, self._origin(), self.tally, idle_timeout
         )
         # The hook comes before our 220: a session whose plugins are not ready has not begun.
         session.peer, session.tls = answer.peer, answer.tls
@@ -123,29 +121,25 @@ class Collection:
                 envelope.helo,
                 envelope.esmtp,
             )
-            hop = self._hop(peer, tls=False, authenticated=False)
-            answer = await self._dispatcher.delivered(Errand(self.agent, peer, hop, accepted, data))
-            self.tally.add(answer, len(data))
-            replies.update(zip(wanted, answer.each, strict=True))
-        return tuple(replies[one] or answer.reply for one in envelope.recipients)
+            origin = self._origin(authenticated=False).over(peer, tls=False)
+            pending = PendingDelivery(origin, accepted, data)
+            reply = await self._dispatcher.delivered(pending)
+            self.tally.add(pending)
+            replies.update(zip(wanted, pending.replies, strict=True))
+        return tuple(replies[one] or reply for one in envelope.recipients)
 
     def _refusal(self, recipient: str, data: bytes) -> Reply | None:
         if len(data) > self.service.limits.message:
             return Reply(552, f"more than {self.service.limits.message} octets", "5.3.4")
         return self._policy(recipient)
 
-    def _deliver_transaction(
-        self,
-        transaction: Transaction,
-        session: Session,
-        answered: Callable[[Answer | RuntimeError], None],
-    ) -> None:
-        hop = self._hop(session.peer, tls=session.tls, authenticated=True)
-        errand = Errand(self.agent, session.peer, hop, transaction.envelope, transaction.data)
-        self._dispatcher.deliver(errand, answered)
-
-    def _hop(self, peer: tuple[str, int], *, tls: bool, authenticated: bool) -> Hop:
-        return Hop(peer[0], self.service.hostname, f"agent {self.agent.name}", tls, authenticated)
+    def _origin(self, *, authenticated: bool = True) -> Origin:
+        return Origin(
+            self.service.name,
+            self.service.hostname,
+            self.agent,
+            authenticated=authenticated,
+        )
 
     async def call(self, hook: str, **arguments: Any) -> None:
         """A hook, in a thread of its own: it may block, and only this collection waits."""

@@ -133,10 +133,10 @@ class OdmrAgent(Agent):
         tally = collection.tally
         if tally.accepted:
             return Outcome.COLLECTED
-        if tally.put_off is not None:
+        if tally.deferred is not None:
             raise Failed(
-                f"receiving from {self.address}: all that came was put off, the last with "
-                f"{tally.put_off}; the provider keeps it, the log says why"
+                f"receiving from {self.address}: all that came was deferred, the last with "
+                f"{tally.deferred}; the provider keeps it, the log says why"
             )
         return Outcome.COLLECTED if tally.refused else Outcome.NO_MAIL
 

@@ -21,22 +21,21 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dsn import Notifier
-from salmon_revsmtp.delivery.trace import MAX_HOPS, Hop, hops
+from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Answer", "Delivery", "Dispatcher", "Errand", "Waiting"]
+__all__ = ["Delivery", "Dispatcher", "PendingDelivery"]
 
 log = logging.getLogger(__name__)
 
@@ -44,36 +43,13 @@ log = logging.getLogger(__name__)
 LOOK_EVERY = 0.05
 
 BUG = Reply(451, "internal error, try again later", "4.3.0")
-LOOP = Reply(554, f"{MAX_HOPS} hops, this message runs in a circle", "5.4.6")
+STOPPED = Reply(451, "shutting down, try again later", "4.3.2")
+LOOP = Reply(554, f"mail loop detected: {MAX_HOPS} Received headers", "5.4.6")
 
 
 #: A message without its trace, in the form in which Salmon's own receivers give it to handlers: LF
 #: line ends, the last line without one.  A view, as a rule, so that a large one is not copied.
 Content = bytes | memoryview
-
-
-class Named(Protocol):
-    """An agent, as far as it matters here; hooks get the whole of it."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the settings."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a delivery says of one message.
-
-    ``reply``      for the whole message.
-    ``each``       one reply per recipient, in the envelope's order.
-    ``delivered``  how many recipients have it now who had it not before.
-    ``digest``     the SHA-256 of the message's octets.
-    """
-
-    reply: Reply
-    each: tuple[Reply, ...]
-    delivered: int
-    digest: bytes
 
 
 class Delivery(Protocol):
@@ -91,112 +67,70 @@ class Delivery(Protocol):
         says why not."""
 
 
-class Line(NamedTuple):
-    """What the log says of one recipient; a repeat: what came of it was known."""
+@dataclass(eq=False)
+class PendingDelivery:
+    """A message on its way to its recipients, how far that is, and what its client is to hear.
 
-    recipient: str
-    reply: Reply
-    repeat: bool
-
-
-@dataclass
-class Errand:
-    """A message to be delivered, and how far that is.
-
-    ``agent``  for hooks and the log; ``None``: it came to a listening service.
-    ``peer``   the client's address and port.
-    ``hop``    for the ``Received:`` line.
-    ``key``    once its turn has come.
-    ``lines``  what the log is still to say.
+    ``origin``     where it came from.
+    ``data``       its octets as they came.
+    ``key``        what it is known by in the journal, once its turn has come.
+    ``replies``    one per recipient, in the envelope's order, as far as it has come.
+    ``delivered``  how many recipients have it now who had it not before.
+    ``reply``      for the whole message; ``None`` until it is settled.
+    ``answered``   called in the event loop once ``reply`` is there.
+    ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
+    ``number``     its place among those of its session when it came.
     """
 
-    agent: Named | None
-    peer: tuple[str, int]
-    hop: Hop
+    origin: Origin
     envelope: Envelope
     data: bytes
+    key: MessageKey | None = None
     replies: list[Reply] = field(default_factory=list)
     delivered: int = 0
-    key: MessageKey | None = None
+    reply: Reply | None = None
+    answered: Callable[[], None] | None = None
+    since: float = 0.0
+    until: float = 0.0
+    number: int = 1
     begun: bool = False
     abandoned: bool = False
-    outcome: Answer | RuntimeError | None = None
-    lines: list[Line] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> bool:
-        """Whether anybody still waits for it."""
+        """Whether anyone still waits for it."""
         with self.lock:
             self.begun = not self.abandoned
             return self.begun
 
-    def add(self, line: Line) -> None:
-        """Note the reply for the next recipient, for the log, and for whoever still waits for
-        it."""
+    def add(self, reply: Reply, repeat: bool) -> None:
+        """Note the reply for the next recipient, for whoever still waits for it."""
         with self.lock:
-            self.lines.append(line)
             if not self.abandoned:
-                self.replies.append(line.reply)
-                self.delivered += line.reply.positive and not line.repeat
+                self.replies.append(reply)
+                self.delivered += reply.positive and not repeat
 
-    def take_lines(self) -> list[Line]:
-        """What the log is to say; whoever takes it has to."""
+    def settle(self, reply: Reply) -> None:
+        """This is the reply, for whoever still waits for it."""
         with self.lock:
-            lines, self.lines = self.lines, []
-            return lines
+            if not self.abandoned:
+                self.reply = reply
 
-    def abandon(self, reply: Reply) -> Answer:
-        """Wait no longer: the answer is ``reply`` for whoever has not been served so far."""
+    def abandon(self, reply: Reply) -> None:
+        """Wait no longer: ``reply`` goes to whoever has not been served so far."""
         with self.lock:
-            self.abandoned = True
-            left = len(self.envelope.recipients) - len(self.replies)
-            each = (*self.replies, *([reply] * left))
-        return self.answer(_for_all(self.envelope, each) or reply, each)
-
-    def answer(self, reply: Reply, each: Sequence[Reply]) -> Answer:
-        """What the client hears."""
-        digest = self.key.digest if self.key else b""
-        return Answer(reply, tuple(each), self.delivered, digest)
+            if self.reply is None:
+                self.abandoned = True
+                self.replies += [reply] * (len(self.envelope.recipients) - len(self.replies))
+                self.reply = _last_of_many(self.envelope, self.replies) or reply
 
 
-@dataclass
-class Waiting:
-    """An errand, who waits for it in which event loop, and until when on that loop's clock.
-
-    ``overdue``: there was something to log or to tell when the event loop looked.
-    """
-
-    errand: Errand
-    answered: Callable[[Answer | RuntimeError], None]
-    loop: asyncio.AbstractEventLoop
-    until: float
-    overdue: bool = False
-    done: bool = False
-
-    def come_home(self) -> None:
-        """Tell them what has come of it, if anything has and they have not heard yet."""
-        if not self.done and self.errand.outcome is not None:
-            self.tell(self.errand.outcome)
-
-    def tell(self, outcome: Answer | RuntimeError) -> None:
-        """This is what they hear, once."""
-        self.done = True
-        self.answered(outcome)
-
-
-def _come_home(pieces: Sequence[Waiting]) -> None:
-    for piece in pieces:
-        piece.come_home()
-
-
-def _for_all(envelope: Envelope, each: Sequence[Reply]) -> Reply | None:
-    """The reply that a client hears behind those of the recipients, if it hears those."""
+def _last_of_many(envelope: Envelope, replies: Sequence[Reply]) -> Reply | None:
+    """The reply that a client hears after those of the recipients, if it hears those (PRDR)."""
     if not envelope.prdr:
         return None
-    taken = sum(reply.positive for reply in each)
-    if not taken:
-        return None
-    return Reply(250, f"taken for {taken} of {len(each)} recipients", "2.0.0")
+    taken = sum(reply.positive for reply in replies)
+    return Reply(250, f"taken for {taken} of {len(replies)} recipients", "2.0.0") if taken else None
 
 
 class Dispatcher:
@@ -204,7 +138,7 @@ class Dispatcher:
 
     ``service``          its name.
     ``handler_timeout``  seconds from a message's end to its answer.
-    ``repeat_seconds``   how long a message that comes again is known.
+    ``repeat_seconds``   how long a message that is redelivered is known.
     """
 
     def __init__(
@@ -214,7 +148,7 @@ class Dispatcher:
         journal: DeliveryJournal,
         plugins: HookCaller,
         notifier: Notifier,
-        worker: BatchWorker[Waiting],
+        worker: BatchWorker[PendingDelivery],
         *,
         handler_timeout: float,
         repeat_seconds: float,
@@ -226,241 +160,229 @@ class Dispatcher:
         self._plugins = plugins
         self._notifier = notifier
         self._worker = worker
-        self._pending: list[Waiting] = []
-        self._looks_in: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: deque[PendingDelivery] = deque()
+        self._looking = False  # soon
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
-        self._log_from = 0.0
 
-    def deliver(self, errand: Errand, answered: Callable[[Answer | RuntimeError], None]) -> None:
+    # -- in the event loop ------------------------------------------------------------------------
+
+    def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
-        them are safe or refused; with :class:`RuntimeError` if there is no thread any more.
+        them are safe or refused: ``pending.reply`` and ``pending.replies`` say what became of it.
 
-        Past the service's ``handler_timeout`` the answer is 451 for those that are not.  A message
-        whose turn has not come by then is not handled at all; a handler that is running goes on,
-        and what comes of it is recorded for the client's retry, which waits behind it.
+        Past ``handler_timeout`` the answer is 451 for those that are not.  A message whose turn has
+        not come by then is not handled at all; a handler that is running goes on, and what comes of
+        it is recorded for the client's retry, which waits for it.
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._handler_timeout
-        waiting = Waiting(errand, answered, loop, until)
+        if loop is not self._loop:  # no one waits any more on the one before
+            self._loop, self._looking = loop, False
+            self._waiting.clear()
+        pending.answered = answered
+        pending.since = loop.time()
+        pending.until = pending.since + self._handler_timeout
+        self._waiting.append(pending)
         try:
-            self._worker.submit(self, waiting)
-        except RuntimeError as error:  # the thread is closed
-            errand.outcome = error
-        self._pending.append(waiting)
-        self._look_soon(loop)
+            self._worker.submit(self, pending)
+        except RuntimeError:  # the thread is closed
+            pending.abandon(STOPPED)
+        self._look_soon()
 
-    async def delivered(self, errand: Errand) -> Answer:
-        """The same, to be awaited."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    async def delivered(self, pending: PendingDelivery) -> Reply:
+        """The same, to be awaited; returns the reply."""
+        done = asyncio.Event()
+        self.deliver(pending, done.set)
+        await done.wait()
+        assert pending.reply is not None
+        return pending.reply
 
-        def answered(outcome: Answer | RuntimeError) -> None:
-            if future.done():
-                return
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
-        self.deliver(errand, answered)
-        return await future
+    def _look_soon(self) -> None:
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
 
     def _look(self) -> None:
-        """Do not let those who wait depend on the batch's end: a handler may be slow, or never
-        return."""
-        loop = asyncio.get_running_loop()
-        self._looks_in = None
+        """No answer waits for a slow handler after it in its batch, or past its time."""
+        self._looking = False
+        now = asyncio.get_running_loop().time()
         try:
-            for waiting in self._pending:
-                late = waiting.until <= loop.time()
-                if waiting.overdue or late:
-                    waiting.come_home()
-                    if late and not waiting.done:
-                        waiting.tell(self._put_off(waiting.errand))
-                    # Before the answer leaves, which it does in the loop's next turn.
-                    self._log(waiting.errand)
-                waiting.overdue = bool(waiting.errand.lines or waiting.errand.outcome)
+            for pending in self._waiting:
+                if pending.reply is None and pending.until <= now:
+                    self._abandon(pending)
+            self._answer(self._waiting)
         finally:
-            self._pending = [one for one in self._pending if not one.done and one.loop is loop]
-            if self._pending:
-                self._look_soon(loop)
+            self._waiting = deque(one for one in self._waiting if one.answered is not None)
+            if self._waiting:
+                self._look_soon()
 
-    def _look_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._looks_in is not loop:
-            self._looks_in = loop
-            loop.call_later(LOOK_EVERY, self._look)
+    def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
+        """The one way by which answers leave: whoever waits for one that is settled hears it."""
+        for pending in deliveries:
+            answered = pending.answered
+            if answered is not None and pending.reply is not None:
+                pending.answered = None
+                answered()
 
-    def _put_off(self, errand: Errand) -> Answer:
-        timeout = self._handler_timeout
-        late = Reply(451, f"not done in {timeout:g} seconds, try again later", "4.3.0")
-        answer = errand.abandon(late)
+    def _abandon(self, pending: PendingDelivery) -> None:
+        text = f"not done in {self._handler_timeout:g} seconds, try again later"
+        late = Reply(451, text, "4.3.0")
+        pending.abandon(late)
         log_safely(
             log,
             logging.WARNING,
             "%s from=<%s> reply=%r %s",
-            self._via(errand),
-            errand.envelope.reverse_path,
+            pending.origin.label,
+            pending.envelope.reverse_path,
             str(late),
-            "its handler goes on" if errand.begun else "its turn did not come",
+            "handler still running" if pending.begun else "not started",
         )
-        return answer
 
     # -- in the thread ----------------------------------------------------------------------------
 
-    def begin(self, pieces: Sequence[Waiting]) -> None:
-        """A batch: see which of them have come before."""
-        self._log_from = time.monotonic() + LOOK_EVERY
-        name = self._service
-        keys = []
-        for errand in (one.errand for one in pieces):
-            if errand.key is None:
-                errand.key = MessageKey.of(name, errand.envelope.reverse_path, errand.data)
-            keys.append(errand.key)
+    def begin(self, items: Sequence[PendingDelivery]) -> None:
+        """A batch: see which of them have been delivered before."""
+        for pending in items:
+            if pending.key is None:
+                sender = pending.envelope.reverse_path
+                pending.key = MessageKey.of(self._service, sender, pending.data)
+        keys = [pending.key for pending in items if pending.key is not None]
         self._known = self._journal.recorded_all(keys, self._repeat_seconds)
 
-    def do(self, piece: Waiting) -> None:
-        """Deliver one message, if anybody still waits for it."""
-        errand = piece.errand
-        if not errand.begin():
+    def do(self, item: PendingDelivery) -> None:
+        """Deliver one message, if anyone still waits for it."""
+        if not item.begin():
             return
         try:
-            errand.outcome = self._deliver(errand)
+            self._deliver(item)
         except BaseException:  # a hook may even try to end the process
-            errand.outcome = errand.abandon(BUG)
-            log_safely(log, logging.ERROR, "%s a delivery failed", self._via(errand), error=True)
+            item.abandon(BUG)
+            log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
 
-    def end(self, pieces: Sequence[Waiting]) -> None:
-        """Log those of a batch, and answer them.
-
-        All at once: a line among deliveries costs more than twice as much.  In a batch that takes
-        long they are logged as they come, or the event loop would have to.
-        """
-        errands = [piece.errand for piece in pieces]
-        # Taken first: what a slow log holds up is answered, and not logged, by the event loop.
-        for errand, lines in [(errand, errand.take_lines()) for errand in errands]:
-            self._write_lines(errand, lines)
-        for loop, those in groupby(pieces, key=lambda one: one.loop):
-            with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
-                loop.call_soon_threadsafe(_come_home, list(those))
+    def end(self, items: Sequence[PendingDelivery]) -> None:
+        """Answer those of a batch."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
+            self._loop.call_soon_threadsafe(self._answer, items)
 
     def idle(self) -> None:
-        """There is time for what nobody waits for."""
+        """There is time for what no one waits for."""
         self._journal.flush()
 
-    def _deliver(self, errand: Errand) -> Answer | None:
-        """``None``: the errand was abandoned, and nobody waits for an answer."""
-        envelope, key = errand.envelope, errand.key
+    def _deliver(self, pending: PendingDelivery) -> None:
+        key = pending.key
         assert key is not None
-        lines = errand.data.replace(b"\r\n", b"\n")
+        lines = pending.data.replace(b"\r\n", b"\n")
         if hops(lines) >= MAX_HOPS:
-            for recipient in envelope.recipients:
-                errand.add(Line(recipient, LOOP, repeat=False))
-            return errand.abandon(LOOP)
+            for recipient in pending.envelope.recipients:
+                self._note(pending, recipient, LOOP, repeat=False)
+            pending.settle(LOOP)
+            return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]
-        put_off: dict[str, DeliveryRecord] = {}
-        for recipient in envelope.recipients:
-            if errand.abandoned:
-                return None
-            if served := known.get(recipient) or put_off.get(recipient):
-                errand.add(Line(recipient, served.reply, repeat=True))
+        deferred: dict[str, DeliveryRecord] = {}
+        for recipient in pending.envelope.recipients:
+            if pending.abandoned:
+                return
+            record = known.get(recipient) or deferred.get(recipient)
+            if record is not None:
+                self._note(pending, recipient, record.reply, repeat=True)
                 continue
-            served = self._hand_over(errand, key, recipient, content)
-            errand.add(Line(recipient, served.reply, repeat=False))
-            (put_off if served.reply.transient else known)[recipient] = served
-            self._tell_plugins(errand, recipient, served.reply)
-            if time.monotonic() >= self._log_from:
-                self._log(errand)
-        if errand.abandoned:
-            return None
-        return errand.answer(self._put_together(errand, key, known, lines), errand.replies)
+            record = self._hand_over(pending, key, recipient, content)
+            (deferred if record.reply.transient else known)[recipient] = record
+            self._note(pending, recipient, record.reply, repeat=False)
+            self._tell_plugins(pending, recipient, record.reply)
+        if not pending.abandoned:
+            pending.settle(self._combined(pending, key, known, lines))
 
     def _hand_over(
-        self, errand: Errand, key: MessageKey, recipient: str, content: Content
+        self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
     ) -> DeliveryRecord:
-        envelope = errand.envelope
-        trace = errand.hop.received(envelope, recipient)
-        reply = self._asked(errand.agent, envelope, trace, content)
+        """Handled, and recorded."""
+        envelope, origin = pending.envelope, pending.origin
+        trace = origin.received(envelope, recipient)
+        reply = self._refusal(origin, envelope, trace, content)
         if reply is None:
-            reply = self._delivery.deliver(errand.peer, envelope, recipient, trace, content)
-        window = self._repeat_seconds
-        return self._journal.record(key, recipient, reply, window, flush=False)
+            reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
+        return self._journal.record(key, recipient, reply, self._repeat_seconds, flush=False)
 
-    def _tell_plugins(self, errand: Errand, recipient: str, reply: Reply) -> None:
+    def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
         if self._plugins.implemented("message_delivered"):
             self._plugins.call(
                 "message_delivered",
-                agent=errand.agent,
-                envelope=errand.envelope,
+                agent=pending.origin.agent,
+                envelope=pending.envelope,
                 recipient=recipient,
                 reply=reply,
             )
 
-    def _log(self, errand: Errand) -> None:
-        self._write_lines(errand, errand.take_lines())
-
-    def _write_lines(self, errand: Errand, lines: Iterable[Line]) -> None:
-        for recipient, reply, repeat in lines:
-            log_safely(
-                log,
-                logging.INFO if reply.positive else logging.WARNING,
-                "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
-                self._via(errand),
-                errand.envelope.reverse_path,
-                recipient,
-                len(errand.data),
-                str(reply),
-                " repeat" if repeat else "",
-            )
-
-    def _via(self, errand: Errand) -> str:
-        return f"agent={errand.agent.name}" if errand.agent else f"service={self._service}"
-
-    def _asked(
-        self, agent: Named | None, envelope: Envelope, trace: bytes, content: Content
+    def _refusal(
+        self, origin: Origin, envelope: Envelope, trace: bytes, content: Content
     ) -> Reply | None:
         """Whether a plugin refuses the message."""
         if not self._plugins.implemented("message_received"):
             return None
+        message = b"".join((trace, content))
         said = self._plugins.call(
-            "message_received", agent=agent, envelope=envelope, message=b"".join((trace, content))
+            "message_received", agent=origin.agent, envelope=envelope, message=message
         )
         if said is None or (isinstance(said, Reply) and (said.transient or said.permanent)):
             return said
         log.error("hook=message_received returned %r, which refuses nothing; ignored", said)
         return None
 
-    def _put_together(
-        self, errand: Errand, key: MessageKey, known: dict[str, DeliveryRecord], content: bytes
+    def _note(self, pending: PendingDelivery, recipient: str, reply: Reply, repeat: bool) -> None:
+        pending.add(reply, repeat)
+        log_safely(
+            log,
+            logging.INFO if reply.positive else logging.WARNING,
+            "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
+            pending.origin.label,
+            pending.envelope.reverse_path,
+            recipient,
+            len(pending.data),
+            str(reply),
+            " repeat" if repeat else "",
+        )
+
+    def _combined(
+        self,
+        pending: PendingDelivery,
+        key: MessageKey,
+        known: dict[str, DeliveryRecord],
+        content: bytes,
     ) -> Reply:
-        replies: Sequence[Reply] = errand.replies
-        if total := _for_all(errand.envelope, replies):
-            return total
+        """One reply of those of all recipients; above is how."""
+        replies = pending.replies
+        if last := _last_of_many(pending.envelope, replies):
+            return last
         if len(replies) == 1:
             return replies[0]
+        for reply in replies:
+            if reply.transient:
+                return reply
         positive = [reply for reply in replies if reply.positive]
-        transient = [reply for reply in replies if reply.transient]
-        permanent = [reply for reply in replies if reply.permanent]
-        if transient:
-            return transient[0]
-        if not positive:
-            return permanent[0]
-        if permanent:
-            return self._notify(errand.envelope, key, known, content) or positive[0]
-        return positive[0]
+        if len(positive) in (0, len(replies)):
+            return replies[0]
+        return self._notify(pending.envelope, key, known, content) or positive[0]
 
     def _notify(
-        self, envelope: Envelope, key: MessageKey, known: dict[str, DeliveryRecord], content: bytes
+        self,
+        envelope: Envelope,
+        key: MessageKey,
+        known: dict[str, DeliveryRecord],
+        content: bytes,
     ) -> Reply | None:
         """Have the sender told of the failures that it has not been told of; ``None`` when that is
         safe, else the 4yz for the message."""
         failed = {
-            recipient: served
-            for recipient, served in known.items()
-            if served.reply.permanent and not served.notified and recipient in envelope.recipients
+            recipient: record
+            for recipient, record in known.items()
+            if record.reply.permanent and not record.notified and recipient in envelope.recipients
         }
         if not failed:
             return None
-        replies = {recipient: served.reply for recipient, served in failed.items()}
+        replies = {recipient: record.reply for recipient, record in failed.items()}
         refusal = self._notifier.notify(envelope, replies, content)
         if refusal is None:
             known.update(self._journal.record_notified(key, failed))

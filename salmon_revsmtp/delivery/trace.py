@@ -6,12 +6,13 @@ import functools
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
+from typing import Protocol
 
 from salmon_revsmtp.smtp.envelope import Envelope
 
-__all__ = ["MAX_HOPS", "Hop", "envelope_lines", "hops", "split_envelope"]
+__all__ = ["MAX_HOPS", "Named", "Origin", "envelope_lines", "hops", "split_envelope"]
 
 # RFC 5321 6.3: that many Received lines are a loop.
 MAX_HOPS = 100
@@ -24,39 +25,59 @@ _FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
 _BLANK = " \t\r"
 
 
-@dataclass(frozen=True)
-class Hop:
-    """The way by which a message reached us.
+class Named(Protocol):
+    """An agent, as far as it matters here; hooks get the whole of it."""
 
-    ``client``     the address of whoever sent it: the provider.
-    ``hostname``   what we call ourselves.
-    ``via``        for the comment: by which agent or service it came.
+    @property
+    def name(self) -> str:
+        """Its name in the settings."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a message came from, and how.
+
+    ``service``   the name of the service that took it.
+    ``hostname``  what we call ourselves.
+    ``agent``     the agent that collected it; ``None``: it came to a listening service.
+    ``peer``      the client's address and port.
     ``tls``, ``authenticated``  how the connection was secured (RFC 3848).
     """
 
-    client: str
+    service: str
     hostname: str
-    via: str
-    tls: bool
-    authenticated: bool = True
+    agent: Named | None = None
+    peer: tuple[str, int] = ("", 0)
+    tls: bool = False
+    authenticated: bool = False
 
-    def protocol(self, envelope: Envelope) -> str:
+    def over(self, peer: tuple[str, int], tls: bool) -> Origin:
+        """The same over this connection."""
+        return replace(self, peer=peer, tls=tls)
+
+    @functools.cached_property
+    def label(self) -> str:
+        """For log lines."""
+        return f"agent={self.agent.name}" if self.agent else f"service={self.service}"
+
+    def received(self, envelope: Envelope, recipient: str) -> bytes:
+        """A whole ``Received:`` header with LF line ends."""
+        helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
+        address = self.peer[0]
+        client = f"IPv6:{address}" if ":" in address else address
+        return (
+            f"Received: from {helo} ([{client}])\n"
+            f"\tby {self.hostname} (salmon-revsmtp {self.label.replace('=', ' ', 1)})\n"
+            f"\twith {self._protocol(envelope)} id {secrets.token_hex(8)}\n"
+            f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
+        ).encode()
+
+    def _protocol(self, envelope: Envelope) -> str:
         """The word after ``with`` (RFC 3848, RFC 6531 4.3): ``ESMTPSA`` and its kin."""
         if not envelope.esmtp:
             return "SMTP"
         suffix = ("S" if self.tls else "") + ("A" if self.authenticated else "")
         return ("UTF8SMTP" if envelope.smtputf8 else "ESMTP") + suffix
-
-    def received(self, envelope: Envelope, recipient: str) -> bytes:
-        """A whole ``Received:`` header with LF line ends."""
-        helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
-        client = f"IPv6:{self.client}" if ":" in self.client else self.client
-        return (
-            f"Received: from {helo} ([{client}])\n"
-            f"\tby {self.hostname} (salmon-revsmtp {self.via})\n"
-            f"\twith {self.protocol(envelope)} id {secrets.token_hex(8)}\n"
-            f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
-        ).encode()
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,6 +4,5 @@ As much as the demo and the tests need, and real.
 
 ``accounts``   who may log in, and for which domains
 ``holdqueue``  the mail that waits, on disk
-``session``    SMTP before the reversal, without I/O
-``server``     listens, and drives a connection through both halves
+``server``     listens, and takes a connection through both of its halves
 """

@@ -1,7 +1,7 @@
 """The provider's listener, and one connection through both of its halves.
 
-Before the reversal ``provider.session`` speaks, after it ``smtp.sender``; a connection moves bytes
-between them and the transport, and files between them and the hold queue.
+Before the reversal ``smtp.turn`` speaks, after it ``smtp.sender``; a connection moves messages
+between them and the hold queue.  What every connection needs is in ``net.driver``.
 
 After the reversal several messages are under way where the customer lets us.  Answers are settled
 in the hold queue as they come, those that came meanwhile together; what the customer has answered
@@ -13,15 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from types import TracebackType
+from typing import Any
 
+from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.listener import Admit, Listener
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.session import AtrnRequest, Goodbye, Session, StartTls
 from salmon_revsmtp.smtp.replies import Reply
-from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Ready, Sender, Sent
+from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
+from salmon_revsmtp.smtp.turn import AtrnRequest, StartTls, Turn
 
 __all__ = ["Provider"]
 
@@ -32,8 +34,10 @@ IDLE_TIMEOUT = 600.0
 # How long an ATRN waits for mail that another connection is sending: that one may have died without
 # our hearing of it.  RFC 2645 5.2.1 lets a customer wait 10 minutes.
 RELEASE_TIMEOUT = 60.0
-# Octets handed to the transport at a time.
-PIECE = 256 * 1024
+# Customers at a time.
+MAX_CONNECTIONS = 10_000
+# Seconds that a stop waits for answers that were heard to be settled.
+GRACE = 10.0
 
 # RFC 2645 5.2.1.
 _NO_MAIL = Reply(453, "you have no mail", "4.2.0")
@@ -57,14 +61,13 @@ class Provider:
         self.tls, self.implicit_tls, self.timeout = tls, implicit_tls, timeout
         self.sending: set[str] = set()  # keys that a connection is sending now
         self._released = asyncio.Event()
-        self._connections: set[_Connection] = set()
-        self._server: asyncio.Server | None = None
+        self._listener: Listener | None = None
 
     @property
     def port(self) -> int:
         """The TCP port that it listens on."""
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
+        assert self._listener is not None
+        return self._listener.port
 
     def take(self, key: str) -> bool:
         """Whether a connection may send this message; no other may until :meth:`release`."""
@@ -96,19 +99,21 @@ class Provider:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen; port 0 takes a free one."""
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Connection(self, self._connections),
+        self._listener = Listener(
+            "provider",
+            lambda admit: Connection(self, admit),
             host,
             port,
-            ssl=self.tls if self.implicit_tls else None,
+            tls=self.tls if self.implicit_tls else None,
+            max_connections=MAX_CONNECTIONS,
+            max_per_address=MAX_CONNECTIONS,
         )
+        await self._listener.start()
 
     async def stop(self) -> None:
         """Close the listener and every connection; what was not answered with 250 stays."""
-        if self._server is not None:
-            self._server.close()
-        for connection in list(self._connections):
-            await connection.abort()
+        if self._listener is not None:
+            await self._listener.stop(GRACE)
 
     async def __aenter__(self) -> Provider:
         await self.start()
@@ -123,79 +128,70 @@ class Provider:
         await self.stop()
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self, provider: Provider, everyone: set[_Connection]) -> None:
-        self._provider, self._everyone = provider, everyone
-        self._session = Session(
+class Connection(Driver):
+    """A customer's connection."""
+
+    WE, THEY = "provider", "customer"
+
+    def __init__(self, provider: Provider, admit: Admit) -> None:
+        self._turn = Turn(
             provider.hostname,
             provider.accounts,
-            tls_offered=provider.tls is not None,
+            starttls=provider.tls is not None,
             tls=provider.implicit_tls,
         )
+        super().__init__(self._turn, provider.timeout)
+        self._provider, self._admit = provider, admit
         self._sender: Sender | None = None
-        self._transport: asyncio.Transport | None = None
         self._work: set[asyncio.Task[None]] = set()
-        self._outgoing: deque[memoryview] = deque()
-        self._congested = False
-        self._closing = False
-        self._idle: asyncio.TimerHandle | None = None
+        self._asking = False  # for mail; the customer waits
         self._news = asyncio.Event()  # there may be room, or an answer, or it is over
-        self._failure: str | None = None
         self._answered: list[Sent] = []
 
-    # -- asyncio calls these --------------------------------------------------------------------
+    @property
+    def busy(self) -> bool:
+        return self._asking
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._everyone.add(self)
-        self._wait()
-        self._write([self._session.data_to_send()])
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._work)
 
-    def data_received(self, data: bytes) -> None:
-        self._wait()
-        if self._sender is None:
-            self._handle(self._session.receive_bytes(data))
-            self._write([self._session.data_to_send()])
-        else:
-            self._handle(self._sender.receive_bytes(data))
-            self._write(self._sender.data_to_send())
+    def connected(self) -> None:
+        if refusal := self._admit(self):
+            self._turn.refuse_session(refusal)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._everyone.discard(self)
-        if self._idle:
-            self._idle.cancel()
-        self._fail("the customer closed the connection")
+    def encrypted(self) -> None:
+        self._turn.tls_started()
 
-    def pause_writing(self) -> None:
-        self._congested = True
+    def disconnected(self) -> None:
+        self._news.set()
 
-    def resume_writing(self) -> None:
-        self._congested = False
-        self._pump()
+    def end_soon(self) -> None:
+        """What was answered is settled; what was not is still held."""
+        for task in self._work:
+            task.cancel()
+        self.abort("the provider is shutting down")
 
-    # -- the two halves -------------------------------------------------------------------------
+    # -- events ---------------------------------------------------------------------------------
 
-    def _handle(self, events: Iterable[object]) -> None:
-        for event in events:
-            if isinstance(event, StartTls):
-                self._start(self._starttls())
-            elif isinstance(event, AtrnRequest):
-                self._start(self._atrn(event))
-            elif isinstance(event, Goodbye | Closed):
-                self._closing = True
-            elif isinstance(event, Ready):
-                self._news.set()
-            elif isinstance(event, Sent):
-                self._answered.append(event)
-                self._news.set()
-            elif isinstance(event, Broken):
-                log.warning("reason=%r the session is broken", event.reason)
-                self._fail(event.reason)
-                self._closing = True
+    def handle(self, event: object) -> None:
+        if isinstance(event, StartTls):
+            assert self._provider.tls is not None
+            self.start_tls(self._provider.tls)
+        elif isinstance(event, AtrnRequest):
+            self._asking = True
+            self._start(self._atrn(event))
+        elif isinstance(event, Ready):
+            self._news.set()
+        elif isinstance(event, Sent):
+            self._answered.append(event)
+            self._news.set()
+        elif isinstance(event, Broken):
+            log.warning("reason=%r the session is broken", event.reason)
+            self.broken = self.broken or event.reason
+            self._news.set()
 
-    def _start(self, work: object) -> None:
-        assert asyncio.iscoroutine(work)
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._work.add(task)
         task.add_done_callback(self._worked)
@@ -203,43 +199,28 @@ class _Connection(asyncio.Protocol):
     def _worked(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            if not isinstance(error, ConnectionError | ssl.SSLError):
+            if not isinstance(error, ConnectionError):
                 log.error("connection failed", exc_info=error)
-            if self._transport is not None:
-                self._transport.abort()
+            self.abort(f"handing over: {error}")
+        self.finish()
 
-    async def _starttls(self) -> None:
-        assert self._transport is not None and self._provider.tls is not None
-        if self._session.pending:
-            raise ConnectionError("bytes behind STARTTLS")
-        self._transport = await asyncio.get_running_loop().start_tls(
-            self._transport, self, self._provider.tls, server_side=True
-        )
-        self._handle(self._session.tls_started())
-        self._write([self._session.data_to_send()])
+    # -- the hand-over --------------------------------------------------------------------------
 
     async def _atrn(self, request: AtrnRequest) -> None:
-        if self._idle:
-            self._idle.cancel()  # the customer is silent because it waits for us
-        assert self._transport is not None
-        self._transport.pause_reading()  # and if it is not, nothing is kept of what it says
-        keys = await self._provider.waiting(request.domains)
-        if self._failure is None:
-            self._transport.resume_reading()
-        self._wait()
+        try:
+            keys = await self._provider.waiting(request.domains)
+        finally:
+            self._asking = False
         if not keys:
-            self._handle(self._session.answer(_NO_MAIL if keys is not None else _BUSY))
-            self._write([self._session.data_to_send()])
+            self._turn.answer(_NO_MAIL if keys is not None else _BUSY)
+            self.advance()
             return
-        log.info(
-            "account=%s messages=%d the connection is reversed", request.account.name, len(keys)
-        )
+        log.info("account=%s messages=%d the connection is reversed", request.account, len(keys))
         self._sender = Sender(self._provider.hostname)
-        self._session.answer(Reply(250, "now reversing the connection", "2.0.0"))
-        self._write([self._session.data_to_send()])
+        self._turn.answer(Reply(250, "now reversing the connection", "2.0.0"))
+        self.change_roles(self._sender)
         await self._send_all(keys, request)
-        self._handle(self._sender.quit())
-        self._write(self._sender.data_to_send())
+        self.happened(self._sender.quit())
 
     async def _send_all(self, keys: Iterable[str], request: AtrnRequest) -> None:
         """Send these messages, and settle each as the customer answered."""
@@ -260,7 +241,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def _may_send(self) -> bool:
-        return self._failure is None and self._sender is not None and self._sender.room
+        return self.broken is None and self._sender is not None and self._sender.room
 
     async def _send(self, key: str, request: AtrnRequest) -> bool:
         """Read a message and send it; ``False`` if it is gone."""
@@ -268,8 +249,7 @@ class _Connection(asyncio.Protocol):
         if loaded is None or not loaded[0].recipients:
             return False
         assert self._sender is not None
-        self._handle(self._sender.send(Outgoing(key, *loaded)))
-        self._write(self._sender.data_to_send())
+        self.happened(self._sender.send(Outgoing(key, *loaded)))
         return True
 
     async def _settle_until(
@@ -280,8 +260,8 @@ class _Connection(asyncio.Protocol):
         while not done():
             if self._answered:
                 await self._settle(request, ours)
-            elif self._failure is not None:
-                raise ConnectionError(self._failure)
+            elif self.broken is not None:
+                raise ConnectionError(self.broken)
             else:
                 self._news.clear()
                 await self._news.wait()
@@ -295,7 +275,7 @@ class _Connection(asyncio.Protocol):
         for sent in answered:
             log.info(
                 "account=%s key=%s replies=%r",
-                request.account.name,
+                request.account,
                 sent.message.key,
                 [str(reply) for reply in sent.replies],
             )
@@ -307,47 +287,3 @@ class _Connection(asyncio.Protocol):
     def _release(self, ours: set[str], keys: Sequence[str]) -> None:
         ours.difference_update(keys)
         self._provider.release(keys)
-
-    # -- the transport --------------------------------------------------------------------------
-
-    def _write(self, pieces: Iterable[bytes]) -> None:
-        for piece in pieces:
-            view = memoryview(piece)
-            self._outgoing.extend(
-                view[start : start + PIECE] for start in range(0, len(view), PIECE)
-            )
-        self._pump()
-
-    def _pump(self) -> None:
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        while self._outgoing and not self._congested:
-            transport.write(self._outgoing.popleft())
-        if self._closing and not self._outgoing:
-            transport.close()
-
-    def _wait(self) -> None:
-        if self._idle:
-            self._idle.cancel()
-        if self._transport is None or self._transport.is_closing():
-            return
-        loop = asyncio.get_running_loop()
-        self._idle = loop.call_later(self._provider.timeout, self._idled)
-
-    def _idled(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _fail(self, reason: str) -> None:
-        if self._failure is None:
-            self._failure = reason
-        self._news.set()
-
-    async def abort(self) -> None:
-        """Drop the connection and end its work."""
-        for task in list(self._work):
-            task.cancel()
-        await asyncio.gather(*self._work, return_exceptions=True)
-        if self._transport is not None:
-            self._transport.abort()

@@ -20,7 +20,7 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, Waiting
+from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, PendingDelivery
 from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
@@ -31,10 +31,11 @@ from salmon_revsmtp.journal.deliveries import DeliveryJournal
 # The client is loaded now: at the first collection the process may have dropped its privileges, or
 # another version may have been installed.
 from salmon_revsmtp.net import client as client
+from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.configuration import Configuration
-from salmon_revsmtp.service.listener import Listener
+from salmon_revsmtp.service.listening import listener
 from salmon_revsmtp.service.policy import Service
 
 __all__ = ["Collector"]
@@ -57,8 +58,8 @@ class Collector:
         self._plugins = plugins
         self.journal = Journal()
         self._deliveries = DeliveryJournal()
-        self._handling: BatchWorker[Waiting] = BatchWorker("delivery")
-        self._queueing: BatchWorker[Waiting] = BatchWorker("queueing")
+        self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
+        self._queueing: BatchWorker[PendingDelivery] = BatchWorker("queueing")
         self._outbox = Outbox(relay)
 
     def __enter__(self) -> Collector:
@@ -112,16 +113,18 @@ class Collector:
             repeat_seconds=service.settings.repeat_seconds,
         )
 
-    def listeners(self) -> list[Listener]:
+    async def listeners(self) -> list[Listener]:
         """One for each service that has ``listen``; not started."""
+        listening = [one for one in self.services.items() if one[1].settings.listen]
+        for _, service in listening:
+            await service.find_hostname()
         return [
-            Listener(
+            listener(
                 service,
                 service.recipient_policy(self.configuration.asked_for(name)),
                 self._dispatchers[name],
             )
-            for name, service in self.services.items()
-            if service.settings.listen
+            for name, service in listening
         ]
 
     def collection(self, agent: Agent) -> Collection:

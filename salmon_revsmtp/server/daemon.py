@@ -17,11 +17,11 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.customer.schedule import Schedule
+from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
-from salmon_revsmtp.service.listener import Listener
 
 __all__ = ["GRACE", "Daemon"]
 
@@ -91,7 +91,7 @@ class Daemon:
         cannot be had.
         """
         try:
-            for listener in self._collector.listeners():
+            for listener in await self._collector.listeners():
                 await listener.start()
                 self._listeners.append(listener)
             await self._control.start()

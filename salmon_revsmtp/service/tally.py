@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from salmon_revsmtp.delivery.dispatcher import Answer
+from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Tally"]
@@ -25,22 +25,29 @@ class Tally:
     #: How often each message (by its digest and envelope) was answered 250.
     accepted: Counter[_Message] = field(default_factory=Counter)
     #: The last 4yz that we gave for a recipient or a message.
-    put_off: Reply | None = None
+    deferred: Reply | None = None
 
     def refuse(self, recipients: int, reply: Reply) -> None:
         """Recipients that were not taken, by their number."""
         self.refused += recipients
         if reply.transient:
-            self.put_off = reply
+            self.deferred = reply
 
-    def add(self, answer: Answer, octets: int) -> None:
-        """A message of so many octets, as it was answered."""
-        self.recipients += answer.delivered
-        if answer.delivered:
+    def add(self, delivery: PendingDelivery) -> bool:
+        """A message that is settled.  Whether it was taken and brought the client forward: a repeat
+        does so once, for the first 250 may not have arrived."""
+        self.recipients += delivery.delivered
+        if delivery.delivered:
             self.messages += 1
-            self.bytes += octets
-        for reply in answer.each:
+            self.bytes += len(delivery.data)
+        for reply in delivery.replies:
             if not reply.positive:
                 self.refuse(1, reply)
-        if answer.reply.transient:  # whatever became of each, the client comes again
-            self.put_off = answer.reply
+        assert delivery.reply is not None
+        if delivery.reply.transient:  # whatever became of each, the client comes again
+            self.deferred = delivery.reply
+        if not delivery.reply.positive or delivery.key is None:
+            return False
+        seen = (delivery.key.digest, delivery.envelope.reverse_path, delivery.envelope.recipients)
+        self.accepted[seen] += 1
+        return self.accepted[seen] <= 2

@@ -1,4 +1,4 @@
-"""The server role of SMTP, without I/O (RFC 5321).
+"""The server role of SMTP, without I/O (RFC 5321): a session that takes mail.
 
 How it is used.  The caller owns the connection and the time; the machine owns the protocol::
 
@@ -8,26 +8,23 @@ How it is used.  The caller owns the connection and the time; the machine owns t
         if isinstance(event, Transaction):             # one whole message
             ...                                        # deliver it, at leisure
             receiver.answer(event, reply)              # only now does the client hear 250
+    for event in receiver.advance(): ...               # what had to wait for the answer
     send(receiver.data_to_send())
 
-How it works.  A session is in one of the states of :class:`State`.  In three of them bytes are
-content (``DATA``, ``CHUNK``) or thrown away (``LONG_LINE``); in the others they are lines.  Each
-state that takes bytes has one method in ``_READERS``, which consumes what it can of the input
-buffer and says whether it got anywhere; the loop in ``_run`` is all the control flow there is.
-Each command has one method ``_on_<verb>``, which returns a reply and may set the next state;
-``_EXPECTED`` says in which states the verb may come, and with which reply it is sent away
-elsewhere.
+How it works: ``commands`` has the theory, and what all server roles share.  Here are the rows of
+the table for mail, and the two readers of content: DATA up to CRLF.CRLF, BDAT by its number.
 
 Replies go out in the order of the commands (RFC 2920 3.1), although a transaction is answered by
-the caller when it pleases: reading goes on behind an unanswered transaction, and the replies to
-what was read wait in ``_waiting`` behind its place.  ``paused`` says when the caller should stop
-reading until something is answered.
+the caller when it pleases: reading goes on after an unanswered transaction, and the replies to what
+was read wait in ``_waiting`` after its place.  ``paused`` says when the caller should stop reading
+until something is answered.
 
 What is content?  Only CRLF.CRLF ends DATA (RFC 5321 4.1.1.4) and only CRLF ends a command: with
 any laxer rule a line end that the previous hop took for text ends a message here, and what comes
-after it is another message that nobody sent (CVE-2023-51764 and its kin).  A bare CR or LF in
+after it is another message that no one sent (CVE-2023-51764 and its kin).  A bare CR or LF in
 content stays where it is; in a command it is an error.  After BDAT come exactly as many octets as
-it said, also when the command is refused (RFC 3030 4.2).
+it said, also when the command is refused (RFC 3030 4.2); what becomes of them is decided when the
+command comes.
 
 What it costs.  Content is searched and cut in blocks; each octet is copied into the input buffer,
 into the message, and out of it, whatever the pieces it came in.  Memory is bounded by
@@ -38,34 +35,28 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from salmon_revsmtp.smtp.addresses import AddressError, parse_path
+from salmon_revsmtp.smtp.commands import (
+    SEQUENCE,
+    SYNTAX,
+    CommandError,
+    Commands,
+    Quit,
+    StartTls,
+    State,
+    Verb,
+    stay,
+    to,
+)
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
-
-
-class State(Enum):
-    """Where a session is (RFC 5321 4.1.4, RFC 3030 3)."""
-
-    CONNECTED = auto()  #: greeted by us, no EHLO or HELO yet
-    IDLE = auto()  #: between transactions
-    MAIL = auto()  #: a sender, no accepted recipient
-    RCPT = auto()  #: a sender and recipients
-    CHUNKS = auto()  #: at least one BDAT taken, LAST not yet
-    DATA = auto()  #: bytes are content up to CRLF.CRLF
-    CHUNK = auto()  #: bytes are content, as many as BDAT said
-    LONG_LINE = auto()  #: bytes are the rest of a command that is too long
-    HANDSHAKE = auto()  #: after STARTTLS: bytes wait until the caller has done the handshake
-    CLOSED = auto()  #: after QUIT or 421: bytes are ignored
-
-    # Enum's own is slow, and every command goes by a look into tables of states.
-    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,85 +83,30 @@ class Refused:
     reply: Reply
 
 
-@dataclass(frozen=True)
-class Quit:
-    """The session is over by QUIT (``reply`` 221) or because the client was sent away (421)."""
-
-    reply: Reply
-
-
-@dataclass(frozen=True)
-class StartTls:
-    """The client was told to begin the TLS handshake: send the reply, see that nothing is
-    ``pending``, do the handshake, call :meth:`Receiver.tls_started`."""
-
-
 Event = Transaction | Refused | StartTls | Quit
 
-
-@dataclass
-class _Slot:
-    """A place in the order of replies: ``data`` once it is known."""
-
-    transaction: Transaction | None = None
-    data: bytearray = field(default_factory=bytearray)
-
-
-OK = Reply(250, "ok", "2.0.0")
 SENDER_OK = Reply(250, "sender ok", "2.1.0")
 RECIPIENT_OK = Reply(250, "recipient ok", "2.1.5")
 CHUNK_OK = Reply(250, "chunk ok", "2.0.0")
-SYNTAX = "5.5.4"
-SEQUENCE = "5.5.1"
 
-_ANYWHERE = frozenset(
-    {State.CONNECTED, State.IDLE, State.MAIL, State.RCPT, State.CHUNKS},
+_CONNECTED, _IDLE, _MAIL, _RCPT, _CHUNKS = (
+    State.CONNECTED,
+    State.IDLE,
+    State.MAIL,
+    State.RCPT,
+    State.CHUNKS,
 )
-_GREETED = _ANYWHERE - {State.CONNECTED}
-# A message is in hand, or nothing is.
-_NO_BOUNDARY = frozenset({State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
+_GREETED = (_IDLE, _MAIL, _RCPT, _CHUNKS)
+_ANYWHERE = (_CONNECTED, *_GREETED)
 
-# verb -> the states in which it may come.  RFC 5321 4.1.4; RFC 3030 3 for BDAT.
-_EXPECTED: Mapping[str, frozenset[State]] = {
-    "EHLO": _ANYWHERE,
-    "HELO": _ANYWHERE,
-    "MAIL": frozenset({State.IDLE}),
-    "RCPT": frozenset({State.MAIL, State.RCPT}),
-    "DATA": frozenset({State.MAIL, State.RCPT}),
-    "BDAT": _ANYWHERE,  # its octets come whether or not it is expected
-    "RSET": _ANYWHERE,
-    "NOOP": _ANYWHERE,
-    "VRFY": _GREETED,
-    "HELP": _ANYWHERE,
-    "QUIT": _ANYWHERE,
-    "STARTTLS": frozenset({State.IDLE}),  # RFC 3207 4 allows more; nobody needs it
+# What ends content, and where that leads.  The octets of a chunk come whether or not BDAT is
+# expected (RFC 3030 3), so one that is not leads back to where it came.
+ENDS: Mapping[str, Mapping[State, State]] = {
+    "CRLF.CRLF": to(_IDLE, (State.DATA,)),
+    "the octets of BDAT": {**stay((_CONNECTED, _IDLE)), **to(_CHUNKS, (_MAIL, _RCPT, _CHUNKS))},
+    "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
 }
 
-# Commands that bring nobody forward.  What answers them may be cheap, but not for ever.
-_JUNK = frozenset({"EHLO", "HELO", "RSET", "NOOP", "VRFY", "HELP"})
-
-# Before EHLO, what begins like this comes from a client of something else: a browser that somebody
-# has given a form with SMTP commands in it, or TLS where it was not asked for (RFC 8446 5.1: a
-# handshake record).  Not a line of it may be taken for SMTP.
-_FOREIGN: Sequence[tuple[re.Pattern[bytes], str]] = (
-    (re.compile(rb"(?:GET|HEAD|POST|PUT|PATCH|DELETE|CONNECT|OPTIONS|TRACE|PRI) "), "HTTP"),
-    (re.compile(rb"\x16\x03"), "TLS"),
-)
-
-# What RFC 5321 and its extensions know and we do not do: 502 and not 500 (RFC 5321 4.2.4).
-_NOT_IMPLEMENTED = frozenset({"EXPN", "TURN", "ATRN", "ETRN", "AUTH"})
-_NOT_IMPLEMENTED_REPLY = Reply(502, "command not implemented", SEQUENCE)
-
-_OUT_OF_ORDER: Mapping[State, Reply] = {
-    State.CONNECTED: Reply(503, "send EHLO first", SEQUENCE),
-    State.IDLE: Reply(503, "send MAIL first", SEQUENCE),
-    State.MAIL: Reply(503, "a transaction is under way, send RCPT or RSET", SEQUENCE),
-    State.RCPT: Reply(503, "a transaction is under way, send the data or RSET", SEQUENCE),
-    State.CHUNKS: Reply(503, "more BDAT is expected, or RSET", SEQUENCE),
-}
-
-_COMMAND = re.compile(r"([A-Za-z]{4,8})(?: +(.*))?")
-_UNPRINTABLE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
 _ANY_CASE = re.IGNORECASE | re.ASCII
 _BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", _ANY_CASE)
@@ -194,20 +130,10 @@ _RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
 }
 
 _END_OF_DATA = b"\r\n.\r\n"
-_TOO_LONG = Reply(500, "line too long", "5.5.2")
 _NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
-_BAD_OCTETS = Reply(500, "control characters in a command; only CRLF ends a line", "5.5.2")
 
 
-class _CommandError(Exception):
-    """A command's own refusal; ends in its reply and counts as an error of the client."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(str(reply))
-        self.reply = reply
-
-
-class Receiver:
+class Receiver(Commands):
     """One SMTP session in the server role.
 
     ``hostname``          what the greeting and EHLO name.
@@ -218,10 +144,16 @@ class Receiver:
 
     ``ahead``: the whole messages that are read ahead.  The caller may make it less than the limits
     have, where messages are delivered slowly.
-
-    For the caller's clock: ``steps`` counts the commands, chunks and messages that became whole,
-    ``content_octets`` the octets of content that came.
     """
+
+    OUT_OF_ORDER: ClassVar[Mapping[State, str]] = {
+        State.CONNECTED: "send EHLO first",
+        State.IDLE: "send MAIL first",
+        State.MAIL: "a transaction is under way, send RCPT or RSET",
+        State.RCPT: "a transaction is under way, send the data or RSET",
+        State.CHUNKS: "more BDAT is expected, or RSET",
+    }
+    NO_BOUNDARY = frozenset({State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
 
     def __init__(
         self,
@@ -231,45 +163,36 @@ class Receiver:
         *,
         starttls: bool = False,
     ) -> None:
-        self.hostname = hostname
-        self.limits = limits or Limits()
-        self.ahead = self.limits.unanswered_messages
+        limits = limits or Limits()
         self._accept_recipient = accept_recipient
-        self._starttls = starttls
-        self._shutting_down: Reply | None = None
-
-        self._state = State.CONNECTED
-        self._buffer = bytearray()
-        self._ready = bytearray()
-        self._waiting: deque[_Slot] = deque()
-        self._events: list[Event] = []
-        self._errors = 0
-        self.steps = 0
-        self.content_octets = 0
-        self._junk = 0  # commands that brought nothing, since anything was brought forward
-        self._refusals = 0  # since a message was taken
+        self.ahead = limits.unanswered_messages
+        # In the order of the commands: transactions without an answer, and replies after them.
+        self._waiting: deque[Transaction | bytearray] = deque()
         self._unanswered_messages = 0
         self._unanswered_octets = 0
+        self._refusals = 0  # since a message was taken
 
-        self._helo = ""
-        self._esmtp = False
-        self._reset()
-        self._reply(Reply(220, f"{hostname} ESMTP", ""))
-
-    def _reset(self) -> None:
-        """Forget the transaction (RFC 5321 4.1.1.5)."""
         self._sender = ""
         self._recipients: list[str] = []
         self._mail_options: dict[str, str] = {}
         self._rcpt_options: dict[str, dict[str, str]] = {}
         self._content = bytearray()
         self._size = 0  # octets of content that came, also those that were thrown away
-        self._chunk_octets = self._chunk_left = 0
-        self._last_chunk = False
-        self._chunk_refusal: Reply | None = None
         self._chunks = 0
-        if self._state is not State.CONNECTED:
-            self._state = State.IDLE
+        self._chunk_left = 0  # octets
+        self._keep_chunk = False
+        self._after_chunk = State.CHUNKS
+        self._end_chunk: Callable[[Receiver], None] = Receiver._chunk_taken
+        super().__init__(hostname, limits, f"{hostname} ESMTP", starttls=starttls)
+
+    def _reset(self) -> None:
+        """Forget the transaction (RFC 5321 4.1.1.5)."""
+        self._sender = ""
+        self._recipients = []
+        self._mail_options = {}
+        self._rcpt_options = {}
+        self._content = bytearray()
+        self._size = self._chunks = 0
 
     # -- what the caller sees ---------------------------------------------------------------
 
@@ -292,123 +215,66 @@ class Receiver:
         """Between an accepted MAIL and the end of its message."""
         return self._state not in (State.CONNECTED, State.IDLE, State.CLOSED)
 
-    @property
-    def pending(self) -> bool:
-        """Bytes came that nobody has looked at.  Before a TLS handshake that is an attack: what was
-        said in the clear must not be taken for said under TLS (CVE-2011-0411)."""
-        return bool(self._buffer)
-
-    def tls_started(self) -> list[Event]:
-        """The handshake is done: what was said before is forgotten (RFC 3207 4.2).  Returns the
-        events of what the client has said since."""
-        self._starttls = False
-        self._helo, self._esmtp = "", False
-        if self._state is not State.CLOSED:
-            self._state = State.CONNECTED
-        return self._run()
-
-    def shut_down(self) -> list[Event]:
-        """End the session at the next message boundary: a message whose data is coming is taken
-        and answered, anything else hears 421 (RFC 5321 3.8)."""
-        self._shutting_down = Reply(421, f"{self.hostname} is shutting down", "4.3.2")
-        self._end_if_shutting_down()
-        return self._run()
-
-    def data_to_send(self) -> bytes:
-        """The reply bytes that may go out now; each is returned once."""
-        data = bytes(self._ready)
-        self._ready.clear()
-        return data
-
-    def receive_bytes(self, data: bytes) -> list[Event]:
-        """Take what came from the client; returns what happened, in order.  Never raises on any
-        bytes."""
-        if self._state is not State.CLOSED:
-            self._buffer += data
-        return self._run()
-
-    def answer(
-        self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()
-    ) -> list[Event]:
-        """Answer a transaction; returns the events of what was held back by ``paused``.
+    def answer(self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()) -> None:
+        """Answer a transaction.  :meth:`advance` then goes on with what waited for that.
 
         ``each`` is one reply per recipient, in order, and is sent when the client asked for that
         (PRDR): ``353``, each, then ``reply`` (draft-hall-prdr 3).  Raises :class:`KeyError` for a
         transaction that has been answered, or is not of this session.
         """
-        slot = next((slot for slot in self._waiting if slot.transaction is transaction), None)
-        if slot is None:
-            raise KeyError("this transaction has its answer already, or is of another session")
-        replies = [reply]
-        if transaction.envelope.prdr and each:
-            replies = [Reply(353, "one reply per recipient follows"), *each, reply]
-        answer = b"".join(one.encode() for one in replies)
-        slot.data[:0] = answer
-        slot.transaction = None
+        waiting = self._waiting
+        try:
+            place = waiting.index(transaction)
+        except ValueError:
+            raise KeyError("this transaction is answered, or of another session") from None
+        answer = bytearray(reply.encode())
+        if each and transaction.envelope.prdr:
+            replies = (Reply(353, "one reply per recipient follows"), *each, reply)
+            answer = bytearray(b"".join(one.encode() for one in replies))
+        waiting[place] = answer
         self._unanswered_messages -= 1
         self._unanswered_octets += len(answer) - len(transaction.data)
-        while self._waiting and self._waiting[0].transaction is None:
-            data = self._waiting.popleft().data
+        while waiting and isinstance(data := waiting[0], bytearray):
+            waiting.popleft()
             self._unanswered_octets -= len(data)
             self._ready += data
-        return self._run()
 
-    # -- the loop -----------------------------------------------------------------------------
-
-    def _run(self) -> list[Event]:
-        while self._buffer and not self.paused and self._READERS[self._state](self):
-            self._end_if_shutting_down()
-        events, self._events = self._events, []
-        return events
-
-    def _end_if_shutting_down(self) -> None:
-        if self._shutting_down is not None and self._state not in _NO_BOUNDARY:
-            self._close(self._shutting_down)
+    # -- replies ------------------------------------------------------------------------------
 
     def _reply(self, reply: Reply) -> None:
         data = reply.encode()
-        if self._waiting:
-            self._waiting[-1].data += data
-            self._unanswered_octets += len(data)
-        else:
+        if not self._waiting:
             self._ready += data
+            return
+        self._unanswered_octets += len(data)
+        last = self._waiting[-1]
+        if isinstance(last, bytearray):
+            last += data
+        else:
+            self._waiting.append(bytearray(data))
 
-    # -- readers: one per kind of state; True if they consumed anything ---------------------
+    def _close(self, reply: Reply) -> None:
+        self._reset()
+        super()._close(reply)
 
-    def _read_command(self) -> bool:
-        if self._state is State.CONNECTED and self._is_foreign():
-            return False
-        limit = self.limits.command_line
-        end = self._buffer.find(b"\r\n", 0, limit)
-        if end < 0:
-            if len(self._buffer) < limit:
-                return False
-            self._long_line_from = self._state
-            self._state = State.LONG_LINE
-            return True
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 2]
-        self._command(line)
-        return True
+    def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply | None:
+        """A refusal that is policy and not the client's error: the client knows more than before,
+        and goes on with what else it has."""
+        self._events.append(Refused(recipients, reply))
+        self._junk = 0
+        self._refusals += 1
+        if self._refusals > self.limits.refusals:
+            too_many = Reply(421, f"{self.limits.refusals} refusals in a row, closing", "4.7.0")
+            self._close(too_many)
+            return None
+        return reply
 
-    def _is_foreign(self) -> bool:
-        """The client speaks something else, and was sent away."""
-        for beginning, name in _FOREIGN:
-            if beginning.match(self._buffer):
-                self._close(Reply(421, f"this is SMTP and not {name}, closing", "4.7.0"))
-                return True
-        return False
+    def _say(self, reply: Reply | None) -> None:
+        """A reply to the end of content, unless the session has ended instead."""
+        if reply is not None:
+            self._reply(reply)
 
-    def _read_long_line(self) -> bool:
-        end = self._buffer.find(b"\r\n")
-        if end < 0:
-            del self._buffer[:-1]  # the last octet may be the CR of the CRLF
-            return False
-        del self._buffer[: end + 2]
-        self._state = self._long_line_from
-        self.steps += 1
-        self._refuse_command(_TOO_LONG)
-        return True
+    # -- content: True if anything was consumed ---------------------------------------------
 
     def _read_data(self) -> bool:
         # Search from where an end of data may begin in what was there before.
@@ -433,17 +299,20 @@ class Receiver:
         self._size -= 2
         if self._size > self._read_through:
             self._close(self._far_too_big())
-        elif self._size <= self.limits.message:
+            return True
+        content = b""
+        if self._size <= self.limits.message:
             content = bytes(self._content)
             self._content.clear()  # a large message is here twice at most
-            self._finish(content.replace(b"\r\n.", b"\r\n"))
-        else:
-            self._finish(b"")
+            content = content.replace(b"\r\n.", b"\r\n")
+        self.steps += 1
+        self._enter(ENDS["CRLF.CRLF"][self._state])
+        self._finish(content)
         return True
 
     def _read_chunk(self) -> bool:
         take = min(self._chunk_left, len(self._buffer))
-        if self._chunk_refusal is None:
+        if self._keep_chunk:
             self._content += memoryview(self._buffer)[:take]
         del self._buffer[:take]
         self.content_octets += take
@@ -452,80 +321,18 @@ class Receiver:
             self._end_of_chunk()
         return True
 
-    def _read_nothing(self) -> bool:
-        self._buffer.clear()
-        return False
-
-    _READERS: Mapping[State, Callable[[Receiver], bool]] = {
-        **dict.fromkeys(_ANYWHERE, _read_command),
-        State.LONG_LINE: _read_long_line,
+    READERS: ClassVar[Mapping[State, Callable[[Any], bool]]] = {
+        **dict.fromkeys(_ANYWHERE, Commands._read_line),
         State.DATA: _read_data,
         State.CHUNK: _read_chunk,
-        State.HANDSHAKE: lambda self: False,
-        State.CLOSED: _read_nothing,
+        State.HANDSHAKE: Commands._read_nothing,
+        State.CLOSED: Commands._ignore,
     }
 
     # -- commands ---------------------------------------------------------------------------
 
-    def _command(self, line: bytes) -> None:
-        self.steps += 1
-        try:
-            verb, argument = _split(line)
-            if verb in _NOT_IMPLEMENTED:
-                raise _CommandError(_NOT_IMPLEMENTED_REPLY)
-            states = _EXPECTED.get(verb)
-            if states is None:
-                raise _CommandError(Reply(500, "command not recognized", "5.5.2"))
-            if self._state not in states:
-                raise _CommandError(_OUT_OF_ORDER[self._state])
-            reply = self._HANDLERS[verb](self, argument)
-        except _CommandError as error:
-            self._refuse_command(error.reply)
-        else:
-            self._answer(self._bring_nothing(reply) if verb in _JUNK else reply)
-
-    def _answer(self, reply: Reply | None) -> None:
-        if reply is not None:
-            self._reply(reply)
-
-    def _refuse_command(self, reply: Reply) -> None:
-        self._errors += 1
-        if self._errors < self.limits.errors:
-            self._reply(reply)
-        else:
-            # RFC 5321 3.8: a server may close after 421.
-            self._close(Reply(421, f"{self.hostname} too many errors, closing", "4.7.0"))
-
-    def _close(self, reply: Reply) -> None:
-        self._reset()
-        self._state = State.CLOSED
-        self._buffer.clear()
-        self._reply(reply)
-        self._events.append(Quit(reply))
-
-    def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply | None:
-        """A refusal that is policy and not the client's error: the client knows more than before,
-        and goes on with what else it has."""
-        self._events.append(Refused(recipients, reply))
-        self._junk = 0
-        self._refusals += 1
-        if self._refusals > self.limits.refusals:
-            too_many = Reply(421, f"{self.limits.refusals} refusals in a row, closing", "4.7.0")
-            self._close(too_many)
-            return None
-        return reply
-
-    def _bring_nothing(self, reply: Reply | None) -> Reply | None:
-        """``reply``, unless there was enough of this."""
-        self._junk += 1
-        if self._junk <= self.limits.junk or reply is None:
-            return reply
-        self._close(Reply(421, "too many commands that bring nothing, closing", "4.7.0"))
-        return None
-
-    def _on_ehlo(self, argument: str) -> Reply:
-        self._greet(argument, esmtp=True)
-        keywords = (
+    def _keywords(self) -> Iterable[str]:
+        return (
             f"SIZE {self.limits.message}",
             "8BITMIME",
             "PIPELINING",
@@ -534,38 +341,39 @@ class Receiver:
             "SMTPUTF8",
             "PRDR",
             "HELP",
-            *(("STARTTLS",) if self._starttls else ()),
+            *super()._keywords(),
         )
-        return Reply(250, "\n".join((self.hostname, *keywords)), "")
-
-    def _on_helo(self, argument: str) -> Reply:
-        self._greet(argument, esmtp=False)
-        return Reply(250, self.hostname, "")
 
     def _greet(self, argument: str, *, esmtp: bool) -> None:
-        if not argument or " " in argument:
-            raise _CommandError(Reply(501, "EHLO and HELO take one host name", SYNTAX))
-        self._state = State.IDLE
+        super()._greet(argument, esmtp=esmtp)
         self._reset()
-        self._helo, self._esmtp = argument, esmtp
+
+    def _on_rset(self, argument: str) -> Reply:
+        reply = super()._on_rset(argument)
+        self._reset()
+        return reply
+
+    def _on_starttls(self, argument: str) -> Reply | None:
+        if self._waiting and self._starttls:
+            raise CommandError(503, "wait for the answer to your mail", SEQUENCE)
+        return super()._on_starttls(argument)
 
     def _on_mail(self, argument: str) -> Reply | None:
         mailbox, options = self._path("FROM", argument, _MAIL_PARAMETERS)
         if not mailbox.isascii() and "SMTPUTF8" not in options:
-            raise _CommandError(Reply(553, "a UTF-8 address needs SMTPUTF8", "5.6.7"))
+            raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
         size = int(options.get("SIZE", "0"))
         if size > self.limits.message:
             return self._refuse((), self._too_big())  # RFC 1870 6.1
         self._sender, self._mail_options = mailbox, options
-        self._state = State.MAIL
         return SENDER_OK
 
     def _on_rcpt(self, argument: str) -> Reply | None:
         mailbox, options = self._path("TO", argument, _RCPT_PARAMETERS)
         if not mailbox:
-            raise _CommandError(Reply(501, "a recipient cannot be <>", "5.1.3"))
+            raise CommandError(501, "a recipient cannot be <>", "5.1.3")
         if not mailbox.isascii() and "SMTPUTF8" not in self._mail_options:
-            raise _CommandError(Reply(553, "a UTF-8 address needs SMTPUTF8", "5.6.7"))
+            raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
         if len(self._recipients) >= self.limits.recipients:
             reply = Reply(452, "too many recipients, send the rest again", "4.5.3")
             return self._refuse((mailbox,), reply)
@@ -573,7 +381,6 @@ class Receiver:
             return self._refuse((mailbox,), refusal)
         self._recipients.append(mailbox)
         self._rcpt_options[mailbox] = options
-        self._state = State.RCPT
         return RECIPIENT_OK
 
     def _path(
@@ -581,109 +388,120 @@ class Receiver:
     ) -> tuple[str, dict[str, str]]:
         """``FROM:<path> parameters`` -> mailbox and parameters."""
         if argument[: len(keyword) + 1].upper() != keyword + ":":
-            raise _CommandError(Reply(501, f"{keyword}:<address> is expected", SYNTAX))
+            raise CommandError(501, f"{keyword}:<address> is expected", SYNTAX)
         try:
             mailbox, rest = parse_path(argument[len(keyword) + 1 :])
         except AddressError:
             status = "5.1.7" if keyword == "FROM" else "5.1.3"
-            raise _CommandError(Reply(501, "that is no address in < >", status)) from None
+            raise CommandError(501, "malformed address, expected <user@domain>", status) from None
         if keyword == "TO" and "@" not in mailbox and mailbox.lower() not in ("", "postmaster"):
-            raise _CommandError(Reply(501, "an address needs a domain", "5.1.3"))
+            raise CommandError(501, "an address needs a domain", "5.1.3")
         if rest and not self._esmtp:
-            raise _CommandError(Reply(555, "parameters need EHLO", SYNTAX))
+            raise CommandError(555, "parameters need EHLO", SYNTAX)
         return mailbox, _parameters(rest, known)
 
     def _no_recipients(self) -> Reply | None:
-        # RFC 5321 3.3: all were refused.  The client is not at fault, and the transaction is over
-        # for it: it may go on with MAIL or with RSET.
+        """RFC 5321 3.3: all were refused.  The client is not at fault, and the transaction is over
+        for it: it may go on with MAIL or with RSET."""
         self._reset()
-        return self._bring_nothing(_NO_RECIPIENTS)
+        self._enter(State.IDLE)
+        return self._unproductive(_NO_RECIPIENTS)
 
     def _on_data(self, argument: str) -> Reply | None:
         if argument:
-            raise _CommandError(Reply(501, "DATA takes no argument", SYNTAX))
+            raise CommandError(501, "DATA takes no argument", SYNTAX)
         if not self._recipients:
             return self._no_recipients()
         # A lone dot may be the very first line: the CRLF of DATA itself goes before it.
         self._content += b"\r\n"
         self._size = 2
-        self._state = State.DATA
         return Reply(354, "end the message with <CRLF>.<CRLF>")
 
     def _on_bdat(self, argument: str) -> None:
         found = _BDAT.fullmatch(argument)
         if not found:
-            # Nobody knows where the octets end: whatever comes next may be content.
+            # There is no telling where the octets end: whatever comes next may be content.
             self._close(Reply(421, "BDAT takes a number of octets and LAST, closing", "4.5.4"))
             return
-        octets, self._last_chunk = int(found[1]), found[2] is not None
+        octets, last = int(found[1]), found[2] is not None
         self._chunks += 1
         if self._size + octets > self._read_through:
             self._close(self._far_too_big())
         elif self._chunks > self.limits.chunks:
             self._close(Reply(421, f"more than {self.limits.chunks} chunks, closing", "4.7.0"))
         else:
-            self._chunk_left = self._chunk_octets = octets
-            self._chunk_refusal = self._bdat_refusal(octets)
-            self._size += octets
-            self._chunk_from = self._state
-            self._state = State.CHUNK
-            if octets == 0:
-                self._end_of_chunk()
+            self._begin_chunk(octets, last)
 
-    def _bdat_refusal(self, octets: int) -> Reply | None:
-        """Why a chunk is thrown away, if it is (RFC 3030 3, 4.2)."""
+    def _begin_chunk(self, octets: int, last: bool) -> None:
+        """Decide what becomes of a chunk: whether its octets are kept, and what their end means
+        (RFC 3030 3, 4.2)."""
+        fits = self._size + octets <= self.limits.message
+        self._size += octets
+        self._chunk_left = octets
+        self._keep_chunk = bool(self._recipients) and fits
+        leads = ENDS["the octets of BDAT LAST" if last else "the octets of BDAT"]
+        self._after_chunk = leads[self._state]
         if self._state in (State.CONNECTED, State.IDLE):
-            return _OUT_OF_ORDER[self._state]
-        if not self._recipients:
-            return _NO_RECIPIENTS
-        if self._size + octets > self.limits.message:
-            return self._too_big()
-        return None
+            self._end_chunk = Receiver._chunk_out_of_order
+        elif last:
+            taken = Receiver._message_taken
+            self._end_chunk = taken if self._recipients else Receiver._message_for_no_one
+        elif self._keep_chunk:
+            self._end_chunk = Receiver._chunk_taken if octets else Receiver._empty_chunk_taken
+        else:
+            self._end_chunk = Receiver._chunk_refused
+        self._enter(State.CHUNK)
+        if octets == 0:
+            self._end_of_chunk()
 
     def _end_of_chunk(self) -> None:
-        refusal, self._chunk_refusal = self._chunk_refusal, None
-        self._state = self._chunk_from
         self.steps += 1
-        if refusal in (_OUT_OF_ORDER[State.CONNECTED], _OUT_OF_ORDER[State.IDLE]):
-            self._reset()
-            self._refuse_command(refusal)
-        elif self._last_chunk and self._recipients:
-            self._finish(bytes(self._content))
-        elif self._last_chunk:
-            self._answer(self._no_recipients())
-        elif refusal is not None:
-            # RFC 3030 4.2: the message is lost, whatever else comes of it.
-            self._content.clear()
-            self._state = State.CHUNKS
-            self._reply(refusal)
-        else:
-            self._state = State.CHUNKS
-            self._answer(CHUNK_OK if self._chunk_octets else self._bring_nothing(CHUNK_OK))
+        self._enter(self._after_chunk)
+        self._end_chunk(self)
+
+    def _chunk_out_of_order(self) -> None:
+        self._reset()
+        self._refuse_command(Reply(503, self.OUT_OF_ORDER[self._state], SEQUENCE))
+
+    def _chunk_taken(self) -> None:
+        self._reply(CHUNK_OK)
+
+    def _empty_chunk_taken(self) -> None:
+        self._say(self._unproductive(CHUNK_OK))
+
+    def _chunk_refused(self) -> None:
+        """The message is lost, whatever else comes of it (RFC 3030 4.2)."""
+        self._content.clear()
+        self._reply(self._too_big() if self._recipients else _NO_RECIPIENTS)
+
+    def _message_taken(self) -> None:
+        self._finish(bytes(self._content))
+
+    def _message_for_no_one(self) -> None:
+        self._say(self._no_recipients())
 
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""
-        self.steps += 1
         recipients = tuple(self._recipients)
         if refusal := self._content_refusal(content):
             self._reset()
-            self._answer(self._refuse(recipients, refusal))
-        else:
-            envelope = Envelope(
-                self._sender,
-                recipients,
-                self._mail_options,
-                self._rcpt_options,
-                self._helo,
-                self._esmtp,
-            )
-            transaction = Transaction(envelope, content)
-            self._waiting.append(_Slot(transaction))
-            self._unanswered_messages += 1
-            self._unanswered_octets += len(content)
-            self._events.append(transaction)
-            self._junk = self._refusals = 0
-            self._reset()
+            self._say(self._refuse(recipients, refusal))
+            return
+        envelope = Envelope(
+            self._sender,
+            recipients,
+            self._mail_options,
+            self._rcpt_options,
+            self._helo,
+            self._esmtp,
+        )
+        transaction = Transaction(envelope, content)
+        self._waiting.append(transaction)
+        self._unanswered_messages += 1
+        self._unanswered_octets += len(content)
+        self._events.append(transaction)
+        self._junk = self._refusals = 0
+        self._reset()
 
     def _content_refusal(self, content: bytes) -> Reply | None:
         if self._size > self.limits.message:
@@ -697,78 +515,36 @@ class Receiver:
         return max(self.limits.read_through, self.limits.message)
 
     def _far_too_big(self) -> Reply:
-        """No 552: nobody waits for the end of it to say so."""
+        """No 552: no one waits for the end of it to say so."""
         text = f"{self.limits.message} octets are taken, not this many, closing"
         return Reply(421, text, "4.3.4")
 
     def _too_big(self) -> Reply:
         return Reply(552, f"more than {self.limits.message} octets are not taken", "5.3.4")
 
-    def _on_rset(self, argument: str) -> Reply:
-        if argument:
-            raise _CommandError(Reply(501, "RSET takes no argument", SYNTAX))
-        self._reset()
-        return OK
-
-    def _on_noop(self, argument: str) -> Reply:
-        return OK
-
     def _on_vrfy(self, argument: str) -> Reply:
         if not argument:
-            raise _CommandError(Reply(501, "VRFY takes an address", SYNTAX))
+            raise CommandError(501, "VRFY takes an address", SYNTAX)
         # RFC 5321 3.5.3: we do not say who is there.
         return Reply(252, "send some mail, we will try to deliver it", "2.5.0")
 
-    def _on_starttls(self, argument: str) -> Reply | None:
-        if not self._starttls:
-            raise _CommandError(_NOT_IMPLEMENTED_REPLY)
-        if argument:
-            raise _CommandError(Reply(501, "STARTTLS takes no argument", SYNTAX))
-        if self._waiting:
-            raise _CommandError(Reply(503, "wait for the answer to your mail", SEQUENCE))
-        if self.pending:
-            self._close(Reply(421, "bytes behind STARTTLS, closing", "4.7.0"))
-            return None
-        self._state = State.HANDSHAKE
-        self._events.append(StartTls())
-        return Reply(220, "go ahead", "")
-
-    def _on_help(self, argument: str) -> Reply:
-        return Reply(214, "commands: " + " ".join(_EXPECTED), "2.0.0")
-
-    def _on_quit(self, argument: str) -> None:
-        if argument:
-            raise _CommandError(Reply(501, "QUIT takes no argument", SYNTAX))
-        self._close(Reply(221, f"{self.hostname} closing", "2.0.0"))
-
-    _HANDLERS: Mapping[str, Callable[[Receiver, str], Reply | None]] = {
-        "EHLO": _on_ehlo,
-        "HELO": _on_helo,
-        "MAIL": _on_mail,
-        "RCPT": _on_rcpt,
-        "DATA": _on_data,
-        "BDAT": _on_bdat,
-        "RSET": _on_rset,
-        "NOOP": _on_noop,
-        "VRFY": _on_vrfy,
-        "HELP": _on_help,
-        "QUIT": _on_quit,
-        "STARTTLS": _on_starttls,
+    # RFC 5321 4.1.4, RFC 3030 3, RFC 3207 4.
+    VERBS: ClassVar[Mapping[str, Verb]] = {
+        # verb      may come in, and leads to                     by
+        "EHLO": Verb(to(_IDLE, _ANYWHERE), Commands._on_ehlo, junk=True),
+        "HELO": Verb(to(_IDLE, _ANYWHERE), Commands._on_helo, junk=True),
+        "MAIL": Verb(to(_MAIL, (_IDLE,)), _on_mail),
+        "RCPT": Verb(to(_RCPT, (_MAIL, _RCPT)), _on_rcpt),
+        "DATA": Verb(to(State.DATA, (_MAIL, _RCPT)), _on_data),
+        "BDAT": Verb(to(State.CHUNK, _ANYWHERE), _on_bdat),
+        "RSET": Verb({**stay((_CONNECTED,)), **to(_IDLE, _GREETED)}, _on_rset, junk=True),
+        "NOOP": Verb(stay(_ANYWHERE), Commands._on_noop, junk=True),
+        "VRFY": Verb(stay(_GREETED), _on_vrfy, junk=True),
+        "HELP": Verb(stay(_ANYWHERE), Commands._on_help, junk=True),
+        "QUIT": Verb(to(State.CLOSED, _ANYWHERE), Commands._on_quit),
+        # RFC 3207 4 allows it elsewhere too; no one needs that.
+        "STARTTLS": Verb(to(State.HANDSHAKE, (_IDLE,)), Commands._on_starttls),
     }
-
-
-def _split(line: bytes) -> tuple[str, str]:
-    """A command line without its CRLF -> verb in upper case, argument."""
-    if _UNPRINTABLE.search(line):
-        raise _CommandError(_BAD_OCTETS)
-    try:
-        text = line.decode("utf-8").replace("\t", " ").rstrip(" ")
-    except UnicodeDecodeError:
-        raise _CommandError(Reply(500, "a command is ASCII, or UTF-8", "5.5.2")) from None
-    found = _COMMAND.fullmatch(text)
-    if not found:
-        raise _CommandError(Reply(500, "command not recognized", "5.5.2"))
-    return found[1].upper(), found[2] or ""
 
 
 def _parameters(text: str, known: Mapping[str, re.Pattern[str]]) -> dict[str, str]:
@@ -777,14 +553,14 @@ def _parameters(text: str, known: Mapping[str, re.Pattern[str]]) -> dict[str, st
     for word in filter(None, text.split(" ")):  # and not at what Unicode calls a space
         found = _PARAMETER.fullmatch(word)
         if not found:
-            raise _CommandError(Reply(501, "that is no KEY=VALUE parameter", SYNTAX))
+            raise CommandError(501, "malformed parameter, expected KEY=VALUE", SYNTAX)
         key, value = found[1].upper(), found[2] or ""
         if key not in known:
-            raise _CommandError(Reply(555, f"parameter {key[:40]} not implemented", SYNTAX))
+            raise CommandError(555, f"parameter {key[:40]} not implemented", SYNTAX)
         if key in options:
-            raise _CommandError(Reply(501, f"parameter {key} twice", SYNTAX))
+            raise CommandError(501, f"parameter {key} twice", SYNTAX)
         if not known[key].fullmatch(value):
-            raise _CommandError(Reply(501, f"parameter {key} has a wrong value", SYNTAX))
+            raise CommandError(501, f"parameter {key} has a wrong value", SYNTAX)
         options[key] = value
     return options
 

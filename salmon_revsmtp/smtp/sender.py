@@ -12,8 +12,9 @@ How it is used, the mirror of ``receiver``::
 How it works.  Commands wait in ``_commands``, each with the method that takes its reply; those that
 have been written wait for their replies in ``_expected``, in the same order.  ``_pump`` moves
 commands from one to the other: all of them where the peer does PIPELINING (RFC 2920), one at a
-time where not, and none past a command after which the client must wait (EHLO, DATA, QUIT).
-Everything else is one small method per reply.
+time where not, and none past a command after which the client must wait.  The table ``REPLIES`` has
+a row for each command: the replies that may come to it, whether anything may be written before they
+are here, and what it means.  Any other reply breaks the session.
 
 Transactions wait for their answers in ``_under_way``.  As a rule there is one at a time.  A peer
 that does PIPELINING and CHUNKING gets several, whole, without a wait between them: neither BDAT
@@ -34,8 +35,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from salmon_revsmtp.smtp.addresses import parse_path
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -102,12 +104,43 @@ Event = Ready | Sent | Closed | Broken
 _OnReply = Callable[[Reply], None]
 
 
+class Expected(NamedTuple):
+    """A row of the table of replies.
+
+    ``codes``  the replies that may come (RFC 5321 4.3.2); a 421 may come to anything (3.8).
+    ``wait``   nothing may be written after it until its reply is here.
+    """
+
+    codes: Set[int]
+    wait: bool = False
+
+
+_2YZ, _4YZ, _5YZ = (frozenset(range(first, first + 100)) for first in (200, 400, 500))
+_FINAL = _2YZ | _4YZ | _5YZ
+
+#: What may come to what we say.
+REPLIES: Mapping[str, Expected] = {
+    "the connection": Expected({220}, wait=True),
+    "EHLO": Expected(_2YZ | _5YZ, wait=True),  # 5yz: an old server (RFC 5321 3.2)
+    "HELO": Expected(_2YZ, wait=True),
+    "MAIL": Expected(_FINAL),
+    "RCPT": Expected(_FINAL),
+    # Without the data having been sent, no 2yz can say that the message was taken.
+    "DATA": Expected({354} | _4YZ | _5YZ, wait=True),
+    # 353: a reply per recipient follows (draft-hall-prdr 3).
+    "the message": Expected({353} | _FINAL),
+    "BDAT": Expected({353} | _FINAL),
+    "353": Expected(_FINAL),
+    "RSET": Expected(_2YZ),
+    "QUIT": Expected(_FINAL, wait=True),
+}
+
+
 @dataclass
 class _Command:
+    name: str  # its row in REPLIES
     pieces: tuple[bytes, ...]
     on_reply: _OnReply
-    wait: bool = False  # nothing may be written behind it until its reply is here
-    goes_on: bool = False  # a 3yz reply is an answer to it
 
 
 class _Transaction:
@@ -139,7 +172,7 @@ class Sender:
         self._ahead = ahead or AheadLimits()
         self._parser = ReplyParser()
         self._commands: deque[_Command] = deque()
-        self._expected: deque[_Command] = deque([_Command((), self._on_greeting, wait=True)])
+        self._expected: deque[_Command] = deque([_Command("the connection", (), self._on_greeting)])
         self._out: list[bytes] = []
         self._events: list[Event] = []
         self._messages: deque[Outgoing] = deque()
@@ -149,6 +182,8 @@ class Sender:
         self._ready = False
         self._quitting = False
         self._over = False
+        self.steps = 0  # replies that became whole
+        self.content_octets = 0  # none comes to a client
 
     # -- what the caller sees ---------------------------------------------------------------
 
@@ -158,7 +193,7 @@ class Sender:
         Returns what happens at once: a message that this peer cannot take.
         """
         self._messages.append(message)
-        return self._go_on()
+        return self.advance()
 
     @property
     def room(self) -> bool:
@@ -166,10 +201,25 @@ class Sender:
         that it has to, that is known when it is here.)"""
         return not self._over and not self._messages and (not self._ready or self._may_begin(0))
 
+    @property
+    def paused(self) -> bool:
+        """A client reads whatever it is told."""
+        return False
+
+    @property
+    def closed(self) -> bool:
+        """The session is over: close the connection when all is written."""
+        return self._over
+
+    @property
+    def pending(self) -> bool:
+        """A part of a reply is here."""
+        return not self._parser.idle
+
     def quit(self) -> list[Event]:
         """Say QUIT when everything queued has been sent."""
         self._quitting = True
-        return self._go_on()
+        return self.advance()
 
     def data_to_send(self) -> list[bytes]:
         """The pieces to write now, in order; each is returned once."""
@@ -183,11 +233,12 @@ class Sender:
         self._parser.receive_bytes(data)
         try:
             while not self._over and (reply := self._parser.next_reply()):
+                self.steps += 1
                 self._take(reply)
                 self._advance()
         except ReplyError as error:
             self._break(str(error))
-        return self._go_on()
+        return self.advance()
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -197,12 +248,15 @@ class Sender:
             self._break(f"the peer closes: {reply}")
         elif not self._expected:
             self._break(f"a reply to nothing: {reply}")
-        elif 300 <= reply.code < 400 and not self._expected[0].goes_on:
-            self._break(f"the peer asks for more where there is no more: {reply}")
         else:
-            self._expected.popleft().on_reply(reply)
+            command = self._expected.popleft()
+            if reply.code in REPLIES[command.name].codes:
+                command.on_reply(reply)
+            else:
+                self._break(f"the peer answers {command.name} with {reply}")
 
-    def _go_on(self) -> list[Event]:
+    def advance(self) -> list[Event]:
+        """Go on with what is queued; returns what happens at once."""
         self._advance()
         events, self._events = self._events, []
         return events
@@ -215,7 +269,7 @@ class Sender:
         self._pump()
         if self._ready and not self._under_way and not self._commands and self._quitting:
             self._quitting = False
-            self._command(b"QUIT", self._on_quit, wait=True)
+            self._command("QUIT", b"QUIT", self._on_quit)
             self._pump()
 
     def _may_begin(self, octets: int) -> bool:
@@ -231,21 +285,17 @@ class Sender:
 
     def _pump(self) -> None:
         while self._commands:
-            if self._expected and (self._expected[-1].wait or not self._has("PIPELINING")):
+            if self._expected and self._must_wait(self._expected[-1]):
                 return
             command = self._commands.popleft()
             self._expected.append(command)
             self._out += command.pieces
 
-    def _command(
-        self,
-        line: bytes,
-        on_reply: _OnReply,
-        *content: bytes,
-        wait: bool = False,
-        goes_on: bool = False,
-    ) -> None:
-        self._commands.append(_Command((line + b"\r\n", *content), on_reply, wait, goes_on))
+    def _must_wait(self, last: _Command) -> bool:
+        return REPLIES[last.name].wait or not self._has("PIPELINING")
+
+    def _command(self, name: str, line: bytes, on_reply: _OnReply, *content: bytes) -> None:
+        self._commands.append(_Command(name, (line + b"\r\n", *content), on_reply))
 
     def _has(self, keyword: str) -> bool:
         return keyword in self._extensions
@@ -258,16 +308,11 @@ class Sender:
     # -- greeting -------------------------------------------------------------------------------
 
     def _on_greeting(self, reply: Reply) -> None:
-        if reply.code != 220:
-            self._break(f"the peer greets with {reply}")
-        else:
-            self._command(f"EHLO {self._hostname}".encode(), self._on_ehlo, wait=True)
+        self._command("EHLO", f"EHLO {self._hostname}".encode(), self._on_ehlo)
 
     def _on_ehlo(self, reply: Reply) -> None:
-        if reply.permanent:  # RFC 5321 3.2: an old server
-            self._command(f"HELO {self._hostname}".encode(), self._on_helo, wait=True)
-        elif not reply.positive:
-            self._break(f"the peer answers EHLO with {reply}")
+        if reply.permanent:
+            self._command("HELO", f"HELO {self._hostname}".encode(), self._on_helo)
         else:
             for line in reply.text.split("\n")[1:]:
                 keyword, _, parameters = line.strip().partition(" ")
@@ -275,10 +320,7 @@ class Sender:
             self._get_ready()
 
     def _on_helo(self, reply: Reply) -> None:
-        if reply.positive:
-            self._get_ready()
-        else:
-            self._break(f"the peer answers HELO with {reply}")
+        self._get_ready()
 
     def _get_ready(self) -> None:
         self._ready = True
@@ -302,15 +344,15 @@ class Sender:
             self._settle()
             return
         if ahead:
-            self._command(b"RSET", self._on_rset)
-        self._command(self._mail(message.envelope, content), self._on_mail)
+            self._command("RSET", b"RSET", self._on_rset)
+        self._command("MAIL", self._mail(message.envelope, content), self._on_mail)
         for number, recipient in enumerate(message.envelope.recipients):
             line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
-            self._command(line.encode(), self._on_rcpt(number))
+            self._command("RCPT", line.encode(), self._on_rcpt(number))
         if self._has("CHUNKING"):  # RFC 3030: one round trip for all of it
-            self._command(b"BDAT %d LAST" % len(content), self._on_end, content, goes_on=True)
+            self._command("BDAT", b"BDAT %d LAST" % len(content), self._on_end, content)
         else:
-            self._command(b"DATA", self._on_data(content), wait=True, goes_on=True)
+            self._command("DATA", b"DATA", self._on_data(content))
 
     def _cannot_take(self, envelope: Envelope, content: bytes) -> Reply | None:
         if not self._can_be_said(envelope):
@@ -405,27 +447,24 @@ class Sender:
         def on_reply(reply: Reply) -> None:
             if reply.code >= 400:
                 self._on_end(reply)
-            elif reply.code != 354:
-                # Without the data having been sent, no reply can say that the message was taken.
-                self._break(f"the peer answers DATA with {reply}")
             else:
                 # RFC 2920 3.1: nobody may be there, and it wants data all the same.
                 accepted = bool(self._transaction.accepted)
                 pieces = (_stuffed(content), b".\r\n") if accepted else (b".\r\n",)
-                self._commands.append(_Command(pieces, self._on_end, goes_on=True))
+                self._commands.append(_Command("the message", pieces, self._on_end))
 
         return on_reply
 
     def _on_end(self, reply: Reply) -> None:
         """The reply to the whole message, or the 353 that announces one per recipient."""
         transaction = self._transaction
-        if reply.code == 353 and transaction.accepted:
-            each = [_Command((), self._on_each(number)) for number in transaction.accepted]
-            # Before the replies to what has been written behind it.
-            self._expected.extendleft(reversed([*each, _Command((), self._on_message)]))
-            return
-        if reply.code < 400 and not reply.positive:
-            self._break(f"the peer answers the message with {reply}")
+        if reply.code == 353:
+            if not transaction.accepted:
+                self._break(f"the peer answers a message for no one with {reply}")
+                return
+            each = [_Command("353", (), self._on_each(number)) for number in transaction.accepted]
+            # Before the replies to what has been written after it.
+            self._expected.extendleft(reversed([*each, _Command("353", (), self._on_message)]))
             return
         transaction.replies.update(dict.fromkeys(transaction.accepted, reply))
         self._finish()
@@ -451,7 +490,7 @@ class Sender:
         self._settle()
         if not taken and not self._under_way:
             # The peer may still be in a transaction (RFC 5321 4.1.1.5).
-            self._command(b"RSET", self._on_rset)
+            self._command("RSET", b"RSET", self._on_rset)
 
     def _settle(self) -> None:
         """Tell of every message of which all has been said, in order."""
@@ -463,8 +502,7 @@ class Sender:
             self._events.append(Sent(transaction.message, replies))
 
     def _on_rset(self, reply: Reply) -> None:
-        if not reply.positive:
-            self._break(f"the peer answers RSET with {reply}")
+        """The peer is in no transaction any more."""
 
 
 def _parameters(options: Mapping[str, str], *keys: str) -> list[str]:

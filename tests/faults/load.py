@@ -26,9 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import PASSWORD, Dialogue, agent_keys, configuration
 from salmon import mail, queue
 from salmon.routing import Router, route, stateless
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.dialogue import Dialogue
 
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Account, Accounts
@@ -258,13 +259,12 @@ async def consume(load: Load, port: int) -> None:
     Router.RELOAD = False
     Router.UNDELIVERABLE_QUEUE = queue.Queue("run/undeliverable")
 
-    @route(".*")
-    @stateless
     def handler(message: mail.MailRequest, **captures: str) -> None:
         handled[message["Subject"]] += 1
         if load.slow:
             time.sleep(load.slow)
 
+    route(".*")(stateless(handler))
     plugins = Plugins.load()
     keys = [
         agent_keys(
@@ -350,7 +350,7 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
         line = process.stdout.readline()
     finally:
         hanging.cancel()
-    assert line, f"the process {process.args} said nothing"
+    assert line, f"the process {process.args!r} said nothing"
     return dict(json.loads(line))
 
 

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from salmon_revsmtp.delivery.dispatcher import Answer
+from salmon_revsmtp.delivery.dispatcher import PendingDelivery
+from salmon_revsmtp.delivery.trace import Origin
+from salmon_revsmtp.journal.deliveries import MessageKey
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.service.tally import Tally
-from salmon_revsmtp.smtp.receiver import Transaction
 from salmon_revsmtp.smtp.replies import Reply
 
 TIMEOUT = 300.0
@@ -33,21 +34,23 @@ class Wire(asyncio.Transport):
     def __init__(self, loop: Loop) -> None:
         super().__init__()
         self.loop, self.heard, self.closed_at = loop, b"", -1.0
-        self.handed_over: list[Callable[[Answer | RuntimeError], None]] = []
+        self.handed_over: list[Callable[[], None]] = []
         self.answered = 0
         self.slow = False
         service = Service("x", ServiceSettings(hostname="h", domains=("example.org",)))
+        dispatcher: Any = self
+        origin = Origin(service.name, service.hostname)
         self.session = Session(
-            service, service.recipient_policy(()), self._deliver, Tally(), TIMEOUT
+            service, service.recipient_policy(()), dispatcher, origin, Tally(), TIMEOUT
         )
         self.session.connection_made(self)
 
-    def _deliver(
-        self,
-        transaction: Transaction,
-        session: Session,
-        answered: Callable[[Answer | RuntimeError], None],
-    ) -> None:
+    def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
+        """As the dispatcher has it."""
+        pending.since = self.loop.now
+        pending.replies, pending.delivered = [OK], 1
+        pending.key = MessageKey("x", "", b"")
+        pending.reply = OK
         self.handed_over.append(answered)
         if not self.slow:
             self.answer(1)
@@ -56,7 +59,7 @@ class Wire(asyncio.Transport):
         """Some of those that have been handed over are delivered."""
         for answered in self.handed_over[self.answered : self.answered + messages]:
             self.answered += 1
-            self.loop.call_soon(answered, Answer(OK, (OK,), 1, b""))
+            self.loop.call_soon(answered)
 
     async def say(self, data: bytes) -> None:
         self.session.data_received(data)
@@ -86,6 +89,9 @@ class Wire(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self.closed_at >= 0
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def pause_reading(self) -> None:
         pass
@@ -224,7 +230,7 @@ def test_octets_that_come_while_we_deliver_do_not_stop_the_clock_behind_it() -> 
     on_the_wire(talk)
 
 
-MESSAGE = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\nx\r\n"
+TRANSACTION = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\nx\r\n"
 
 
 def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
@@ -232,7 +238,7 @@ def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
 
     async def talk(wire: Wire) -> None:
         wire.slow = True
-        await wire.say(b"EHLO p\r\n" + 100 * MESSAGE)
+        await wire.say(b"EHLO p\r\n" + 100 * TRANSACTION)
         for answered in range(100):
             assert len(wire.handed_over) == min(answered + 16, 100)
             assert await wire.later(1.2)
@@ -245,11 +251,11 @@ def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
 def test_as_much_is_read_ahead_as_is_delivered_in_a_second() -> None:
     async def talk(wire: Wire) -> None:
         wire.slow = True
-        await wire.say(b"EHLO p\r\n" + 16 * MESSAGE)
+        await wire.say(b"EHLO p\r\n" + 16 * TRANSACTION)
         assert await wire.later(0.4)
         wire.answer(16)
         await wire.let_run()
-        await wire.say(100 * MESSAGE)
+        await wire.say(100 * TRANSACTION)
         assert len(wire.handed_over) == 16 + 40
         wire.slow = False
         wire.answer(40)

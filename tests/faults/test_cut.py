@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable
 
 import pytest
-from conftest import Salmon
-from proxy import Direction, Fault, How
-from rig import BOTH, Rig, one_message, with_rig
+from support.proxy import Direction, Fault, How
+from support.rig import BOTH, Rig, one_message, with_rig
+from support.salmon import Salmon
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome

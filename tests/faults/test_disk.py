@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    MESSAGE,
-    PASSWORD,
-    Dialogue,
-    Salmon,
-    agent_keys,
-    collect,
-    explodes,
-    fails,
-    no_more_mail,
-    scripted,
-)
 from salmon import queue
 from salmon.mail import MailRequest
+from support.collecting import collect
+from support.configuration import PASSWORD, agent_keys
+from support.dialogue import Dialogue, no_more_mail, scripted
+from support.messages import MESSAGE
+from support.salmon import Salmon, explodes, fails
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.customer.report import Report

@@ -9,22 +9,21 @@ from email import policy
 from email.message import Message
 
 import pytest
-from conftest import Salmon
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
-from test_delivery import exchange
+from support.collecting import exchange
+from support.messages import MESSAGE
+from support.salmon import Salmon
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.dsn import notification
-from salmon_revsmtp.delivery.trace import Hop, envelope_lines, split_envelope
+from salmon_revsmtp.delivery.trace import Origin, envelope_lines, split_envelope
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
-
-MESSAGE = b"From: Ann <ann@example.net>\r\nSubject: hi\r\n\r\nhello\r\n"
 
 # RFC 5321 4.1.2 and RFC 6531 3.3 allow them all.
 LOCAL_PARTS = [
@@ -62,16 +61,13 @@ POLICIES = [policy.compat32, policy.default, policy.SMTP, policy.SMTPUTF8]
 
 def names(data: bytes) -> list[str]:
     """The header lines that Python finds, by every policy the same."""
-    [found, *others] = [
-        email.message_from_bytes(data, policy=one).keys()  # type: ignore[arg-type]
-        for one in POLICIES
-    ]
+    [found, *others] = [email.message_from_bytes(data, policy=one).keys() for one in POLICIES]
     assert all(other == found for other in others)
     return found
 
 
 RECIPIENTS = [f"{local}@example.org" for local in LOCAL_PARTS]
-KEPT = ["Return-Path", "Delivered-To", "Received", "From", "Subject"]
+KEPT = ["Return-Path", "Delivered-To", "Received", "From", "To", "Subject"]
 ODD_SENDER = "a\u2028Bcc\u0085@example.net"
 
 
@@ -83,8 +79,8 @@ def test_handlers_find_the_message_and_one_line_of_ours(salmon: Salmon) -> None:
     assert [message.To for message in salmon.handled] == [one.lower() for one in RECIPIENTS]
     for message in salmon.handled:
         assert message.From == ODD_SENDER.lower()
-        assert names(message.Data) == ["Received", "From", "Subject"]
-        assert message.body() == "hello"
+        assert names(message.Data) == ["Received", "From", "To", "Subject"]
+        assert message.body() == ".hello"
 
 
 def test_the_queue_keeps_the_envelope_in_two_lines_and_gives_it_back(salmon: Salmon) -> None:
@@ -140,8 +136,8 @@ def test_any_mailbox_that_is_taken_makes_two_lines(one: str, other: str) -> None
     sender, recipient = f"{one}@example.net", f"{other}@example.org"
     assert is_mailbox(sender) and is_mailbox(recipient)
     content = MESSAGE.replace(b"\r\n", b"\n")
-    hop = Hop("192.0.2.1", "mail.example.org", "agent isp", tls=True)
-    received = hop.received(Envelope(sender, (recipient,), helo=one), recipient)
+    origin = Origin("default", "mail.example.org", peer=("192.0.2.1", 25), tls=True)
+    received = origin.received(Envelope(sender, (recipient,), helo=one), recipient)
     kept = envelope_lines(sender, recipient) + received + content
     assert names(kept) == KEPT
     assert split_envelope(kept) == (sender, recipient, received + content)
@@ -167,8 +163,15 @@ NOTIFICATION = [
 def parts_of(report: bytes) -> list[Message]:
     """The parts of a notification, which has our header lines and no others."""
     assert names(report) == NOTIFICATION
-    [_, status, _] = email.message_from_bytes(report).get_payload()  # type: ignore[misc]
-    return list(status.get_payload())
+    whole = email.message_from_bytes(report)
+    [_, status, _] = parts(whole)
+    return parts(status)
+
+
+def parts(message: Message) -> list[Message]:
+    payload = message.get_payload()
+    assert isinstance(payload, list)
+    return [part for part in payload if isinstance(part, Message)]
 
 
 def test_a_notification_has_our_header_lines_only(salmon: Salmon) -> None:

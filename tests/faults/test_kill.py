@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PASSWORD, agent_keys
-from processes import LONG, KillableProcess
+from support.configuration import PASSWORD, agent_keys
+from support.processes import LONG, KillableProcess
 
 from salmon_revsmtp.delivery.maildir import open_queue
 from salmon_revsmtp.provider.accounts import Account, Accounts

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import MESSAGE, PASSWORD, Salmon, agent_keys, configuration, fails
 from salmon.mail import MailRequest
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.messages import MESSAGE
+from support.salmon import Salmon, fails
 
 from salmon_revsmtp.customer import odmr
 from salmon_revsmtp.customer.report import Report
@@ -107,7 +109,7 @@ def test_a_notification_that_comes_back_makes_no_other(salmon: Salmon) -> None:
         service = {"hostname": "x", "listen": "127.0.0.1:0"}
         valid = configuration(agent_keys(366), plugins=plugins, default=service)
         with Collector(valid, plugins, lambda: salmon.relay) as collector:
-            [listener] = collector.listeners()
+            [listener] = await collector.listeners()
             await listener.start()
             everyone = ["good@example.org", "never@example.org"]
             data = MESSAGE + b"another\r\n"
@@ -148,7 +150,7 @@ def test_a_handler_that_mails_to_our_own_listener_waits_no_longer_than_its_timeo
         service = {"hostname": "x", "listen": "127.0.0.1:0", "handler_timeout": 0.4}
         valid = configuration(agent_keys(366), plugins=plugins, default=service)
         with Collector(valid, plugins, lambda: salmon.relay) as collector:
-            [listener] = collector.listeners()
+            [listener] = await collector.listeners()
             await listener.start()
             ports.append(listener.port)
             with pytest.raises(smtplib.SMTPDataError, match="451"):
@@ -173,7 +175,7 @@ def test_an_agent_pointed_at_ourselves_fails_and_says_so(salmon: Salmon, protoco
         service = {"hostname": "mail.example.org", "listen": "127.0.0.1:0"}
         listening = configuration(agent_keys(366), plugins=plugins, default=service)
         with Collector(listening, plugins, lambda: salmon.relay) as collector:
-            [listener] = collector.listeners()
+            [listener] = await collector.listeners()
             await listener.start()
             keys = agent_keys(listener.port, server="127.0.0.1", protocol=protocol)
             if protocol == "etrn":

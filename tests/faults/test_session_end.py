@@ -6,16 +6,10 @@ import asyncio
 import threading
 
 import pytest
-from conftest import (
-    PASSWORD,
-    Dialogue,
-    Salmon,
-    Script,
-    agent_keys,
-    configuration,
-    no_more_mail,
-    scripted,
-)
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.dialogue import Dialogue, Script, no_more_mail, scripted
+from support.messages import MESSAGE
+from support.salmon import Salmon, waits_for
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
@@ -26,7 +20,6 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
-MESSAGE = b"Subject: hi\r\n\r\nhello\r\n"
 ENVELOPE = (b"MAIL FROM:<a@example.net>", b"RCPT TO:<b@example.org>")
 DATA = b"BDAT %d LAST\r\n%b" % (len(MESSAGE), MESSAGE)
 
@@ -96,7 +89,7 @@ def test_quit_twice_is_answered_once(salmon: Salmon) -> None:
 def test_quit_behind_the_data_before_its_answer(salmon: Salmon) -> None:
     """RFC 2920: the answers come in order, that to the data first, and only when it is safe."""
     quitted = threading.Event()
-    salmon.handle(".*", lambda message: quitted.wait(20) and None)
+    salmon.handle(".*", waits_for(quitted))
 
     async def session(provider: Dialogue) -> None:
         await provider.reverse()
@@ -147,7 +140,7 @@ def test_a_provider_that_does_not_wait_for_the_221(salmon: Salmon, reset: bool) 
 
 def test_a_provider_that_ends_its_side_behind_the_data_hears_the_answer(salmon: Salmon) -> None:
     ended = threading.Event()
-    salmon.handle(".*", lambda message: ended.wait(20) and None)
+    salmon.handle(".*", waits_for(ended))
 
     async def session(provider: Dialogue) -> None:
         await provider.reverse()

@@ -13,7 +13,7 @@ import re
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_receiver import Client
+from support.client import Client
 
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.sender import Outgoing, Sender

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from conftest import Salmon
-from proxy import Direction, Fault, How
-from rig import Rig, one_message, with_rig
+from support.proxy import Direction, Fault, How
+from support.rig import Rig, one_message, with_rig
+from support.salmon import Salmon
 
 from salmon_revsmtp.customer import odmr
 from salmon_revsmtp.net.outcome import Outcome

@@ -24,13 +24,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from salmon_revsmtp.provider import accounts as sasl
-from salmon_revsmtp.provider import session as reversal
+from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.smtp import replies as reply_limits
+from salmon_revsmtp.smtp import turn
 from salmon_revsmtp.smtp.addresses import domain_of, parse_path
+from salmon_revsmtp.smtp.commands import State
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
-from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, State, Transaction
+from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
 
@@ -195,7 +196,8 @@ class _Served:
                 return
             if number == 0 and b"shutdown" in self.words:
                 self.shutdown = True
-                self._hear(self.machine.shut_down(), 0)
+                self.machine.shut_down()
+                self._hear(self.machine.advance(), 0)
         self._stop()
 
     def _hear(self, events: Iterable[object], size: int) -> None:
@@ -207,7 +209,7 @@ class _Served:
         self.heard += self.machine.data_to_send()
         self._weigh(size)
         if self.shutdown and not self.machine.paused:
-            content = (State.DATA, State.CHUNK, State.CHUNKS, State.LONG_LINE)
+            content = (State.DATA, State.CHUNK, State.CHUNKS)
             assert self.machine._state in (*content, State.CLOSED), "an idle session stays"
 
     def _weigh(self, size: int) -> None:
@@ -217,14 +219,15 @@ class _Served:
         if not machine.paused and not self.handshake:
             assert held <= limits.message + limits.command_line + 7, "more is held than allowed"
         assert held <= limits.message + limits.command_line + 7 + size
-        waiting = sum(len(slot.data) for slot in machine._waiting)
+        waiting = sum(len(one) for one in machine._waiting if isinstance(one, bytearray))
         assert waiting <= limits.unanswered_octets + LONGEST_REPLY, "replies pile up"
 
     def _answer(self) -> None:
         transaction = self.unanswered.pop(-1 if b"newest" in self.words else 0)
         reply, each = _verdict(transaction.envelope, transaction.data)
         size = len(self.machine._buffer)
-        self._hear(self.machine.answer(transaction, reply, each), size)
+        self.machine.answer(transaction, reply, each)
+        self._hear(self.machine.advance(), size)
 
     def _shake_hands(self) -> None:
         """What the caller does about STARTTLS when the client waits."""
@@ -232,7 +235,8 @@ class _Served:
             return
         self.handshake = False
         if not self.machine.pending:
-            self._hear(self.machine.tls_started(), 0)
+            self.machine.tls_started()
+            self._hear(self.machine.advance(), 0)
             return
         # Bytes behind STARTTLS.  The machine may have seen them with it, or after it: the same
         # attack, the same end.
@@ -255,7 +259,7 @@ class _Served:
         ]
 
 
-_INJECTED = Reply(421, "bytes behind STARTTLS, closing", "4.7.0")
+_INJECTED = Reply(421, "unexpected data after STARTTLS, closing", "4.7.0")
 
 
 def receiver(data: bytes) -> None:
@@ -815,12 +819,11 @@ def _is_mailbox(mailbox: str, reverse: bool) -> bool:
 
 # -- the provider before the reversal -------------------------------------------------------------
 
-ACCOUNTS = sasl.Accounts(
+ACCOUNTS = Accounts(
     [
-        sasl.Account("customer", "secret", ("example.org", "b\u00fccher.example")),
-        sasl.Account("other", "secret", ("example.net",)),
-    ],
-    HOSTNAME,
+        Account("customer", "secret", ("example.org", "b\u00fccher.example")),
+        Account("other", "secret", ("example.net",)),
+    ]
 )
 _CHALLENGE = re.compile(rb"^334 .*\r\n", re.MULTILINE)
 
@@ -834,8 +837,8 @@ class _Reversed:
     events: list[object] = field(default_factory=list)
 
     def run(self, flights: list[bytes], sizes: list[int] | None) -> None:
-        self.machine = reversal.Session(
-            HOSTNAME, ACCOUNTS, tls_offered=b"tls" in self.words, tls=b"implicit" in self.words
+        self.machine = turn.Turn(
+            HOSTNAME, ACCOUNTS, starttls=b"tls" in self.words, tls=b"implicit" in self.words
         )
         self.handshake = self.over = False
         self.heard += self.machine.data_to_send()
@@ -845,35 +848,36 @@ class _Reversed:
                 if self.handshake and self.machine.pending:
                     break
                 if not self.over and not self.handshake:
-                    assert len(self.machine._buffer) < reversal.MAX_LINE, "a line without end"
+                    assert len(self.machine._buffer) < turn.AUTH_LINE, "a line without end"
             if self.handshake and self.machine.pending:
-                closing = Reply(421, "bytes behind STARTTLS, closing", "4.7.0").encode()
-                self.heard = self.heard.removesuffix(b"220 go ahead\r\n") + closing
-                self.events[-1] = reversal.Goodbye()
+                self.heard = self.heard.removesuffix(b"220 go ahead\r\n") + _INJECTED.encode()
+                self.events[-1] = Quit(_INJECTED)
                 self.over = True
                 return
             if self.handshake:
                 self.handshake = False
-                self._hear(self.machine.tls_started())
+                self.machine.tls_started()
+                self._hear(self.machine.advance())
         if self.over:
             before = len(self.machine._buffer)
             self._hear(self.machine.receive_bytes(b"NOOP\r\n\x00"))
             assert len(self.machine._buffer) <= before, "kept for nobody"
 
-    def _hear(self, events: list[reversal.Event]) -> None:
+    def _hear(self, events: list[turn.Event]) -> None:
         assert not (self.over and events), "something happens after the end"
         self.events += events
         said = self.machine.data_to_send()
         assert not (self.over and said), "something is said after the end"
         self.heard += said
         for event in events:
-            if isinstance(event, reversal.AtrnRequest):
-                assert set(event.domains) <= set(event.account.domains) and event.domains
+            if isinstance(event, turn.AtrnRequest):
+                assert set(event.domains) <= set(ACCOUNTS.domains(event.account)) and event.domains
                 assert b"\r\n235 " in self.heard.rpartition(b"\r\n220 ")[2], "no login"
                 code = 250 if b"mail" in self.words else 453
-                self._hear(self.machine.answer(Reply(code, "now")))
+                self.machine.answer(Reply(code, "now"))
+                self._hear(self.machine.advance())
                 self.over = self.over or code == 250
-            elif isinstance(event, reversal.StartTls):
+            elif isinstance(event, turn.StartTls):
                 self.handshake = True
             else:
                 self.over = True
@@ -892,7 +896,7 @@ def session(data: bytes) -> None:
     said = _said(whole.heard)
     assert len(said) <= b"".join(flights).count(b"\r\n") + 2
     codes = [code for code, _ in said]
-    assert codes[0] == 220 and codes.count(535) < reversal.MAX_LOGINS
+    assert codes[0] == 220 and codes.count(535) < turn.MAX_LOGINS
     assert not {221, 421} & set(codes[:-1]), "replies after the last one"
     if b"implicit" not in words and 220 not in codes[1:]:
         assert not re.search(rb"^250.AUTH.*(PLAIN|LOGIN)", whole.heard, re.MULTILINE)

@@ -10,9 +10,9 @@ __all__ = ["fuzz"]
 
 # What a target is about; more would make it slower and find no more.
 INSTRUMENTED = {
-    "receiver": ["salmon_revsmtp.smtp.receiver"],
+    "receiver": ["salmon_revsmtp.smtp.commands", "salmon_revsmtp.smtp.receiver"],
     "sender": ["salmon_revsmtp.smtp.sender", "salmon_revsmtp.smtp.replies"],
-    "session": ["salmon_revsmtp.provider.session"],
+    "session": ["salmon_revsmtp.smtp.commands", "salmon_revsmtp.smtp.turn"],
     "replies": ["salmon_revsmtp.smtp.replies"],
 }
 
@@ -22,9 +22,9 @@ def fuzz(name: str) -> None:
     with atheris.instrument_imports(include=INSTRUMENTED[name]):
         import properties
 
-        from salmon_revsmtp.provider import accounts
+        from salmon_revsmtp.smtp import sasl
 
     # A password is hashed this often to make guessing slow; here it only makes fuzzing slow.
-    accounts.ITERATIONS = 1
+    sasl.ITERATIONS = 1
     atheris.Setup(sys.argv, properties.TARGETS[name])
     atheris.Fuzz()

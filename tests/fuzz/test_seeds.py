@@ -10,8 +10,7 @@ import pytest
 from grammar import inputs, seeds
 from hypothesis import given, settings
 
-from salmon_revsmtp.provider import accounts
-from salmon_revsmtp.smtp import receiver, sender
+from salmon_revsmtp.smtp import commands, receiver, sasl, sender
 
 EVERYTHING = [(target, path) for target in properties.TARGETS for path in seeds(target)]
 
@@ -19,7 +18,7 @@ EVERYTHING = [(target, path) for target in properties.TARGETS for path in seeds(
 @pytest.fixture(autouse=True, scope="module")
 def cheap_passwords() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accounts, "ITERATIONS", 1)
+        patch.setattr(sasl, "ITERATIONS", 1)
         yield
 
 
@@ -50,11 +49,11 @@ def test_the_properties_hold_for_noise(target: str) -> None:
         ("receiver", receiver, "_END_OF_DATA", b"\n.\r\n"),
         ("receiver", receiver, "_has_long_line", lambda content, limit: False),
         ("receiver", receiver.Receiver, "_end_if_shutting_down", lambda self: None),
-        ("receiver", receiver.Receiver, "_too_big", lambda self: receiver.OK),
+        ("receiver", receiver.Receiver, "_too_big", lambda self: commands.OK),
         ("sender", sender, "_stuffed", lambda content: content),
         ("sender", sender, "_with_crlf", lambda data: data),
         ("sender", sender.Sender, "_can_be_said", lambda self, envelope: True),
-        ("session", accounts.Accounts, "_check", lambda self, name, _: self._accounts["other"]),
+        ("session", sasl, "_proved", lambda passwords, name, password: "other"),
     ],
 )
 def test_the_properties_notice(

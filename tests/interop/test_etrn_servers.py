@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Salmon, agent_keys, configuration
-from servers import Exim, Postfix, Sendmail, Server, free_port
+from support.configuration import configuration, etrn_keys
+from support.salmon import Salmon
+from support.servers import Exim, Postfix, Sendmail, Server, free_port, until
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import samples
@@ -26,30 +25,16 @@ DOWNCONVERTED = ("xn--jxalpdlp@", "δοκιμή@")
 DOMAINS = ["example.org", "example.com"]
 
 
-def etrn(port: int, *domains: str) -> dict[str, Any]:
-    keys = agent_keys(port, name="mx", protocol="etrn", server="127.0.0.1", domains=list(domains))
-    del keys["account"], keys["password"]
-    return keys
-
-
-async def until(what: Callable[[], bool], server: Server) -> None:
-    """Wait for what another process does."""
-    give_up = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < give_up, server.log()
-        await asyncio.sleep(0.05)
-
-
 def requested(salmon: Salmon, server: Server, expected: int, *domains: str) -> Report:
     """Listen, collect, and wait until the server has delivered so many messages."""
 
     async def main() -> Report:
         service = {"listen": f"127.0.0.1:{server.next_hop}", "hostname": "mail.example.org"}
-        keys = etrn(server.port, *domains)
+        keys = etrn_keys(server.port, *domains)
         valid = configuration(keys, default={**service, "domains": DOMAINS})
         plugins = Plugins.load()
         with Collector(valid, plugins, lambda: salmon.relay) as collector:
-            [listener] = collector.listeners()
+            [listener] = await collector.listeners()
             await listener.start()
             [report] = await collector.collect(valid.agents)
             await until(lambda: delivered(salmon) >= expected, server)
@@ -66,7 +51,7 @@ def delivered(salmon: Salmon) -> int:
 
 def asked(salmon: Salmon, server: Server, *domains: str) -> Report:
     async def main() -> Report:
-        valid = configuration(etrn(server.port, *domains), default={"domains": DOMAINS})
+        valid = configuration(etrn_keys(server.port, *domains), default={"domains": DOMAINS})
         with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
             [report] = await collector.collect(valid.agents)
         return report

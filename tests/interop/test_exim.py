@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CERTIFICATE, PRIVATE_KEY, Salmon, agent_keys, collect
-from servers import ACCOUNTS, Exim
+from support.collecting import collect
+from support.configuration import agent_keys
+from support.salmon import Salmon
+from support.servers import ACCOUNTS, Exim
+from support.tls import CERTIFICATE, PRIVATE_KEY
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.demo.samples import Sample, samples

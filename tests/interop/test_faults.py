@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MESSAGE, Salmon, agent_keys, configuration, exchange, fails
-from processes import KillableProcess
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import Relay, SMTPError
-from servers import ACCOUNTS, Exim, Postfix, Server, free_port
-from test_etrn_servers import etrn, until
+from support.collecting import exchange
+from support.configuration import agent_keys, configuration, etrn_keys
+from support.messages import MESSAGE
+from support.processes import KillableProcess
+from support.salmon import Salmon, fails
+from support.servers import ACCOUNTS, Exim, Postfix, Server, free_port, until
 
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
@@ -100,10 +102,10 @@ def test_partial_success_with_postfix_which_has_no_prdr(salmon: Salmon, chroot: 
 async def _flushed(salmon: Salmon, server: Server, handled: int) -> None:
     """Ask for the mail until so many deliveries have been handled and the server has heard."""
     service = {"listen": f"127.0.0.1:{server.next_hop}", "hostname": "mail.example.org"}
-    keys = etrn(server.port, "example.org")
+    keys = etrn_keys(server.port, "example.org")
     valid = configuration(keys, default={**service, "domains": ["example.org"]})
     with Collector(valid, Plugins.load(), lambda: salmon.relay) as collector:
-        [listener] = collector.listeners()
+        [listener] = await collector.listeners()
         await listener.start()
         await collector.collect(valid.agents)
         answered = 250 if handled == 4 else 451

@@ -1,13 +1,25 @@
 """An agent type that collects from a folder: each file in it is one message."""
 
+from __future__ import annotations
+
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import click
 from pydantic import Field
 
-from salmon_revsmtp import Agent, AgentSettings, Envelope, Failed, Outcome, hookimpl
+from salmon_revsmtp import (
+    Agent,
+    AgentSettings,
+    Collection,
+    Envelope,
+    Failed,
+    Outcome,
+    Reply,
+    hookimpl,
+)
 
 
 class SpoolSettings(AgentSettings):
@@ -22,16 +34,16 @@ class SpoolAgent(Agent):
     Settings = SpoolSettings
 
     @property
-    def address(self):
+    def address(self) -> str:
         """What the list of agents shows."""
         return str(self.settings.folder)
 
     @property
-    def domains(self):
+    def domains(self) -> tuple[str, ...]:
         """Whose mail we ask for: a service that names no domains accepts these."""
         return (self.settings.recipient.rpartition("@")[2],)
 
-    async def collect(self, collection):
+    async def collect(self, collection: Collection) -> Outcome:
         try:
             files = sorted(self.settings.folder.iterdir())
         except OSError as error:
@@ -45,19 +57,20 @@ class SpoolAgent(Agent):
 
 
 @hookimpl
-def register_agent_types(register):
+def register_agent_types(register: Callable[[type[Agent]], None]) -> None:
     register(SpoolAgent)
 
 
 @hookimpl
-def message_delivered(agent, envelope, recipient, reply):
-    logging.getLogger("spool").info("%s: %s: %s", agent.name, recipient, reply)
+def message_delivered(agent: Agent | None, recipient: str, reply: Reply) -> None:
+    came_by = agent.name if agent else "a listening service"  # no agent collected it
+    logging.getLogger("spool").info("%s: %s: %s", came_by, recipient, reply)
 
 
 @hookimpl
-def register_commands(cli):
+def register_commands(cli: click.Group) -> None:
     @cli.command()
     @click.argument("folder", type=click.Path(path_type=Path))
-    def spool(folder):
+    def spool(folder: Path) -> None:
         """Count the messages that wait in FOLDER."""
         click.echo(f"{len(list(folder.iterdir()))} waiting")

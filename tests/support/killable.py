@@ -1,6 +1,6 @@
 """A process that brings up others to be killed: imports everything once, then forks.
 
-    python killable.py FOLDER KEYS DELIVERY
+    python -m support.killable FOLDER KEYS DELIVERY
 
 A line of JSON on standard input is a run: ``{"do": "collect", "die_at": 17}`` forks a child that
 collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue), and that
@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conftest import configuration
 from salmon.mail import MailRequest
 from salmon.routing import Router, route, stateless
 from salmon.server import SMTPError
@@ -34,6 +33,7 @@ from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
+from support.configuration import configuration
 
 PACKAGE = Path(salmon_revsmtp.__file__).parent
 # Where a death may cost or double a message; elsewhere it is no more than a cut connection.
@@ -50,15 +50,16 @@ def write_down(what: str, message: MailRequest) -> None:
     os.close(descriptor)
 
 
-@route("(name)@example.org", name="[a-z]+")
-@stateless
-def HANDLE(message: MailRequest, name: str = "") -> None:
+def handle(message: MailRequest, name: str = "") -> None:
     write_down("begin", message)
     if name == "boom":
         raise RuntimeError("handler bug")
     write_down("end", message)
     if name == "never":
         raise SMTPError(550, "5.1.1 no such user")
+
+
+route("(name)@example.org", name="[a-z]+")(stateless(handle))
 
 
 class Sent:

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 # Seconds to wait for what takes milliseconds.
 LONG = 60
@@ -22,9 +22,15 @@ class KillableProcess:
     """Processes that may be killed; see killable.py."""
 
     def __init__(self, folder: Path, keys: dict[str, Any], delivery: str) -> None:
-        script = str(HERE / "killable.py")
-        command = [sys.executable, script, str(folder), json.dumps(keys), delivery]
-        environment = {"PYTHONPATH": str(HERE.parent), "PATH": "/usr/bin:/bin"}
+        command = [
+            sys.executable,
+            "-m",
+            "support.killable",
+            str(folder),
+            json.dumps(keys),
+            delivery,
+        ]
+        environment = {"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

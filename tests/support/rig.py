@@ -16,9 +16,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import CERTIFICATE, PASSWORD, Salmon, agent_keys, configuration, server_tls
-from proxy import Fault, Proxy
-
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
@@ -27,6 +24,10 @@ from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.proxy import Fault, Proxy
+from support.salmon import Salmon
+from support.tls import CERTIFICATE, server_tls
 
 __all__ = ["BOTH", "Rig", "one_message", "with_rig"]
 

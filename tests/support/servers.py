@@ -7,6 +7,7 @@ deliver it to ``next_hop`` (a port of the loopback) if there is one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -18,12 +19,12 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-__all__ = ["ACCOUNTS", "Exim", "Postfix", "Sendmail", "Server", "find"]
+__all__ = ["ACCOUNTS", "Exim", "Postfix", "Sendmail", "Server", "find", "free_port", "until"]
 
 DEFAULT_ROOT = "/var/cache/salmon-revsmtp"
 
@@ -408,3 +409,11 @@ class Sendmail(Server):
 
     def waiting(self) -> int:
         return len(list((self.folder / "queue").glob("qf*")))
+
+
+async def until(what: Callable[[], bool], server: Server) -> None:
+    """Wait for what another process does."""
+    give_up = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < give_up, server.log()
+        await asyncio.sleep(0.05)

@@ -1,0 +1,348 @@
+"""One asyncio driver for every SMTP machine, in either role.
+
+A :class:`Driver` moves bytes between an asyncio transport and a machine that does no I/O.  What all
+connections need is here, once: back-pressure in both directions, a clock that runs on progress, the
+TLS handshake of a server, the end.  A subclass says what a machine's events mean.
+
+Back-pressure.  While the peer does not read what we say, we read nothing from it; while the machine
+is ``paused``, too.  What is to be written goes to the transport in pieces, as it takes them.
+
+The clock.  A peer that has the word has ``timeout`` seconds to bring the session forward: a command
+or a reply that became whole (RFC 5321 4.5.3.2), enough content, or enough of ours read.  An octet
+now and then is none of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+__all__ = ["Driver", "Machine", "dialogue"]
+
+# -v shows it; its lines never hold a secret.
+dialogue = logging.getLogger("salmon_revsmtp.dialogue")
+
+# Octets handed to the transport at a time.
+PIECE = 256 * 1024
+
+# Octets a second, on an average over one timeout, that count as progress.  A tenth of what a 9,600
+# baud line brings: a message of the largest size would take for ever if each octet did.
+LEAST_RATE = 100
+
+
+class Machine(Protocol):
+    """A protocol without I/O, as the driver sees it; ``smtp`` has them.
+
+    ``steps``           counts the commands, chunks, messages or replies that became whole.
+    ``content_octets``  counts the octets of content that came.
+    """
+
+    steps: int
+    content_octets: int
+
+    @property
+    def paused(self) -> bool:
+        """Read no more, for now."""
+
+    @property
+    def closed(self) -> bool:
+        """The session is over: close the connection when all is written."""
+
+    @property
+    def pending(self) -> bool:
+        """Bytes came that have not been looked at."""
+
+    def receive_bytes(self, data: bytes) -> Sequence[object]:
+        """Take what came; returns what happened, in order."""
+
+    def advance(self) -> Sequence[object]:
+        """Go on with what has come; returns what happened, in order."""
+
+    def data_to_send(self) -> bytes | Sequence[bytes]:
+        """What is to be written now; each octet is returned once."""
+
+
+class Driver(asyncio.Protocol):
+    """One connection.
+
+    ``peer``     the other side's address and port.
+    ``tls``      the connection is encrypted.
+    ``broken``   what broke it, if anything did; a sentence's end.
+    ``ended``    a future: done when the connection is over and nothing of it is under way.
+    ``machine``  speaks the protocol; a subclass may change it at a turn of roles.
+    """
+
+    #: Who we are and who they are, in messages for a person.
+    WE, THEY = "server", "client"
+
+    def __init__(self, machine: Machine, timeout: float) -> None:
+        self.machine = machine
+        self.peer: tuple[str, int] = ("", 0)
+        self.tls = False
+        self.broken: str | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._timeout = timeout
+        self._transport: asyncio.Transport | None = None
+        self._outgoing: deque[memoryview] = deque()
+        self._written = 0  # octets
+        self._congested = False
+        self._eof = False
+        self._lost = False
+        self._handshake: asyncio.Task[None] | None = None
+        self._clock: asyncio.TimerHandle | None = None
+        self._progressed_at = 0.0
+        self._marks = (0, 0, 0)
+        self._trace = dialogue.isEnabledFor(logging.DEBUG)
+
+    # -- what a subclass says -------------------------------------------------------------------
+
+    @abstractmethod
+    def handle(self, event: object) -> None:
+        """Something happened in the machine."""
+
+    @property
+    def busy(self) -> bool:
+        """The peer waits for us: no clock runs on it, and a half-closed connection stays."""
+        return False
+
+    @property
+    def unfinished(self) -> bool:
+        """Something of it is under way, also when the connection is gone."""
+        return self.busy
+
+    def connected(self) -> None:
+        """The connection is there."""
+
+    def disconnected(self) -> None:
+        """It is gone."""
+
+    # -- asyncio calls these --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
+        self.tls = transport.get_extra_info("ssl_object") is not None
+        self.connected()
+        self.flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._trace:
+            dialogue.debug("%s: %s", self.THEY, _shown(data))
+        self.happened(self.machine.receive_bytes(data))
+
+    def eof_received(self) -> bool:
+        """The peer has no more to say; what it waits for is still answered (not under TLS, where a
+        close ends both directions)."""
+        self._eof = True
+        return self.busy and not self.tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        self._stop_clock()
+        self._outgoing.clear()
+        if self.broken is None:
+            self.broken = f"the {self.THEY} broke the connection off" + (f": {exc}" if exc else "")
+        self.disconnected()
+        self.finish()
+
+    def pause_writing(self) -> None:
+        self._congested = True
+        self._regulate()
+
+    def resume_writing(self) -> None:
+        self._congested = False
+        self._pump()
+        self._regulate()
+
+    # -- the machine ------------------------------------------------------------------------------
+
+    def happened(self, events: Iterable[object]) -> None:
+        """Handle what happened in the machine, and write what it says to that."""
+        for event in events:
+            self.handle(event)
+        self.flush()
+
+    def advance(self) -> None:
+        """Go on after anything that may have ended a pause of the machine."""
+        self.happened(self.machine.advance())
+        if self._eof and not self.busy and self._transport is not None:
+            self._transport.close()
+        self.finish()
+
+    def change_roles(self, machine: Machine) -> None:
+        """Another machine speaks from now on, when what this one has to say is written."""
+        said = self.machine.data_to_send()
+        for data in (said,) if isinstance(said, bytes) else said:
+            self._write(data)
+        self.machine = machine
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the machine has to say, and see who has the word now."""
+        said = self.machine.data_to_send()
+        if self._lost or self._transport is None:
+            return
+        for data in (said,) if isinstance(said, bytes) else said:
+            if self._trace and data:
+                dialogue.debug("%s: %s", self.WE, _shown(data))
+            self._write(data)
+        self._pump()
+        self._regulate()
+        self._wind_up()
+
+    def _write(self, data: bytes) -> None:
+        if self._lost or self._transport is None or self._transport.is_closing():
+            return
+        if len(data) <= PIECE and not self._outgoing and not self._congested:
+            if data:
+                self._written += len(data)
+                self._transport.write(data)
+            return
+        view = memoryview(data)
+        self._outgoing.extend(view[start : start + PIECE] for start in range(0, len(view), PIECE))
+
+    def _pump(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        while self._outgoing and not self._congested:
+            piece = self._outgoing.popleft()
+            self._written += len(piece)
+            transport.write(piece)
+        if self.machine.closed and not self._outgoing:
+            transport.close()
+
+    def _regulate(self) -> None:
+        """Read only while there is room: for what comes, and for what we say to it."""
+        transport = self._transport
+        if transport is None or self._lost or transport.is_closing():
+            return
+        if self._congested or self.machine.paused:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+    # -- the clock --------------------------------------------------------------------------------
+
+    def _wind_up(self) -> None:
+        if self._lost or self.busy:
+            self._stop_clock()
+            return
+        loop = asyncio.get_running_loop()
+        if self._clock is None:
+            self._progressed_at, self._marks = loop.time(), self._now()
+            self._clock = loop.call_at(self._progressed_at + self._timeout, self._look)
+        elif self._progress():
+            self._progressed_at, self._marks = loop.time(), self._now()
+
+    def _now(self) -> tuple[int, int, int]:
+        unread = 0
+        if self._transport is not None and not self._lost:
+            unread = self._transport.get_write_buffer_size()
+        return self.machine.steps, self.machine.content_octets, self._written - unread
+
+    def _progress(self) -> bool:
+        steps, octets, read = self._marks
+        enough = LEAST_RATE * self._timeout
+        now = self._now()
+        return now[0] > steps or now[1] - octets >= enough or now[2] - read >= enough
+
+    def _look(self) -> None:
+        """Time may be up."""
+        loop = asyncio.get_running_loop()
+        if self._progress():
+            self._progressed_at, self._marks = loop.time(), self._now()
+        until = self._progressed_at + self._timeout
+        if until > loop.time():
+            self._clock = loop.call_at(until, self._look)
+        else:
+            self._clock = None
+            self.abort(f"the {self.THEY} {self._did()} in {self._timeout:g} seconds")
+
+    def _did(self) -> str:
+        came = self.machine.content_octets - self._marks[1]
+        if came:
+            return f"sent no more than {came} octets of a message"
+        if self._congested:
+            return "read too little of what we sent"
+        return "sent no whole command" if self.machine.pending else "said nothing"
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    # -- TLS --------------------------------------------------------------------------------------
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """Do the server's side of the handshake now; then the machine goes on (RFC 3207)."""
+        task = asyncio.get_running_loop().create_task(self._start_tls(context))
+        self._handshake = task
+        task.add_done_callback(self._shaken)
+
+    async def _start_tls(self, context: ssl.SSLContext) -> None:
+        assert self._transport is not None
+        if self.machine.pending:
+            raise ConnectionError("unexpected data after STARTTLS")
+        encrypted = await asyncio.get_running_loop().start_tls(
+            self._transport, self, context, server_side=True
+        )
+        if encrypted is None:
+            raise ConnectionError("the connection was lost")
+        self._transport = encrypted
+        self.tls = True
+        self.encrypted()
+        self.advance()
+
+    def encrypted(self) -> None:
+        """The handshake is done; the machine has to hear of it."""
+
+    def _shaken(self, task: asyncio.Task[None]) -> None:
+        self._handshake = None
+        if not task.cancelled() and (error := task.exception()):
+            self.abort(f"the TLS handshake failed: {error}")
+            # asyncio tells no one of a connection that is lost in its handshake.
+            self.connection_lost(None)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def shut_down(self) -> None:
+        """End at the next boundary that the protocol has for that; in a handshake there is none
+        to wait for."""
+        if self._handshake is not None:
+            self.abort("we are shutting down")
+        else:
+            self.end_soon()
+
+    def end_soon(self) -> None:
+        """What a machine does when its side shuts down."""
+        self.abort("we are shutting down")
+
+    def abort(self, reason: str) -> None:
+        """Drop the connection."""
+        if self.broken is None:
+            self.broken = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    def finish(self) -> None:
+        """The end, if it is that."""
+        if self._lost and not self.unfinished and not self.ended.done():
+            self.ended.set_result(None)
+
+
+def _shown(data: bytes) -> str:
+    """Wire bytes for a person: lines with / between them, and no more than a few."""
+    text = data[:300].decode("utf-8", "backslashreplace").replace("\r\n", " / ").rstrip(" /")
+    more = f" ... [{len(data)} octets]" if len(data) > 300 else ""
+    return "".join(char if char.isprintable() else "?" for char in text) + more

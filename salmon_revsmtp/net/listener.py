@@ -1,0 +1,105 @@
+"""A listening socket: many connections at once, counted, and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import Counter
+from collections.abc import Callable
+
+from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Admit", "Listener"]
+
+log = logging.getLogger(__name__)
+
+# A session holds one message and a little more: this many of them must fit into memory.
+MAX_CONNECTIONS = 100
+# What one provider opens at once; Postfix has 20, Exim 10.
+MAX_PER_ADDRESS = 25
+
+_TOO_MANY = Reply(421, "too many connections, try again later", "4.7.0")
+
+#: Asked of a connection that has come: ``None`` lets it in, a reply is said to it instead of the
+#: greeting.
+Admit = Callable[[Driver], Reply | None]
+
+
+class Listener:
+    """Takes connections on an address.
+
+    ``name``     for the log.
+    ``connect``  makes the driver of a connection, which asks what it is given once it is there.
+    ``tls``      TLS from the start.
+    ``max_connections``, ``max_per_address``  at a time; then 421.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[Admit], Driver],
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        max_connections: int | None = None,
+        max_per_address: int | None = None,
+    ) -> None:
+        self.name = name
+        self._connect = connect
+        self._host, self._port = host, port
+        self._tls = tls
+        self._most = max_connections or MAX_CONNECTIONS
+        self._most_per_address = max_per_address or MAX_PER_ADDRESS
+        self._server: asyncio.Server | None = None
+        self._connections: set[Driver] = set()
+        self._per_address: Counter[str] = Counter()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def start(self) -> None:
+        """Listen; port 0 takes a free one.  Raises :class:`OSError` when the address cannot be
+        had."""
+        self._server = await asyncio.get_running_loop().create_server(
+            self._connected, self._host or None, self._port, ssl=self._tls
+        )
+        log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
+
+    async def stop(self, grace: float) -> None:
+        """Take no more connections; end each at its next message boundary, and break off what has
+        not ended after ``grace`` seconds."""
+        if self._server is not None:
+            self._server.close()
+        connections = list(self._connections)
+        for one in connections:
+            one.shut_down()
+        if connections:
+            _, late = await asyncio.wait([one.ended for one in connections], timeout=grace)
+            for one in connections if late else ():
+                one.abort("the server is shutting down")
+
+    def _connected(self) -> Driver:
+        driver = self._connect(self._admit)
+        driver.ended.add_done_callback(lambda _: self._ended(driver))
+        self._connections.add(driver)
+        return driver
+
+    def _admit(self, driver: Driver) -> Reply | None:
+        address = driver.peer[0]
+        self._per_address[address] += 1
+        if len(self._connections) > self._most:
+            return _TOO_MANY
+        return _TOO_MANY if self._per_address[address] > self._most_per_address else None
+
+    def _ended(self, driver: Driver) -> None:
+        self._connections.discard(driver)
+        address = driver.peer[0]
+        self._per_address[address] -= 1
+        if self._per_address[address] <= 0:
+            del self._per_address[address]
