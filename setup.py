@@ -66,6 +66,7 @@ setup(
             "setuptools>=70",
             "sphinx",
             "trustme",
+            "types-docutils",
         ],
         # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
         "fuzz": [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import iso, print_json, table
+from salmon_revsmtp.cli.output import iso, print_json, table, when
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -21,18 +21,21 @@ __all__ = ["agents", "disable", "enable", "history"]
 @json_option
 @with_options
 def agents(options: Options, as_json: bool) -> None:
-    """List the mail collection agents."""
+    """List the mail collection agents.
+
+    For each agent you see how its last collection ended and, while a server runs, when the next
+    one begins. An agent that does not collect has "(Disabled)" after its name.
+    """
     from salmon_revsmtp.journal.collections import Journal
 
     _, configuration = options.open()
     journal = Journal()
     rows = [_agent_row(agent, journal) for agent in configuration.agents]
-    for name, at in _next_runs().items():
-        for row in rows:
-            if row["agent"] == name and row["enabled"]:
-                row["next"] = iso(at)
+    next_runs = _next_runs()
     if as_json:
         for row in rows:
+            if row["enabled"] and row["agent"] in next_runs:
+                row["next"] = iso(next_runs[str(row["agent"])])
             print_json(row)
         return
     if not configuration.agents:
@@ -48,7 +51,7 @@ def agents(options: Options, as_json: bool) -> None:
                 agent.address,
                 _schedule(agent),
                 str(row["outcome"] or "-"),
-                str(row["next"] or "-"),
+                when(next_runs[agent.name]) if row["enabled"] and agent.name in next_runs else "-",
             )
             for agent, row in zip(configuration.agents, rows, strict=True)
         ],
@@ -95,7 +98,10 @@ def _schedule(agent: Agent) -> str:
 @click.argument("name")
 @with_options
 def enable(options: Options, name: str) -> None:
-    """Enable an agent, whatever the settings file says."""
+    """Enable an agent.
+
+    This is kept in the journal and wins over the settings file. A running server follows it.
+    """
     _set_enabled(options, name, True)
 
 
@@ -103,7 +109,10 @@ def enable(options: Options, name: str) -> None:
 @click.argument("name")
 @with_options
 def disable(options: Options, name: str) -> None:
-    """Disable an agent, whatever the settings file says."""
+    """Disable an agent: it does not collect until you enable it.
+
+    This is kept in the journal and wins over the settings file. A running server follows it.
+    """
     _set_enabled(options, name, False)
 
 
@@ -124,7 +133,10 @@ def _set_enabled(options: Options, name: str, enabled: bool) -> None:
 @json_option
 @with_options
 def history(options: Options, name: str | None, limit: int, as_json: bool) -> None:
-    """List past collections, newest first."""
+    """List past collections, newest first.
+
+    The journal keeps them for 90 days.
+    """
     from salmon_revsmtp.journal.collections import Journal
 
     _, configuration = options.open()
@@ -147,7 +159,7 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
         ("started", "agent", "outcome", "messages", "refused", "seconds", "error"),
         [
             (
-                iso(entry.started),
+                when(entry.started),
                 entry.agent,
                 entry.outcome,
                 str(entry.messages),
@@ -157,4 +169,5 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
             )
             for entry in entries
         ],
+        remarks=True,
     )

@@ -27,7 +27,13 @@ __all__ = ["check", "collect", "run"]
 @json_option
 @with_options
 def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bool) -> None:
-    """Collect waiting mail now."""
+    """Collect waiting mail now.
+
+    Name one or more agents, or give --all. You see one report for each agent.
+
+    If a server runs in this project (`salmon start` or `salmon-revsmtp run`), it collects, and this
+    command shows its progress. If not, this command collects by itself.
+    """
     if bool(names) == every_one:
         raise click.UsageError("name the agents to collect from, or give --all")
     project, configuration = options.open()
@@ -109,7 +115,11 @@ def _collect(
 @json_option
 @with_options
 def check(options: Options, name: str, as_json: bool) -> None:
-    """Try everything but collecting: dial, TLS, EHLO, AUTH."""
+    """See whether a collection would work, without asking for mail.
+
+    The agent connects, does TLS, greets the server and logs in. Then it says what the server offers
+    and what would fail.
+    """
     import asyncio
 
     from salmon_revsmtp.customer.agent import Check
@@ -157,7 +167,10 @@ def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
 @click.command()
 @with_options
 def run(options: Options) -> None:
-    """Run listeners and schedule in the foreground, without `salmon start`."""
+    """Run agents and listening services in the foreground.
+
+    This is the server without Salmon's own receiver. `salmon start` runs both.
+    """
     from salmon_revsmtp.server.attach import serve_in_foreground
 
     project, configuration = options.open()

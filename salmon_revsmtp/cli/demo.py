@@ -15,7 +15,10 @@ __all__ = ["demo"]
 @click.command()
 @with_options
 def demo(options: Options) -> None:
-    """Show it all on this machine: a provider with sample mail, and a project that collects it."""
+    """Show it all on this machine, without an account.
+
+    It starts a provider that holds sample mail, and an example project that collects it.
+    """
     from salmon_revsmtp.demo import show
 
     if not options.verbose:

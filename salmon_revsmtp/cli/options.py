@@ -28,7 +28,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Options:
-    """The options that every command has, and that may stand before or behind its name."""
+    """The options that every command has, and that may stand before or after its name."""
 
     def __init__(self) -> None:
         self.chdir: str = "."

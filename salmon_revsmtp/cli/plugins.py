@@ -16,7 +16,10 @@ __all__ = ["plugins"]
 @json_option
 @with_options
 def plugins(options: Options, as_json: bool) -> None:
-    """List the plugins and their agent types."""
+    """List the plugins, with their agent types and hooks.
+
+    A plugin that could not be loaded is listed with the reason.
+    """
     loaded = options.load_plugins().loaded
     if as_json:
         for plugin in loaded:

@@ -79,14 +79,14 @@ class Agent(ABC):
     @abstractmethod
     async def collect(self, collection: Collection) -> Outcome:
         """Run one collection; returns its outcome, or raises
-        :class:`~salmon_revsmtp.report.CollectionError`.
+        :class:`~salmon_revsmtp.CollectionError`.
 
         It may be cancelled at any time.  Any other exception is a bug and reported as failed.
         """
 
     async def check(self, service: Service) -> Check:
         """Try all that can be tried without collecting.  Raises
-        :class:`~salmon_revsmtp.report.CollectionError` when it does not get that far."""
+        :class:`~salmon_revsmtp.CollectionError` when it does not get that far."""
         return Check(problems=[f"the agent type {self.protocol!r} has no check"])
 
     def __repr__(self) -> str:

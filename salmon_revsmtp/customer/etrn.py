@@ -52,10 +52,14 @@ class EtrnSettings(ServerSettings):
         tuple[str, ...],
         Field(description="a list of names: 'example.org', '@example.org' or '#queue'"),
     ] = ()
+    """What is asked for, with one ``ETRN`` each: a domain, a domain with its subdomains
+    (``"@example.org"``), or a queue by its name (``"#queue"``).  Required unless ``parameters`` is
+    given."""
     parameters: Annotated[
         tuple[str, ...] | None,
         Field(description="a text, or a list of texts, each sent after an ETRN as it is"),
     ] = None
+    """Sent after ``ETRN`` instead of ``domains``, with one ``ETRN`` for each text."""
 
     @field_validator("domains")
     @classmethod

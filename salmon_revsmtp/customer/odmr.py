@@ -51,10 +51,13 @@ class OdmrSettings(ServerSettings):
     port: Annotated[int, Field(ge=1, le=65535, description="a TCP port, 1 to 65535")] = 366
     # RFC 2645 5.1.1: ATRN is for those who have logged in.
     account: Annotated[str, Field(min_length=1, description=ACCOUNT)]
+    """The name of your account at the provider."""
     password: Annotated[SecretStr, Field(min_length=1, description=PASSWORD)]
     parameters: Annotated[
         str | None, Field(description="a text that is sent after ATRN as it is")
     ] = None
+    """Sent after ``ATRN`` instead of ``domains``, for a provider that wants something else
+    there."""
 
     @field_validator("domains")
     @classmethod

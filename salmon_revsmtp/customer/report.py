@@ -13,10 +13,10 @@ __all__ = ["Report", "counted"]
 class Report:
     """What one collection did.
 
-    ``messages``    messages accepted and safe; a message that came again is not counted again.
+    ``messages``    messages accepted and safe; one that was redelivered is not counted again.
     ``recipients``  deliveries of them, one per recipient.
     ``bytes``       octets of those messages as they came.
-    ``refused``     recipients that we did not take (each a 4yz or 5yz answer of ours).
+    ``refused``     recipients that we answered with 4yz or 5yz.
     ``sessions``    connections on which the provider let us in.
     ``seconds``     how long it took.
     ``tls``         the TLS version of the last session, ``None`` without TLS.

@@ -20,8 +20,8 @@ __all__ = [
 
 TlsMode = Literal["implicit", "starttls", "opportunistic", "none"]
 
-ACCOUNT = "the name to log in with, a text"
-PASSWORD = "a text that is not empty; is the variable that it comes from set in .env?"
+ACCOUNT = "a text: the name to log in with"
+PASSWORD = "a text that is not empty (if it comes from .env: is it set there?)"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -34,14 +34,23 @@ def without_control_characters(text: str) -> str:
 
 
 class AgentSettings(BaseModel):
-    """The keys that every agent has.  A field's description is what a wrong value is told."""
+    """The keys that every agent has.
+
+    A field's ``description`` is what a wrong value is told is allowed; the string below the field
+    is its meaning, which the settings page of the documentation is made of.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, - and _")]
+    """What commands, the log and the journal call the agent.  Each agent has its own."""
     protocol: Annotated[str, Field(description="an agent type")]
+    """How it collects: ``"odmr"``, ``"etrn"``, or an agent type that a plugin adds."""
     enabled: Annotated[bool, Field(description="True or False")] = True
+    """A disabled agent does not collect.  ``salmon-revsmtp enable`` and ``disable`` win over this
+    key."""
     service: Annotated[str, Field(description="a key of smtp_services")] = "default"
+    """The inbound service that receives the mail."""
     every: Annotated[
         float | None,
         Field(
@@ -50,34 +59,50 @@ class AgentSettings(BaseModel):
             description="minutes above 0, or None for only on demand",
         ),
     ] = 10
+    """Minutes from the start of one scheduled collection to the start of the next.  With ``None``
+    the agent collects only when you run ``salmon-revsmtp collect``."""
 
 
 class ServerSettings(AgentSettings):
     """The keys of an agent that calls out to an SMTP server."""
 
     server: Annotated[str, Field(min_length=1, description="a host name or address")]
+    """The provider's host.  Its certificate must be for this name."""
     port: Annotated[int, Field(ge=1, le=65535, description="a TCP port, 1 to 65535")]
+    """The provider's TCP port."""
     tls: Annotated[
         TlsMode, Field(description="'implicit', 'starttls', 'opportunistic' or 'none'")
     ] = "starttls"
+    """``"starttls"`` requires STARTTLS; ``"implicit"`` speaks TLS from the first octet.  Both
+    verify the certificate.  ``"opportunistic"`` uses STARTTLS if it is offered and verifies
+    nothing.  ``"none"`` sends everything in the clear, but never the password itself."""
     ca_file: Annotated[
         Path | None, Field(description="a readable file of certificates in PEM form")
     ] = None
+    """Trust these certificates instead of the system's: those of a CA, or the server's own
+    self-signed one."""
     account: Annotated[str | None, Field(min_length=1, description=ACCOUNT)] = None
+    """The name of your account at the provider.  Without one, the agent does not log in."""
     password: Annotated[SecretStr | None, Field(min_length=1, description=PASSWORD)] = None
+    """Its password.  Keep it in ``.env`` and write ``os.environ["..."]`` here."""
     domains: Annotated[
         tuple[str, ...], Field(description="a list of domain names such as 'example.org'")
     ] = ()
+    """The domains whose mail is asked for, in one ``ATRN``.  An empty list asks for whatever the
+    provider holds for the account."""
     timeout: Annotated[
         float,
         Field(gt=0, le=86400, allow_inf_nan=False, description="seconds, above 0 and up to 86400"),
     ] = 60
+    """Seconds to wait for a connection, and for the answer to a command.  The answer to ``ATRN``
+    may take this long or 10 minutes (RFC 2645), whichever is longer.  On a reversed connection the
+    provider may be silent for 5 minutes (RFC 5321); if you set ``timeout``, for that long."""
 
     @field_validator("domains", mode="before")
     @classmethod
     def _domains_are_a_list(cls, value: object) -> object:
         if isinstance(value, str):
-            raise ValueError("a single text is no list")
+            raise ValueError("a single string is not a list")
         return value
 
     @field_validator("server")

@@ -54,7 +54,7 @@ class QueueConsumer:
 
     ``folder``: the queue, as in the service's settings.
 
-    ``sleep``: seconds to wait when it is empty, and before a message that a handler put off
+    ``sleep``: seconds to wait when it is empty, and before a message that a handler deferred
     (``SMTPError`` 4yz) is tried again.
 
     ``hostname``: our name in notifications; this machine's if there is none.

@@ -113,7 +113,7 @@ def _encoded_headers() -> Sample:
 
 
 def _raw_header() -> Sample:
-    """A header in Latin-1 that nobody encoded, as old programs write it."""
+    """A header in Latin-1 that is not encoded, as old programs write it."""
     raw = b"Subject: caf\xe9 cr\xe8me".decode("utf-8", "surrogateescape")
     return _sample("raw 8-bit header", raw, options={"BODY": "8BITMIME"})
 
@@ -165,4 +165,4 @@ def _refused_by_handler() -> Sample:
 
 def _no_handler() -> Sample:
     recipients = ("nobody@example.org",)
-    return _sample("nobody handles it", "Subject: anyone there?", recipients=recipients)
+    return _sample("no handler takes it", "Subject: anyone there?", recipients=recipients)

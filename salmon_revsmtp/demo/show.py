@@ -43,7 +43,7 @@ class Witness:
     """Sees who handled what: a plugin, and a listener on Salmon's own log of its routing."""
 
     def __init__(self) -> None:
-        self.replies: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+        self.results: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self._handlers: list[str] = []
         self._log = logging.Handler(logging.DEBUG)
         self._log.emit = self._routed  # type: ignore[method-assign]
@@ -56,7 +56,8 @@ class Witness:
 
     def _routed(self, record: logging.LogRecord) -> None:
         if isinstance(record.args, tuple) and "was handled by" in str(record.msg):
-            self._handlers.append(f"{record.args[1]}.{record.args[2]}")
+            module = str(record.args[1]).removeprefix("app.handlers.")
+            self._handlers.append(f"{module}.{record.args[2]}")
 
     @hookimpl
     def message_received(self, envelope: Any, message: bytes) -> None:
@@ -65,13 +66,13 @@ class Witness:
 
     @hookimpl
     def message_delivered(self, recipient: str, reply: Any) -> None:
-        handled = ", ".join(self._handlers)
-        if not handled:
-            handled = "undeliverable queue" if reply.positive else "refused by its handler"
+        result = f"refused: {reply}"
+        if reply.positive:
+            result = ", ".join(self._handlers) or "no handler took it, undeliverable queue"
         # The Message-ID names a sample, the recipient a delivery of it.
         head = self._message.partition(b"\n\n")[0]
         [found] = [one for one in head.split(b"\n") if one.lower().startswith(b"message-id:")]
-        self.replies[found.decode().split()[1]].append((recipient, handled, str(reply)))
+        self.results[found.decode().split()[1]].append((recipient, result))
 
 
 def run(plugins: Plugins) -> int:
@@ -93,8 +94,9 @@ def run(plugins: Plugins) -> int:
     for report in reports:
         console.print(report.summary(), soft_wrap=True)
     console.print(
-        f"\nThe provider has {left} messages left, the whole took {seconds:.1f} s.  "
-        "Now your own: README.rst, «Five minutes»."
+        f"\nThe provider has {left} messages left. All of this took {seconds:.1f} seconds.\n"
+        'To set up your own, see "Five minutes" in README.rst.',
+        soft_wrap=True,
     )
     lost = [one.kind for one in held if not _delivered(one, witness)]
     if lost or left or not all(report.outcome.good for report in reports):
@@ -147,20 +149,22 @@ def _message_id(sample: Sample) -> str:
 
 
 def _delivered(sample: Sample, witness: Witness) -> bool:
-    seen = [recipient for recipient, _, _ in witness.replies[_message_id(sample)]]
+    seen = [recipient for recipient, _ in witness.results[_message_id(sample)]]
     return seen == list(sample.envelope.recipients)
 
 
 def _show(console: Console, held: list[Sample], witness: Witness) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("message", "bytes", "recipient", "handled by", "answer to the provider"):
-        table.add_column(column, justify="right" if column == "bytes" else "left")
+    table.add_column("message", overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("recipient", no_wrap=True)
+    table.add_column("what became of it", overflow="fold")
     for sample in held:
         kind, size = sample.kind, f"{len(sample.data):,}"
-        for recipient, handled, reply in witness.replies[_message_id(sample)]:
-            table.add_row(kind, size, recipient, handled, reply)
+        for recipient, result in witness.results[_message_id(sample)]:
+            table.add_row(kind, size, recipient, result)
             kind = size = ""
     if not console.is_terminal:
-        console.width = 140
+        console.width = 100
     console.print(table)
     console.print()

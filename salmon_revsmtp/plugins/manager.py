@@ -124,7 +124,7 @@ class Plugins(pluggy.PluginManager):
             return None
 
     def implemented(self, hook: str) -> bool:
-        """Whether any plugin has this hook, so that nobody pays for one that none has."""
+        """Whether any plugin has this hook, so that no one pays for one that none has."""
         return bool(getattr(self.hook, hook).get_hookimpls())
 
 

@@ -1,4 +1,8 @@
-"""One entry of ``smtp_services``: what a user may say of an inbound service."""
+"""One entry of ``smtp_services``: what a user may say of an inbound service.
+
+A field's ``description`` is what a wrong value is told is allowed; the string below the field is
+its meaning, which the settings page of the documentation is made of.
+"""
 
 from __future__ import annotations
 
@@ -27,47 +31,69 @@ class ServiceSettings(BaseModel):
     hostname: Annotated[
         str | None, Field(description="a host name, or None for this machine's")
     ] = None
+    """Our name: in the greeting, in ``EHLO`` and in ``Received:`` lines."""
     domains: Annotated[
         tuple[str, ...],
-        Field(description="a list of domain names, or ['*'] for any; empty: the agent's"),
+        Field(description="a list of domain names, or ['*'] for any; empty: the agents'"),
     ] = ()
+    """Recipients in these domains are accepted, all others are refused with 550.  An empty list
+    accepts the domains that the agents of this service ask for."""
     allow: Annotated[
         tuple[str, ...], Field(description="a list of networks such as '192.0.2.0/24'")
     ] = ()
+    """The networks that may send us mail; after a reversal that is the provider's.  An empty list
+    admits everyone."""
     deny: Annotated[
         tuple[str, ...], Field(description="a list of networks such as '192.0.2.0/24'")
     ] = ()
+    """The networks that may not.  ``deny`` wins over ``allow``."""
     max_message_size: Annotated[int, Field(gt=0, description="octets, a whole number above 0")] = (
         50 * 1024 * 1024
     )
+    """The largest message in octets; 50 MiB by default.  It is announced as ``SIZE`` and enforced
+    while the message arrives.  A larger one is refused with 552."""
     max_recipients: Annotated[int, Field(gt=0, description="a whole number above 0")] = 1000
+    """Recipients of one message.  Those above it are answered 452, and the sender sends them a
+    second copy."""
     delivery: Annotated[Literal["router", "queue"], Field(description="'router' or 'queue'")] = (
         "router"
     )
+    """``"router"`` runs your handlers before the 250.  ``"queue"`` stores the message in ``queue``
+    before the 250, and a ``QueueConsumer`` runs the handlers later."""
     queue: Annotated[str, Field(min_length=1, description="the folder of a Salmon Queue")] = (
         "run/inbound"
     )
+    """The Salmon Queue that ``delivery: "queue"`` stores messages in."""
     handler_timeout: Annotated[
         float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")
     ] = 300
+    """How long the provider waits for the answer to a message.  After that it hears 451 and tries
+    again later; the handler goes on.  Most providers give up after 600 seconds (RFC 5321
+    4.5.3.2.6), so stay well below that."""
     repeat_window: Annotated[
         float, Field(gt=0, le=3650, allow_inf_nan=False, description="days above 0, up to 3650")
     ] = 7
+    """How long a delivery is remembered.  A message that is redelivered in this time is answered
+    as before, and no handler sees it again."""
     listen: Annotated[
         str | None, Field(description="'host:port' such as '0.0.0.0:25' or '[::]:25', or None")
     ] = None
+    """An address on which the service takes mail as well, while a server runs.  ETRN needs it."""
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
     ] = None
+    """With a certificate, the listening service offers ``STARTTLS``."""
     tls_key: Annotated[
-        Path | None, Field(description="a PEM file: the key of tls_cert, if that has it not")
+        Path | None,
+        Field(description="a PEM file: the key of tls_cert, if that lacks it"),
     ] = None
+    """The private key, unless ``tls_cert`` holds it."""
 
     @field_validator("domains", "allow", "deny", mode="before")
     @classmethod
     def _a_list(cls, value: object) -> object:
         if isinstance(value, str):
-            raise ValueError("a single text is no list")
+            raise ValueError("a single string is not a list")
         return value
 
     @field_validator("hostname")
@@ -81,13 +107,13 @@ class ServiceSettings(BaseModel):
     @classmethod
     def _listen(cls, value: str | None) -> str | None:
         if value is not None and not _HOST_AND_PORT.fullmatch(value):
-            raise ValueError("that is no host and port")
+            raise ValueError("that is not a host and a port")
         return value
 
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
         if self.tls_cert is None and self.tls_key is not None:
-            raise ValueError("tls_key: there is no tls_cert that it could be the key of")
+            raise ValueError("tls_key: it needs a tls_cert that it is the key of")
         try:
             self.tls_context()
         except (OSError, ssl.SSLError) as error:

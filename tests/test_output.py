@@ -1,0 +1,126 @@
+"""Tables on a terminal: however narrow it is, nothing is cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from salmon_revsmtp.cli.output import table
+from salmon_revsmtp.journal.collections import Entry, Journal
+
+ERROR = "connecting to odmr.provider.example.net:366: its certificate was not accepted (expired)"
+COLUMNS = ("name", "server", "outcome", "error")
+ROWS = [("isp (Disabled)", "odmr.provider.example.net:366", "failed", ERROR)]
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    remarks: bool = False,
+) -> str:
+    """What a table is on a terminal of that width."""
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(sys, "stdout", Terminal())
+        table("Agents", columns, rows, remarks)
+        assert isinstance(sys.stdout, Terminal)
+        return plain(sys.stdout.getvalue())
+
+
+@pytest.mark.parametrize("remarks", [False, True])
+@pytest.mark.parametrize("width", [200, 80, 60, 40, 20])
+def test_every_word_is_there_whole_and_in_order(
+    width: int, remarks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = drawn(monkeypatch, width, COLUMNS, ROWS, remarks).split()
+    for cell in ROWS[0]:
+        words = iter(shown)
+        assert all(word in words for word in cell.split()), cell
+
+
+@pytest.mark.parametrize("remarks", [False, True])
+def test_no_line_is_wider_than_the_terminal(remarks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in range(len("odmr.provider.example.net:366") + 10, 120):
+        lines = drawn(monkeypatch, width, COLUMNS, ROWS, remarks).splitlines()
+        assert max(map(len, lines)) <= width
+
+
+def test_what_a_server_wrote_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = drawn(monkeypatch, 80, ("error",), [("550 \x1b[2Jgone\r\nhi",)])
+    assert "550 ?[2Jgone??hi" in text
+
+
+def test_into_a_pipe_a_row_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    table("Agents", COLUMNS, ROWS, remarks=True)
+    assert capsys.readouterr().out == "\n".join("\t".join(row) for row in (COLUMNS, *ROWS)) + "\n"
+
+
+SETTINGS = """
+collection_agents = [
+    {"name": "backup-mx", "protocol": "etrn", "server": "mail-collection.provider.example.net",
+     "domains": ["example.org"], "enabled": False},
+    {"name": "isp", "protocol": "odmr", "server": "odmr.provider.example.net",
+     "account": "acme", "password": "secret", "domains": ["example.org"]},
+]
+"""
+
+
+def test_agents_history_and_plugins_at_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/settings.py").write_text(SETTINGS)
+    now = time.time()
+    failed = Entry("isp", "odmr", now - 60, now, "failed", 0, 0, 0, 0, 1, None, None, ERROR)
+    Journal().record(failed, good=False)
+    for command, contents in (
+        (["agents"], ["backup-mx (Disabled)", "mail-collection.provider.example.net:25"]),
+        (["history"], ["failed", *ERROR.split()]),
+        (["plugins"], ["salmon-revsmtp", "register_agent_types"]),
+    ):
+        output = on_a_terminal(*command)
+        assert "\u2026" not in output
+        for content in contents:
+            assert content in output
+        assert max(map(len, output.splitlines())) <= 80
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What a command writes on a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "salmon_revsmtp", *arguments],
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        stdout=theirs,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        os.close(theirs)
+        output = b""
+        with contextlib.suppress(OSError):  # how a terminal says that it is over
+            while data := os.read(ours, 4096):
+                output += data
+        os.close(ours)
+    assert process.returncode == 0, output
+    return plain(output.decode())
