@@ -25,6 +25,9 @@ from salmon_revsmtp.customer.odmr import OdmrSettings
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.service.settings import ServiceSettings
+from salmon_revsmtp.smtp.commands import Commands
+from salmon_revsmtp.smtp.receiver import Receiver
+from salmon_revsmtp.smtp.turn import Turn
 
 ROOT = Path(__file__).parent.parent
 MODELS: dict[str, type[BaseModel]] = {
@@ -115,6 +118,21 @@ def test_the_parts_of_the_program_are_those_of_the_contracts(page: Pages) -> Non
     rows = section(page("internals"), "What each folder may know").findall(nodes.row)
     listed = [_cells(row)[0].split(", ") for row in rows]
     assert listed == [layer.split(" | ") for layer in re.findall(r'"([^"]+)"', layers)]
+
+
+@pytest.mark.parametrize("machine", [Receiver, Turn])
+def test_the_diagram_of_a_machine_has_every_step_of_its_tables(
+    page: Pages, machine: type[Commands]
+) -> None:
+    drawn = [words(block.astext()) for block in page("internals").findall(nodes.literal_block)]
+    [diagram] = [one for one in drawn if all(verb in one for verb in machine.VERBS)]
+    for what, leads in machine.ENDS.items():
+        assert f"({what})" in diagram
+        assert all(state.name in diagram for state in (*leads, *leads.values()))
+    for name, verb in machine.VERBS.items():
+        for state, then in verb.leads.items():
+            steps = re.split(rf"\b{state.name} (?=-->|stays)", diagram, maxsplit=1)[1]
+            assert then is state or re.search(rf"--> {then.name} [^>]*\b{name}\b", steps)
 
 
 def test_every_public_name_is_in_the_reference(page: Pages) -> None:

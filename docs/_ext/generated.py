@@ -1,4 +1,4 @@
-"""Two directives that write reference pages from the code, so that they cannot differ from it.
+"""Directives that write reference pages from the code, so that they cannot differ from it.
 
 ``.. settings:: package.module.Model`` is a table of the keys of a pydantic model: the default, the
 meaning (the string below the field in the source) and what is allowed (the field's description,
@@ -6,6 +6,9 @@ which is also what a wrong value is told).  ``:beside:`` leaves out the keys of 
 
 ``.. commands:: package.module.group`` has a section for each command of a click group: its usage,
 its help text and its options.  The options that the group has itself stand once, at the top.
+
+``.. states:: package.module.Machine`` is the diagram of an SMTP machine, drawn from its tables.
+``.. replies::`` is the table of the replies that the sender takes.
 
 In docstrings, lines such as ``name``  meaning, which read well in the source, become a list.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -25,7 +29,10 @@ from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
-__all__ = ["command_lines", "meaning", "setting_lines", "setup"]
+from salmon_revsmtp.smtp import commands as machines
+from salmon_revsmtp.smtp import sender
+
+__all__ = ["command_lines", "meaning", "reply_lines", "setting_lines", "setup", "state_lines"]
 
 WORDS = {(): "[]", None: "None", True: "True", False: "False"}
 
@@ -133,6 +140,58 @@ class Commands(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
+# -- the SMTP machines ----------------------------------------------------------------------------
+
+
+def state_lines(machine: type[machines.Commands]) -> Iterator[str]:
+    """The states of a machine, and what leads from each to which, as a diagram of text."""
+    steps = [(name, verb.leads) for name, verb in machine.VERBS.items()]
+    steps += [(f"({what})", leads) for what, leads in machine.ENDS.items()]
+    for state in machines.State:
+        ways: dict[machines.State, list[str]] = {}
+        for name, leads in steps:
+            if state in leads:
+                ways.setdefault(leads[state], []).append(name)
+        if ways:
+            yield state.name
+            stays = ways.pop(state, [])
+            arrows = [*((f"--> {to.name}", names) for to, names in ways.items()), ("stays", stays)]
+            for arrow, names in arrows:
+                lines = textwrap.wrap(", ".join(names), 56)
+                heads = (arrow, *[""] * len(lines))
+                yield from (
+                    f"    {head:<16}{line}" for head, line in zip(heads, lines, strict=False)
+                )
+
+
+class States(SphinxDirective):
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        text = "\n".join(state_lines(find(self.arguments[0])))
+        return [nodes.literal_block(text, text, language="none")]
+
+
+def reply_lines() -> Iterator[str]:
+    """What may come to each command of the sender, in reStructuredText."""
+    yield from (".. list-table::", "   :header-rows: 1", "   :widths: 25 35 40", "")
+    yield from ("   * - to", "     - may come", "     - the next command")
+    for name, row in sender.REPLIES.items():
+        classes = {code // 100 for code in row.codes}
+        whole = [
+            one for one in sorted(classes) if row.codes >= set(range(100 * one, 100 * one + 100))
+        ]
+        single = [str(code) for code in sorted(row.codes) if code // 100 not in whole]
+        yield f"   * - {name}"
+        yield f"     - {', '.join([*single, *(f'{one}yz' for one in whole)])}"
+        yield f"     - {'waits for the reply' if row.wait else 'may go before the reply is here'}"
+
+
+class Replies(SphinxDirective):
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes("\n".join(reply_lines()))
+
+
 # -- docstrings -----------------------------------------------------------------------------------
 
 ITEM = re.compile(r"((?:``\w+``(?:, )?)+)( +)(\S.*)")
@@ -158,5 +217,7 @@ def list_items(
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("settings", Settings)
     app.add_directive("commands", Commands)
+    app.add_directive("states", States)
+    app.add_directive("replies", Replies)
     app.connect("autodoc-process-docstring", list_items)
     return {"parallel_read_safe": True}

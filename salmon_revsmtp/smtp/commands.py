@@ -9,7 +9,8 @@ How a machine works.  A session is in one of the states of :class:`State`.  The 
 its class has a row for each command: the states in which it may come, with the state that each
 leads to; whether it is junk, that is, brings no one forward; and the method that carries it out.
 That method returns a reply or ``None``, or raises :class:`CommandError`.  A command that is refused
-leads nowhere.  ``_enter`` is the one place where the state changes.
+leads nowhere.  The table ``ENDS`` has what else leads on: the end of content, of a handshake, of an
+exchange.  No state is entered that is not in one of the two; ``docs/states.rst`` is drawn from them.
 
 The table ``READERS`` has, for each state, the method that takes bytes in it: most take a line, some
 take content.  A reader consumes what it can of the input buffer and says whether it got anywhere;
@@ -147,6 +148,10 @@ class Commands:
 
     VERBS: ClassVar[Mapping[str, Verb]]
     READERS: ClassVar[Mapping[State, Callable[[Any], bool]]]
+    #: What ends -> where that leads from each state.
+    ENDS: ClassVar[Mapping[str, Mapping[State, State]]] = {
+        "the TLS handshake": {State.HANDSHAKE: State.CONNECTED},
+    }
     #: What a command that comes in a state in which it may not hears.
     OUT_OF_ORDER: ClassVar[Mapping[State, str]]
     #: In these states a message is in hand, or nothing is: no 421 at a shutdown.
@@ -214,7 +219,7 @@ class Commands:
         self._starttls = False
         self._helo, self._esmtp = "", False
         if self._state is not State.CLOSED:
-            self._enter(State.CONNECTED)
+            self._over("the TLS handshake")
 
     def shut_down(self) -> None:
         """End the session at the next message boundary: a message whose data is coming is taken
@@ -225,7 +230,7 @@ class Commands:
     def refuse_session(self, reply: Reply) -> None:
         """Say this instead of the greeting, and no more (RFC 5321 3.1)."""
         self._ready.clear()
-        self._enter(State.CLOSED)
+        self._state = State.CLOSED
         self._reply(reply)
 
     # -- replies ------------------------------------------------------------------------------
@@ -233,12 +238,12 @@ class Commands:
     def _reply(self, reply: Reply) -> None:
         self._ready += reply.encode()
 
-    def _enter(self, state: State) -> None:
-        """The one place where the state changes."""
-        self._state = state
+    def _over(self, what: str) -> None:
+        """Something has ended: see ``ENDS``."""
+        self._state = self.ENDS[what][self._state]
 
     def _close(self, reply: Reply) -> None:
-        self._enter(State.CLOSED)
+        self._state = State.CLOSED
         self._buffer.clear()
         self._reply(reply)
         self._events.append(Quit(reply))
@@ -337,7 +342,7 @@ class Commands:
             reply = self._unproductive(reply)
         if reply is not None:
             if reply.code < 400:
-                self._enter(then)
+                self._state = then
             self._reply(reply)
 
     def _keywords(self) -> Iterable[str]:

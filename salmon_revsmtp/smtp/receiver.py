@@ -99,14 +99,6 @@ _CONNECTED, _IDLE, _MAIL, _RCPT, _CHUNKS = (
 _GREETED = (_IDLE, _MAIL, _RCPT, _CHUNKS)
 _ANYWHERE = (_CONNECTED, *_GREETED)
 
-# What ends content, and where that leads.  The octets of a chunk come whether or not BDAT is
-# expected (RFC 3030 3), so one that is not leads back to where it came.
-ENDS: Mapping[str, Mapping[State, State]] = {
-    "CRLF.CRLF": to(_IDLE, (State.DATA,)),
-    "the octets of BDAT": {**stay((_CONNECTED, _IDLE)), **to(_CHUNKS, (_MAIL, _RCPT, _CHUNKS))},
-    "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
-}
-
 # A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
 _ANY_CASE = re.IGNORECASE | re.ASCII
 _BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", _ANY_CASE)
@@ -152,6 +144,15 @@ class Receiver(Commands):
         State.MAIL: "a transaction is under way, send RCPT or RSET",
         State.RCPT: "a transaction is under way, send the data or RSET",
         State.CHUNKS: "more BDAT is expected, or RSET",
+    }
+    # The octets of a chunk come whether or not BDAT is expected (RFC 3030 3): one that is not leads
+    # back to where it came.
+    ENDS: ClassVar[Mapping[str, Mapping[State, State]]] = {
+        **Commands.ENDS,
+        "CRLF.CRLF": to(_IDLE, (State.DATA,)),
+        "the octets of BDAT": {**stay((_CONNECTED, _IDLE)), **to(_CHUNKS, (_MAIL, _RCPT, _CHUNKS))},
+        "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
+        "a transaction without recipients": to(_IDLE, (_IDLE, _MAIL)),
     }
     NO_BOUNDARY = frozenset({State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
 
@@ -306,7 +307,7 @@ class Receiver(Commands):
             self._content.clear()  # a large message is here twice at most
             content = content.replace(b"\r\n.", b"\r\n")
         self.steps += 1
-        self._enter(ENDS["CRLF.CRLF"][self._state])
+        self._over("CRLF.CRLF")
         self._finish(content)
         return True
 
@@ -404,7 +405,7 @@ class Receiver(Commands):
         """RFC 5321 3.3: all were refused.  The client is not at fault, and the transaction is over
         for it: it may go on with MAIL or with RSET."""
         self._reset()
-        self._enter(State.IDLE)
+        self._over("a transaction without recipients")
         return self._unproductive(_NO_RECIPIENTS)
 
     def _on_data(self, argument: str) -> Reply | None:
@@ -439,7 +440,7 @@ class Receiver(Commands):
         self._size += octets
         self._chunk_left = octets
         self._keep_chunk = bool(self._recipients) and fits
-        leads = ENDS["the octets of BDAT LAST" if last else "the octets of BDAT"]
+        leads = self.ENDS["the octets of BDAT LAST" if last else "the octets of BDAT"]
         self._after_chunk = leads[self._state]
         if self._state in (State.CONNECTED, State.IDLE):
             self._end_chunk = Receiver._chunk_out_of_order
@@ -450,13 +451,13 @@ class Receiver(Commands):
             self._end_chunk = Receiver._chunk_taken if octets else Receiver._empty_chunk_taken
         else:
             self._end_chunk = Receiver._chunk_refused
-        self._enter(State.CHUNK)
+        self._state = State.CHUNK
         if octets == 0:
             self._end_of_chunk()
 
     def _end_of_chunk(self) -> None:
         self.steps += 1
-        self._enter(self._after_chunk)
+        self._state = self._after_chunk
         self._end_chunk(self)
 
     def _chunk_out_of_order(self) -> None:

@@ -88,6 +88,13 @@ class Turn(Commands):
         State.IDLE: "log in first",
         State.CUSTOMER: "you are logged in already",
     }
+    ENDS: ClassVar[Mapping[str, Mapping[State, State]]] = {
+        **Commands.ENDS,
+        "235 to AUTH": {State.LOGIN: _CUSTOMER},
+        "any other end of AUTH": {State.LOGIN: _IDLE},
+        "250 to ATRN": {State.TURNING: State.CLOSED},
+        "any other answer to ATRN": {State.TURNING: _CUSTOMER},
+    }
     NO_BOUNDARY: ClassVar[frozenset[State]] = frozenset({State.CLOSED, State.TURNING})
 
     def __init__(
@@ -126,7 +133,7 @@ class Turn(Commands):
         """Answer ATRN.  After 250 the session is over; after anything else :meth:`advance` goes on
         with what has come since."""
         if self._state is State.TURNING:
-            self._enter(State.CLOSED if reply.positive else State.CUSTOMER)
+            self._over("250 to ATRN" if reply.positive else "any other answer to ATRN")
             self._reply(reply)
 
     # -- readers --------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ class Turn(Commands):
         self._exchange = mechanism.begin(
             name.upper(), self._customers.password, self.hostname, first
         )
-        self._enter(State.LOGIN)
+        self._state = State.LOGIN
         self._exchanged(None)
         return None
 
@@ -195,13 +202,13 @@ class Turn(Commands):
 
     def _cancel(self, reply: Reply) -> None:
         self._exchange = None
-        self._enter(State.IDLE)
+        self._over("any other end of AUTH")
         self._refuse_command(reply)
 
     def _logged_in(self, account: str | None) -> None:
         if account is not None:
             self._account = account
-            self._enter(State.CUSTOMER)
+            self._over("235 to AUTH")
             self._reply(Reply(235, "welcome", "2.7.0"))
             return
         self._failed_logins += 1
@@ -221,7 +228,7 @@ class Turn(Commands):
         # RFC 2645 5.2.1: for all of them, or not at all.
         if not set(asked) <= set(theirs):
             return Reply(450, "not authorised for all of these domains", "4.7.1")
-        self._enter(State.TURNING)
+        self._state = State.TURNING
         self._events.append(AtrnRequest(self._account, asked or theirs))
         return None
 
