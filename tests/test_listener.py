@@ -189,7 +189,7 @@ def test_stopping_sends_an_idle_client_away(salmon: Salmon) -> None:
     ("keys", "words"),
     [
         ({"listen": "somewhere"}, "listen: found 'somewhere'"),
-        ({"listen": "127.0.0.1:0", "tls_key": "x"}, "tls_key: there is no tls_cert"),
+        ({"listen": "127.0.0.1:0", "tls_key": "x"}, "tls_key: it needs a tls_cert"),
         ({"listen": "127.0.0.1:0", "tls_cert": "/nowhere"}, "tls_cert, tls_key: No such file"),
     ],
 )

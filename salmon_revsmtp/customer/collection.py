@@ -16,8 +16,7 @@ from salmon_revsmtp.delivery.trace import Named, Origin
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.handover import Handover
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.session import Session
-from salmon_revsmtp.service.tally import Tally
+from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates

@@ -123,13 +123,12 @@ class PendingDelivery:
             if self.reply is None:
                 self.abandoned = True
                 self.replies += [reply] * (len(self.envelope.recipients) - len(self.replies))
-                self.reply = _last_of_many(self.envelope, self.replies) or reply
+                last = _last_of_many(self.replies) if self.envelope.prdr else None
+                self.reply = last or reply
 
 
-def _last_of_many(envelope: Envelope, replies: Sequence[Reply]) -> Reply | None:
-    """The reply that a client hears after those of the recipients, if it hears those (PRDR)."""
-    if not envelope.prdr:
-        return None
+def _last_of_many(replies: Sequence[Reply]) -> Reply | None:
+    """The reply that a client hears after those of the recipients (PRDR), if any took it."""
     taken = sum(reply.positive for reply in replies)
     return Reply(250, f"taken for {taken} of {len(replies)} recipients", "2.0.0") if taken else None
 
@@ -375,7 +374,7 @@ class Dispatcher:
     ) -> Reply:
         """One reply of those of all recipients; above is how."""
         replies = pending.replies
-        if last := _last_of_many(pending.envelope, replies):
+        if pending.envelope.prdr and (last := _last_of_many(replies)):
             return last
         if len(replies) == 1:
             return replies[0]

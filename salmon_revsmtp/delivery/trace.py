@@ -65,19 +65,17 @@ class Origin:
         helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
         address = self.peer[0]
         client = f"IPv6:{address}" if ":" in address else address
+        # RFC 3848, RFC 6531 4.3: ESMTPSA and its kin.
+        protocol = "SMTP"
+        if envelope.esmtp:
+            protocol = "UTF8SMTP" if envelope.smtputf8 else "ESMTP"
+            protocol += ("S" if self.tls else "") + ("A" if self.authenticated else "")
         return (
             f"Received: from {helo} ([{client}])\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.label.replace('=', ' ', 1)})\n"
-            f"\twith {self._protocol(envelope)} id {secrets.token_hex(8)}\n"
+            f"\twith {protocol} id {secrets.token_hex(8)}\n"
             f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
         ).encode()
-
-    def _protocol(self, envelope: Envelope) -> str:
-        """The word after ``with`` (RFC 3848, RFC 6531 4.3): ``ESMTPSA`` and its kin."""
-        if not envelope.esmtp:
-            return "SMTP"
-        suffix = ("S" if self.tls else "") + ("A" if self.authenticated else "")
-        return ("UTF8SMTP" if envelope.smtputf8 else "ESMTP") + suffix
 
 
 @functools.lru_cache(maxsize=1)

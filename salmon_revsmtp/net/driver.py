@@ -181,9 +181,7 @@ class Driver(asyncio.Protocol):
 
     def change_roles(self, machine: Machine) -> None:
         """Another machine speaks from now on, when what this one has to say is written."""
-        said = self.machine.data_to_send()
-        for data in (said,) if isinstance(said, bytes) else said:
-            self._write(data)
+        self._say(self.machine.data_to_send())
         self.machine = machine
         self.flush()
 
@@ -192,13 +190,18 @@ class Driver(asyncio.Protocol):
         said = self.machine.data_to_send()
         if self._lost or self._transport is None:
             return
-        for data in (said,) if isinstance(said, bytes) else said:
-            if self._trace and data:
-                dialogue.debug("%s: %s", self.WE, _shown(data))
-            self._write(data)
-        self._pump()
+        if said:
+            self._say(said)
+        if self._outgoing or self.machine.closed:
+            self._pump()
         self._regulate()
         self._wind_up()
+
+    def _say(self, said: bytes | Sequence[bytes]) -> None:
+        for data in (said,) if isinstance(said, bytes) else said:
+            if self._trace:
+                dialogue.debug("%s: %s", self.WE, _shown(data))
+            self._write(data)
 
     def _write(self, data: bytes) -> None:
         if self._lost or self._transport is None or self._transport.is_closing():
@@ -236,7 +239,8 @@ class Driver(asyncio.Protocol):
 
     def _wind_up(self) -> None:
         if self._lost or self.busy:
-            self._stop_clock()
+            if self._clock is not None:
+                self._stop_clock()
             return
         loop = asyncio.get_running_loop()
         if self._clock is None:

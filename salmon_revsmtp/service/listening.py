@@ -12,8 +12,7 @@ from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.listener import Admit, Listener
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.session import Session
-from salmon_revsmtp.service.tally import Tally
+from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply
 

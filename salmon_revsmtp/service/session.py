@@ -7,20 +7,22 @@ every connection needs is in ``net.driver``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import ssl
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from salmon_revsmtp.delivery.dispatcher import Dispatcher, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.tally import Tally
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Session"]
+__all__ = ["Session", "Tally"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,49 @@ AHEAD_LEAST = 16
 # message for unsent when the connection breaks, and sends it in the next session.  No message that
 # anyone wrote begins with these octets (RFC 8446 5.1: application_data, legacy version).
 TLS_RECORD = b"\x17\x03"
+
+
+#: A message as the provider sees it: digest, reverse-path, recipients.
+_Message = tuple[bytes, str, tuple[str, ...]]
+
+
+@dataclass
+class Tally:
+    """Counts over all sessions of a collection, live."""
+
+    messages: int = 0
+    recipients: int = 0
+    bytes: int = 0
+    refused: int = 0
+    #: How often each message (by its digest and envelope) was answered 250.
+    accepted: Counter[_Message] = field(default_factory=Counter)
+    #: The last 4yz that we gave for a recipient or a message.
+    deferred: Reply | None = None
+
+    def refuse(self, recipients: int, reply: Reply) -> None:
+        """Recipients that were not taken, by their number."""
+        self.refused += recipients
+        if reply.transient:
+            self.deferred = reply
+
+    def add(self, delivery: PendingDelivery) -> bool:
+        """A message that is settled.  Whether it was taken and brought the client forward: a repeat
+        does so once, for the first 250 may not have arrived."""
+        self.recipients += delivery.delivered
+        if delivery.delivered:
+            self.messages += 1
+            self.bytes += len(delivery.data)
+        for reply in delivery.replies:
+            if not reply.positive:
+                self.refuse(1, reply)
+        assert delivery.reply is not None
+        if delivery.reply.transient:  # whatever became of each, the client comes again
+            self.deferred = delivery.reply
+        if not delivery.reply.positive or delivery.key is None:
+            return False
+        seen = (delivery.key.digest, delivery.envelope.reverse_path, delivery.envelope.recipients)
+        self.accepted[seen] += 1
+        return self.accepted[seen] <= 2
 
 
 class Session(Driver):
@@ -130,7 +175,7 @@ class Session(Driver):
         pending = PendingDelivery(self.origin, transaction.envelope, transaction.data)
         self._deliveries[transaction] = pending
         pending.number = len(self._deliveries)
-        self._dispatcher.deliver(pending, lambda: self._delivered(transaction))
+        self._dispatcher.deliver(pending, functools.partial(self._delivered, transaction))
 
     def _delivered(self, transaction: Transaction) -> None:
         """Only now is a message answered: 250 means safe."""

@@ -10,7 +10,7 @@ its class has a row for each command: the states in which it may come, with the 
 leads to; whether it is junk, that is, brings no one forward; and the method that carries it out.
 That method returns a reply or ``None``, or raises :class:`CommandError`.  A command that is refused
 leads nowhere.  The table ``ENDS`` has what else leads on: the end of content, of a handshake, of an
-exchange.  No state is entered that is not in one of the two; ``docs/states.rst`` is drawn from them.
+exchange.  No state is entered that is not in one of the two; the docs draw them.
 
 The table ``READERS`` has, for each state, the method that takes bytes in it: most take a line, some
 take content.  A reader consumes what it can of the input buffer and says whether it got anywhere;
@@ -210,7 +210,8 @@ class Commands:
         """Go on with what has come, as far as that can be; returns what happened, in order.  Call
         it after anything that may have ended a pause."""
         while self._buffer and not self.paused and self.READERS[self._state](self):
-            self._end_if_shutting_down()
+            if self._shutting_down is not None:
+                self._end_if_shutting_down()
         events, self._events = self._events, []
         return events
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Reply", "ReplyError", "ReplyParser", "without_surrogates"]
 
@@ -44,32 +44,26 @@ class Reply:
     ``enhanced``: an enhanced status code such as ``"5.7.1"`` (RFC 3463).  ``None``: the code in
     ``text`` if it begins with one, else ``"X.0.0"`` of the reply's class; ``""``: none at all, as
     greetings, EHLO answers and 3yz replies have it (RFC 2034 4).
+
+    ``positive``: 2yz, the command was carried out.  ``transient``: 4yz, not now, the peer is to try
+    again.  ``permanent``: 5yz, no, and not later either.  (RFC 5321 4.2.1)
     """
 
     code: int
     text: str
     enhanced: str | None = None
+    positive: bool = field(init=False, repr=False, compare=False)
+    transient: bool = field(init=False, repr=False, compare=False)
+    permanent: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 200 <= self.code <= 599:
             raise ValueError(f"{self.code} is no SMTP reply code: 200 to 599")
+        object.__setattr__(self, "positive", self.code < 300)
+        object.__setattr__(self, "transient", 400 <= self.code < 500)
+        object.__setattr__(self, "permanent", self.code >= 500)
         if not self.text.isascii():
             object.__setattr__(self, "text", without_surrogates(self.text))
-
-    @property
-    def positive(self) -> bool:
-        """2yz: the command was carried out."""
-        return self.code < 300
-
-    @property
-    def transient(self) -> bool:
-        """4yz: not now, the peer is to try again (RFC 5321 4.2.1)."""
-        return 400 <= self.code < 500
-
-    @property
-    def permanent(self) -> bool:
-        """5yz: no, and not later either (RFC 5321 4.2.1)."""
-        return self.code >= 500
 
     @property
     def status(self) -> str:

@@ -10,9 +10,8 @@ from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.journal.deliveries import MessageKey
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.session import Session
+from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
-from salmon_revsmtp.service.tally import Tally
 from salmon_revsmtp.smtp.replies import Reply
 
 TIMEOUT = 300.0
