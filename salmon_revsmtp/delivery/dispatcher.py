@@ -342,10 +342,6 @@ class Dispatcher:
             with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
                 loop.call_soon_threadsafe(_come_home, list(those))
 
-    def idle(self) -> None:
-        """There is time for what nobody waits for."""
-        self._journal.flush()
-
     def _deliver(self, errand: Errand) -> Answer | None:
         """``None``: the errand was abandoned, and nobody waits for an answer."""
         envelope, key = errand.envelope, errand.key
@@ -383,7 +379,7 @@ class Dispatcher:
         if reply is None:
             reply = self._delivery.deliver(errand.peer, envelope, recipient, trace, content)
         window = self._repeat_seconds
-        return self._journal.record(key, recipient, reply, window, flush=False)
+        return self._journal.record(key, recipient, reply, window)
 
     def _tell_plugins(self, errand: Errand, recipient: str, reply: Reply) -> None:
         if self._plugins.implemented("message_delivered"):

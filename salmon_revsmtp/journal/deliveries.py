@@ -5,16 +5,14 @@ service, reverse-path and recipient, with the reply.  The order that loses nothi
 recorded, answered.  A process that dies between the first two handles the message again when the
 provider sends it again; one that dies between the last two does not.
 
-A row is committed without a sync.  It survives the death of the process; after a power cut the
-last of them may be missing, and then a message is handled twice, which is cheaper than a sync per
-message.  A commit is dear as well, so the deliveries of a round have one together; until then the
-``tail`` has them (see there).  Where the file cannot be written the rows stay in memory, with a
-warning, and go into the file when that works again.
+Each delivery is a commit of its own, without a sync.  It survives the death of the process; after
+a power cut the last of them may be missing, and then a message is handled twice, which is cheaper
+than a sync per message.  Where the file cannot be written the rows stay in memory, with a warning,
+and go into the file when that works again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import sqlite3
@@ -22,10 +20,9 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from salmon_revsmtp.journal.file import JournalFile
-from salmon_revsmtp.journal.tail import Row, Tail
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 __all__ = ["WEEK", "DeliveryJournal", "DeliveryRecord", "MessageKey"]
@@ -33,8 +30,6 @@ __all__ = ["WEEK", "DeliveryJournal", "DeliveryRecord", "MessageKey"]
 #: Seconds in which a repeat is known: providers give up after four or five days (RFC 5321 4.5.4.1).
 WEEK = 7 * 86400.0
 
-# Messages whose deliveries are written, although nobody asks for that yet.
-WRITE_AT_LEAST = 256
 # Messages kept in memory while the file cannot be written, about 500 octets each.
 REMEMBERED = 100_000
 # Seconds until a file that could not be used is tried again.
@@ -85,10 +80,6 @@ _INSERT = (
     "(digest, service, reverse_path, recipient, at, expires, code, text, enhanced, notified) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-_NEWER = (
-    "SELECT 1 FROM deliveries "
-    "WHERE digest = ? AND service = ? AND reverse_path = ? AND recipient = ? AND at > ?"
-)
 _PRUNE = (
     "DELETE FROM deliveries WHERE (digest, service, reverse_path, recipient) IN (SELECT "
     "digest, service, reverse_path, recipient FROM deliveries WHERE expires < ? LIMIT ?)"
@@ -100,7 +91,7 @@ _BEGIN = (
 _BEGUN = "SELECT begun FROM attempts WHERE queue = ? AND key = ?"
 
 
-def _row(key: MessageKey, recipient: str, served: DeliveryRecord) -> Row:
+def _row(key: MessageKey, recipient: str, served: DeliveryRecord) -> tuple[Any, ...]:
     reply = served.reply
     return (
         key.digest,
@@ -130,7 +121,6 @@ class DeliveryJournal:
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] = (0, 0)
-        self._tail: Tail | None = None
         self._unwritten: OrderedDict[MessageKey, dict[str, DeliveryRecord]] = OrderedDict()
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._broken = False
@@ -164,24 +154,14 @@ class DeliveryJournal:
         return found
 
     def record(
-        self,
-        key: MessageKey,
-        recipient: str,
-        reply: Reply,
-        window: float = WEEK,
-        *,
-        flush: bool = True,
+        self, key: MessageKey, recipient: str, reply: Reply, window: float = WEEK
     ) -> DeliveryRecord:
         """Note a delivery, to be known for ``window`` seconds; a 4yz is none, the provider is to
-        try again.
-
-        Without ``flush`` the file has it after the next :meth:`flush`; the death of the process it
-        survives at once.
-        """
+        try again."""
         now = time.time()
         served = DeliveryRecord(now, now + window, reply)
         if not reply.transient:
-            self._write(key, {recipient: served}, flush)
+            self._write(key, {recipient: served})
         return served
 
     def record_notified(
@@ -191,11 +171,6 @@ class DeliveryJournal:
         told = {one: row._replace(notified=True) for one, row in failed.items()}
         self._write(key, told)
         return told
-
-    def flush(self) -> None:
-        """Write to the file what is not there yet, also what a process that died has left."""
-        with self._lock:
-            self._attempt(self._flush)
 
     def begin(self, queue: str, key: str) -> int:
         """Note that the handling of a queue's message begins; returns how often it has begun and
@@ -221,25 +196,18 @@ class DeliveryJournal:
             self._attempt(write)
 
     def close(self) -> None:
-        """Close the file; what could not be written is left in the tail, as far as that has it."""
+        """Close the file, after a last try to write what could not be written."""
         with self._lock:
             if self._unwritten:
                 self._attempt(self._flush)
             self._disconnect()
-            self._leave_tail()
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def _write(
-        self, key: MessageKey, rows: Mapping[str, DeliveryRecord], flush: bool = True
-    ) -> None:
+    def _write(self, key: MessageKey, rows: Mapping[str, DeliveryRecord]) -> None:
         with self._lock:
             self._unwritten.setdefault(key, {}).update(rows)
-            kept = self._tail is not None and self._tail.append(
-                *(_row(key, recipient, row) for recipient, row in rows.items())
-            )
-            if flush or not kept or len(self._unwritten) >= WRITE_AT_LEAST:
-                self._attempt(self._flush)
+            self._attempt(self._flush)
             while len(self._unwritten) > REMEMBERED:
                 self._unwritten.popitem(last=False)
 
@@ -257,8 +225,6 @@ class DeliveryJournal:
             database.executemany(_INSERT, rows)
             database.execute("COMMIT")
         self._unwritten.clear()
-        if self._tail is not None:
-            self._tail.clear()
         self._prune(database)
 
     def _prune(self, database: sqlite3.Connection) -> None:
@@ -307,45 +273,14 @@ class DeliveryJournal:
         """The connection; a new one if somebody has deleted the file."""
         if self._database is not None and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY
-            if self._identity != self._on_disk() or (self._tail is not None and self._tail.lost):
+            if self._identity != self._on_disk():
                 self._disconnect()
-                self._leave_tail()
         if self._database is None:
             self._database = self._file.open()
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._identity = self._on_disk()
-            if self._tail is None:
-                self._take_tail(self._database)
         return self._database
-
-    def _take_tail(self, database: sqlite3.Connection) -> None:
-        """Without one, what is recorded is written at once."""
-        try:
-            tail = Tail(self._file.path)
-        except OSError as error:
-            log.warning("journal=%s every delivery is a commit: %s", self._file.path, error)
-            return
-        for row in tail.found:
-            digest, service, reverse_path, recipient, *rest = row
-            with contextlib.suppress(ValueError):  # no reply code
-                served = _served(*rest)
-                recipients = self._unwritten.setdefault(
-                    MessageKey(service, reverse_path, digest), {}
-                )
-                # What a dead process left may be older than what is here or in the file.
-                known = recipients.get(recipient)
-                newer = known and known.at > served.at
-                newer = newer or database.execute(_NEWER, row[:5]).fetchone()
-                if not newer and served.expires > time.time():
-                    recipients[recipient] = served
-        tail.found.clear()
-        self._tail = tail
-
-    def _leave_tail(self) -> None:
-        if self._tail is not None:
-            self._tail.close()
-            self._tail = None
 
     def _on_disk(self) -> tuple[int, int]:
         try:
