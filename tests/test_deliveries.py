@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from salmon_revsmtp.journal import deliveries as served_module
-from salmon_revsmtp.journal import file as journal_module
-from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.journal import connection as connection_module
+from salmon_revsmtp.journal import deliveries as deliveries_module
+from salmon_revsmtp.journal import file as file_module
+from salmon_revsmtp.journal.attempts import Attempts
+from salmon_revsmtp.journal.connection import JournalConnection
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -28,18 +31,18 @@ def path(tmp_path: Path) -> Path:
 
 
 def journal(path: Path) -> DeliveryJournal:
-    return DeliveryJournal(JournalFile(path))
+    return DeliveryJournal(JournalConnection(path))
 
 
 def replies(
     deliveries: DeliveryJournal, key: MessageKey = KEY, **window: float
 ) -> dict[str, Reply]:
-    return {one: served.reply for one, served in deliveries.served(key, **window).items()}
+    return {one: record.reply for one, record in deliveries.known(key, **window).items()}
 
 
 def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
     first = journal(path)
-    assert first.served(KEY) == {}
+    assert first.known(KEY) == {}
     first.record(KEY, "b@example.org", OK)
     first.record(KEY, "c@example.org", NO)
     assert replies(first) == {"b@example.org": OK, "c@example.org": NO}
@@ -57,22 +60,22 @@ def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
 def test_another_service_sender_or_octet_is_another_message(path: Path, other: MessageKey) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
-    assert deliveries.served(other) == {}
+    assert deliveries.known(other) == {}
 
 
 def test_what_was_put_off_is_no_delivery(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", Reply(451, "later"))
-    assert deliveries.served(KEY) == {}
+    assert deliveries.known(KEY) == {}
 
 
 def test_that_the_sender_was_notified_is_known(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     deliveries.record(KEY, "c@example.org", NO)
-    deliveries.record_notified(KEY, {"c@example.org": deliveries.served(KEY)["c@example.org"]})
-    known = journal(path).served(KEY)
-    assert {one: served.notified for one, served in known.items()} == {
+    deliveries.record_notified(KEY, {"c@example.org": deliveries.known(KEY)["c@example.org"]})
+    known = journal(path).known(KEY)
+    assert {one: record.notified for one, record in known.items()} == {
         "b@example.org": False,
         "c@example.org": True,
     }
@@ -94,7 +97,7 @@ def test_outside_the_window_a_repeat_is_a_new_message(
 def test_old_rows_go_and_the_file_does_not_grow_for_ever(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_module, "PRUNE_ROWS", 10)
+    monkeypatch.setattr(deliveries_module, "PRUNE_ROWS", 10)
     deliveries = journal(path)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 8 * DAY)
@@ -113,10 +116,10 @@ def killed(path: Path, *numbers: int) -> None:
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
+        "from salmon_revsmtp.journal.connection import JournalConnection\n"
         "from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey\n"
-        "from salmon_revsmtp.journal.file import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
-        "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
+        "journal = DeliveryJournal(JournalConnection(Path(sys.argv[1])))\n"
         "for number in sys.argv[2:]:\n"
         "    key = MessageKey('default', '', number.encode())\n"
         "    journal.record(key, 'b@example.org', Reply(250, 'ok'))\n"
@@ -129,7 +132,7 @@ def killed(path: Path, *numbers: int) -> None:
 def known(deliveries: DeliveryJournal, *numbers: int) -> list[int]:
     """Which of these messages are known to have been delivered."""
     keys = {number: MessageKey("default", "", b"%d" % number) for number in numbers}
-    found = deliveries.recorded_all(keys.values())
+    found = deliveries.known_all(keys.values())
     return [number for number, key in keys.items() if found[key]]
 
 
@@ -165,17 +168,17 @@ def test_a_row_that_nobody_wrote_breaks_no_batch(path: Path) -> None:
     database = JournalFile(path).open()
     database.execute("UPDATE deliveries SET code = 7")
     database.close()
-    assert deliveries.served(KEY) == {}
+    assert deliveries.known(KEY) == {}
 
 
 def test_a_child_of_a_handler_does_not_lock_the_file(path: Path) -> None:
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
+        "from salmon_revsmtp.journal.connection import JournalConnection\n"
         "from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey\n"
-        "from salmon_revsmtp.journal.file import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
-        "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
+        "journal = DeliveryJournal(JournalConnection(Path(sys.argv[1])))\n"
         "journal.record(MessageKey('default', '', b'1'), 'b@example.org', Reply(250, 'ok'))\n"
         "ready = os.pipe()\n"
         "if os.fork() == 0:\n"
@@ -199,7 +202,7 @@ def test_a_child_of_a_handler_does_not_lock_the_file(path: Path) -> None:
 def test_without_a_disk_it_remembers_and_writes_when_it_can(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(served_module, "RETRY", 0.0)
+    monkeypatch.setattr(connection_module, "RETRY", 0.0)
     path.parent.write_text("a file where the folder should be")
     deliveries = journal(path)
     for name in ("b", "c"):
@@ -210,7 +213,20 @@ def test_without_a_disk_it_remembers_and_writes_when_it_can(
     path.parent.unlink()
     deliveries.record(KEY, "d@example.org", OK)
     assert caplog.text.count("can be used again") == 1
-    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org", "d@example.org"}
+    assert set(journal(path).known(KEY)) == {"b@example.org", "c@example.org", "d@example.org"}
+
+
+def test_what_is_only_in_memory_is_written_at_the_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "RETRY", 0.0)
+    path.mkdir(parents=True)
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    deliveries.record_notified(KEY, {"c@example.org": DeliveryRecord(time.time(), 2**33, NO)})
+    path.rmdir()
+    deliveries.close()
+    assert replies(journal(path)) == {"b@example.org": OK, "c@example.org": NO}
 
 
 def test_a_broken_disk_is_left_alone_for_a_while(
@@ -222,32 +238,32 @@ def test_a_broken_disk_is_left_alone_for_a_while(
     path.rmdir()
     deliveries.record(KEY, "c@example.org", OK)
     assert not path.exists()
-    assert set(deliveries.served(KEY)) == {"b@example.org", "c@example.org"}
+    assert set(deliveries.known(KEY)) == {"b@example.org", "c@example.org"}
 
 
 def test_memory_is_bounded_while_there_is_no_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_module, "REMEMBERED", 10)
+    monkeypatch.setattr(deliveries_module, "REMEMBERED", 10)
     path.mkdir(parents=True)
     deliveries = journal(path)
     keys = [KEY._replace(digest=b"%d" % number) for number in range(30)]
     for key in keys:
         deliveries.record(key, "b@example.org", OK)
-    assert [bool(deliveries.served(key)) for key in keys] == [False] * 20 + [True] * 10
+    assert [bool(deliveries.known(key)) for key in keys] == [False] * 20 + [True] * 10
 
 
 def test_a_file_that_somebody_deletes_is_made_anew(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_module, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(connection_module, "CHECK_EVERY", 0.0)
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     for one in path.parent.iterdir():
         one.unlink()
-    assert deliveries.served(KEY) == {}
+    assert deliveries.known(KEY) == {}
     deliveries.record(KEY, "c@example.org", OK)
-    assert set(journal(path).served(KEY)) == {"c@example.org"}
+    assert set(journal(path).known(KEY)) == {"c@example.org"}
 
 
 def test_a_file_that_is_no_database_costs_no_mail(
@@ -261,23 +277,45 @@ def test_a_file_that_is_no_database_costs_no_mail(
     assert "not a database" in caplog.text
 
 
+def attempts(path: Path, queue: str = "run/inbound") -> Attempts:
+    return Attempts(JournalConnection(path), queue)
+
+
 def test_attempts_are_counted_over_restarts_until_they_end(path: Path) -> None:
-    assert [journal(path).begin("run/inbound", "1.M2") for _ in range(3)] == [1, 2, 3]
-    assert journal(path).begin("run/inbound", "other") == 1
-    journal(path).end("run/inbound", "1.M2")
-    assert journal(path).begin("run/inbound", "1.M2") == 1
+    assert [attempts(path).begin("1.M2") for _ in range(3)] == [1, 2, 3]
+    assert attempts(path).begin("other") == 1
+    assert attempts(path, "run/other").begin("1.M2") == 1
+    attempts(path).end("1.M2")
+    assert attempts(path).begin("1.M2") == 1
+    assert attempts(path, "run/other").begin("1.M2") == 2
+
+
+def test_attempts_are_counted_without_a_disk(path: Path) -> None:
+    path.mkdir(parents=True)
+    counts = attempts(path)
+    assert [counts.begin("1.M2") for _ in range(3)] == [1, 2, 3]
+    counts.end("1.M2")
+    assert counts.begin("1.M2") == 1
+
+
+def test_two_records_in_one_file_warn_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.mkdir(parents=True)
+    connection = JournalConnection(path)
+    Attempts(connection, "run/inbound").begin("1.M2")
+    DeliveryJournal(connection).record(KEY, "b@example.org", OK)
+    assert caplog.text.count("cannot be used") == 1
 
 
 def test_while_another_process_is_writing_the_file_is_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr(file_module, "BUSY_TIMEOUT", 0.05)
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     other = JournalFile(path).open()
     other.execute("BEGIN IMMEDIATE")
     deliveries.record(KEY, "c@example.org", OK)
-    assert set(deliveries.served(KEY)) == {"b@example.org", "c@example.org"}
+    assert set(deliveries.known(KEY)) == {"b@example.org", "c@example.org"}
     other.close()
 
 

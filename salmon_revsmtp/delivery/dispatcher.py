@@ -315,7 +315,7 @@ class Dispatcher:
             if errand.key is None:
                 errand.key = MessageKey.of(name, errand.envelope.reverse_path, errand.data)
             keys.append(errand.key)
-        self._known = self._journal.recorded_all(keys, self._repeat_seconds)
+        self._known = self._journal.known_all(keys, self._repeat_seconds)
 
     def do(self, piece: Waiting) -> None:
         """Deliver one message, if anybody still waits for it."""
