@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import subprocess
 import sys
@@ -12,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from salmon_revsmtp.journal import deliveries as served_module
-from salmon_revsmtp.journal import file as journal_module
-from salmon_revsmtp.journal import tail as tail_module
-from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.journal import connection as connection_module
+from salmon_revsmtp.journal import deliveries as deliveries_module
+from salmon_revsmtp.journal import file as file_module
+from salmon_revsmtp.journal.attempts import Attempts
+from salmon_revsmtp.journal.connection import JournalConnection
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -31,18 +31,18 @@ def path(tmp_path: Path) -> Path:
 
 
 def journal(path: Path) -> DeliveryJournal:
-    return DeliveryJournal(JournalFile(path))
+    return DeliveryJournal(JournalConnection(path))
 
 
 def replies(
     deliveries: DeliveryJournal, key: MessageKey = KEY, **window: float
 ) -> dict[str, Reply]:
-    return {one: served.reply for one, served in deliveries.served(key, **window).items()}
+    return {one: record.reply for one, record in deliveries.known(key, **window).items()}
 
 
 def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
     first = journal(path)
-    assert first.served(KEY) == {}
+    assert first.known(KEY) == {}
     first.record(KEY, "b@example.org", OK)
     first.record(KEY, "c@example.org", NO)
     assert replies(first) == {"b@example.org": OK, "c@example.org": NO}
@@ -60,22 +60,22 @@ def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
 def test_another_service_sender_or_octet_is_another_message(path: Path, other: MessageKey) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
-    assert deliveries.served(other) == {}
+    assert deliveries.known(other) == {}
 
 
 def test_what_was_put_off_is_no_delivery(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", Reply(451, "later"))
-    assert deliveries.served(KEY) == {}
+    assert deliveries.known(KEY) == {}
 
 
 def test_that_the_sender_was_notified_is_known(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     deliveries.record(KEY, "c@example.org", NO)
-    deliveries.record_notified(KEY, {"c@example.org": deliveries.served(KEY)["c@example.org"]})
-    known = journal(path).served(KEY)
-    assert {one: served.notified for one, served in known.items()} == {
+    deliveries.record_notified(KEY, {"c@example.org": deliveries.known(KEY)["c@example.org"]})
+    known = journal(path).known(KEY)
+    assert {one: record.notified for one, record in known.items()} == {
         "b@example.org": False,
         "c@example.org": True,
     }
@@ -97,7 +97,7 @@ def test_outside_the_window_a_repeat_is_a_new_message(
 def test_old_rows_go_and_the_file_does_not_grow_for_ever(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_module, "PRUNE_ROWS", 10)
+    monkeypatch.setattr(deliveries_module, "PRUNE_ROWS", 10)
     deliveries = journal(path)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 8 * DAY)
@@ -111,166 +111,43 @@ def test_old_rows_go_and_the_file_does_not_grow_for_ever(
     assert rows == (5,)
 
 
-def killed(path: Path, *numbers: int, flush: bool) -> None:
+def killed(path: Path, *numbers: int) -> None:
     """A process that records a delivery of each of these messages, and is killed."""
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
+        "from salmon_revsmtp.journal.connection import JournalConnection\n"
         "from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey\n"
-        "from salmon_revsmtp.journal.file import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
-        "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
-        "for number in sys.argv[3:]:\n"
+        "journal = DeliveryJournal(JournalConnection(Path(sys.argv[1])))\n"
+        "for number in sys.argv[2:]:\n"
         "    key = MessageKey('default', '', number.encode())\n"
-        "    flush = sys.argv[2] == 'True'\n"
-        "    journal.record(key, 'b@example.org', Reply(250, 'ok'), flush=flush)\n"
+        "    journal.record(key, 'b@example.org', Reply(250, 'ok'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    arguments = [str(path), str(flush), *map(str, numbers)]
+    arguments = [str(path), *map(str, numbers)]
     assert subprocess.run([sys.executable, "-c", program, *arguments], timeout=60).returncode < 0
 
 
 def known(deliveries: DeliveryJournal, *numbers: int) -> list[int]:
     """Which of these messages are known to have been delivered."""
     keys = {number: MessageKey("default", "", b"%d" % number) for number in numbers}
-    found = deliveries.recorded_all(keys.values())
+    found = deliveries.known_all(keys.values())
     return [number for number, key in keys.items() if found[key]]
 
 
-def rows(path: Path) -> int:
-    database = JournalFile(path).open()
-    try:
-        [count] = database.execute("SELECT count(*) FROM deliveries").fetchone()
-        return int(count)
-    finally:
-        database.close()
-
-
-def tails(path: Path) -> list[Path]:
-    return sorted(path.parent.glob("journal-tail*"))
-
-
-@pytest.mark.parametrize("flush", [True, False])
-def test_it_survives_the_process_being_killed(path: Path, flush: bool) -> None:
-    killed(path, *range(100), flush=flush)
+def test_it_survives_the_process_being_killed(path: Path) -> None:
+    killed(path, *range(100))
     assert known(journal(path), *range(100)) == list(range(100))
 
 
-def test_what_a_killed_process_left_is_written_by_the_next(path: Path) -> None:
-    killed(path, 1, 2, 3, flush=False)
-    assert rows(path) == 1, "the first, which made the file, and no other"
-    deliveries = journal(path)
-    deliveries.flush()
-    assert rows(path) == 3
-    [tail] = tails(path)
-    assert tail.read_bytes() == b""
-
-
-def test_what_is_not_written_yet_is_known_all_the_same(path: Path) -> None:
-    deliveries = journal(path)
-    deliveries.flush()
-    deliveries.record(KEY, "b@example.org", OK, flush=False)
-    assert rows(path) == 0
-    assert replies(deliveries) == {"b@example.org": OK}
-    deliveries.close()
-    assert rows(path) == 1
-
-
-def test_every_process_has_its_own_tail(path: Path) -> None:
+def test_another_process_knows_a_delivery_at_once(path: Path) -> None:
     first, second = journal(path), journal(path)
-    for deliveries, name in ((first, "b"), (second, "c")):
-        deliveries.flush()
-        deliveries.record(KEY, f"{name}@example.org", OK, flush=False)
-    assert set(second.served(KEY)) == {"c@example.org"}, "what is in the first one's is not taken"
-    assert [b"b@example.org" in tail.read_bytes() for tail in tails(path)] == [True, False]
-    first.close()
-    second.close()
-    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org"}
-
-
-def test_the_tails_of_several_dead_processes_are_taken_over(path: Path) -> None:
-    holder = journal(path)
-    holder.flush()
-    killed(path, 1, 2, flush=False)
-    third = path.with_name("journal-tail2")
-    third.write_bytes(path.with_name("journal-tail1").read_bytes().replace(b"32", b"33"))
-    assert sorted(known(journal(path), 1, 2, 3)) == [1, 2, 3]
-    assert [tail.read_bytes() for tail in tails(path)][2] == b"", "moved into the one that is used"
-
-
-def test_a_line_that_was_cut_off_costs_only_itself(path: Path) -> None:
-    killed(path, 0, 1, 2, 3, flush=False)
-    [tail] = tails(path)
-    tail.write_bytes(tail.read_bytes().rstrip()[:-9])
-    deliveries = journal(path)
-    assert known(deliveries, 1, 2, 3) == [1, 2]
-    deliveries.record(KEY, "b@example.org", OK, flush=False)
-    # As if this process had died, too: what it added is read behind the line that was cut off.
-    copy = path.with_name("copy")
-    copy.with_name("copy-tail0").write_bytes(tail.read_bytes())
-    after = journal(copy)
-    assert known(after, 1, 2, 3) == [1, 2]
-    assert replies(after) == {"b@example.org": OK}
-
-
-def test_a_tail_behind_a_gap_in_the_numbers(path: Path) -> None:
-    killed(path, 1, 2, flush=False)
-    [tail] = tails(path)
-    tail.rename(path.with_name("journal-tail7"))
-    assert known(journal(path), 2) == [2]
-
-
-def test_a_tail_that_cannot_be_opened_is_passed_over(path: Path) -> None:
-    path.with_name("journal-tail0").mkdir(parents=True)
-    killed(path, 1, 2, flush=False)
-    assert known(journal(path), 1, 2) == [1, 2]
-    assert path.with_name("journal-tail1").is_file()
-
-
-@pytest.mark.parametrize(
-    ("field", "wrong"),
-    [
-        (0, '"no digest"'),
-        (2, "null"),
-        (3, "5"),
-        (4, "NaN"),
-        (5, "1e300"),
-        (6, str(10**30)),
-        (6, "7"),
-        (7, "null"),
-        (8, '["x"]'),
-        (9, '"no"'),
-        (9, "1, 2"),
-        (1, "[" * 100_000),
-    ],
-)
-def test_a_line_that_nobody_wrote_costs_only_itself(path: Path, field: int, wrong: str) -> None:
-    killed(path, 0, 1, 2, 3, flush=False)
-    [tail] = tails(path)
-    lines = [line for line in tail.read_text().splitlines() if line]
-    fields = [json.dumps(value) for value in json.loads(lines[0])]
-    fields[field] = wrong
-    lines[0] = f"[{', '.join(fields)}]"
-    tail.write_text("\n".join(lines))
-    deliveries = journal(path)
-    assert known(deliveries, 1, 2, 3) == [2, 3]
-    deliveries.flush()
-    assert rows(path) == 3
-    assert tail.read_bytes() == b""
-
-
-def test_what_is_older_does_not_replace_what_is_newer(path: Path) -> None:
-    """The tail of a process that died long ago, of a message that has come again since."""
-    killed(path, 1, 2, flush=False)
-    [tail] = tails(path)
-    old = tail.read_bytes()
-    deliveries = journal(path)
-    key = MessageKey("default", "", b"2")
-    deliveries.record(key, "b@example.org", NO)
-    deliveries.close()
-    tail.write_bytes(old)
-    journal(path).flush()
-    assert replies(journal(path), key) == {"b@example.org": NO}
+    assert replies(second) == {}
+    first.record(KEY, "b@example.org", OK)
+    assert replies(second) == {"b@example.org": OK}
+    second.record(KEY, "c@example.org", NO)
+    assert replies(first) == {"b@example.org": OK, "c@example.org": NO}
 
 
 def test_a_clock_that_was_ahead_is_no_reason_to_forget(
@@ -285,125 +162,47 @@ def test_a_clock_that_was_ahead_is_no_reason_to_forget(
     assert replies(journal(path)) == {"b@example.org": NO}
 
 
-def test_a_row_that_nobody_wrote_breaks_no_round(path: Path) -> None:
+def test_a_row_that_nobody_wrote_breaks_no_batch(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     database = JournalFile(path).open()
     database.execute("UPDATE deliveries SET code = 7")
     database.close()
-    assert deliveries.served(KEY) == {}
+    assert deliveries.known(KEY) == {}
 
 
-def test_the_file_is_written_after_so_many_messages(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(served_module, "WRITE_AT_LEAST", 3)
-    deliveries = journal(path)
-    deliveries.flush()
-    written = []
-    for number in range(4):
-        key = KEY._replace(digest=b"%d" % number)
-        deliveries.record(key, "b@example.org", OK, flush=False)
-        written.append(rows(path))
-    assert written == [0, 0, 3, 3]
-
-
-def test_a_child_of_a_handler_does_not_keep_the_tail(path: Path) -> None:
+def test_a_child_of_a_handler_does_not_lock_the_file(path: Path) -> None:
     program = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
+        "from salmon_revsmtp.journal.connection import JournalConnection\n"
         "from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey\n"
-        "from salmon_revsmtp.journal.file import JournalFile\n"
         "from salmon_revsmtp.smtp.replies import Reply\n"
-        "journal = DeliveryJournal(JournalFile(Path(sys.argv[1])))\n"
-        "journal.flush()\n"
+        "journal = DeliveryJournal(JournalConnection(Path(sys.argv[1])))\n"
+        "journal.record(MessageKey('default', '', b'1'), 'b@example.org', Reply(250, 'ok'))\n"
         "ready = os.pipe()\n"
         "if os.fork() == 0:\n"
         "    os.write(ready[1], b'x')\n"
         "    os.read(0, 1)\n"  # until the test closes it
         "    os._exit(0)\n"
         "os.read(ready[0], 1)\n"
-        "key = MessageKey('default', '', b'1')\n"
-        "journal.record(key, 'b@example.org', Reply(250, 'ok'), flush=False)\n"
+        "journal.record(MessageKey('default', '', b'2'), 'b@example.org', Reply(250, 'ok'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = [sys.executable, "-c", program, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.wait(60) < 0
-        found = known(journal(path), 1)
+        deliveries = journal(path)
+        deliveries.record(MessageKey("default", "", b"3"), "b@example.org", OK)
+        found = known(journal(path), 1, 2, 3)
         process.communicate()  # the child ends, too
-    assert found == [1]
-
-
-def test_a_tail_that_somebody_deletes_is_made_anew(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(served_module, "LOOK_EVERY", 0.0)
-    deliveries = journal(path)
-    deliveries.flush()
-    [tail] = tails(path)
-    tail.unlink()
-    deliveries.served(KEY)
-    deliveries.record(KEY, "b@example.org", OK, flush=False)
-    assert b"b@example.org" in tail.read_bytes()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
-def test_roots_tail_is_as_accessible_as_the_journal(path: Path) -> None:
-    JournalFile(path).open().close()
-    os.chown(path, 12345, 12345)
-    path.chmod(0o640)
-    journal(path).flush()
-    [tail] = tails(path)
-    status = tail.stat()
-    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 12345, 0o640)
-
-
-@pytest.mark.parametrize("written", [None, 20])
-def test_where_the_tail_cannot_be_written_the_file_is(
-    path: Path, monkeypatch: pytest.MonkeyPatch, written: int | None
-) -> None:
-    deliveries = journal(path)
-    deliveries.flush()
-    write = os.write
-
-    def full(descriptor: int, data: bytes) -> int:
-        if written is None:
-            raise OSError(errno.ENOSPC, "full")
-        return write(descriptor, data[:written])
-
-    monkeypatch.setattr(os, "write", full)
-    deliveries.record(KEY, "b@example.org", OK, flush=False)
-    monkeypatch.undo()
-    assert rows(path) == 1
-    deliveries.record(KEY, "c@example.org", OK, flush=False)
-    assert rows(path) == 1
-    deliveries.close()
-    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org"}
-
-
-def test_the_tail_is_bounded_while_the_file_cannot_be_written(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tail_module, "LIMIT", 1000)
-    monkeypatch.setattr(journal_module, "BUSY_TIMEOUT", 0.0)
-    deliveries = journal(path)
-    deliveries.flush()
-    other = JournalFile(path).open()
-    other.execute("BEGIN IMMEDIATE")
-    keys = [KEY._replace(digest=b"%d" % number) for number in range(30)]
-    for key in keys:
-        deliveries.record(key, "b@example.org", OK, flush=False)
-    other.close()
-    assert all(deliveries.served(key) for key in keys)
-    [tail] = tails(path)
-    assert 0 < tail.stat().st_size <= 1000
+    assert found == [1, 2, 3]
 
 
 def test_without_a_disk_it_remembers_and_writes_when_it_can(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(served_module, "RETRY", 0.0)
+    monkeypatch.setattr(connection_module, "RETRY", 0.0)
     path.parent.write_text("a file where the folder should be")
     deliveries = journal(path)
     for name in ("b", "c"):
@@ -414,7 +213,20 @@ def test_without_a_disk_it_remembers_and_writes_when_it_can(
     path.parent.unlink()
     deliveries.record(KEY, "d@example.org", OK)
     assert caplog.text.count("can be used again") == 1
-    assert set(journal(path).served(KEY)) == {"b@example.org", "c@example.org", "d@example.org"}
+    assert set(journal(path).known(KEY)) == {"b@example.org", "c@example.org", "d@example.org"}
+
+
+def test_what_is_only_in_memory_is_written_at_the_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "RETRY", 0.0)
+    path.mkdir(parents=True)
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", OK)
+    deliveries.record_notified(KEY, {"c@example.org": DeliveryRecord(time.time(), 2**33, NO)})
+    path.rmdir()
+    deliveries.close()
+    assert replies(journal(path)) == {"b@example.org": OK, "c@example.org": NO}
 
 
 def test_a_broken_disk_is_left_alone_for_a_while(
@@ -426,32 +238,32 @@ def test_a_broken_disk_is_left_alone_for_a_while(
     path.rmdir()
     deliveries.record(KEY, "c@example.org", OK)
     assert not path.exists()
-    assert set(deliveries.served(KEY)) == {"b@example.org", "c@example.org"}
+    assert set(deliveries.known(KEY)) == {"b@example.org", "c@example.org"}
 
 
 def test_memory_is_bounded_while_there_is_no_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_module, "REMEMBERED", 10)
+    monkeypatch.setattr(deliveries_module, "REMEMBERED", 10)
     path.mkdir(parents=True)
     deliveries = journal(path)
     keys = [KEY._replace(digest=b"%d" % number) for number in range(30)]
     for key in keys:
         deliveries.record(key, "b@example.org", OK)
-    assert [bool(deliveries.served(key)) for key in keys] == [False] * 20 + [True] * 10
+    assert [bool(deliveries.known(key)) for key in keys] == [False] * 20 + [True] * 10
 
 
 def test_a_file_that_somebody_deletes_is_made_anew(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_module, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(connection_module, "CHECK_EVERY", 0.0)
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     for one in path.parent.iterdir():
         one.unlink()
-    assert deliveries.served(KEY) == {}
+    assert deliveries.known(KEY) == {}
     deliveries.record(KEY, "c@example.org", OK)
-    assert set(journal(path).served(KEY)) == {"c@example.org"}
+    assert set(journal(path).known(KEY)) == {"c@example.org"}
 
 
 def test_a_file_that_is_no_database_costs_no_mail(
@@ -465,23 +277,45 @@ def test_a_file_that_is_no_database_costs_no_mail(
     assert "not a database" in caplog.text
 
 
+def attempts(path: Path, queue: str = "run/inbound") -> Attempts:
+    return Attempts(JournalConnection(path), queue)
+
+
 def test_attempts_are_counted_over_restarts_until_they_end(path: Path) -> None:
-    assert [journal(path).begin("run/inbound", "1.M2") for _ in range(3)] == [1, 2, 3]
-    assert journal(path).begin("run/inbound", "other") == 1
-    journal(path).end("run/inbound", "1.M2")
-    assert journal(path).begin("run/inbound", "1.M2") == 1
+    assert [attempts(path).begin("1.M2") for _ in range(3)] == [1, 2, 3]
+    assert attempts(path).begin("other") == 1
+    assert attempts(path, "run/other").begin("1.M2") == 1
+    attempts(path).end("1.M2")
+    assert attempts(path).begin("1.M2") == 1
+    assert attempts(path, "run/other").begin("1.M2") == 2
+
+
+def test_attempts_are_counted_without_a_disk(path: Path) -> None:
+    path.mkdir(parents=True)
+    counts = attempts(path)
+    assert [counts.begin("1.M2") for _ in range(3)] == [1, 2, 3]
+    counts.end("1.M2")
+    assert counts.begin("1.M2") == 1
+
+
+def test_two_records_in_one_file_warn_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.mkdir(parents=True)
+    connection = JournalConnection(path)
+    Attempts(connection, "run/inbound").begin("1.M2")
+    DeliveryJournal(connection).record(KEY, "b@example.org", OK)
+    assert caplog.text.count("cannot be used") == 1
 
 
 def test_while_another_process_is_writing_the_file_is_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr(file_module, "BUSY_TIMEOUT", 0.05)
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     other = JournalFile(path).open()
     other.execute("BEGIN IMMEDIATE")
     deliveries.record(KEY, "c@example.org", OK)
-    assert set(deliveries.served(KEY)) == {"b@example.org", "c@example.org"}
+    assert set(deliveries.known(KEY)) == {"b@example.org", "c@example.org"}
     other.close()
 
 

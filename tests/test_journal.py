@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 
 from salmon_revsmtp.journal import file as journal_module
 from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
+from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
-from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.smtp.replies import Reply
 
 NOW = time.time()
@@ -99,10 +100,11 @@ def test_a_journal_of_the_first_release_is_taken_over(tmp_path: Path) -> None:
         database.executescript(journal_module.MIGRATIONS[0] + "PRAGMA user_version = 1")
         database.execute("INSERT INTO agents VALUES ('isp', 0, NULL)")
     assert Journal(path).state("isp").enabled is False
-    deliveries = DeliveryJournal(JournalFile(path))
+    deliveries = DeliveryJournal(JournalConnection(path))
     key = MessageKey("default", "a@example.net", b"digest")
     deliveries.record(key, "b@example.org", Reply(250, "ok"))
-    assert DeliveryJournal(JournalFile(path)).served(key)["b@example.org"].reply == Reply(250, "ok")
+    [known] = DeliveryJournal(JournalConnection(path)).known(key).values()
+    assert known.reply == Reply(250, "ok")
 
 
 def test_the_schema_of_a_later_version_is_left_alone(
@@ -113,6 +115,15 @@ def test_the_schema_of_a_later_version_is_left_alone(
         database.execute("PRAGMA user_version = 99")
     assert Journal(path).history() == []
     assert "of a later salmon-revsmtp" in caplog.text
+    caplog.clear()
+    deliveries = DeliveryJournal(JournalConnection(path))
+    key = MessageKey("default", "a@example.net", b"digest")
+    deliveries.record(key, "b@example.org", Reply(250, "ok"))
+    assert list(deliveries.known(key)) == ["b@example.org"], "in memory"
+    assert "of a later salmon-revsmtp" in caplog.text
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (99,)
+        assert database.execute("SELECT * FROM sqlite_master").fetchall() == []
 
 
 @pytest.mark.parametrize("damage", ["a folder", "no database"])

@@ -42,9 +42,6 @@ class BatchHandler(Protocol[Item_contra]):
     def end(self, items: Sequence[Item_contra]) -> None:
         """These have been done."""
 
-    def idle(self) -> None:
-        """There was a batch, and there is none now."""
-
 
 class BatchWorker(Generic[Item]):
     """Works off what several handlers have, in the order in which it came, in one thread.
@@ -80,7 +77,6 @@ class BatchWorker(Generic[Item]):
     # -- in the thread ----------------------------------------------------------------------------
 
     def _work(self) -> None:
-        handler = None
         while following := self._next():
             handler, items = following
             try:
@@ -92,8 +88,6 @@ class BatchWorker(Generic[Item]):
             with self._lock:
                 if not self._closed:
                     self._waiting.extendleft((handler, item) for item in reversed(left))
-        if handler is not None:
-            handler.idle()
 
     def _next(self) -> tuple[BatchHandler[Item], list[Item]] | None:
         """The next batch, which is of one handler; ``None``: there is no work."""

@@ -22,6 +22,8 @@ from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import split_envelope
 from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.hostname import machine_name
+from salmon_revsmtp.journal.attempts import Attempts
+from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
@@ -73,7 +75,9 @@ class QueueConsumer:
         self._folder = folder
         self._sleep = sleep
         self._delivery = RouterDelivery()
-        self._journal = DeliveryJournal()
+        connection = JournalConnection()
+        self._journal = DeliveryJournal(connection)
+        self._attempts = Attempts(connection, folder)
         self._outbox = Outbox(relay)
         self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
         self._stopped = threading.Event()
@@ -122,10 +126,10 @@ class QueueConsumer:
         reverse_path, recipient, content = split_envelope(stored)
         # By its key: two files with the same octets are two messages.
         message = MessageKey.of(f"queue {self._folder} {key}", reverse_path or "", stored)
-        served = self._journal.served(message).get(recipient or "")
-        if served is not None:
-            reply = served.reply
-        elif self._journal.begin(self._folder, key) > CRASHES:
+        known = self._journal.known(message).get(recipient or "")
+        if known is not None:
+            reply = known.reply
+        elif self._attempts.begin(key) > CRASHES:
             reply = self._set_aside(key, stored)
             if reply.transient:
                 return reply  # and its crashes are not forgotten
@@ -138,7 +142,7 @@ class QueueConsumer:
         else:
             with suppress(KeyError, FileNotFoundError):  # somebody has taken it away meanwhile
                 self.queue.remove(key)
-        self._journal.end(self._folder, key)
+        self._attempts.end(key)
         return reply
 
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:

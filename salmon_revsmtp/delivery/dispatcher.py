@@ -253,7 +253,7 @@ class Dispatcher:
                 pending.key = MessageKey.of(self._service, sender, pending.data)
         keys = [pending.key for pending in items if pending.key is not None]
         self._log_at = time.monotonic() + LOOK_EVERY
-        self._known = self._journal.recorded_all(keys, self._repeat_seconds)
+        self._known = self._journal.known_all(keys, self._repeat_seconds)
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
@@ -271,10 +271,6 @@ class Dispatcher:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
-
-    def idle(self) -> None:
-        """There is time for what no one waits for."""
-        self._journal.flush()
 
     def _deliver(self, pending: PendingDelivery) -> None:
         key = pending.key
@@ -311,7 +307,7 @@ class Dispatcher:
         reply = self._refusal(origin, envelope, trace, content)
         if reply is None:
             reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
-        return self._journal.record(key, recipient, reply, self._repeat_seconds, flush=False)
+        return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
         if self._plugins.implemented("message_delivered"):

@@ -22,7 +22,7 @@ from support.salmon import Salmon, explodes, fails
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.outbox import Outbox
-from salmon_revsmtp.journal import deliveries as served
+from salmon_revsmtp.journal import connection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.provider.accounts import Account, Accounts
@@ -77,7 +77,7 @@ def disk(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
         pytest.skip(reason)
     # Salmon's own undeliverable queue was on what is below now.
     queue.Queue("run/undeliverable")
-    monkeypatch.setattr(served, "RETRY", 0.0)
+    monkeypatch.setattr(connection, "RETRY", 0.0)
     try:
         yield Disk(folder)
     finally:
@@ -167,7 +167,7 @@ def test_handled_mail_needs_no_disk(
     assert caplog.text.count("can be used again") == 1
     # And after a restart it still is.
     key = MessageKey.of("default", "a@example.net", MESSAGE)
-    assert "b@example.org" in DeliveryJournal().served(key)
+    assert "b@example.org" in DeliveryJournal().known(key)
 
 
 @pytest.mark.parametrize("handler", ["raises", "writes", "is missing"])

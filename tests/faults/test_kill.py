@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import random
 import re
 import sqlite3
@@ -169,11 +168,6 @@ class Ledger:
             )
         finally:
             database.close()
-        # What the dead process has left beside it is for the next one to take over.
-        for tail in path.parent.glob("*-tail*"):
-            for line in filter(str.strip, tail.read_text().splitlines()):
-                digest, service, _, recipient, *_ = json.loads(line)
-                rows.append((digest, service, recipient))
         # The consumer's have the key of the file behind the queue's name.
         return {
             (" ".join(service.split()[:2]), digest, recipient)
