@@ -247,11 +247,12 @@ class Dispatcher:
 
     def begin(self, items: Sequence[PendingDelivery]) -> None:
         """A batch: see which of them have been delivered before."""
+        keys = []
         for pending in items:
             if pending.key is None:
                 sender = pending.envelope.reverse_path
                 pending.key = MessageKey.of(self._service, sender, pending.data)
-        keys = [pending.key for pending in items if pending.key is not None]
+            keys.append(pending.key)
         self._log_at = time.monotonic() + LOOK_EVERY
         self._known = self._journal.known_all(keys, self._repeat_seconds)
 
@@ -294,7 +295,8 @@ class Dispatcher:
             record = self._hand_over(pending, key, recipient, content)
             (deferred if record.reply.transient else known)[recipient] = record
             self._note(pending, recipient, record.reply, repeat=False)
-            self._tell_plugins(pending, recipient, record.reply)
+            if self._plugins.implemented("message_delivered"):
+                self._tell_plugins(pending, recipient, record.reply)
         if not pending.abandoned:
             pending.settle(self._combined(pending, key, known, lines))
 
@@ -304,27 +306,26 @@ class Dispatcher:
         """Handled, and recorded."""
         envelope, origin = pending.envelope, pending.origin
         trace = origin.received(envelope, recipient)
-        reply = self._refusal(origin, envelope, trace, content)
+        reply = None
+        if self._plugins.implemented("message_received"):
+            reply = self._refusal(origin, envelope, trace, content)
         if reply is None:
             reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
-        if self._plugins.implemented("message_delivered"):
-            self._plugins.call(
-                "message_delivered",
-                agent=pending.origin.agent,
-                envelope=pending.envelope,
-                recipient=recipient,
-                reply=reply,
-            )
+        self._plugins.call(
+            "message_delivered",
+            agent=pending.origin.agent,
+            envelope=pending.envelope,
+            recipient=recipient,
+            reply=reply,
+        )
 
     def _refusal(
         self, origin: Origin, envelope: Envelope, trace: bytes, content: Content
     ) -> Reply | None:
         """Whether a plugin refuses the message."""
-        if not self._plugins.implemented("message_received"):
-            return None
         message = b"".join((trace, content))
         said = self._plugins.call(
             "message_received", agent=origin.agent, envelope=envelope, message=message

@@ -70,7 +70,9 @@ class JournalConnection:
                 self._close()
                 self._note_failure(error)
                 return None
-            self._note_success()
+            if self._broken:
+                self._broken = False
+                log.warning("journal=%s can be used again", self._file.path)
             return result
 
     def close(self) -> None:
@@ -79,7 +81,8 @@ class JournalConnection:
             self._close()
 
     def _do(self, work: Work[Result]) -> Result:
-        self._close_if_deleted()
+        if self._database is not None and time.monotonic() >= self._check_at:
+            self._close_if_deleted()
         return work(self._database or self._open())
 
     def _open(self) -> sqlite3.Connection:
@@ -91,10 +94,9 @@ class JournalConnection:
 
     def _close_if_deleted(self) -> None:
         """What is written to a file that has been deleted, or replaced, is lost."""
-        if self._database is not None and time.monotonic() >= self._check_at:
-            self._check_at = time.monotonic() + CHECK_EVERY
-            if self._opened is None or self._opened != self._identity():
-                self._close()
+        self._check_at = time.monotonic() + CHECK_EVERY
+        if self._opened is None or self._opened != self._identity():
+            self._close()
 
     def _identity(self) -> tuple[int, int] | None:
         """Which file has the journal's name now; ``None`` if there is none."""
@@ -120,8 +122,3 @@ class JournalConnection:
                 error,
             )
         self._broken = True
-
-    def _note_success(self) -> None:
-        if self._broken:
-            log.warning("journal=%s can be used again", self._file.path)
-        self._broken = False

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from salmon_revsmtp.journal.connection import JournalConnection
@@ -56,6 +57,8 @@ class DeliveryRecord(NamedTuple):
     reply: Reply
     notified: bool = False
 
+
+_digest = attrgetter("digest")
 
 _SELECT = (
     "SELECT digest, service, reverse_path, recipient, at, expires, code, text, enhanced, notified "
@@ -112,10 +115,10 @@ class DeliveryJournal:
     ) -> dict[MessageKey, dict[str, DeliveryRecord]]:
         """The same for each of several messages, in one query."""
         found: dict[MessageKey, dict[str, DeliveryRecord]] = {key: {} for key in keys}
-        digests = [key.digest for key in found]
-        select = _SELECT.format(", ".join("?" for _ in digests))
+        select = _SELECT.format(", ".join("?" * len(found)))
 
         def read(database: sqlite3.Connection) -> None:
+            digests = map(_digest, found)
             rows = database.execute(select, (*digests, time.time(), window))
             for digest, service, reverse_path, recipient, *row in rows:
                 key = MessageKey(service, reverse_path, digest)
@@ -170,11 +173,10 @@ class DeliveryJournal:
         ]
         database.executemany(_INSERT, rows)
         self._unwritten.clear()
-        self._prune(database)
+        if time.monotonic() >= self._prune_at:
+            self._prune(database)
 
     def _prune(self, database: sqlite3.Connection) -> None:
-        if time.monotonic() < self._prune_at:
-            return
         cursor = database.execute(_PRUNE, (time.time(), PRUNE_ROWS))
         # While there is more, some of it goes with every delivery.
         more = cursor.rowcount >= PRUNE_ROWS
