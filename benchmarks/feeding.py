@@ -88,7 +88,7 @@ class Peer:
     def _read(self) -> None:
         data = self.socket.recv(PIECE)
         if not data:
-            raise Refused(f"the peer closed the connection behind {self._buffer[-200:]!r}")
+            raise Refused(f"the peer closed the connection after {self._buffer[-200:]!r}")
         self._buffer += data
 
     def line(self) -> bytes:

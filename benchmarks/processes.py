@@ -100,7 +100,7 @@ class Child:
             passed.append(line.decode("utf-8", "replace").rstrip())
 
     def _read(self, output: IO[bytes]) -> None:
-        """In a thread: a child whose output nobody reads would wait for ever."""
+        """In a thread: a child whose output no one reads would wait for ever."""
         for line in output:
             self._lines.put(line)
         self._lines.put(None)

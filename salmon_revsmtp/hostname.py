@@ -1,4 +1,4 @@
-"""What this machine is called where nobody has said."""
+"""What this machine is called where no one has said."""
 
 from __future__ import annotations
 

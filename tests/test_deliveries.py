@@ -63,7 +63,7 @@ def test_another_service_sender_or_octet_is_another_message(path: Path, other: M
     assert deliveries.known(other) == {}
 
 
-def test_what_was_put_off_is_no_delivery(path: Path) -> None:
+def test_what_was_deferred_is_no_delivery(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", Reply(451, "later"))
     assert deliveries.known(KEY) == {}

@@ -338,7 +338,7 @@ class Slow:
         if b"slow" in message.Data:
             self.began.set()
             if not self.go.wait(20):
-                raise SMTPError(554, "nobody has let it go")
+                raise SMTPError(554, "no one has let it go")
 
 
 def slowly(salmon: Salmon, script: Script, **service: Any) -> Report:
@@ -356,7 +356,7 @@ def slowly(salmon: Salmon, script: Script, **service: Any) -> Report:
 SLOW = MESSAGE.replace(b"hello", b"slow")
 
 
-def test_a_slow_handler_is_put_off_and_its_late_success_not_repeated(salmon: Salmon) -> None:
+def test_a_slow_handler_is_deferred_and_its_late_success_not_repeated(salmon: Salmon) -> None:
     slow = Slow()
     salmon.handle(".*", slow)
 
@@ -373,7 +373,7 @@ def test_a_slow_handler_is_put_off_and_its_late_success_not_repeated(salmon: Sal
     assert salmon.undeliverable() == []
 
 
-def test_what_waits_behind_a_slow_handler_is_put_off_unhandled(salmon: Salmon) -> None:
+def test_what_waits_after_a_slow_handler_is_deferred_unhandled(salmon: Salmon) -> None:
     slow = Slow()
     salmon.handle(".*", slow)
 
@@ -509,11 +509,11 @@ def test_a_slow_handler_does_not_hold_up_the_answer_to_the_message_before(
     assert answers == ["250 2.0.0 delivered"] * 2
 
 
-def test_what_was_done_in_time_is_not_put_off_for_a_slow_one_behind_it(
+def test_what_was_done_in_time_is_not_deferred_for_a_slow_one_after_it(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(dispatcher, "LOOK_EVERY", 1.0)  # nobody looks before the time is up
+    monkeypatch.setattr(dispatcher, "LOOK_EVERY", 1.0)  # no one looks before the time is up
     salmon.handle("fast@.*")
     answered = threading.Event()
     salmon.handle("slow@.*", waits_for(answered))
@@ -679,7 +679,7 @@ def test_a_filter_that_raises_at_an_error_does_not_end_the_deliveries(salmon: Sa
     assert answers == ["451 4.3.0 internal error, try again later", "250 2.0.0 delivered"]
 
 
-def test_a_filter_that_raises_at_what_is_put_off_keeps_no_one_waiting(salmon: Salmon) -> None:
+def test_a_filter_that_raises_at_what_is_deferred_keeps_no_one_waiting(salmon: Salmon) -> None:
     def broken(record: logging.LogRecord) -> bool:
         if "reply='451" in record.getMessage():
             raise ValueError("a bug in a filter")

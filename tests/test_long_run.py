@@ -179,6 +179,6 @@ def test_a_week(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
     assert len(world.failed) >= 20
     # What the relay did not take is tried again every five minutes, and no oftener.
     assert awake / NOTIFY_EVERY * 0.9 < len(world.sent_waiting) < awake / NOTIFY_EVERY + 10
-    # Nobody dials in the same second as another, not even after a sleep.
+    # No one dials in the same second as another, not even after a sleep.
     every_start = sorted(start for starts in world.starts.values() for start in starts)
     assert all(later - earlier >= 0.99 for earlier, later in pairwise(every_start))

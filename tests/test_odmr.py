@@ -243,7 +243,7 @@ def test_bytes_glued_to_the_answer_of_starttls(salmon: Salmon, together: bool) -
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "STARTTLS" in report.error
     if together:
-        assert "behind the answer" in report.error
+        assert "more bytes came with the answer" in report.error
 
 
 def test_bytes_glued_to_the_answer_of_atrn_are_no_commands(salmon: Salmon) -> None:
@@ -257,13 +257,13 @@ def test_bytes_glued_to_the_answer_of_atrn_are_no_commands(salmon: Salmon) -> No
 
     report = collect_from(salmon, script)
     assert report.outcome is Outcome.FAILED
-    assert report.error is not None and "behind the answer" in report.error
+    assert report.error is not None and "more bytes came with the answer" in report.error
     assert salmon.handled == []
 
 
 def test_a_certificate_that_is_not_trusted(salmon: Salmon) -> None:
     async def script(provider: Dialogue) -> None:
-        raise AssertionError("nobody may speak on an untrusted connection")
+        raise AssertionError("no one may speak on an untrusted connection")
 
     async def main() -> Report:
         async with scripted(tls=server_tls()) as port:
@@ -392,7 +392,7 @@ def test_recipients_outside_the_domains_are_refused_and_counted(salmon: Salmon) 
     assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 1, 1)
 
 
-def test_what_was_delivered_but_put_off_is_no_empty_mailbox(salmon: Salmon) -> None:
+def test_what_was_delivered_but_deferred_is_no_empty_mailbox(salmon: Salmon) -> None:
     """The provider keeps it, so the collection has failed; it is handled once all the same."""
 
     class Leaves:

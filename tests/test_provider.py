@@ -307,7 +307,7 @@ def test_every_sample_arrives_once_as_it_was(salmon: Salmon, tmp_path: Path, tls
     assert sorted(arrived) == sorted(expected)
 
 
-def test_what_is_put_off_stays_and_what_is_refused_is_set_aside(
+def test_what_is_deferred_stays_and_what_is_refused_is_set_aside(
     salmon: Salmon, tmp_path: Path
 ) -> None:
     def later(message: MailRequest) -> None:

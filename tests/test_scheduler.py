@@ -101,7 +101,7 @@ def test_after_a_long_sleep_it_catches_up_once(sleep: float) -> None:
 def test_an_agent_that_is_held_back_is_looked_at_again_soon() -> None:
     one = schedule({"isp": 10 * MINUTE})
     assert one.due(FIRST) == "isp"
-    one.put_off("isp", FIRST)
+    one.defer("isp", FIRST)
     assert one.next_time() == FIRST + MINUTE
 
 

@@ -226,7 +226,7 @@ def test_messages_go_one_after_the_other_and_quit_comes_last(
         ["554 no service"],
         ["220 peer", "421 too busy"],
         ["hello"],
-        ["220 peer", "250 hello", "250 nobody asked"],
+        ["220 peer", "250 hello", "250 no one asked"],
         ["220 peer", "354 go on"],
     ],
 )

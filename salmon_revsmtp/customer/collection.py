@@ -43,7 +43,7 @@ class Collection:
     ``service``  the inbound service that receives; ``service.hostname`` is our name.
     ``report``   the report in the making.  The agent sets ``sessions``, ``tls`` and ``auth``.
     ``tally``    the counts, live.
-    ``stopping`` somebody wants it to end: an agent begins nothing new.
+    ``stopping`` a stop was asked for: an agent begins nothing new.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Collection:
         the connection ends.
 
         ``idle_timeout`` in seconds.  Returns the ended session.  Raises
-        :class:`~salmon_revsmtp.report.Failed` when the transport cannot be had.
+        :class:`~salmon_revsmtp.Failed` when the transport cannot be had.
         """
         session = Session(
             self.service, self._policy, self._dispatcher, self._origin(), self.tally, idle_timeout

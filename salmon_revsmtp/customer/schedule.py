@@ -1,7 +1,7 @@
 """When agents run: arithmetic on times, without a clock, without I/O.
 
 Times are seconds of any clock that only goes forward.  The caller asks :meth:`Schedule.due`, runs
-what it says, and reports with :meth:`Schedule.finished` or :meth:`Schedule.put_off`.
+what it says, and reports with :meth:`Schedule.finished` or :meth:`Schedule.defer`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Schedule:
             wait = RETRY * 2.0 ** min(agent.failures - 1, 30)
             agent.due = now + min(self._jitter(min(wait, agent.every)), agent.every)
 
-    def put_off(self, name: str, now: float) -> None:
+    def defer(self, name: str, now: float) -> None:
         """An agent that was due did not run; it is looked at again soon."""
         agent = self._agents[name]
         agent.running = False

@@ -20,7 +20,7 @@ from salmon_revsmtp.safelog import log_safely
 __all__ = ["BatchHandler", "BatchWorker"]
 
 BATCH_SIZE = 256
-# A batch that has taken so many seconds ends behind the item in hand: no answer waits much longer
+# A batch that has taken so many seconds ends after the item in hand: no answer waits much longer
 # than this for the work of others.
 BATCH_SECONDS = 0.05
 
@@ -82,7 +82,7 @@ class BatchWorker(Generic[Item]):
             try:
                 left = self._batch(handler, items)
             except BaseException:
-                # A bug.  What hears no answer is put off when its time is up.
+                # A bug.  What hears no answer is deferred when its time is up.
                 log_safely(log, logging.ERROR, "a batch of deliveries failed", error=True)
                 continue
             with self._lock:

@@ -138,9 +138,9 @@ class QueueConsumer:
             reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
             self._journal.record(message, recipient or "", reply)
         if reply.transient:
-            log.info("queue=%s key=%s put off: %s", self._folder, key, reply)
+            log.info("queue=%s key=%s deferred: %s", self._folder, key, reply)
         else:
-            with suppress(KeyError, FileNotFoundError):  # somebody has taken it away meanwhile
+            with suppress(KeyError, FileNotFoundError):  # it was taken away meanwhile
                 self.queue.remove(key)
         self._attempts.end(key)
         return reply

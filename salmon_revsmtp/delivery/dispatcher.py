@@ -1,7 +1,7 @@
 """One message, all its recipients: what is added, what is refused, and how the replies add up.
 
 Every recipient is delivered on its own, and has a reply of its own.  A client that asked for PRDR
-hears each; for the others they are put together so that nobody is served twice and nobody is
+hears each; for the others they are combined so that no one is served twice and no one is
 forgotten (RFC 5321 4.1.1.4 knows one reply only):
 
 - all succeeded: 250;

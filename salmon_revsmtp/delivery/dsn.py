@@ -81,7 +81,7 @@ def notification(
     report["Subject"] = "Undelivered mail"
     report["Date"] = formatdate(localtime=True)
     report["Message-ID"] = make_msgid(domain=_header_safe(hostname))
-    report["Auto-Submitted"] = "auto-replied"  # RFC 3834 5: nobody is to answer this
+    report["Auto-Submitted"] = "auto-replied"  # RFC 3834 5: no one is to answer this
     report.attach(MIMEText(_explanation(hostname, failed), "plain", "utf-8"))
     report.attach(_status(hostname, envelope, failed))
     end = content.find(b"\n\n", 0, MAX_HEADERS)

@@ -1,7 +1,7 @@
 """Salmon Queues, written and read so that nothing is lost: they are Maildirs on disk.
 
 The order of writes, so that a crash at any instruction loses nothing and a full disk leaves no
-litter behind: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  Salmon's
+litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  Salmon's
 own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync fails, on
 a disk that is full already.
 """

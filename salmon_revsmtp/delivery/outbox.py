@@ -114,15 +114,15 @@ class Outbox:
             if key not in self._sent:
                 self._relay().deliver(email.message_from_bytes(message), To=to, From="<>")
         except Exception as error:
-            if _is_behind_it(error):
-                log.info("to=<%s> the relay broke off behind the notification", to)
+            if _came_after(error):
+                log.info("to=<%s> the relay broke off after the notification", to)
             elif _for_good(error) or self._age(key) > GIVE_UP:
                 log.error("to=<%s> the notification cannot be sent, given up: %s", to, error)
                 undeliverable_queue().keep(stored)
                 waiting.remove(key)
                 return True
             else:
-                return self._put_off(to, error)
+                return self._defer(to, error)
         self._down = False
         self._sent.add(key)
         waiting.remove(key)
@@ -130,7 +130,7 @@ class Outbox:
         log.info("to=<%s> the notification was sent", to)
         return True
 
-    def _put_off(self, to: str | None, error: Exception) -> bool:
+    def _defer(self, to: str | None, error: Exception) -> bool:
         """Whether the next may be tried: what was said of this one may be otherwise for that."""
         down = isinstance(error, _DOWN) or not isinstance(error, smtplib.SMTPException)
         if not (down and self._down):
@@ -147,7 +147,7 @@ class Outbox:
         return 0.0
 
 
-def _is_behind_it(error: Exception) -> bool:
+def _came_after(error: Exception) -> bool:
     """The relay had taken the notification, and broke off when Salmon's Relay said QUIT."""
     goodbye = smtplib.SMTP.quit.__code__
     frames = traceback.walk_tb(error.__traceback__)

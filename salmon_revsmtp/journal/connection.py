@@ -20,7 +20,7 @@ __all__ = ["JournalConnection"]
 
 # Seconds until a file that could not be used is tried again.
 RETRY = 10.0
-# Seconds between two checks whether somebody has deleted the file.
+# Seconds between two checks whether the file has been deleted.
 CHECK_EVERY = 1.0
 # SQLite copies its write-ahead log into the file, and syncs both, when the log has this many pages
 # of 4 KiB: every few thousand deliveries.

@@ -1,7 +1,7 @@
 """The customer's side before the reversal: dial, TLS, EHLO, AUTH, one more command.
 
 Dialling, STARTTLS and AUTH are aiosmtplib's.  What is added here: SCRAM (scramp), the choice of the
-strongest mechanism, a transcript without secrets, the refusal of bytes that come glued behind an
+strongest mechanism, a transcript without secrets, the refusal of bytes that come glued to an
 answer, and errors that say what to try.  Whoever wants the transport for another protocol asks
 :meth:`Connection.last_command` and gets it handed over.
 """

@@ -12,15 +12,15 @@ from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 __all__ = ["GLUED", "Handover", "StartTlsWatch"]
 
 GLUED = (
-    "more bytes came behind the answer, before anyone may speak; either the server is broken or "
-    "somebody on the way injects commands"
+    "more bytes came with the answer, before anyone may speak; either the server is broken, or "
+    "someone on the way injects commands"
 )
 
 
 class Handover(asyncio.Protocol):
     """Waits for one reply on a transport, and hands the transport to the next protocol.
 
-    Whatever comes behind the reply before the hand-over is a protocol error, not a command
+    Whatever comes after the reply before the hand-over is a protocol error, not a command
     (the reversal's form of CVE-2011-0411).
     """
 
@@ -45,7 +45,7 @@ class Handover(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._reply.done():
-            self._glued = True  # that it came is enough: nobody wants it, however much it is
+            self._glued = True  # that it came is enough: no one wants it, however much it is
             return
         self._parser.receive_bytes(data)
         try:
@@ -72,20 +72,20 @@ class Handover(asyncio.Protocol):
     def hand_over(self, protocol: asyncio.Protocol) -> None:
         """Give the transport to ``protocol``, whose ``connection_made`` is called.
 
-        Raises :class:`~salmon_revsmtp.net.outcome.Failed` if bytes came behind the reply, or the
+        Raises :class:`~salmon_revsmtp.net.outcome.Failed` if bytes came after the reply, or the
         connection is gone.
         """
         if self._glued or not self._parser.idle:
             raise Failed(f"{self._doing}: {GLUED}")
         if self._lost or self._transport.is_closing():
-            raise Failed(f"{self._doing}: the server closed the connection behind it")
+            raise Failed(f"{self._doing}: the server closed the connection after it")
         self._transport.set_protocol(protocol)
         protocol.connection_made(self._transport)
 
 
 class StartTlsWatch(asyncio.Protocol):
     """Stands before aiosmtplib's protocol during STARTTLS and drops the connection when anything
-    comes behind the reply (RFC 3207 4.2, CVE-2011-0411).  TLS takes its place."""
+    comes after the reply (RFC 3207 4.2, CVE-2011-0411).  TLS takes its place."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.glued = False

@@ -40,7 +40,7 @@ PROGRESS = 0.2
 
 
 def awake_or_asleep() -> float:
-    """Seconds since boot, on a clock that nobody sets and that counts a suspended machine's sleep,
+    """Seconds since boot, on a clock that no one sets and that counts a suspended machine's sleep,
     too, where the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -138,7 +138,7 @@ class Daemon:
             if await self._may_run(agent):
                 self._schedule.finished(agent.name, await self._ended_well(agent), self._clock())
             else:
-                self._schedule.put_off(agent.name, self._clock())
+                self._schedule.defer(agent.name, self._clock())
         finally:
             self._wake.set()
 

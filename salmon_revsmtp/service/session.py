@@ -76,7 +76,7 @@ class Tally:
             if not reply.positive:
                 self.refuse(1, reply)
         assert delivery.reply is not None
-        if delivery.reply.transient:  # whatever became of each, the client comes again
+        if delivery.reply.transient:  # whatever became of each, the client tries again
             self.deferred = delivery.reply
         if not delivery.reply.positive or delivery.key is None:
             return False

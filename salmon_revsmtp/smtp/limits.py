@@ -39,8 +39,8 @@ class Limits:
     ``refusals``            recipients and messages refused in a row, with none taken between them;
                             then 421.  Ten times ``recipients``: mail for many unknown recipients is
                             everyday, a client that goes on for ever reads no replies.
-    ``junk``                commands in a row that bring nothing (NOOP, RSET, EHLO, VRFY, HELP, data
-                            for nobody); then 421.  As many as Postfix allows
+    ``junk``                unproductive commands in a row (NOOP, RSET, EHLO, VRFY, HELP, data
+                            for no one); then 421.  As many as Postfix allows
                             (``smtpd_junk_command_limit``); a refused recipient or a message is
                             progress, for the client knows more then than before.
     ``content_rate``        octets a second, on an average over one timeout.  Content may come as
@@ -50,7 +50,7 @@ class Limits:
                             SMTP (a port scanner, a browser) goes away soon.
     ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered; what
                             has been read is delivered in rounds, and large rounds are fast.
-    ``unanswered_octets``   the same, in octets, with the replies that wait behind them: bounds the
+    ``unanswered_octets``   the same, in octets, with the replies that wait after them: bounds the
                             memory of a session at one message plus this.
     """
 

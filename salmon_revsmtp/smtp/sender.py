@@ -20,10 +20,10 @@ Transactions wait for their answers in ``_under_way``.  As a rule there is one a
 that does PIPELINING and CHUNKING gets several, whole, without a wait between them: neither BDAT
 nor its content ends a group of commands (RFC 2920 3.1, RFC 3030), so a message costs no round trip.
 Replies come in the order of the commands: the first under way is always the one that is answered,
-and what breaks the session leaves it and all behind it without a :class:`Sent`.
+and what breaks the session leaves it and all after it without a :class:`Sent`.
 
 What is written ahead of an answer must be right whatever the answer is.  A peer that has refused
-every recipient may still be in that transaction, refuse the next MAIL, and take the message behind
+every recipient may still be in that transaction, refuse the next MAIL, and take the message after
 it from the sender of this one; so RSET goes before a MAIL that is written ahead (RFC 5321 4.1.1.5).
 
 Content leaves here with CRLF line ends and nothing else, dot-stuffed for DATA, counted for BDAT: no
@@ -448,7 +448,7 @@ class Sender:
             if reply.code >= 400:
                 self._on_end(reply)
             else:
-                # RFC 2920 3.1: nobody may be there, and it wants data all the same.
+                # RFC 2920 3.1: no one may be there, and it wants data all the same.
                 accepted = bool(self._transaction.accepted)
                 pieces = (_stuffed(content), b".\r\n") if accepted else (b".\r\n",)
                 self._commands.append(_Command("the message", pieces, self._on_end))

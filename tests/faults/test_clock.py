@@ -233,7 +233,7 @@ TRANSACTION = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 3 LAST\r\nx\r\n"
 
 
 def test_messages_wait_with_the_client_while_handlers_are_slow() -> None:
-    """Read ahead, they would be put off when ``handler_timeout`` has gone by."""
+    """Read ahead, they would be deferred when ``handler_timeout`` has gone by."""
 
     async def talk(wire: Wire) -> None:
         wire.slow = True

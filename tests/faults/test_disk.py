@@ -263,7 +263,7 @@ def test_no_undeliverable_queue_can_be_made(
     assert len(held.queue) == 1
 
 
-def test_a_slow_disk_is_put_off_and_not_stored_twice(
+def test_a_slow_disk_is_deferred_and_not_stored_twice(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced = threading.Event()

@@ -1,4 +1,4 @@
-"""Mailboxes and messages made to break out of a header line: none yields a line that nobody wrote,
+"""Mailboxes and messages made to break out of a header line: none yields a line that no one wrote,
 none keeps the mail from being delivered."""
 
 from __future__ import annotations

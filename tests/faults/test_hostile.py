@@ -297,7 +297,7 @@ def test_a_flood_behind_the_answer_to_atrn_is_not_kept_while_plugins_get_ready(
     tracemalloc.start()
     report = asyncio.run(main())
     tracemalloc.stop()
-    assert failed(report, "behind the answer")
+    assert failed(report, "more bytes came with the answer")
     assert 0 < peak < 12 * MIB  # 36 MB came
 
 

@@ -199,7 +199,7 @@ def test_a_provider_that_dies_before_it_has_struck_the_message_off(
                     patch.setattr(HoldQueue, "settle_all", crash)
                     [first] = await collector.collect(valid.agents)
                 assert crashed.is_set()
-                # The third time that the same message comes, it brings nobody forward.
+                # The third time that the same message comes, it brings no one forward.
                 assert (first.outcome, first.messages) == (Outcome.FAILED, 1)
                 assert len(queue) == 1
                 [second] = await collector.collect(valid.agents)

@@ -320,12 +320,12 @@ class _ServerDialogue:
         while not self.over and (line := self._line()) is not None:
             self._command(line)
         if not self.over and self.replies:
-            # Nobody waits for the end of a shutdown, of endless data, or of another protocol.
+            # No one waits for the end of a shutdown, of endless data, or of another protocol.
             rest = self.stream[self.position :]
             assert self._reply() == 421
             assert self.shutdown or self.endless or _FOREIGN.match(rest)
-        assert not self.replies, f"replies that nobody asked for: {self.replies}"
-        assert not self.messages, f"messages that nobody sent: {self.messages}"
+        assert not self.replies, f"replies that no one asked for: {self.replies}"
+        assert not self.messages, f"messages that no one sent: {self.messages}"
         assert self.quits == self.over, "a session ends once, and says so"
         assert not self.over or isinstance(self.last, Quit), "events after the end"
 
@@ -354,7 +354,7 @@ class _ServerDialogue:
             return
         code = self._reply()
         if verb == b"BDAT":
-            assert code == 500, "octets that nobody can count are coming"
+            assert code == 500, "octets that no one can count are coming"
         elif code == 354:
             assert line.rstrip(b" ").upper() == b"DATA"
             assert self.mail and self.mail.recipients and not self.mail.content
@@ -495,7 +495,7 @@ class _Client:
             self._note(machine, machine.quit())
         if self.over:
             before = len(machine._parser.pending)
-            self._note(machine, machine.receive_bytes(b"250 nobody listens\r\n250"))
+            self._note(machine, machine.receive_bytes(b"250 no one listens\r\n250"))
             assert len(machine._parser.pending) <= before, "kept for nobody"
 
     def _note(self, machine: Sender, events: Iterable[object]) -> None:
@@ -561,7 +561,7 @@ def _mailbox(source: bytes) -> tuple[str, dict[str, str]]:
     return mailbox, {key: value for key, _, value in (one.partition("=") for one in options)}
 
 
-_UNTOLD = Reply(554, "nobody was told")
+_UNTOLD = Reply(554, "no one was told")
 
 
 class _ClientDialogue:
@@ -654,7 +654,7 @@ class _ClientDialogue:
             if reply and not reply.positive:
                 self.replies.clear()
         else:
-            assert line == b"QUIT", f"a command that nobody asked for: {line!r}"
+            assert line == b"QUIT", f"a command that no one asked for: {line!r}"
             assert self.position == len(self.written), "something after QUIT"
             self._answer()
             self.replies.clear()
@@ -704,14 +704,14 @@ class _ClientDialogue:
         told = {id(event.message) for event in self.events if isinstance(event, Sent)}
         before = self.everyone[: self.everyone.index(message)]
         assert any(id(one) not in told for one in before), (
-            "this peer cannot take the message, and nobody was told"
+            "this peer cannot take the message, and no one was told"
         )
         return _UNTOLD
 
     def _rcpt(self, line: bytes) -> None:
         assert self.current is not None and len(self.rcpts) < len(
             self.current.envelope.recipients
-        ), "a recipient that nobody named"
+        ), "a recipient that no one named"
         mailbox = re.escape(self.current.envelope.recipients[len(self.rcpts)].encode())
         assert re.fullmatch(rb"RCPT TO:<%s>%s" % (mailbox, _PARAMETERS), line), line
         self.rcpts.append(self._answer())

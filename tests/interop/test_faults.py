@@ -72,7 +72,7 @@ def test_killed_at_random_while_exim_sends(salmon: Salmon, chroot: Roots) -> Non
 
 
 def test_partial_success_with_postfix_which_has_no_prdr(salmon: Salmon, chroot: Roots) -> None:
-    """One recipient is served, one refused, one put off: Postfix hears 451 and tries all three
+    """One recipient is served, one refused, one deferred: Postfix hears 451 and tries all three
     again; only the last is handled again, and the sender gets one notification."""
     ready: list[bool] = []
 
@@ -132,7 +132,7 @@ def test_a_notification_waits_for_the_relay_and_goes_out_by_postfix(
     heard, _ = exchange(salmon, "a@example.org", "b@example.org", sender="sender@example.org")
     assert heard[0].startswith("250 ")
     unsent = queue.Queue("run/unsent")
-    assert len(unsent) == 1, "nobody listens there"
+    assert len(unsent) == 1, "no one listens there"
     with Postfix(root, next_hop=free_port()) as postfix:
         port[0] = postfix.port
         exchange(salmon, "a@example.org", data=MESSAGE + b"another\r\n")

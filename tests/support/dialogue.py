@@ -98,7 +98,7 @@ Script = Callable[[Dialogue], Awaitable[None]]
 async def scripted(*scripts: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     """A provider whose first connection follows the first script, and so on; yields its port.
 
-    At the end every script has run to its end, and nobody has called once more.
+    At the end every script has run to its end, and no one has called once more.
     """
     errors: list[BaseException] = []
     waiting = list(scripts)

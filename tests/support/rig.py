@@ -2,7 +2,7 @@
 has served, all in one event loop.
 
 A fault strikes the first connection of a collection.  What has not come with it comes with a later
-one, and nobody says that there was nothing.
+one, and no one says that there was nothing.
 """
 
 from __future__ import annotations
