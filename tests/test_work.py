@@ -1,8 +1,9 @@
 """How much work a message is, counted and not timed: a guard against growing slow unnoticed.
 
 The figures are those of one message more in a session, so that what a session costs by itself is
-not among them.  A bound that is met with room to spare should be lowered; one that is not met wants
-a reason in the commit that raises it.
+not among them.  The bounds are a little above what is measured, and below what is measured when one
+of the things is taken out that make a message cheap.  A bound that is not met wants a reason in the
+commit that raises it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +26,8 @@ from support.configuration import agent_keys
 from support.dialogue import Dialogue, no_more_mail, scripted
 from support.salmon import Salmon
 
+import salmon_revsmtp
+from salmon_revsmtp.delivery import batches, dispatcher
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
@@ -33,20 +37,23 @@ from salmon_revsmtp.smtp.sender import Outgoing, Sender, Sent
 
 FEW, MORE = 20, 60
 
-# Python functions called for a small message.  Measured: 350, two thirds of them Salmon's.
-CALLS = 450
+# Functions of ours that are called for a small message for one recipient.  Measured: 83 on Python
+# 3.11, fewer where comprehensions are no calls.
+CALLS = 85
+
+PACKAGE = str(Path(salmon_revsmtp.__file__).parent)
 
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts calls in all threads that begin meanwhile, and in this one: of Python functions under
-    ``"python"``, of C functions by their names."""
+    """Counts calls in all threads that begin meanwhile, and in this one: of Python functions and of
+    C functions by their names, and of all our own under ``"ours"``."""
     counts: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, called: Any) -> None:
         if event == "call":
-            counts["python"] += 1
             counts[f"python {frame.f_code.co_name}"] += 1
+            counts["ours"] += frame.f_code.co_filename.startswith(PACKAGE)
         elif event == "c_call":
             counts[called.__name__] += 1
 
@@ -57,6 +64,13 @@ def counted() -> Iterator[Counter[str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
+
+
+@pytest.fixture(autouse=True)
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine makes no smaller batches, and looks no more often at what is done."""
+    monkeypatch.setattr(batches, "BATCH_SECONDS", 60.0)
+    monkeypatch.setattr(dispatcher, "LOOK_EVERY", 60.0)
 
 
 _numbers = itertools.count()
@@ -102,24 +116,26 @@ def per_message(salmon: Salmon, **service: Any) -> dict[str, float]:
 def test_a_message_into_handlers(salmon: Salmon) -> None:
     salmon.handle(".*")
     work = per_message(salmon, hostname="mail.example.org")
-    # One hand-over to the delivery thread, which may have to be woken up; one record written in the
-    # journal, and one look into it for all that is handed over at a time; no other file.
-    assert work["python submit"] <= 1.3
-    assert work["execute"] <= 1.3
+    # One record written in the journal, and one look into it for all that is delivered in a batch;
+    # no other file.
+    assert work["executemany"] == 1
+    assert work["execute"] <= 0.5
     assert work.get("fsync", 0) == 0
     assert work.get("open", 0) == 0
     # Neither a system call on the wire nor a wake-up of the event loop for each of them.
     assert work["send"] <= 0.3
-    assert work["recv"] <= 0.4
-    assert work["python"] <= CALLS
+    assert work["recv"] <= 0.3
+    assert work["python call_soon_threadsafe"] <= 0.3
+    # The log lines of a batch are written together.
+    assert work["python _log_lines"] <= 0.3
+    assert work["ours"] <= CALLS
 
 
 def test_a_message_into_a_queue(salmon: Salmon) -> None:
     work = per_message(salmon, hostname="mail.example.org", delivery="queue")
-    assert work["python submit"] <= 1.3
-    assert work["execute"] <= 1.5
+    assert work["executemany"] == 1
     # The file and its folder (Maildir).
-    assert work["fsync"] <= 2
+    assert work["fsync"] == 2
 
 
 @pytest.mark.parametrize("how", ["BDAT", "DATA"])

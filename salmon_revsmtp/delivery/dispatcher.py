@@ -214,7 +214,7 @@ class Dispatcher:
                 if pending.reply is None and pending.until <= now:
                     self._abandon(pending)
             if any(one.reply is not None for one in self._waiting):
-                self._log()  # before the answer leaves
+                self._log_lines()  # before the answer leaves
                 self._answer(self._waiting)
         finally:
             self._waiting = deque(one for one in self._waiting if one.answered is not None)
@@ -268,7 +268,7 @@ class Dispatcher:
 
     def end(self, items: Sequence[PendingDelivery]) -> None:
         """Log those of a batch, and answer them."""
-        self._log()
+        self._log_lines()
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
@@ -339,9 +339,9 @@ class Dispatcher:
         pending.add(reply, repeat)
         self._lines.append((pending, recipient, reply, repeat))
         if time.monotonic() >= self._log_at:
-            self._log()
+            self._log_lines()
 
-    def _log(self) -> None:
+    def _log_lines(self) -> None:
         """Write the lines of a batch together: one among deliveries costs twice as much.  In a
         batch that takes long they are written as they come, by the event loop if the thread is
         held up."""
