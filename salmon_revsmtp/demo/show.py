@@ -45,6 +45,7 @@ class Witness:
     def __init__(self) -> None:
         self.results: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self._handlers: list[str] = []
+        self._message = b""
         self._log = logging.Handler(logging.DEBUG)
         self._log.emit = self._routed  # type: ignore[method-assign]
 

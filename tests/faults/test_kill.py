@@ -226,7 +226,7 @@ def everything(folder: Path, delivery: str) -> Iterator[tuple[Ledger, KillablePr
 
 
 def drain(ledger: Ledger, killable: KillableProcess) -> None:
-    """Lives that no one ends, until nothing waits."""
+    """Processes that no one kills, until nothing waits."""
     for _ in range(50):
         assert killable.run("collect") == 0
         if ledger.queued:
