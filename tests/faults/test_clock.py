@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.journal.deliveries import MessageKey
+from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.provider.server import Connection, Provider
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -16,6 +23,7 @@ from salmon_revsmtp.smtp.replies import Reply
 
 TIMEOUT = 300.0
 OK = Reply(250, "ok")
+ACME = Account("acme", "secret", ("example.org",))
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -30,19 +38,22 @@ class Loop(asyncio.SelectorEventLoop):
 class Wire(asyncio.Transport):
     """The client's end of a session."""
 
+    unread = 0  # octets of what we said
+
     def __init__(self, loop: Loop) -> None:
         super().__init__()
         self.loop, self.heard, self.closed_at = loop, b"", -1.0
         self.handed_over: list[Callable[[], None]] = []
         self.answered = 0
         self.slow = False
+        self.session = self.connect()
+        self.session.connection_made(self)
+
+    def connect(self) -> Driver:
         service = Service("x", ServiceSettings(hostname="h", domains=("example.org",)))
         dispatcher: Any = self
         origin = Origin(service.name, service.hostname)
-        self.session = Session(
-            service, service.recipient_policy(()), dispatcher, origin, Tally(), TIMEOUT
-        )
-        self.session.connection_made(self)
+        return Session(service, service.recipient_policy(()), dispatcher, origin, Tally(), TIMEOUT)
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """As the dispatcher has it."""
@@ -78,6 +89,8 @@ class Wire(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         self.heard += data
+        if self.unread:
+            self.unread += len(data)
 
     def abort(self) -> None:
         if self.closed_at < 0:
@@ -90,7 +103,7 @@ class Wire(asyncio.Transport):
         return self.closed_at >= 0
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unread
 
     def pause_reading(self) -> None:
         pass
@@ -99,12 +112,20 @@ class Wire(asyncio.Transport):
         pass
 
 
-def on_the_wire(talk: Callable[[Wire], Awaitable[None]]) -> Wire:
+class ProviderWire(Wire):
+    """The customer's end of a connection to the provider."""
+
+    def connect(self) -> Driver:
+        provider = Provider(Accounts([ACME]), HoldQueue(Path("hold")), "h", timeout=TIMEOUT)
+        return Connection(provider, lambda driver: None)
+
+
+def on_the_wire(talk: Callable[[Wire], Awaitable[None]], kind: type[Wire] = Wire) -> Wire:
     """Have ``talk`` speak to a session; returns its wire when the session is over."""
     loop = Loop()
 
     async def main() -> Wire:
-        wire = Wire(loop)
+        wire = kind(loop)
         await talk(wire)
         wire.session.abort("the test is over")
         await wire.session.ended
@@ -275,3 +296,67 @@ def test_a_half_close_in_the_turn_of_the_answer_does_not_cost_it() -> None:
         assert wire.heard.endswith(b"250 2.0.0 ok\r\n")
 
     on_the_wire(talk)
+
+
+# -- what holds for every connection ---------------------------------------------------------------
+
+
+@pytest.fixture(params=[Wire, ProviderWire], ids=["a service", "the provider"])
+def kind(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> type[Wire]:
+    monkeypatch.chdir(tmp_path)
+    chosen: type[Wire] = request.param
+    return chosen
+
+
+def test_an_octet_now_and_then_keeps_no_connection(kind: type[Wire]) -> None:
+    async def talk(wire: Wire) -> None:
+        for octet in range(299):
+            assert await wire.later(1), octet
+            await wire.say(b"x")
+        assert not await wire.later(1)
+
+    assert on_the_wire(talk, kind).closed_at == TIMEOUT
+
+
+def test_commands_that_are_unproductive_keep_no_connection(kind: type[Wire]) -> None:
+    async def talk(wire: Wire) -> None:
+        for number in range(200):
+            await wire.say(b"NOOP\r\n")
+            if not await wire.later(200):
+                assert number == 100
+                return
+        raise AssertionError("it may go on for ever")
+
+    assert b"421 4.7.0 too many unproductive commands" in on_the_wire(talk, kind).heard
+
+
+def test_a_peer_that_reads_slowly_but_steadily_is_not_cut_off(kind: type[Wire]) -> None:
+    async def talk(wire: Wire) -> None:
+        wire.session.pause_writing()
+        for _ in range(100):
+            wire.unread -= 100 * 300
+            assert await wire.later(299)
+        assert await wire.later(2)
+        assert not await wire.later(300), "it reads no more"
+
+    much: type[Wire] = type("Much", (kind,), {"unread": 100_000_000})
+    broken = on_the_wire(talk, much).session.broken
+    assert broken is not None and broken.endswith("read too little of what we sent in 300 seconds")
+
+
+def test_while_our_replies_are_not_read_nothing_is_read(kind: type[Wire]) -> None:
+    """What a peer can make us say is bounded by what it reads."""
+    reading = []
+
+    async def talk(wire: Wire) -> None:
+        wire.pause_reading = lambda: reading.append(False)  # type: ignore[method-assign]
+        wire.resume_reading = lambda: reading.append(True)  # type: ignore[method-assign]
+        wire.session.pause_writing()
+        await wire.say(b"EHLO x\r\n")
+        assert reading and not any(reading)
+        wire.session.resume_writing()
+        assert reading[-1]
+
+    on_the_wire(talk, kind)
