@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -465,3 +466,24 @@ def test_a_silent_customer_is_left(tmp_path: Path) -> None:
         writer.close()
 
     with_provider(tmp_path, work, timeout=0.2)
+
+
+def test_a_tls_handshake_that_fails_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
+
+    async def work(provider: Provider) -> None:
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+            writer.write(b"EHLO plain\r\n" * 10)
+            await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+        context = ssl.create_default_context(cafile=str(CERTIFICATE))
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", provider.port, ssl=context, server_hostname="localhost"
+        )
+        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"220 ")
+        writer.close()
+
+    with_provider(tmp_path, work, tls=server_tls(), implicit_tls=True)

@@ -67,7 +67,7 @@ class Listener:
         """Listen; port 0 takes a free one.  Raises :class:`OSError` when the address cannot be
         had."""
         self._server = await asyncio.get_running_loop().create_server(
-            self._connected, self._host or None, self._port, ssl=self._tls
+            lambda: self._connect(self._admit), self._host or None, self._port, ssl=self._tls
         )
         log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
 
@@ -84,13 +84,11 @@ class Listener:
             for one in connections if late else ():
                 one.abort("the server is shutting down")
 
-    def _connected(self) -> Driver:
-        driver = self._connect(self._admit)
+    def _admit(self, driver: Driver) -> Reply | None:
+        """Count a connection from when it is there: one whose TLS handshake fails never is, and its
+        driver does not hear of that."""
         driver.ended.add_done_callback(lambda _: self._ended(driver))
         self._connections.add(driver)
-        return driver
-
-    def _admit(self, driver: Driver) -> Reply | None:
         address = driver.peer[0]
         self._per_address[address] += 1
         if len(self._connections) > self._most:
