@@ -925,3 +925,36 @@ def test_hooks_that_raise_are_logged_and_cost_no_mail(
     assert report.messages == 1
     assert len(recorder.seen) == 5
     assert caplog.text.count("plugin=broken-one") == 5
+
+
+def test_an_answer_that_cannot_be_given_ends_the_session(salmon: Salmon) -> None:
+    """Our own bug, or a plugin's: the message has no 250, and the provider keeps it."""
+
+    class Unsayable(Reply):
+        def encode(self) -> bytes:
+            raise RuntimeError("a bug")
+
+    class Refuses:
+        @hookimpl
+        def message_received(self, message: bytes) -> Reply:
+            return Unsayable(550, "no")
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say("MAIL FROM:<a@example.net>", "RCPT TO:<b@example.org>", "BDAT 1 LAST")
+        await provider.replied(250)
+        await provider.replied(250)
+        provider.writer.write(b"x")
+        with contextlib.suppress(ConnectionError):
+            await provider.silence()
+
+    async def main() -> Report:
+        async with scripted(script) as port:
+            [report] = await collect(salmon, agent_keys(port), plugins=plugins)
+        return report
+
+    plugins = Plugins.load()
+    plugins.register(Refuses())
+    report = asyncio.run(main())
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "answering failed: RuntimeError: a bug" in report.error

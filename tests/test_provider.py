@@ -421,6 +421,25 @@ def test_what_a_customer_says_while_it_waits_for_atrn_fills_no_memory(tmp_path: 
     with_provider(tmp_path, work)
 
 
+async def reversed_roles(
+    provider: Provider,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A customer's connection after the reversal, on which the provider may send."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+    customer = Dialogue(reader, writer)
+    await customer.replied(220)
+    customer.say("EHLO x", "AUTH CRAM-MD5")
+    await customer.replied(250)
+    challenge = base64.b64decode((await customer.hear("334 "))[4:])
+    digest = hmac.new(PASSWORD.encode(), challenge, hashlib.md5).hexdigest()
+    customer.say(encoded(f"acme {digest}"), "ATRN")
+    await customer.replied(235)
+    await customer.replied(250)
+    customer.say("220 customer")
+    await customer.asks("EHLO", "250-customer", "250-PIPELINING", "250 CHUNKING")
+    return reader, writer
+
+
 @pytest.mark.parametrize("answered", [0, 1, 7, 20])
 @pytest.mark.parametrize("last", ["", "421 4.3.2 closing\r\n"])
 def test_of_messages_under_way_exactly_the_answered_are_gone(
@@ -428,18 +447,7 @@ def test_of_messages_under_way_exactly_the_answered_are_gone(
 ) -> None:
     async def work(provider: Provider) -> None:
         held = [provider.queue.put(mail(f"{number}@example.org"), b"x") for number in range(20)]
-        reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
-        customer = Dialogue(reader, writer)
-        await customer.replied(220)
-        customer.say("EHLO x", "AUTH CRAM-MD5")
-        await customer.replied(250)
-        challenge = base64.b64decode((await customer.hear("334 "))[4:])
-        digest = hmac.new(PASSWORD.encode(), challenge, hashlib.md5).hexdigest()
-        customer.say(encoded(f"acme {digest}"), "ATRN")
-        await customer.replied(235)
-        await customer.replied(250)
-        customer.say("220 customer")
-        await customer.asks("EHLO", "250-customer", "250-PIPELINING", "250 CHUNKING")
+        reader, writer = await reversed_roles(provider)
         heard = b""
         while heard.count(b" LAST\r\nx\r\n") < len(held):  # all of them, unanswered
             heard += await asyncio.wait_for(reader.read(65536), 20)
@@ -487,3 +495,26 @@ def test_a_tls_handshake_that_fails_takes_no_place(
         writer.close()
 
     with_provider(tmp_path, work, tls=server_tls(), implicit_tls=True)
+
+
+def test_the_dialogue_shows_no_password(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "salmon_revsmtp.dialogue")
+    secret = encoded(f"\0acme\0{PASSWORD}")
+
+    async def work(provider: Provider) -> None:
+        context = ssl.create_default_context(cafile=str(CERTIFICATE))
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", provider.port, ssl=context, server_hostname="localhost"
+        )
+        customer = Dialogue(reader, writer)
+        await customer.replied(220)
+        customer.say("EHLO x", f"AUTH PLAIN {secret}")
+        await customer.replied(250)
+        await customer.replied(235)
+        customer.say(f"AUTH PLAIN {secret}")  # out of order, and no less secret
+        await customer.replied(503)
+        writer.close()
+
+    with_provider(tmp_path, work, tls=server_tls(), implicit_tls=True)
+    assert "235 2.7.0 welcome" in caplog.text
+    assert secret not in caplog.text and PASSWORD not in caplog.text

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.client import OK, Client, codes, only_example, replies, transactions
 
+from salmon_revsmtp.smtp.commands import Commands
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, Transaction
 from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.turn import Turn
 
 
 def test_a_plain_session() -> None:
@@ -539,3 +541,21 @@ def test_any_content_arrives_unchanged_by_data_and_by_bdat(
             client.say(stream[start : start + size])
             start, turn = start + size, turn + 1
         assert [message.data for message in client.messages] == [expected]
+
+
+def test_no_handshake_while_a_message_waits_for_its_answer() -> None:
+    """What is said to the message would come after the 220, and be read as said under TLS."""
+    receiver = Receiver("h", Limits(), only_example, starttls=True)
+    data = b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 1 LAST\r\nxSTARTTLS\r\n"
+    [event] = transactions(receiver.receive_bytes(data))
+    receiver.answer(event, OK)
+    assert receiver.advance() == []
+    assert codes(receiver.data_to_send()) == "220 250 250 250 250 503"
+
+
+@pytest.mark.parametrize("machine", [Receiver, Turn])
+def test_no_row_of_the_table_passes_over_a_method_of_its_own(machine: type[Commands]) -> None:
+    for verb in machine.VERBS.values():
+        assert getattr(machine, verb.run.__name__) is verb.run
+    for reader in machine.READERS.values():
+        assert getattr(machine, reader.__name__) is reader

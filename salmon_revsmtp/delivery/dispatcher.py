@@ -227,7 +227,10 @@ class Dispatcher:
             answered = pending.answered
             if answered is not None and pending.reply is not None:
                 pending.answered = None
-                answered()
+                try:
+                    answered()
+                except Exception:  # the others have nothing to do with it
+                    log_safely(log, logging.ERROR, "answering failed", error=True)
 
     def _abandon(self, pending: PendingDelivery) -> None:
         text = f"not done in {self._handler_timeout:g} seconds, try again later"

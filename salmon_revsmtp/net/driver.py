@@ -40,10 +40,22 @@ class Machine(Protocol):
 
     ``steps``           counts the commands, chunks, messages or replies that became whole.
     ``content_octets``  counts the octets of content that came.
+    ``answers``         what comes makes it say more, so nothing may be read while that is not.  (A
+                        client has to read replies while it writes, RFC 2920 3.1, or both sides wait
+                        for ever.)
+    ``secret``          what comes may be a password.
     """
 
     steps: int
     content_octets: int
+
+    @property
+    def answers(self) -> bool:
+        """See above."""
+
+    @property
+    def secret(self) -> bool:
+        """See above."""
 
     @property
     def paused(self) -> bool:
@@ -72,6 +84,7 @@ class Driver(asyncio.Protocol):
 
     ``peer``     the other side's address and port.
     ``tls``      the connection is encrypted.
+    ``clean``    it ended as the protocol has it.
     ``broken``   what broke it, if anything did; a sentence's end.
     ``ended``    a future: done when the connection is over and nothing of it is under way.
     ``machine``  speaks the protocol; a subclass may change it at a turn of roles.
@@ -82,6 +95,7 @@ class Driver(asyncio.Protocol):
 
     def __init__(self, machine: Machine, timeout: float) -> None:
         self.machine = machine
+        self.clean = False
         self.peer: tuple[str, int] = ("", 0)
         self.tls = False
         self.broken: str | None = None
@@ -92,7 +106,7 @@ class Driver(asyncio.Protocol):
         self._written = 0  # octets
         self._congested = False
         self._eof = False
-        self._lost = False
+        self._lost = self._aborted = False
         self._handshake: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._progressed_at = 0.0
@@ -135,14 +149,15 @@ class Driver(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         if self._trace:
-            dialogue.debug("%s: %s", self.THEY, _shown(data))
+            hidden = f"[{len(data)} octets]"
+            dialogue.debug("%s: %s", self.THEY, hidden if self.machine.secret else _shown(data))
         self.happened(self.machine.receive_bytes(data))
 
     def eof_received(self) -> bool:
         """The peer has no more to say; what it waits for is still answered (not under TLS, where a
         close ends both directions)."""
         self._eof = True
-        return self.busy and not self.tls
+        return (self.busy or bool(self._outgoing)) and not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._lost:
@@ -150,7 +165,7 @@ class Driver(asyncio.Protocol):
         self._lost = True
         self._stop_clock()
         self._outgoing.clear()
-        if self.broken is None:
+        if self.broken is None and not self.clean:
             self.broken = f"the {self.THEY} broke the connection off" + (f": {exc}" if exc else "")
         self.disconnected()
         self.finish()
@@ -170,13 +185,13 @@ class Driver(asyncio.Protocol):
         """Handle what happened in the machine, and write what it says to that."""
         for event in events:
             self.handle(event)
+            if self._aborted:
+                break  # what comes after that was never answered, and stays with the peer
         self.flush()
 
     def advance(self) -> None:
         """Go on after anything that may have ended a pause of the machine."""
         self.happened(self.machine.advance())
-        if self._eof and not self.busy and self._transport is not None:
-            self._transport.close()
         self.finish()
 
     def change_roles(self, machine: Machine) -> None:
@@ -192,7 +207,7 @@ class Driver(asyncio.Protocol):
             return
         if said:
             self._say(said)
-        if self._outgoing or self.machine.closed:
+        if self._outgoing or self._eof or self.machine.closed:
             self._pump()
         self._regulate()
         self._wind_up()
@@ -222,15 +237,16 @@ class Driver(asyncio.Protocol):
             piece = self._outgoing.popleft()
             self._written += len(piece)
             transport.write(piece)
-        if self.machine.closed and not self._outgoing:
+        over = self.machine.closed or (self._eof and not self.busy)
+        if over and not self._outgoing:
             transport.close()
 
     def _regulate(self) -> None:
-        """Read only while there is room: for what comes, and for what we say to it."""
+        """Read only while there is room: for what comes, and for what is said to it."""
         transport = self._transport
         if transport is None or self._lost or transport.is_closing():
             return
-        if self._congested or self.machine.paused:
+        if self.machine.paused or (self._congested and self.machine.answers):
             transport.pause_reading()
         else:
             transport.resume_reading()
@@ -252,7 +268,7 @@ class Driver(asyncio.Protocol):
     def _now(self) -> tuple[int, int, int]:
         unread = 0
         if self._transport is not None and not self._lost:
-            unread = self._transport.get_write_buffer_size()
+            unread = _unread(self._transport)
         return self.machine.steps, self.machine.content_octets, self._written - unread
 
     def _progress(self) -> bool:
@@ -304,7 +320,7 @@ class Driver(asyncio.Protocol):
         if encrypted is None:
             raise ConnectionError("the connection was lost")
         self._transport = encrypted
-        self.tls = True
+        self.tls, self._congested = True, False
         self.encrypted()
         self.advance()
 
@@ -334,6 +350,7 @@ class Driver(asyncio.Protocol):
 
     def abort(self, reason: str) -> None:
         """Drop the connection."""
+        self._aborted = True
         if self.broken is None:
             self.broken = reason
         if self._transport is not None:
@@ -343,6 +360,14 @@ class Driver(asyncio.Protocol):
         """The end, if it is that."""
         if self._lost and not self.unfinished and not self.ended.done():
             self.ended.set_result(None)
+
+
+def _unread(transport: asyncio.Transport) -> int:
+    """The octets that the peer has not taken from us, as far as can be seen here."""
+    # asyncio's TLS transport does not count what is in the transport below it.
+    below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
+    size = transport.get_write_buffer_size()
+    return size if below is None else size + int(below.get_write_buffer_size())
 
 
 def _shown(data: bytes) -> str:

@@ -21,6 +21,7 @@ MAX_CONNECTIONS = 100
 MAX_PER_ADDRESS = 25
 
 _TOO_MANY = Reply(421, "too many connections, try again later", "4.7.0")
+_STOPPED = Reply(421, "shutting down, try again later", "4.3.2")
 
 #: Asked of a connection that has come: ``None`` lets it in, a reply is said to it instead of the
 #: greeting.
@@ -54,6 +55,7 @@ class Listener:
         self._most = max_connections or MAX_CONNECTIONS
         self._most_per_address = max_per_address or MAX_PER_ADDRESS
         self._server: asyncio.Server | None = None
+        self._stopping = False
         self._connections: set[Driver] = set()
         self._per_address: Counter[str] = Counter()
 
@@ -74,6 +76,7 @@ class Listener:
     async def stop(self, grace: float) -> None:
         """Take no more connections; end each at its next message boundary, and break off what has
         not ended after ``grace`` seconds."""
+        self._stopping = True
         if self._server is not None:
             self._server.close()
         connections = list(self._connections)
@@ -91,6 +94,8 @@ class Listener:
         self._connections.add(driver)
         address = driver.peer[0]
         self._per_address[address] += 1
+        if self._stopping:  # its handshake took that long
+            return _STOPPED
         if len(self._connections) > self._most:
             return _TOO_MANY
         return _TOO_MANY if self._per_address[address] > self._most_per_address else None

@@ -89,7 +89,6 @@ class Session(Driver):
     """One SMTP session in the server role on an asyncio transport.
 
     ``origin``  where its messages come from; the connection adds the client's address and TLS.
-    ``clean``   it ended with QUIT.
     ``served``  messages answered 250 that brought the provider forward: new ones, or a repeat of
                 one whose 250 may have been lost on its way.
     """
@@ -115,7 +114,6 @@ class Session(Driver):
         super().__init__(self._receiver, idle_timeout)
         self.service = service
         self.origin = origin
-        self.clean = False
         self.served = 0
         self._dispatcher = dispatcher
         self._tally = tally
@@ -141,8 +139,6 @@ class Session(Driver):
     def disconnected(self) -> None:
         if self._refusals > LOGGED_REFUSALS:
             log.warning("peer=%s %d more refused", self.peer, self._refusals - LOGGED_REFUSALS)
-        if self.clean:
-            self.broken = None
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -180,10 +176,16 @@ class Session(Driver):
     def _delivered(self, transaction: Transaction) -> None:
         """Only now is a message answered: 250 means safe."""
         pending = self._deliveries.pop(transaction)
-        self._read_ahead(pending)
-        self.served += self._tally.add(pending)
-        assert pending.reply is not None
-        self._receiver.answer(transaction, pending.reply, pending.replies)
+        try:
+            self._read_ahead(pending)
+            self.served += self._tally.add(pending)
+            assert pending.reply is not None
+            self._receiver.answer(transaction, pending.reply, pending.replies)
+        except Exception as error:
+            # Our own bug: the message has no 250, so the provider keeps it.
+            log.exception("answering failed")
+            self.flush()  # what has been answered
+            self.abort(f"answering failed: {type(error).__name__}: {error}")
         if not self._answering:
             # What is answered in one turn of the event loop goes out together.
             self._answering = True

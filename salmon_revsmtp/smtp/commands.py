@@ -142,11 +142,19 @@ class Commands:
     ``limits``    what a session may cost.
     ``starttls``  offer STARTTLS (RFC 3207).
 
+    ``answers``  whatever comes is answered, so nothing should be read while that is not.
+    ``secret``   what comes may be a password.
+
     For the caller's clock: ``steps`` counts the commands, chunks and messages that became whole,
     ``content_octets`` the octets of content that came.
     """
 
+    answers: ClassVar[bool] = True
+    secret: ClassVar[bool] = False
+
     VERBS: ClassVar[Mapping[str, Verb]]
+    #: What a command hears that is in no table: code, text, enhanced status code.
+    UNKNOWN: ClassVar[tuple[int, str, str]] = (500, "command not recognized", "5.5.2")
     READERS: ClassVar[Mapping[State, Callable[[Any], bool]]]
     #: What ends -> where that leads from each state.
     ENDS: ClassVar[Mapping[str, Mapping[State, State]]] = {
@@ -273,7 +281,7 @@ class Commands:
 
     def _read_line(self) -> bool:
         """The next line is a command."""
-        if self._state is State.CONNECTED and self._is_foreign():
+        if self._state is State.CONNECTED and not self._skipping and self._is_foreign():
             return False
         line = self._next_line(self.limits.command_line)
         if line is None:
@@ -331,7 +339,7 @@ class Commands:
             name, argument = _split(line)
             verb = self.VERBS.get(name)
             if verb is None:
-                raise _unknown(name)
+                raise CommandError(*(NOT_IMPLEMENTED if name in _KNOWN else self.UNKNOWN))
             then = verb.leads.get(self._state)
             if then is None:
                 raise CommandError(503, self.OUT_OF_ORDER[self._state], SEQUENCE)
@@ -389,12 +397,6 @@ class Commands:
         if argument:
             raise CommandError(501, "QUIT takes no argument", SYNTAX)
         self._close(Reply(221, f"{self.hostname} closing", "2.0.0"))
-
-
-def _unknown(name: str) -> CommandError:
-    if name in _KNOWN:
-        return CommandError(*NOT_IMPLEMENTED)
-    return CommandError(500, "command not recognized", "5.5.2")
 
 
 def _split(line: bytes) -> tuple[str, str]:

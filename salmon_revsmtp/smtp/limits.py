@@ -43,9 +43,6 @@ class Limits:
                             for no one); then 421.  As many as Postfix allows
                             (``smtpd_junk_command_limit``); a refused recipient or a message is
                             progress, for the client knows more then than before.
-    ``content_rate``        octets a second, on an average over one timeout.  Content may come as
-                            slowly as a tenth of what a 9,600 baud line brings, and each octet winds
-                            up no clock: a message of the largest size would take for ever then.
     ``errors``              syntax and sequence errors before ``421``: a peer that does not speak
                             SMTP (a port scanner, a browser) goes away soon.
     ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered; what
@@ -62,7 +59,6 @@ class Limits:
     chunks: int = 50 * KIB
     refusals: int = 10_000
     junk: int = 100
-    content_rate: int = 100
     errors: int = 20
     unanswered_messages: int = 256
     unanswered_octets: int = 1 * MIB

@@ -211,11 +211,6 @@ class Receiver(Commands):
         """The session is over and every reply is in :meth:`data_to_send`: close the connection."""
         return self._state is State.CLOSED and not self._waiting
 
-    @property
-    def in_transaction(self) -> bool:
-        """Between an accepted MAIL and the end of its message."""
-        return self._state not in (State.CONNECTED, State.IDLE, State.CLOSED)
-
     def answer(self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()) -> None:
         """Answer a transaction.  :meth:`advance` then goes on with what waited for that.
 
@@ -544,7 +539,7 @@ class Receiver(Commands):
         "HELP": Verb(stay(_ANYWHERE), Commands._on_help, junk=True),
         "QUIT": Verb(to(State.CLOSED, _ANYWHERE), Commands._on_quit),
         # RFC 3207 4 allows it elsewhere too; no one needs that.
-        "STARTTLS": Verb(to(State.HANDSHAKE, (_IDLE,)), Commands._on_starttls),
+        "STARTTLS": Verb(to(State.HANDSHAKE, (_IDLE,)), _on_starttls),
     }
 
 

@@ -19,6 +19,7 @@ MAX_REPLY = 64 * 1024
 MAX_TEXT = 480
 
 _ENHANCED = re.compile(r"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?: |$)", re.MULTILINE)
+_STATUS = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*))?", re.DOTALL)
 _NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
@@ -59,6 +60,8 @@ class Reply:
     def __post_init__(self) -> None:
         if not 200 <= self.code <= 599:
             raise ValueError(f"{self.code} is no SMTP reply code: 200 to 599")
+        if self.enhanced and not _STATUS.fullmatch(self.enhanced):
+            raise ValueError(f"{self.enhanced!r} is no enhanced status code: class.subject.detail")
         object.__setattr__(self, "positive", self.code < 300)
         object.__setattr__(self, "transient", 400 <= self.code < 500)
         object.__setattr__(self, "permanent", self.code >= 500)

@@ -167,6 +167,9 @@ class Sender:
     """One SMTP session in the client role.  ``hostname`` is what EHLO says, ``ahead`` how much is
     under way at a time where the peer lets us."""
 
+    answers = False  # it reads replies while it writes, or both sides wait for ever
+    secret = False
+
     def __init__(self, hostname: str, ahead: AheadLimits | None = None) -> None:
         self._hostname = hostname
         self._ahead = ahead or AheadLimits()

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol
 
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 from salmon_revsmtp.smtp.commands import (
+    NOT_IMPLEMENTED,
     SYNTAX,
     CommandError,
     Commands,
@@ -82,6 +83,9 @@ class Turn(Commands):
     ``customers``  who may log in.
     ``starttls``   STARTTLS can be done; ``tls``: the connection is encrypted already.
     """
+
+    secret: ClassVar[bool] = True
+    UNKNOWN: ClassVar[tuple[int, str, str]] = NOT_IMPLEMENTED
 
     OUT_OF_ORDER: ClassVar[Mapping[State, str]] = {
         State.CONNECTED: "send EHLO first",
