@@ -20,11 +20,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not interop and not long"
 
-# Everything broken that can break, at length.
+# Everything broken that can break, at length: a sample of it, of the commit's or of SEED=2; FULL=1
+# for all of it.
 faults: $(READY)
 	$(BIN)/python -m pytest -n auto -m long
 
-# A million hostile inputs for the SMTP machine; FUZZ_RUNS=10000 for fewer, FUZZ_SEED=2 for others.
+# Hostile inputs for the SMTP machine, of the commit's seed or of SEED=2; FULL=1 for a million.
 fuzz: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
 	$(BIN)/python tests/fuzz/campaign.py

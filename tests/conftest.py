@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sample
 from salmon import queue
 from salmon.mail import MailRequest
 from salmon.routing import Router, route, stateless
@@ -29,6 +30,10 @@ CERTIFICATE = DEMO / "localhost-certificate.pem"
 PRIVATE_KEY = DEMO / "localhost-key.pem"
 
 PASSWORD = "correct horse battery"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(sample)
 
 
 def server_tls() -> ssl.SSLContext:
