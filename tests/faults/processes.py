@@ -24,7 +24,8 @@ class KillableProcess:
     def __init__(self, folder: Path, keys: dict[str, Any], delivery: str) -> None:
         script = str(HERE / "killable.py")
         command = [sys.executable, script, str(folder), json.dumps(keys), delivery]
-        environment = {"PYTHONPATH": str(HERE.parent), "PATH": "/usr/bin:/bin"}
+        measured = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE_")}
+        environment = {"PYTHONPATH": str(HERE.parent), "PATH": "/usr/bin:/bin", **measured}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
