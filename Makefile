@@ -38,9 +38,12 @@ faults: $(READY)
 	$(BIN)/python -m pytest -n auto -m long
 
 # Hostile inputs for the SMTP machine, of the commit's seed or of SEED=2; FULL=1 for a million.
-fuzz: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
+fuzz: $(VENV)/.fuzz-ready
 	$(BIN)/python tests/fuzz/campaign.py
+
+$(VENV)/.fuzz-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
+	touch $@
 
 # Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)
