@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: bench demo test faults fuzz interop lint types docs wheel clean
+# What `make test` runs, each file's tests in one process.
+SHORT = -n auto --dist loadfile -m "not interop and not long"
+
+.PHONY: bench coverage demo test faults fuzz interop lint types docs wheel clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
@@ -18,16 +21,29 @@ demo: $(READY)
 	TMPDIR=$(abspath $(VENV))/tmp $(BIN)/salmon-revsmtp demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not interop and not long"
+	$(BIN)/python -m pytest $(SHORT)
 
-# Everything broken that can break, at length.
+# The same, measured: every process and thread that the tests start, too.
+coverage: export COVERAGE_FILE = $(abspath $(VENV))/coverage/data
+coverage: $(READY)
+	rm -rf $(VENV)/coverage
+	mkdir $(VENV)/coverage
+	$(BIN)/python -m coverage run -m pytest $(SHORT)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+# Everything broken that can break, at length: a sample of it, of the commit's or of SEED=2; FULL=1
+# for all of it.
 faults: $(READY)
 	$(BIN)/python -m pytest -n auto -m long
 
-# A million hostile inputs for the SMTP machine; FUZZ_RUNS=10000 for fewer, FUZZ_SEED=2 for others.
-fuzz: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
+# Hostile inputs for the SMTP machine, of the commit's seed or of SEED=2; FULL=1 for a million.
+fuzz: $(VENV)/.fuzz-ready
 	$(BIN)/python tests/fuzz/campaign.py
+
+$(VENV)/.fuzz-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
+	touch $@
 
 # Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)

@@ -56,7 +56,7 @@ setup(
     extras_require={
         "dev": [
             "build",
-            "coverage",
+            "coverage>=7.10.4",
             "hypothesis",
             "import-linter>=2.5",
             "mypy",

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 from salmon import queue
 from salmon.routing import Router
+from support import sample
 from support.project import Project
 from support.salmon import Salmon
 from support.servers import find
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(sample)
 
 
 @pytest.fixture

@@ -278,11 +278,12 @@ main()
 
 
 def imported(project: Project, *arguments: str) -> set[str]:
-    """The modules that a command imports."""
+    """The modules that a command imports; coverage, which imports some itself, is not to see it."""
+    environment = {name: os.environ[name] for name in os.environ if "COVERAGE" not in name}
     done = subprocess.run(
         [sys.executable, "-c", AND_SAY_WHAT_IS_IMPORTED, *arguments],
         cwd=project.folder,
-        env={**os.environ, "ISP_PASSWORD": PASSWORD},
+        env={**environment, "ISP_PASSWORD": PASSWORD},
         capture_output=True,
         text=True,
         timeout=60,

@@ -68,9 +68,14 @@ def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[by
         print(log_file.read_text())
         raise
     finally:
-        process.kill()
-        process.wait()
-        log.close()
+        # Coverage has what it ran only if it may end by itself.
+        process.terminate()
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
+            process.wait()
+            log.close()
 
 
 def answers(project: Project) -> bool:

@@ -10,18 +10,22 @@ import pytest
 from support.proxy import Direction, Fault, How
 from support.rig import BOTH, Rig, one_message, with_rig
 from support.salmon import Salmon
+from support.sample import positions
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 
 TO_CUSTOMER, TO_PROVIDER = Direction.TO_CUSTOMER, Direction.TO_PROVIDER
+# Of the places of a long run, those that a sample tries.
+ONE_IN = 20
 
 
-async def cut_at_each(rig: Rig, hows: Iterable[How], direction: Direction, step: int = 1) -> None:
-    """Cut behind each octet, or each ``step``-th, until the session is shorter than that."""
-    kinds = itertools.cycle(hows)
-    for octets in itertools.count(1, step):
-        fault = Fault(next(kinds), direction, octets)
+async def cut_at_each(
+    rig: Rig, hows: Iterable[How], direction: Direction, places: Iterable[int]
+) -> None:
+    """Cut after so many octets, for each place, until the session is shorter than that."""
+    for how, octets in zip(itertools.cycle(hows), places, strict=False):
+        fault = Fault(how, direction, octets)
         await one_message(rig, fault)
         if not fault.struck:
             break
@@ -31,7 +35,7 @@ async def cut_at_each(rig: Rig, hows: Iterable[How], direction: Direction, step:
 @pytest.mark.parametrize("direction", Direction)
 def test_a_cut_at_any_octet(salmon: Salmon, direction: Direction) -> None:
     async def work(rig: Rig) -> None:
-        await cut_at_each(rig, (How.RST, How.FIN), direction)
+        await cut_at_each(rig, (How.RST, How.FIN), direction, itertools.count(1))
 
     with_rig(salmon, work)
 
@@ -40,7 +44,7 @@ def test_a_cut_at_any_octet(salmon: Salmon, direction: Direction) -> None:
 @pytest.mark.parametrize("direction", Direction)
 def test_a_cut_at_any_octet_in_the_other_way(salmon: Salmon, direction: Direction) -> None:
     async def work(rig: Rig) -> None:
-        await cut_at_each(rig, (How.FIN, How.RST), direction)
+        await cut_at_each(rig, (How.FIN, How.RST), direction, positions(1, one_in=ONE_IN))
 
     with_rig(salmon, work)
 
@@ -54,17 +58,19 @@ silent = pytest.mark.skipif(
 
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize(
-    ("tls", "step"),
+    ("tls", "step", "one_in"),
     [
-        ("starttls", 97),
-        pytest.param("implicit", 149, marks=silent),
-        pytest.param("starttls", 1, marks=pytest.mark.long),
-        pytest.param("implicit", 7, marks=[pytest.mark.long, silent]),
+        ("starttls", 97, 1),
+        pytest.param("implicit", 149, 1, marks=silent),
+        pytest.param("starttls", 1, ONE_IN, marks=pytest.mark.long),
+        pytest.param("implicit", 7, ONE_IN, marks=[pytest.mark.long, silent]),
     ],
 )
-def test_a_cut_under_tls(salmon: Salmon, direction: Direction, tls: str, step: int) -> None:
+def test_a_cut_under_tls(
+    salmon: Salmon, direction: Direction, tls: str, step: int, one_in: int
+) -> None:
     async def work(rig: Rig) -> None:
-        await cut_at_each(rig, (How.RST, How.FIN), direction, step)
+        await cut_at_each(rig, (How.RST, How.FIN), direction, positions(1, step, one_in=one_in))
 
     with_rig(salmon, work, tls=tls)
 
@@ -90,20 +96,20 @@ async def many_messages(rig: Rig, fault: Fault) -> Report:
 
 @pytest.mark.parametrize("tls", ["none", "starttls"])
 @pytest.mark.parametrize(
-    ("direction", "step"),
+    ("direction", "step", "one_in"),
     [
-        (TO_CUSTOMER, 98_765),
-        (TO_PROVIDER, 173),
-        pytest.param(TO_CUSTOMER, 7_013, marks=pytest.mark.long),
-        pytest.param(TO_PROVIDER, 11, marks=pytest.mark.long),
+        (TO_CUSTOMER, 98_765, 1),
+        (TO_PROVIDER, 173, 1),
+        pytest.param(TO_CUSTOMER, 7_013, ONE_IN, marks=pytest.mark.long),
+        pytest.param(TO_PROVIDER, 11, ONE_IN, marks=pytest.mark.long),
     ],
 )
 def test_a_cut_in_a_large_session(
-    salmon: Salmon, direction: Direction, step: int, tls: str
+    salmon: Salmon, direction: Direction, step: int, one_in: int, tls: str
 ) -> None:
     async def work(rig: Rig) -> None:
         kinds = itertools.cycle((How.RST, How.FIN))
-        for octets in itertools.count(step, step):
+        for octets in positions(step, step, one_in=one_in):
             fault = Fault(next(kinds), direction, octets)
             await many_messages(rig, fault)
             if not fault.struck:

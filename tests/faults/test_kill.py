@@ -16,18 +16,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import random
 import re
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.configuration import PASSWORD, agent_keys
 from support.processes import LONG, KillableProcess
+from support.sample import amount, chance, positions
 
 from salmon_revsmtp.delivery.maildir import open_queue
 from salmon_revsmtp.provider.accounts import Account, Accounts
@@ -237,8 +239,7 @@ def drain(ledger: Ledger, killable: KillableProcess) -> None:
     raise AssertionError("the provider does not get empty")
 
 
-def killed_at_random(folder: Path, delivery: str, kills: int, seed: int) -> Ledger:
-    chance = random.Random(seed)
+def killed_at_random(folder: Path, delivery: str, kills: int, chance: random.Random) -> Ledger:
     with everything(folder, delivery) as (ledger, killable):
         done = 0
         while done < kills:
@@ -256,26 +257,27 @@ def killed_at_random(folder: Path, delivery: str, kills: int, seed: int) -> Ledg
 
 @pytest.mark.parametrize("delivery", ["router", "queue"])
 def test_killed_at_random_nothing_is_lost(tmp_path: Path, delivery: str) -> None:
-    killed_at_random(tmp_path, delivery, kills=15, seed=2645)
+    killed_at_random(tmp_path, delivery, kills=15, chance=random.Random(2645))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("delivery", ["router", "queue"])
-@pytest.mark.parametrize("seed", [1985, 5321])
+@pytest.mark.parametrize("part", range(2))
 def test_killed_at_random_hundreds_of_times_nothing_is_lost(
-    tmp_path: Path, delivery: str, seed: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, delivery: str, part: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ledger = killed_at_random(tmp_path, delivery, kills=250, seed=seed)
+    kills = amount(250, sampled=50)
+    ledger = killed_at_random(tmp_path, delivery, kills, chance())
+    deliveries, repeats = len(ledger.sent), ledger.repeats
     with capsys.disabled():
-        print(f"\n{delivery}: {len(ledger.sent)} deliveries, 250 kills, {ledger.repeats} repeats")
+        print(f"\n{delivery}: {deliveries} deliveries, {kills} kills, {repeats} repeats")
 
 
-def killed_line_by_line(folder: Path, delivery: str, do: str, first: int, step: int) -> int:
-    """Die at line ``first``, ``first + step`` ... until a run gets to its end; returns how often
-    it died."""
+def killed_line_by_line(folder: Path, delivery: str, do: str, lines: Iterable[int]) -> int:
+    """Die at each of these lines until a run gets to its end; returns how often it died."""
+    deaths = 0
     with everything(folder, delivery) as (ledger, killable):
-        line = first
-        while True:
+        for line in lines:
             for cast in LINE_BY_LINE:
                 ledger.put(cast)
             if do == "consume":
@@ -285,9 +287,9 @@ def killed_line_by_line(folder: Path, delivery: str, do: str, first: int, step: 
             drain(ledger, killable)
             if status == 0:
                 break
-            line += step
+            deaths += 1
         ledger.settled()
-        return (line - first) // step
+    return deaths
 
 
 LINES = [("router", "collect"), ("queue", "collect"), ("queue", "consume")]
@@ -295,7 +297,7 @@ LINES = [("router", "collect"), ("queue", "collect"), ("queue", "consume")]
 
 @pytest.mark.parametrize(("delivery", "do"), LINES)
 def test_killed_at_some_lines_nothing_is_lost(tmp_path: Path, delivery: str, do: str) -> None:
-    assert killed_line_by_line(tmp_path, delivery, do, first=1, step=173) >= 2
+    assert killed_line_by_line(tmp_path, delivery, do, itertools.count(1, 173)) >= 2
 
 
 @pytest.mark.long
@@ -305,4 +307,5 @@ def test_killed_at_every_line_nothing_is_lost(
     tmp_path: Path, delivery: str, do: str, part: int
 ) -> None:
     """Four parts, so that they may run side by side."""
-    assert killed_line_by_line(tmp_path, delivery, do, first=1 + part, step=4) > 50
+    lines = positions(1 + part, 4, one_in=20)
+    assert killed_line_by_line(tmp_path, delivery, do, lines) > amount(50, sampled=2)

@@ -11,9 +11,10 @@ import itertools
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given, seed, settings
 from hypothesis import strategies as st
 from support.client import Client
+from support.sample import amount, chance
 
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.sender import Outgoing, Sender
@@ -261,7 +262,8 @@ def test_by_bdat_the_same_content_goes_out_counted(data: bytes) -> None:
 
 
 @pytest.mark.long
+@seed(chance().getrandbits(32))
 @given(st.lists(st.sampled_from([b"\r", b"\n", b".", b"\x00", b" ", b"x"]), max_size=12))
-@settings(max_examples=20_000, deadline=None)
+@settings(max_examples=amount(20_000, sampled=5_000), deadline=None)
 def test_whatever_the_content_at_length(pieces: list[bytes]) -> None:
     holds(b"".join(pieces))

@@ -1,16 +1,18 @@
 """Fuzz the SMTP machine::
 
-    make fuzz                                    # a million inputs; FUZZ_RUNS=10000 for fewer
-    make fuzz FUZZ_SEED=2                        # a million others
+    make fuzz                                    # two minutes or so
+    make fuzz FULL=1                             # a million inputs
+    make fuzz SEED=2                             # others
     python tests/fuzz/campaign.py receiver FILE  # one input again, with the traceback
 
-The first runs every target over its seeds and as many new inputs as ``FUZZ_RUNS`` says.
+The first three run every target over its seeds and over new inputs: ``FUZZ_RUNS`` says how many,
+and ``SEED`` which ones.  Unless you give it, the seed is the commit, so the next one tries others.
 
 With atheris it is guided by coverage; where that cannot be installed, hypothesis runs the same
 properties over a grammar, on fewer inputs.  A guided run begins alike and soon goes its own way,
-whatever ``FUZZ_SEED`` says: what is covered depends on the challenges of a login, too.  So what it
-finds out stays in the virtual environment: the inputs that reached something new, and those that
-broke a property.
+whatever ``SEED`` says: what is covered depends on the challenges of a login, too.  So what it finds
+out stays in the virtual environment: the inputs that reached something new, and those that broke a
+property.
 """
 
 from __future__ import annotations
@@ -28,11 +30,18 @@ from pathlib import Path
 from coverage import Coverage
 from grammar import HERE, SEEDS, inputs, seeds
 
+sys.path.insert(0, str(HERE.parent))
+from support.sample import SEED, again, amount, chance
+
 WORK = Path(sys.prefix) / "fuzz"
 CRASHES = WORK / "crashes"
 
 # Of all the inputs, in per cent: where there is more to find, and more to lose.
 SHARES = {"receiver": 45, "sender": 35, "session": 15, "replies": 5}
+# Inputs that take two minutes or so.
+SAMPLE = 150_000
+# libFuzzer wants a number that is not 0, of 32 bits.
+NUMBER = chance().randrange(1, 1 << 32)
 # hypothesis takes this much longer to make an input.
 WITHOUT_ATHERIS = 50
 LIBFUZZER = (
@@ -46,7 +55,7 @@ _DONE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+)")
 _PROGRESS = re.compile(r"#\d+\s+(?:INITED|pulse|DONE)\s")
 
 
-def again(target: str, path: str) -> None:
+def one_input(target: str, path: str) -> None:
     """One input, with the traceback of what it breaks."""
     import properties
 
@@ -55,7 +64,7 @@ def again(target: str, path: str) -> None:
 
 
 def main() -> int:
-    total = int(os.environ.get("FUZZ_RUNS", "1000000"))
+    total = int(os.environ.get("FUZZ_RUNS") or amount(1_000_000, sampled=SAMPLE))
     shutil.rmtree(WORK, ignore_errors=True)
     CRASHES.mkdir(parents=True)
     guided = importlib.util.find_spec("atheris") is not None
@@ -63,6 +72,7 @@ def main() -> int:
         total //= WITHOUT_ATHERIS
         print("atheris is not here (it has no wheel for every machine and Python).")
         print(f"hypothesis takes its place: {total} inputs, and no coverage guides them.")
+    print(f"{total} inputs, SEED={SEED}", flush=True)
     start, ran, broken = time.monotonic(), 0, False
     for target, share in SHARES.items():
         runs = max(1, total * share // 100)
@@ -76,7 +86,7 @@ def main() -> int:
     seconds = time.monotonic() - start
     print(f"fuzz: {ran} inputs in {seconds:.0f} s ({ran / seconds:.0f}/s)", end="")
     if broken:
-        print("; a property does not hold, see above")
+        print(f"; a property does not hold, see above; again: {again('fuzz')}")
         return 1
     print(f"; the corpus covers {_covered()} (lines and branches)")
     return 0
@@ -89,10 +99,9 @@ def _atheris(target: str, runs: int) -> tuple[int, str]:
     script = HERE / f"fuzz_{target}.py"
     # By name: libFuzzer reads a directory in whatever order the file system has it.
     first = ",".join(str(path) for path in seeds(target))
-    seed = os.environ.get("FUZZ_SEED", "1")
     process = subprocess.Popen(
         [
-            *(sys.executable, str(script), *LIBFUZZER, f"-runs={runs}", f"-seed={seed}"),
+            *(sys.executable, str(script), *LIBFUZZER, f"-runs={runs}", f"-seed={NUMBER}"),
             *(f"-artifact_prefix={CRASHES}/{target}-", f"-seed_inputs={first}", str(corpus)),
         ],
         stderr=subprocess.PIPE,
@@ -117,15 +126,15 @@ def _atheris(target: str, runs: int) -> tuple[int, str]:
 
 def _hypothesis(target: str, runs: int) -> tuple[int, str]:
     import properties
-    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import HealthCheck, Phase, given, seed, settings
 
     last = b""
 
+    @seed(NUMBER)
     @given(inputs(target))
     @settings(
         max_examples=runs,
         deadline=None,
-        derandomize=True,
         database=None,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
@@ -173,6 +182,6 @@ def _covered() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        again(*sys.argv[1:])
+        one_input(*sys.argv[1:])
     else:
         sys.exit(main())

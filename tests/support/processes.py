@@ -30,7 +30,8 @@ class KillableProcess:
             json.dumps(keys),
             delivery,
         ]
-        environment = {"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin"}
+        measured = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE_")}
+        environment = {"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin", **measured}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
