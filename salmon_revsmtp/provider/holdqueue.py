@@ -22,7 +22,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from salmon_revsmtp.files import sync_folder
@@ -33,6 +33,9 @@ from salmon_revsmtp.smtp.replies import Reply
 __all__ = ["HoldQueue"]
 
 log = logging.getLogger(__name__)
+
+# Of an envelope, what the rest of it follows from.
+_FIELDS = tuple(one.name for one in fields(Envelope) if one.init)
 
 
 class HoldQueue:
@@ -108,7 +111,8 @@ class HoldQueue:
         path = self._tmp / key
         try:
             with path.open("wb") as file:
-                file.write(json.dumps(asdict(envelope)).encode() + b"\n")
+                said = {name: getattr(envelope, name) for name in _FIELDS}
+                file.write(json.dumps(said).encode() + b"\n")
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -135,9 +139,9 @@ class HoldQueue:
         path = self._hold / key
         try:
             with path.open("rb") as file:
-                fields = json.loads(file.readline())
-            fields["recipients"] = tuple(fields["recipients"])
-            return Envelope(**fields)
+                said = json.loads(file.readline())
+            said["recipients"] = tuple(said["recipients"])
+            return Envelope(**said)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:

@@ -18,6 +18,8 @@ class Envelope:
     ``rcpt_options``  per recipient, the parameters of its RCPT (RFC 3461: NOTIFY, ORCPT).
     ``helo``          what the client called itself in EHLO or HELO.
     ``esmtp``         it said EHLO.
+    ``prdr``          the client wants one reply per recipient after the data (draft-hall-prdr).
+    ``smtputf8``      addresses or headers may be UTF-8 (RFC 6531).
     """
 
     reverse_path: str
@@ -26,13 +28,9 @@ class Envelope:
     rcpt_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     helo: str = ""
     esmtp: bool = True
+    prdr: bool = field(init=False, repr=False, compare=False)
+    smtputf8: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def prdr(self) -> bool:
-        """The client wants one reply per recipient after the data (draft-hall-prdr)."""
-        return "PRDR" in self.mail_options
-
-    @property
-    def smtputf8(self) -> bool:
-        """Addresses or headers may be UTF-8 (RFC 6531)."""
-        return "SMTPUTF8" in self.mail_options
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prdr", "PRDR" in self.mail_options)
+        object.__setattr__(self, "smtputf8", "SMTPUTF8" in self.mail_options)
