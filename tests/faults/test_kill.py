@@ -2,7 +2,7 @@
 
 In two ways: at random instants, and at each line of the code between a message's last octet and
 its 250, one after another.  After every
-death the ledger are reconciled: what the handlers wrote down, what the journal has, what waits with
+death the ledger is reconciled: what the handlers wrote down, what the journal has, what waits with
 the provider and in the queue.
 
 - Nothing is lost: what the provider has let go of was handled, or waits in the queue, or is in the

@@ -37,7 +37,9 @@ from support.configuration import configuration
 
 PACKAGE = Path(salmon_revsmtp.__file__).parent
 # Where a death may cost or double a message; elsewhere it is no more than a cut connection.
-PERILOUS = tuple(f"{PACKAGE}/{name}/" for name in ("delivery", "journal", "service"))
+PERILOUS = tuple(
+    f"{PACKAGE}/{name}" for name in ("delivery/", "journal/", "net/driver.py", "service/")
+)
 LEDGER = "ledger"
 
 
