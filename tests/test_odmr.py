@@ -309,7 +309,8 @@ def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Sa
         await provider.replied(250)
         await provider.replied(250)
         provider.say(b"BDAT %d LAST" % len(MESSAGE), record)
-        await provider.silence()
+        with pytest.raises(ConnectionResetError):
+            await provider.silence()
 
     async def second(provider: Dialogue) -> None:
         await provider.reverse()

@@ -126,7 +126,12 @@ class Session(Driver):
     def busy(self) -> bool:
         return bool(self._deliveries) or self._answering
 
+    @property
+    def at_boundary(self) -> bool:
+        return self._receiver.at_boundary
+
     def connected(self) -> None:
+        self.reset_at_end(True)
         self.origin = self.origin.over(self.peer, self.tls)
         if refusal := self._admit(self):
             log.warning("service=%s peer=%s %s", self.service.name, self.peer[0], refusal)

@@ -98,6 +98,7 @@ _CONNECTED, _IDLE, _MAIL, _RCPT, _CHUNKS = (
 )
 _GREETED = (_IDLE, _MAIL, _RCPT, _CHUNKS)
 _ANYWHERE = (_CONNECTED, *_GREETED)
+_BOUNDARIES = (_CONNECTED, _IDLE, State.HANDSHAKE, State.CLOSED)
 
 # A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
 _ANY_CASE = re.IGNORECASE | re.ASCII
@@ -210,6 +211,11 @@ class Receiver(Commands):
     def closed(self) -> bool:
         """The session is over and every reply is in :meth:`data_to_send`: close the connection."""
         return self._state is State.CLOSED and not self._waiting
+
+    @property
+    def at_boundary(self) -> bool:
+        """No transaction is under way, and none waits for its answer."""
+        return self._state in _BOUNDARIES and not self._waiting
 
     def answer(self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()) -> None:
         """Answer a transaction.  :meth:`advance` then goes on with what waited for that.

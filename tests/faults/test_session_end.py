@@ -9,6 +9,7 @@ import pytest
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
+from support.processes import KillableProcess
 from support.salmon import Salmon, waits_for
 
 from salmon_revsmtp.customer.report import Report
@@ -168,7 +169,7 @@ def test_a_provider_that_ends_its_side_within_the_data(salmon: Salmon) -> None:
         await provider.replied(250)
         provider.say(DATA[:-4])
         provider.end()
-        await provider.silence()
+        await is_reset(provider)
 
     [report] = run(salmon, session)
     assert (report.outcome, report.messages) == (Outcome.FAILED, 0)
@@ -208,3 +209,80 @@ def test_a_provider_that_dies_before_it_has_struck_the_message_off(
 
     asyncio.run(main())
     assert sorted(message.To for message in salmon.handled) == ["a@example.org", "b@example.org"]
+
+
+# -- Exim takes a clean close after the replies to its RCPTs for success, and deletes the message --
+
+BEGUN = {
+    "after RCPT": ENVELOPE,
+    "within DATA": (*ENVELOPE, b"DATA\r\nSubject: hi"),
+    "within BDAT": (*ENVELOPE, b"BDAT 100 LAST\r\nSubject: hi"),
+    "between BDATs": (*ENVELOPE, b"BDAT 3\r\nx"),
+}
+
+
+async def begin(provider: Dialogue, begun: tuple[bytes, ...]) -> None:
+    """Say this, and wait until it has been read."""
+    await provider.reverse()
+    provider.say(*begun)
+    await provider.replied(250)
+    await provider.replied(250)
+    if len(begun) > 2 and begun[2] != b"BDAT 100 LAST\r\nSubject: hi":
+        await provider.hear("354" if b"DATA" in begun[2] else "250")
+
+
+async def is_reset(provider: Dialogue) -> None:
+    with pytest.raises(ConnectionResetError):
+        await asyncio.wait_for(provider.reader.read(), 20)
+
+
+@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
+def test_a_process_that_is_killed_within_a_message_resets_the_connection(
+    salmon: Salmon, begun: tuple[bytes, ...]
+) -> None:
+    customers: list[KillableProcess] = []
+
+    async def script(provider: Dialogue) -> None:
+        await begin(provider, begun)
+        customers[0].kill()
+        await is_reset(provider)
+
+    async def main() -> None:
+        async with scripted(script) as port:
+            customers.append(KillableProcess(salmon.folder, agent_keys(port), "router"))
+            assert await asyncio.to_thread(customers[0].run, "collect") == -9
+            customers[0].close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
+def test_a_session_that_is_dropped_within_a_message_is_reset(
+    salmon: Salmon, begun: tuple[bytes, ...]
+) -> None:
+    collections: list[asyncio.Task[list[Report]]] = []
+
+    async def script(provider: Dialogue) -> None:
+        await begin(provider, begun)
+        collections[0].cancel()
+        await is_reset(provider)
+
+    async def main() -> None:
+        async with scripted(script) as port:
+            plugins = Plugins.load()
+            valid = configuration(agent_keys(port), plugins=plugins)
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
+                collections.append(asyncio.create_task(collector.collect(valid.agents)))
+                await asyncio.wait(collections, timeout=20)
+
+    asyncio.run(main())
+
+
+def test_a_provider_that_ends_its_side_within_a_transaction_is_reset(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        await begin(provider, ENVELOPE)
+        provider.end()
+        await is_reset(provider)
+
+    [report] = run(salmon, script)
+    assert report.outcome is Outcome.FAILED

@@ -32,6 +32,7 @@ class KillableProcess:
         ]
         measured = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE_")}
         environment = {"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin", **measured}
+        self._pid = 0
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -49,7 +50,7 @@ class KillableProcess:
 
     def run(self, do: str, kill_after: float | None = None, die_at: int | None = None) -> int:
         """One run; returns its exit status, -9 if it was killed."""
-        pid = self._ask(do=do, die_at=die_at)
+        pid = self._pid = self._ask(do=do, die_at=die_at)
         if kill_after is None:
             return self._hear("ended")
         killer = threading.Timer(kill_after, _kill, [pid])
@@ -60,6 +61,10 @@ class KillableProcess:
         finally:
             killer.cancel()
             killer.join()
+
+    def kill(self) -> None:
+        """Kill the run of another thread, which hears of it."""
+        _kill(self._pid)
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
