@@ -155,6 +155,43 @@ def test_ctrl_c_ends_a_command_that_nobody_reads(project: Project) -> None:
             assert process.returncode in (1, -signal.SIGINT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_collect_stops_after_the_message_in_hand(project: Project, number: signal.Signals) -> None:
+    begun, stopped = threading.Event(), threading.Event()
+
+    async def within(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say("MAIL FROM:<a@example.net>", "RCPT TO:<b@example.org>")
+        await provider.replied(250)
+        await provider.replied(250)
+        provider.say(f"BDAT {len(MESSAGE)} LAST")
+        await asyncio.to_thread(begun.set)
+        await asyncio.to_thread(stopped.wait, 30)
+        provider.writer.write(MESSAGE)
+        await provider.replied(250)
+        await provider.replied(421)
+        await provider.silence()
+
+    with provider(within) as port:
+        project.configure(isp(port))
+        with subprocess.Popen(
+            [sys.executable, "-m", "salmon_revsmtp", "collect", "isp", "-v"],
+            cwd=project.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            assert begun.wait(30)
+            process.send_signal(number)
+            # The message in hand is finished, whichever of the two comes first.
+            stopped.set()
+            output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "isp: collected, 1 message" in output
+    assert "interrupted; what was not answered with 250 stays" in errors
+
+
 def test_an_error_ends_a_command_that_nobody_reads() -> None:
     """Such as asyncio's, which may lose a ctrl-c while it closes its loop."""
     program = (

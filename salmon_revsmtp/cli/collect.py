@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "collect", "run"]
 
+INTERRUPTED = "interrupted; what was not answered with 250 stays with the provider"
+
 
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
@@ -85,6 +87,7 @@ def _collect(
     as_json: bool,
 ) -> list[Report]:
     import asyncio
+    import signal
 
     from salmon_revsmtp.cli.progress import Progress
     from salmon_revsmtp.server.collector import Collector
@@ -103,11 +106,14 @@ def _collect(
             in_a_thread(show) as show_in_a_thread,
             Collector(configuration, plugins, lambda: project.settings.relay) as collector,
         ):
-            return asyncio.run(collector.collect(chosen, progress.watch, show_in_a_thread))
+            signals = (signal.SIGINT, signal.SIGTERM)
+            collecting = collector.collect(chosen, progress.watch, show_in_a_thread, signals)
+            reports = asyncio.run(collecting)
     except KeyboardInterrupt:
-        raise click.ClickException(
-            "interrupted; what was not answered with 250 stays with the provider"
-        ) from None
+        raise click.ClickException(INTERRUPTED) from None
+    if collector.interrupted:
+        raise click.ClickException(INTERRUPTED)
+    return reports
 
 
 @click.command()

@@ -48,7 +48,8 @@ RELAY_PATIENCE = 60.0
 class Collector:
     """Runs collections of a configuration; a context manager that waits for its threads.
 
-    ``relay``  asked for Salmon's relay when a notification has to go out.
+    ``relay``        asked for Salmon's relay when a notification has to go out.
+    ``interrupted``  a signal has ended :meth:`collect`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Collector:
         self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
         self._queueing: BatchWorker[PendingDelivery] = BatchWorker("queueing")
         self._outbox = Outbox(relay)
+        self.interrupted = False
 
     def __enter__(self) -> Collector:
         return self
@@ -154,20 +156,49 @@ class Collector:
         agents: Iterable[Agent],
         watch: Callable[[Collection], None] = lambda collection: None,
         done: Callable[[Report], None] = lambda report: None,
+        signals: Iterable[int] = (),
     ) -> list[Report]:
         """Collect from several agents at the same time; returns their reports in order.
 
-        ``watch`` gets each collection before it runs, ``done`` each report as it comes.
+        ``watch`` gets each collection before it runs, ``done`` each report as it comes.  One of the
+        ``signals`` ends each collection at its next message boundary; the second one does what it
+        does elsewhere.  :attr:`interrupted` says whether one came.
         """
+        running: dict[asyncio.Task[Report], Collection] = {}
 
         async def one(agent: Agent) -> Report:
             current = self.collection(agent)
             watch(current)
-            report = await self.run(agent, current)
+            task = asyncio.ensure_future(self.run(agent, current))
+            running[task] = current
+            try:
+                report = await task
+            except asyncio.CancelledError:
+                if not self.interrupted:
+                    task.cancel()
+                    raise
+                report = current.report
             done(report)
             return report
 
-        reports = list(await asyncio.gather(*(one(agent) for agent in agents)))
+        def stop() -> None:
+            self.interrupted = True
+            hear_no_more()
+            for task, current in running.items():
+                if not current.stop():
+                    task.cancel()
+
+        def hear_no_more() -> None:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+        loop, signals = asyncio.get_running_loop(), tuple(signals)
+        for number in signals:
+            loop.add_signal_handler(number, stop)
+        try:
+            reports = list(await asyncio.gather(*(one(agent) for agent in agents)))
+        finally:
+            hear_no_more()
         self.send_waiting()
         return reports
 
