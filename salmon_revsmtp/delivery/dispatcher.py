@@ -29,7 +29,7 @@ from typing import Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dsn import Notifier
-from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops
+from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import log_safely
@@ -64,8 +64,8 @@ class Delivery(Protocol):
         trace: bytes,
         content: Content,
     ) -> Reply:
-        """Make ``trace`` and ``content``, the message, safe, then return 2yz; else the reply that
-        says why not."""
+        """Make the message, which is ``trace`` and then ``content``, safe, then return 2yz; else
+        the reply that says why not."""
 
 
 @dataclass(eq=False)
@@ -308,7 +308,7 @@ class Dispatcher:
     ) -> DeliveryRecord:
         """Handled, and recorded."""
         envelope, origin = pending.envelope, pending.origin
-        trace = origin.received(envelope, recipient)
+        trace = origin.received(envelope, recipient) + separator(content)
         reply = None
         if self._plugins.implemented("message_received"):
             reply = self._refusal(origin, envelope, trace, content)
