@@ -113,13 +113,13 @@ def header_end(content: bytes | memoryview) -> int:
 def separator(content: bytes | memoryview) -> bytes:
     """What goes between header lines of ours and a message (with LF line ends): an empty line, if
     its first line would otherwise continue ours, or stand among them."""
-    bare = len(content) > 0 and content[:1] != b"\n" and header_end(content) == 0
-    return b"\n" if bare else b""
+    follows = not content or content[:1] == b"\n" or _FIRST_LINE.match(content)
+    return b"" if follows else b"\n"
 
 
 def hops(content: bytes) -> int:
     """How many Received fields the header of a message (with LF line ends) has."""
-    return sum(1 for _ in _RECEIVED.finditer(content, 0, header_end(content)))
+    return len(_RECEIVED.findall(content, 0, header_end(content)))
 
 
 def envelope_lines(reverse_path: str, recipient: str) -> bytes:
