@@ -137,6 +137,7 @@ class Dispatcher:
     """Delivers the messages of one service, one after another, in the thread of ``worker``.
 
     ``service``          its name.
+    ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
     ``repeat_seconds``   how long a message that is redelivered is known.
     """
@@ -150,10 +151,12 @@ class Dispatcher:
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
         *,
+        spell: Callable[[str], str],
         handler_timeout: float,
         repeat_seconds: float,
     ) -> None:
         self._service = service
+        self._spell = spell
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
         self._journal = journal
@@ -182,6 +185,7 @@ class Dispatcher:
         if loop is not self._loop:  # no one waits any more on the one before
             self._loop, self._looking = loop, False
             self._waiting.clear()
+        pending.envelope = pending.envelope.spelled(self._spell)
         pending.answered = answered
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
