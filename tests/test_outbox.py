@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import smtplib
 import socketserver
@@ -19,6 +18,7 @@ from salmon.server import Relay as SalmonRelay
 from support.salmon import Salmon
 
 from salmon_revsmtp.delivery.outbox import GIVE_UP, Outbox
+from salmon_revsmtp.files import FolderLock
 
 NOTICE = b"Subject: Undelivered mail\nTo: ann@example.net\n\nsorry\n"
 
@@ -140,8 +140,8 @@ def test_one_that_has_waited_too_long_is_given_up(salmon: Salmon, relay: Relay) 
 def test_two_processes_never_send_at_once(relay: Relay) -> None:
     outbox = Outbox(lambda: relay)
     put(outbox, "ann@example.net")
-    with Path("run/unsent.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with FolderLock(Path("run/unsent").resolve()).hold() as other:
+        assert other.had
         outbox.send()
         assert relay.asked == []
     outbox.send()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,12 +161,60 @@ def test_a_queue_in_the_making_of_which_a_process_died(salmon: Salmon) -> None:
     assert heard[0].startswith("250 ")
 
 
-def test_two_consumers_never_work_on_one_queue(salmon: Salmon) -> None:
-    consumer = QueueConsumer("run/inbound")
-    with Path("run/inbound.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another consumer works on run/inbound"):
-            consumer.start(one_shot=True)
+def other_names(folder: Path) -> list[str]:
+    """The queue ``run/inbound`` by other names."""
+    (folder / "link").symlink_to("run/inbound")
+    (folder / "elsewhere").symlink_to(folder)
+    absolute = str(folder / "run/inbound")
+    relative = ["run/inbound", "run/inbound/", "./run//inbound", "run/../run/inbound"]
+    return [absolute, *relative, "link", "elsewhere/run/inbound"]
+
+
+def test_two_consumers_never_work_on_one_queue_whatever_they_call_it(salmon: Salmon) -> None:
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    names = other_names(salmon.folder)
+    refused = []
+
+    def others(request: MailRequest) -> None:
+        for file in Path("run").glob("*.lock"):  # as somebody may who tidies up
+            file.unlink()
+        for name in names:
+            with pytest.raises(RuntimeError, match="another consumer works on") as error:
+                QueueConsumer(name).start(one_shot=True)
+            refused.append(str(error.value))
+
+    salmon.handle(".*", others)
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(refused) == len(names)
+    assert len(salmon.handled) == 1
+    assert salmon.undeliverable() == []
+
+
+def test_a_queue_by_another_name_is_the_same_in_the_journal(salmon: Salmon) -> None:
+    """Handled, not deleted, and the consumer starts again with another spelling."""
+    names = other_names(salmon.folder)
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    assert consume("dies before it deletes") == -signal.SIGKILL
+    for name in names:
+        consumer = QueueConsumer(name)
+        consumer.queue.remove = lambda key: None
+        consumer.start(one_shot=True)
+    assert handled() == ["once"]
+    assert salmon.handled == [] and salmon.undeliverable() == []
+
+
+def test_a_consumer_whose_queue_is_replaced_ends(salmon: Salmon) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+
+    def replace(request: MailRequest) -> None:
+        Path("run/inbound").rename("run/aside")
+        shutil.copytree("run/aside", "run/inbound")
+
+    salmon.handle(".*", replace)
+    with pytest.raises(RuntimeError, match="was deleted or replaced"):
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])

@@ -8,6 +8,7 @@ Salmon's QueueReceiver is not: it deletes a message after it has been handled, n
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import split_envelope
-from salmon_revsmtp.files import exclusive_lock
+from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.attempts import Attempts
 from salmon_revsmtp.journal.connection import JournalConnection
@@ -73,11 +74,15 @@ class QueueConsumer:
     ) -> None:
         self.queue = open_queue(folder)
         self._folder = folder
+        self._place = Path(self.queue.mbox._path)
+        # However it is spelled, it is the same for the journal, which is in this project's folder.
+        name = os.path.relpath(os.path.realpath(self._place), os.path.realpath(os.curdir))
+        self._name = name
         self._sleep = sleep
         self._delivery = RouterDelivery()
         connection = JournalConnection()
         self._journal = DeliveryJournal(connection)
-        self._attempts = Attempts(connection, folder)
+        self._attempts = Attempts(connection, name)
         self._outbox = Outbox(relay)
         self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
         self._stopped = threading.Event()
@@ -86,16 +91,21 @@ class QueueConsumer:
         """Handle what is there, for ever, or once if ``one_shot``.
 
         A signal (SIGHUP of ``salmon stop``, SIGTERM, SIGINT) ends it after the message in hand.
-        Raises :class:`RuntimeError` when another consumer works on the same queue.
+        Raises :class:`RuntimeError` when another consumer works on the same queue, by whatever name
+        it calls it, and when the folder is replaced by another.
         """
-        lock = Path(f"{self._folder}.lock")
-        with exclusive_lock(lock) as ours, self._signals():
-            if not ours:
-                raise RuntimeError(f"another consumer works on {self._folder}: it holds {lock}")
+        with FolderLock(self._place).hold() as lock, self._signals():
+            if not lock.had:
+                raise RuntimeError(f"another consumer works on {self._folder}")
             while True:
                 for key in by_age(self.queue.keys()):
                     if self._stopped.is_set():
                         return
+                    if not lock.holds():
+                        raise RuntimeError(
+                            f"the queue {self._folder} was deleted or replaced while its consumer "
+                            "was at work; start the consumer again"
+                        )
                     self.handle(key)
                 self._outbox.send_soon()
                 if one_shot or self._stopped.wait(self._sleep):
@@ -125,7 +135,7 @@ class QueueConsumer:
             return disk_reply(error)
         reverse_path, recipient, content = split_envelope(stored)
         # By its key: two files with the same octets are two messages.
-        message = MessageKey.of(f"queue {self._folder} {key}", reverse_path or "", stored)
+        message = MessageKey.of(f"queue {self._name} {key}", reverse_path or "", stored)
         known = self._journal.known(message).get(recipient or "")
         if known is not None:
             reply = known.reply

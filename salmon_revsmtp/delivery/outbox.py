@@ -21,7 +21,7 @@ from typing import Any
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
-from salmon_revsmtp.files import exclusive_lock
+from salmon_revsmtp.files import FolderLock
 
 __all__ = ["UNSENT", "Outbox"]
 
@@ -91,8 +91,8 @@ class Outbox:
         try:
             if not self._folder.is_dir():
                 return
-            with exclusive_lock(Path(f"{self._folder}.lock")) as ours:
-                if ours:
+            with FolderLock(self._folder).hold() as lock:
+                if lock.had:
                     self._send_all(open_queue(self._folder))
         except Exception as error:
             log.error("queue=%s notifications cannot be sent: %s", self._folder, error)
