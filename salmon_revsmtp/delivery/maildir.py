@@ -1,18 +1,22 @@
 """Salmon Queues, written and read so that nothing is lost: they are Maildirs on disk.
 
 The order of writes, so that a crash at any instruction loses nothing and a full disk leaves no
-litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  Salmon's
-own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync fails, on
-a disk that is full already.
+litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  What cannot be
+synced in the end is taken back: its client hears that it was not stored, and sends it again.
+
+Salmon's own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync
+fails, on a disk that is full already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import mailbox
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from salmon_revsmtp.files import sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["by_age", "disk_reply", "make_whole", "open_queue", "push_safely"]
+
+log = logging.getLogger(__name__)
 
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
@@ -53,12 +59,13 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
     key when it would survive a power cut.
 
     A queue that is not Salmon's own writes in its own way; its folder is synced if it has one.
-    Raises :class:`OSError`.
+    Raises :class:`OSError`; then the message is not there.
     """
     if type(target) is not queue.Queue:
         key = str(target.push(b"".join(pieces)))
         if folder := getattr(target, "dir", None):
-            sync_folder(Path(folder, "new"))
+            with _taken_back(lambda: target.remove(key)):
+                sync_folder(Path(folder, "new"))
         return key
     file = _create(target.mbox)
     tmp = Path(file.name)
@@ -72,8 +79,22 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    sync_folder(new)
+    with _taken_back((new / tmp.name).unlink):
+        sync_folder(new)
     return tmp.name
+
+
+@contextlib.contextmanager
+def _taken_back(remove: Callable[[], object]) -> Iterator[None]:
+    """Remove what has been stored if it cannot be made to last."""
+    try:
+        yield
+    except BaseException:
+        try:
+            remove()
+        except Exception as error:
+            log.error("a message that could not be synced cannot be removed either: %s", error)
+        raise
 
 
 def _create(mbox: Any) -> Any:
