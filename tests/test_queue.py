@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from salmon import queue
 from salmon.mail import MailRequest
+from salmon.server import SMTPError
 from support.collecting import exchange
 from support.salmon import Salmon, fails
 
@@ -308,6 +311,94 @@ def test_a_relay_that_says_nothing_does_not_hold_the_consumer(salmon: Salmon) ->
         assert inbound() == []
     finally:
         go.set()
+
+
+def unwritable(part: str) -> Callable[..., None]:
+    """``os.rename`` and ``os.unlink`` where a folder of the queue is read-only.  The tests may be
+    root's, whom modes do not stop."""
+    denied = {"new": ("new",), "cur": ("cur",), "both": ("new", "cur")}[part]
+
+    def refuse(*paths: Any, **keys: Any) -> None:
+        for path in paths:
+            if isinstance(path, str | Path) and Path(path).parent.name in denied:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    return refuse
+
+
+@pytest.mark.parametrize("part", ["new", "cur", "both"])
+def test_what_cannot_be_deleted_is_not_handled(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    salmon.handle(".*")
+    refuse = unwritable(part)
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "remove"):
+            real = getattr(os, name)
+            patch.setattr(os, name, lambda *a, real=real, **k: (refuse(*a), real(*a, **k)))
+        for _ in range(2):
+            QueueConsumer("run/inbound").start(one_shot=True)
+    assert salmon.handled == [] and salmon.undeliverable() == []
+    assert caplog.text.count("is not handled") == 2, "one line each time"
+    assert len(inbound()) == 2
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert [one["Subject"] for one in salmon.handled] == ["first", "second"]
+    assert inbound() == []
+
+
+def test_one_that_cannot_be_deleted_does_not_keep_the_others(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be moved, and was handled; later it is not handled again."""
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    salmon.handle(".*")
+    consumer = QueueConsumer("run/inbound")
+    bad, remove = sorted(inbound())[0], consumer.queue.remove
+
+    def removes(key: str) -> None:
+        if key == bad:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        remove(key)
+
+    monkeypatch.setattr(consumer.queue, "remove", removes)
+    for _ in range(3):
+        consumer.start(one_shot=True)
+    assert [one["Subject"] for one in salmon.handled] == ["first", "second"]
+    assert inbound() == [bad]
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 2
+    assert inbound() == []
+
+
+def test_a_deferred_message_is_found_again_wherever_it_lies(salmon: Salmon) -> None:
+    trouble = [1, 2, 3]
+
+    def sometimes(request: MailRequest) -> None:
+        if trouble:
+            trouble.pop()
+            raise SMTPError(451, "later")
+
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    salmon.handle(".*", sometimes)
+    for _ in range(5):
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 4
+    assert inbound() == []
+
+
+def test_two_files_of_one_name_do_not_overwrite_each_other(salmon: Salmon) -> None:
+    exchange(salmon, "b@example.org", data=message("new"), delivery="queue")
+    [key] = inbound()
+    stored = Path("run/inbound/new", key).read_bytes()
+    Path("run/inbound/cur", key).write_bytes(stored.replace(b"Subject: new", b"Subject: cur"))
+    salmon.handle(".*")
+    for _ in range(2):
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert sorted(one["Subject"] for one in salmon.handled) == ["cur", "new"]
+    assert inbound() == []
 
 
 def test_a_folder_below_home(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:

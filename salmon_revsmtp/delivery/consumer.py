@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.delivery.dsn import Notifier
-from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue
+from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, open_queue
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import split_envelope
@@ -86,6 +86,7 @@ class QueueConsumer:
         self._outbox = Outbox(relay)
         self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
         self._stopped = threading.Event()
+        self._stuck = False  # the last message that should have been deleted could not be
 
     def start(self, one_shot: bool = False) -> None:
         """Handle what is there, for ever, or once if ``one_shot``.
@@ -119,6 +120,8 @@ class QueueConsumer:
     def handle(self, key: str) -> Reply | None:
         """Handle one message and delete it then.  ``None`` if another has taken it.
 
+        What could not be deleted in the end is not begun: it stays, and the log says why.
+
         The order is: begun, handled, recorded, deleted.  After a crash between the last three it is
         not handled again; a message that was begun three times, and the process died each time, is
         set aside in the undeliverable queue.
@@ -126,6 +129,12 @@ class QueueConsumer:
         A handler's 4yz leaves it in the queue; its 5yz becomes a notification to the sender; what
         no handler takes, and what a handler raises on, is in the undeliverable queue.
         """
+        try:
+            move_across(self.queue, key)
+        except (KeyError, FileNotFoundError):
+            return None
+        except OSError as error:
+            return self._stays(key, error)
         try:
             stored = self.queue.mbox.get_bytes(key)
         except (KeyError, FileNotFoundError):
@@ -150,10 +159,25 @@ class QueueConsumer:
         if reply.transient:
             log.info("queue=%s key=%s deferred: %s", self._folder, key, reply)
         else:
-            with suppress(KeyError, FileNotFoundError):  # it was taken away meanwhile
-                self.queue.remove(key)
+            try:
+                with suppress(KeyError, FileNotFoundError):  # it was taken away meanwhile
+                    self.queue.remove(key)
+                self._stuck = False
+            except OSError as error:  # it is recorded, and is not handled again
+                self._stays(key, error)
         self._attempts.end(key)
         return reply
+
+    def _stays(self, key: str, error: OSError) -> Reply:
+        """A message that cannot be deleted; one line tells of all that follow."""
+        if not self._stuck:
+            log.error(
+                "queue=%s key=%s cannot be deleted, and what cannot be deleted is not handled: %s; "
+                "make the folders new and cur writable for this process",
+                *(self._folder, key, error),
+            )
+        self._stuck = True
+        return disk_reply(error)
 
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
         reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)

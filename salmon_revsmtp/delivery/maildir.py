@@ -25,7 +25,7 @@ from salmon import queue
 from salmon_revsmtp.files import sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["by_age", "disk_reply", "make_whole", "open_queue", "push_safely"]
+__all__ = ["by_age", "disk_reply", "make_whole", "move_across", "open_queue", "push_safely"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def open_queue(folder: str | Path) -> Any:
     place.parent.mkdir(parents=True, exist_ok=True)
     opened = queue.Queue(str(place))
     make_whole(opened)
-    opened.mbox.clean()
+    with contextlib.suppress(OSError):  # litter costs no mail
+        opened.mbox.clean()
     return opened
 
 
@@ -105,6 +106,17 @@ def _create(mbox: Any) -> Any:
         except mailbox.ExternalClashError as clash:
             error = clash
     raise OSError(errno.EEXIST, str(error))
+
+
+def move_across(target: Any, key: str) -> None:
+    """Move a message of a Salmon Queue from ``new/`` to ``cur/``, or back: whoever can do that can
+    delete it.  Raises :class:`OSError`, and :class:`KeyError` when it is not there."""
+    mbox = target.mbox
+    folder, name = os.path.split(mbox._lookup(key))
+    other = "cur" if folder == "new" else "new"
+    there = Path(mbox._paths[other], name)
+    if not there.exists():  # nothing is overwritten
+        Path(mbox._paths[folder], name).rename(there)
 
 
 def by_age(keys: Sequence[str]) -> list[str]:

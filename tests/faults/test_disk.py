@@ -394,6 +394,24 @@ def test_the_consumer_on_a_full_disk_keeps_what_it_cannot_set_aside(
     assert len(salmon.undeliverable()) == 1
 
 
+def test_the_consumer_of_a_queue_on_a_read_only_disk_handles_nothing(
+    salmon: Salmon, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    salmon.handle(".*")
+    held = Held(salmon, delivery="queue")
+    held.put("b@example.org")
+    held.collect()
+    disk.read_only()
+    for _ in range(3):  # as if it were started again and again
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert salmon.handled == []
+    assert "cannot be deleted, and what cannot be deleted is not handled" in caplog.text
+    disk.writable()
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 1
+    assert inbound() == []
+
+
 def test_the_providers_own_disk_is_full(salmon: Salmon, disk: Disk) -> None:
     held = HoldQueue(disk.folder / "provider")
     key = held.put(Envelope("", ("b@example.org",)), MESSAGE)
