@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import email
 import errno
+import gc
 import io
 import logging
 import smtplib
 import sqlite3
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from email import policy
 from email.message import EmailMessage
@@ -454,6 +456,39 @@ def test_what_waits_after_a_slow_handler_is_deferred_unhandled(salmon: Salmon) -
 
     slowly(salmon, script)
     assert [b"slow" in message.Data for message in salmon.handled] == [True, False]
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_what_a_hanging_handler_leaves_unanswered_lets_its_data_go(
+    salmon: Salmon, with_others: bool
+) -> None:
+    """Whether the provider sends the same message again and again, or others after it."""
+    slow, held = Slow(), []
+    salmon.handle(".*", slow)
+    size, times = 2**20, 20
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        await provider.send(SLOW)
+        gc.collect()
+        tracemalloc.start()
+        for number in range(times):
+            line = b"x" * 1022 + b"\r\n"
+            subject = b"Subject: slow %d\r\n\r\n" % (number if with_others else 0)
+            assert (await provider.send(subject + line * (size // 1024))).startswith("451 ")
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        slow.go.set()
+        await provider.quit()
+
+    async def main() -> None:
+        async with scripted(script) as port:
+            await collect(salmon, agent_keys(port), default={**DEFAULT, "handler_timeout": 0.05})
+
+    asyncio.run(main())
+    assert held[0] < 3 * size, held
+    assert len(salmon.handled) == 1, "and none of them is handled when the handler returns"
 
 
 def test_with_prdr_a_slow_handler_puts_off_its_own_recipient_only(salmon: Salmon) -> None:

@@ -73,7 +73,9 @@ class PendingDelivery:
     """A message on its way to its recipients, how far that is, and what its client is to hear.
 
     ``origin``     where it came from.
-    ``data``       its octets as they came.
+    ``data``       its octets as they came; none once it is answered, for a handler that hangs may
+                   hold the rest of this for ever.
+    ``size``       how many they were.
     ``key``        what it is known by in the journal, once its turn has come.
     ``replies``    one per recipient, in the envelope's order, as far as it has come.
     ``delivered``  how many recipients have it now who had it not before.
@@ -97,12 +99,14 @@ class PendingDelivery:
     begun: bool = False
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+    size: int = 0
 
-    def begin(self) -> bool:
-        """Whether anyone still waits for it."""
+    def begin(self) -> bytes | None:
+        """Its octets, with LF line ends, if anyone still waits for it."""
         with self.lock:
             self.begun = not self.abandoned
-            return self.begun
+            data = self.data
+        return data.replace(b"\r\n", b"\n") if self.begun else None
 
     def add(self, reply: Reply, repeat: bool) -> None:
         """Note the reply for the next recipient, for whoever still waits for it."""
@@ -186,6 +190,7 @@ class Dispatcher:
             self._loop, self._looking = loop, False
             self._waiting.clear()
         pending.envelope = pending.envelope.spelled(self._spell)
+        pending.size = len(pending.data)
         pending.answered = answered
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
@@ -198,9 +203,10 @@ class Dispatcher:
 
     async def delivered(self, pending: PendingDelivery) -> Reply:
         """The same, to be awaited; returns the reply."""
-        done = asyncio.Event()
+        done, data = asyncio.Event(), pending.data
         self.deliver(pending, done.set)
         await done.wait()
+        pending.data = data  # which the caller has, too
         assert pending.reply is not None
         return pending.reply
 
@@ -235,11 +241,13 @@ class Dispatcher:
                     answered()
                 except Exception:  # the others have nothing to do with it
                     log_safely(log, logging.ERROR, "answering failed", error=True)
+                pending.data = b""
 
     def _abandon(self, pending: PendingDelivery) -> None:
         text = f"not done in {self._handler_timeout:g} seconds, try again later"
         late = Reply(451, text, "4.3.0")
         pending.abandon(late)
+        self._worker.withdraw(self, pending)
         log_safely(
             log,
             logging.WARNING,
@@ -257,6 +265,7 @@ class Dispatcher:
         keys = []
         for pending in items:
             if pending.key is None:
+                # Of one that has been abandoned it may be of no data; that one is not begun.
                 sender = pending.envelope.reverse_path
                 pending.key = MessageKey.of(self._service, sender, pending.data)
             keys.append(pending.key)
@@ -265,10 +274,11 @@ class Dispatcher:
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
-        if not item.begin():
+        lines = item.begin()
+        if lines is None:
             return
         try:
-            self._deliver(item)
+            self._deliver(item, lines)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
@@ -280,10 +290,9 @@ class Dispatcher:
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
 
-    def _deliver(self, pending: PendingDelivery) -> None:
+    def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
         key = pending.key
         assert key is not None
-        lines = pending.data.replace(b"\r\n", b"\n")
         if hops(lines) >= MAX_HOPS:
             for recipient in pending.envelope.recipients:
                 self._note(pending, recipient, LOOP, repeat=False)
@@ -364,7 +373,7 @@ class Dispatcher:
                 pending.origin.label,
                 pending.envelope.reverse_path,
                 recipient,
-                len(pending.data),
+                pending.size,
                 str(reply),
                 " repeat" if repeat else "",
             )
