@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -398,6 +399,37 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(salmon: Salmon) -> No
     for _ in range(2):
         QueueConsumer("run/inbound").start(one_shot=True)
     assert sorted(one["Subject"] for one in salmon.handled) == ["cur", "new"]
+    assert inbound() == []
+
+
+@pytest.mark.parametrize("hours", [-4000, -1, 1, 4000])
+def test_a_message_is_seen_whatever_the_clock_says(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    """The folders' times, too, go by a clock that is set."""
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    salmon.handle(".*")
+    consumer = QueueConsumer("run/inbound")
+
+    def arrive(subject: str) -> None:
+        stored = b"Return-Path: <>\nDelivered-To: b@example.org\n" + message(subject)
+        queue.Queue("run/inbound").push(stored.replace(b"\r\n", b"\n"))
+        for part in ("new", "cur", "tmp"):
+            os.utime(Path("run/inbound", part), (clock[0], clock[0]))
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            clock[0] += 10
+            consumer.start(one_shot=True)
+
+    arrive("first")
+    rounds(2)
+    clock[0] += hours * 3600
+    rounds(1)
+    arrive("second")
+    rounds(1)
+    assert [one["Subject"] for one in salmon.handled] == ["first", "second"]
     assert inbound() == []
 
 

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import mailbox
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,9 @@ def open_queue(folder: str | Path) -> Any:
     place = Path(folder).expanduser()  # mailbox does that, and Salmon does not
     place.parent.mkdir(parents=True, exist_ok=True)
     opened = queue.Queue(str(place))
+    # mailbox reads its folders anew if their times have changed since it looked last: with a clock
+    # that was set back they have not.  A skew of any size has it read them always.
+    opened.mbox._skewfactor = math.inf
     make_whole(opened)
     with contextlib.suppress(OSError):  # litter costs no mail
         opened.mbox.clean()
@@ -117,6 +121,7 @@ def move_across(target: Any, key: str) -> None:
     there = Path(mbox._paths[other], name)
     if not there.exists():  # nothing is overwritten
         Path(mbox._paths[folder], name).rename(there)
+        mbox._toc[key] = f"{other}/{name}"
 
 
 def by_age(keys: Sequence[str]) -> list[str]:
