@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["exclusive_lock", "sync_folder"]
+__all__ = ["FolderLock", "exclusive_lock", "sync_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +29,94 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
     """Hold the lock file ``path``, which is made with its folder; ``False``: another process (or
     another place in this one) has it.
 
-    A folder that cannot be written is no reason not to work: a warning, and ``True``.
+    It has a twin, whose name begins with a dot, and both are held: someone who deletes a lock file
+    while it is held lets no one in.  A folder that cannot be written is no reason not to work: a
+    warning, and ``True``.
     """
-    descriptor: int | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        assert descriptor is not None
-        os.close(descriptor)
-        yield False
-        return
-    except OSError as error:
-        log.warning("lock=%s cannot be had: %s; nothing keeps a second one away", path, error)
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for one in (path, path.with_name(f".{path.name}")):
+                held.enter_context(_locked(one, os.O_RDWR | os.O_CREAT))
+        except BlockingIOError:
+            held.close()
+            yield False
+            return
+        except OSError as error:
+            log.warning("lock=%s cannot be had: %s; nothing keeps a second one away", path, error)
         yield True
-    finally:
-        if descriptor is not None:
-            # A child that a handler has forked has the descriptor, too, and would keep the lock.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+class FolderLock:
+    """The lock of a folder that is there.  It is the folder itself that is locked, by whatever name
+    it was reached, and there is no file that could be deleted.
+
+    ``had``  whether we have it; otherwise another process (or another place in this one) has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._identity: tuple[int, int] | None = None
+        self.had = False
+
+    def holds(self) -> bool:
+        """Whether the folder that is locked is still the one that has this name."""
+        return self.had and self._identity in (None, _identity(self._folder))
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[FolderLock]:
+        """Hold it, if no one else does, while this lasts.  Raises :class:`OSError` for a folder
+        that is not there or cannot be read."""
+        with contextlib.ExitStack() as held:
+            try:
+                descriptor = held.enter_context(_locked(self._folder, os.O_RDONLY))
+                self._identity, self.had = _identity(descriptor), True
+            except BlockingIOError:
+                self.had = False
+            except OSError as error:
+                if error.errno not in _NO_FOLDER_LOCKS:
+                    raise
+                beside = Path(f"{os.path.realpath(self._folder)}.lock")
+                self.had = held.enter_context(exclusive_lock(beside))
+            try:
+                yield self
+            finally:
+                self.had = False
+
+
+# A network file system may lock files that are open for writing, and nothing else.
+_NO_FOLDER_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+
+# Between opening a lock file and locking it somebody may delete it; hardly so often.
+TRIES = 10
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of ``path``, which is locked, and has this name.  Raises
+    :class:`BlockingIOError` when another has the lock, and :class:`OSError`."""
+    for _ in range(TRIES):
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _identity(path) != _identity(descriptor):
+                continue  # what is locked is deleted already, and keeps no one away
+            try:
+                yield descriptor
+            finally:
+                # A child that a handler has forked has the descriptor, too, and would keep the
+                # lock.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            return
+        finally:
             os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "it is deleted all the time", str(path))
+
+
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Which file this is; ``None`` if there is none."""
+    try:
+        found = file.stat() if isinstance(file, Path) else os.fstat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

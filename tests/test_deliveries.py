@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from salmon_revsmtp.journal import clock as clock_module
 from salmon_revsmtp.journal import connection as connection_module
 from salmon_revsmtp.journal import deliveries as deliveries_module
 from salmon_revsmtp.journal import file as file_module
@@ -81,29 +82,80 @@ def test_that_the_sender_was_notified_is_known(path: Path) -> None:
     }
 
 
-def test_outside_the_window_a_repeat_is_a_new_message(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Time:
+    """The machine's clocks, the wall clock and the seconds since boot; and which boot it is."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.wall, self.up = time.time(), 1000.0
+        patch.setattr(time, "time", lambda: self.wall)
+        for module in (clock_module, deliveries_module):
+            patch.setattr(module, "since_boot", lambda: self.up)
+        self._patch = patch
+
+    def passes(self, days: float) -> None:
+        self.wall += days * DAY
+        self.up += days * DAY
+
+    def reboot(self, name: str) -> None:
+        self.up = 10.0
+        self._patch.setattr(clock_module, "_boot", lambda: name)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+def test_outside_the_window_a_repeat_is_a_new_message(path: Path, now: Time) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 6.9 * DAY)
+    now.passes(days=6.9)
     assert replies(deliveries) == {"b@example.org": OK}
     assert replies(deliveries, window=6 * DAY) == {}
-    monkeypatch.setattr(time, "time", lambda: now + 7.1 * DAY)
-    assert replies(deliveries) == {}
+    now.passes(days=0.2)
+    assert replies(deliveries) == replies(journal(path)) == {}
+
+
+@pytest.mark.parametrize("days", [-4000, -8, 8, 4000])
+def test_a_wall_clock_that_is_set_makes_nothing_forgotten(
+    path: Path, now: Time, days: float
+) -> None:
+    """In the running process, in the next one, and after a reboot at which it came up wrong."""
+    running = journal(path)
+    running.record(KEY, "b@example.org", OK)
+    now.wall += days * DAY
+    for other in (running, journal(path)):
+        other._prune_at = 0.0
+        other.record(KEY._replace(digest=b"after"), "b@example.org", OK)
+        assert replies(other) == {"b@example.org": OK}
+    now.reboot("another")
+    now.wall += days * DAY
+    rebooted = journal(path)
+    rebooted.record(KEY._replace(digest=b"rebooted"), "b@example.org", OK)
+    assert replies(rebooted) == {"b@example.org": OK}
+    now.passes(days=7.1)
+    assert replies(rebooted) == replies(journal(path)) == {}
+
+
+def test_from_one_boot_to_the_next_no_more_than_a_day_passes(path: Path, now: Time) -> None:
+    now.reboot("first")
+    journal(path).record(KEY, "b@example.org", OK)
+    for number in range(1, 9):
+        now.wall += 30 * DAY
+        now.reboot(f"boot {number}")
+        deliveries = journal(path)
+        assert replies(deliveries) == ({"b@example.org": OK} if number < 7 else {})
+        deliveries.record(KEY._replace(digest=b"x"), "b@example.org", OK)
 
 
 def test_old_rows_go_and_the_file_does_not_grow_for_ever(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, now: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deliveries_module, "PRUNE_ROWS", 10)
     deliveries = journal(path)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now - 8 * DAY)
     for number in range(35):
         deliveries.record(KEY._replace(digest=b"%d" % number), "b@example.org", OK)
-    monkeypatch.setattr(time, "time", lambda: now)
+    now.passes(days=8)
     later = journal(path)
     for number in range(5):
         later.record(KEY._replace(digest=b"new %d" % number), "b@example.org", OK)
@@ -148,18 +200,6 @@ def test_another_process_knows_a_delivery_at_once(path: Path) -> None:
     assert replies(second) == {"b@example.org": OK}
     second.record(KEY, "c@example.org", NO)
     assert replies(first) == {"b@example.org": OK, "c@example.org": NO}
-
-
-def test_a_clock_that_was_ahead_is_no_reason_to_forget(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 400 * DAY)
-    journal(path).record(KEY, "b@example.org", OK)
-    monkeypatch.setattr(time, "time", lambda: now)
-    assert replies(journal(path)) == {}
-    journal(path).record(KEY, "b@example.org", NO)
-    assert replies(journal(path)) == {"b@example.org": NO}
 
 
 def test_a_row_that_nobody_wrote_breaks_no_batch(path: Path) -> None:
@@ -333,12 +373,8 @@ def test_text_that_no_database_takes(path: Path) -> None:
     history.close()
 
 
-def test_a_row_is_kept_as_long_as_its_own_service_wants(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now - 10 * DAY)
+def test_a_row_is_kept_as_long_as_its_own_service_wants(path: Path, now: Time) -> None:
     journal(path).record(KEY, "b@example.org", OK, 30 * DAY)
-    monkeypatch.setattr(time, "time", lambda: now)
+    now.passes(days=10)
     journal(path).record(KEY._replace(service="other"), "b@example.org", OK)
     assert replies(journal(path), window=30 * DAY) == {"b@example.org": OK}

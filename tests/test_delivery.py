@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import email
 import errno
+import gc
 import io
 import logging
 import smtplib
 import sqlite3
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from email import policy
 from email.message import EmailMessage
@@ -30,13 +32,15 @@ from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
 from support.salmon import Salmon, explodes, fails, waits_for
 
-from salmon_revsmtp import Agent, Envelope, Reply, hookimpl
+from salmon_revsmtp import Agent, Envelope, QueueConsumer, Reply, hookimpl
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery import batches as rounds
 from salmon_revsmtp.delivery import dispatcher as dispatcher
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.settings import ServiceSettings
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,70 @@ def test_each_recipient_is_one_mail_request(salmon: Salmon) -> None:
     assert (report.messages, report.recipients) == (1, 3)
 
 
+SPELLINGS = [
+    "b\u00fccher.example",
+    "B\u00dcCHER.Example.",
+    "xn--bcher-kva.example",
+    "XN--BCHER-KVA.example.",
+]
+
+
+@pytest.mark.parametrize("written", ["B\u00fccher.example", "xn--bcher-kva.example."])
+@pytest.mark.parametrize("named_by", ["agent", "service"])
+@pytest.mark.parametrize("delivery", ["router", "queue"])
+def test_every_accepted_spelling_of_a_domain_is_routed_as_the_settings_have_it(
+    salmon: Salmon, written: str, named_by: str, delivery: str
+) -> None:
+    form = written.lower().rstrip(".")
+    salmon.handle(f"[^@]+@{form}$")
+    salmon.handle(r"[^@]+@customer\.example$")
+    names = [written, "Customer.example"]
+    recipients = [f"x{n}@{one}" for n, one in enumerate(SPELLINGS)] + ["bob@CUSTOMER.example."]
+    agent = {"domains": ["example.org"] if named_by == "service" else names}
+    service: dict[str, Any] = {"domains": names} if named_by == "service" else {}
+    heard, report = exchange(
+        salmon,
+        *recipients,
+        mail=" SMTPUTF8 PRDR",
+        agent=agent,
+        delivery=delivery,
+        **service,
+    )
+    assert [line[:3] for line in heard] == ["353", *["250"] * 5, "250"]
+    assert report.recipients == 5
+    if delivery == "queue":
+        QueueConsumer().start(one_shot=True)
+    expected = [f"x{n}@{form}" for n in range(4)] + ["bob@customer.example"]
+    assert sorted(message.To for message in salmon.handled) == sorted(expected)
+    assert salmon.undeliverable() == []
+
+
+def test_one_mailbox_in_two_spellings_is_served_once(salmon: Salmon) -> None:
+    """In one message, and when it is redelivered."""
+    salmon.handle("b@example.org$")
+    first, _ = exchange(salmon, "b@example.org.", "b@EXAMPLE.ORG")
+    again, _ = exchange(salmon, "b@Example.Org")
+    assert [line[:3] for line in first + again] == ["250", "250"]
+    assert [message.To for message in salmon.handled] == ["b@example.org"]
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "routed"),
+    [
+        (["*"], "x@B\u00fccher.example.", "x@xn--bcher-kva.example"),
+        (["*"], "x@Stra\u00dfe.example.", "x@stra\u00dfe.example"),
+        (["*"], "x@[IPv6:2001:DB8::1]", "x@[ipv6:2001:db8::1]"),
+        (["@B\u00fccher.example"], "x@Sub.xn--bcher-kva.example.", "x@sub.b\u00fccher.example"),
+        (["xn--bcher-kva.example", "b\u00fccher.example"], "x@b\u00fccher.example", None),
+        (["example.org"], "Postmaster", "Postmaster"),
+        (["example.org"], '"a@B"@EXAMPLE.org', '"a@B"@example.org'),
+    ],
+)
+def test_how_a_recipient_is_spelled(written: list[str], given: str, routed: str | None) -> None:
+    service = Service("x", ServiceSettings(), written)
+    assert service.spell(given) == (routed or "x@xn--bcher-kva.example")
+
+
 def test_with_prdr_each_recipient_has_its_reply(salmon: Salmon) -> None:
     salmon.handle("a@.*")
     salmon.handle("b@.*", fails(451, "later"))
@@ -388,6 +456,39 @@ def test_what_waits_after_a_slow_handler_is_deferred_unhandled(salmon: Salmon) -
 
     slowly(salmon, script)
     assert [b"slow" in message.Data for message in salmon.handled] == [True, False]
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_what_a_hanging_handler_leaves_unanswered_lets_its_data_go(
+    salmon: Salmon, with_others: bool
+) -> None:
+    """Whether the provider sends the same message again and again, or others after it."""
+    slow, held = Slow(), []
+    salmon.handle(".*", slow)
+    size, times = 2**20, 20
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        await provider.send(SLOW)
+        gc.collect()
+        tracemalloc.start()
+        for number in range(times):
+            line = b"x" * 1022 + b"\r\n"
+            subject = b"Subject: slow %d\r\n\r\n" % (number if with_others else 0)
+            assert (await provider.send(subject + line * (size // 1024))).startswith("451 ")
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        slow.go.set()
+        await provider.quit()
+
+    async def main() -> None:
+        async with scripted(script) as port:
+            await collect(salmon, agent_keys(port), default={**DEFAULT, "handler_timeout": 0.05})
+
+    asyncio.run(main())
+    assert held[0] < 3 * size, held
+    assert len(salmon.handled) == 1, "and none of them is handled when the handler returns"
 
 
 def test_with_prdr_a_slow_handler_puts_off_its_own_recipient_only(salmon: Salmon) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from salmon_revsmtp.journal import collections as collections_module
 from salmon_revsmtp.journal import file as journal_module
 from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
 from salmon_revsmtp.journal.connection import JournalConnection
@@ -58,11 +59,17 @@ def test_enabled_is_kept_beside_it(tmp_path: Path) -> None:
     assert Journal(tmp_path / "journal").state("isp").enabled is True
 
 
-def test_old_collections_are_forgotten(tmp_path: Path) -> None:
+def test_old_collections_are_forgotten_but_not_the_last_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock may have been set forward."""
+    monkeypatch.setattr(collections_module, "KEEP_AT_LEAST", 3)
     journal = Journal(tmp_path / "journal")
-    journal.record(entry(NOW - 91 * 86400), True)
-    journal.record(entry(NOW - 89 * 86400), True)
-    assert len(journal.history()) == 1
+    for age in (93, 92, 91):
+        journal.record(entry(NOW - age * 86400), True)
+    assert len(journal.history()) == 3
+    journal.record(entry(NOW), True)
+    assert [round((NOW - one.started) / 86400) for one in journal.history()] == [0, 91, 92]
 
 
 def test_several_processes_may_write_at_once(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import smtplib
 import socketserver
@@ -19,6 +18,7 @@ from salmon.server import Relay as SalmonRelay
 from support.salmon import Salmon
 
 from salmon_revsmtp.delivery.outbox import GIVE_UP, Outbox
+from salmon_revsmtp.files import FolderLock
 
 NOTICE = b"Subject: Undelivered mail\nTo: ann@example.net\n\nsorry\n"
 
@@ -137,11 +137,43 @@ def test_one_that_has_waited_too_long_is_given_up(salmon: Salmon, relay: Relay) 
     assert len(salmon.undeliverable()) == 1
 
 
+@pytest.mark.parametrize("days", [-4000, -8, 8, 4000])
+def test_a_wall_clock_that_is_set_makes_no_notification_expire(
+    salmon: Salmon, relay: Relay, monkeypatch: pytest.MonkeyPatch, days: float
+) -> None:
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    relay.fails["*"] = ConnectionRefusedError("no relay")
+
+    def round_() -> None:
+        for file in Path("run/unsent/new").iterdir():
+            if file.name not in known:  # put by the wall clock of the moment
+                os.utime(file, (clock[0], clock[0]))
+                known.add(file.name)
+        Outbox(lambda: relay).send()
+
+    known: set[str] = set()
+    outbox = Outbox(lambda: relay)
+    put(outbox, "before@example.net")
+    round_()
+    clock[0] += days * 86400
+    put(outbox, "after@example.net")
+    for _ in range(3):
+        round_()
+        clock[0] += 3600
+    assert len(keys()) == 2 and salmon.undeliverable() == []
+    # And in the end both do.
+    for _ in range(24 * 6):
+        round_()
+        clock[0] += 3600
+    assert keys() == [] and len(salmon.undeliverable()) == 2
+
+
 def test_two_processes_never_send_at_once(relay: Relay) -> None:
     outbox = Outbox(lambda: relay)
     put(outbox, "ann@example.net")
-    with Path("run/unsent.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with FolderLock(Path("run/unsent").resolve()).hold() as other:
+        assert other.had
         outbox.send()
         assert relay.asked == []
     outbox.send()

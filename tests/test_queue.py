@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 from salmon import queue
 from salmon.mail import MailRequest
+from salmon.server import SMTPError
 from support.collecting import exchange
 from support.salmon import Salmon, fails
 
@@ -161,12 +165,60 @@ def test_a_queue_in_the_making_of_which_a_process_died(salmon: Salmon) -> None:
     assert heard[0].startswith("250 ")
 
 
-def test_two_consumers_never_work_on_one_queue(salmon: Salmon) -> None:
-    consumer = QueueConsumer("run/inbound")
-    with Path("run/inbound.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another consumer works on run/inbound"):
-            consumer.start(one_shot=True)
+def other_names(folder: Path) -> list[str]:
+    """The queue ``run/inbound`` by other names."""
+    (folder / "link").symlink_to("run/inbound")
+    (folder / "elsewhere").symlink_to(folder)
+    absolute = str(folder / "run/inbound")
+    relative = ["run/inbound", "run/inbound/", "./run//inbound", "run/../run/inbound"]
+    return [absolute, *relative, "link", "elsewhere/run/inbound"]
+
+
+def test_two_consumers_never_work_on_one_queue_whatever_they_call_it(salmon: Salmon) -> None:
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    names = other_names(salmon.folder)
+    refused = []
+
+    def others(request: MailRequest) -> None:
+        for file in Path("run").glob("*.lock"):  # as somebody may who tidies up
+            file.unlink()
+        for name in names:
+            with pytest.raises(RuntimeError, match="another consumer works on") as error:
+                QueueConsumer(name).start(one_shot=True)
+            refused.append(str(error.value))
+
+    salmon.handle(".*", others)
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(refused) == len(names)
+    assert len(salmon.handled) == 1
+    assert salmon.undeliverable() == []
+
+
+def test_a_queue_by_another_name_is_the_same_in_the_journal(salmon: Salmon) -> None:
+    """Handled, not deleted, and the consumer starts again with another spelling."""
+    names = other_names(salmon.folder)
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    assert consume("dies before it deletes") == -signal.SIGKILL
+    for name in names:
+        consumer = QueueConsumer(name)
+        consumer.queue.remove = lambda key: None
+        consumer.start(one_shot=True)
+    assert handled() == ["once"]
+    assert salmon.handled == [] and salmon.undeliverable() == []
+
+
+def test_a_consumer_whose_queue_is_replaced_ends(salmon: Salmon) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+
+    def replace(request: MailRequest) -> None:
+        Path("run/inbound").rename("run/aside")
+        shutil.copytree("run/aside", "run/inbound")
+
+    salmon.handle(".*", replace)
+    with pytest.raises(RuntimeError, match="was deleted or replaced"):
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
@@ -260,6 +312,125 @@ def test_a_relay_that_says_nothing_does_not_hold_the_consumer(salmon: Salmon) ->
         assert inbound() == []
     finally:
         go.set()
+
+
+def unwritable(part: str) -> Callable[..., None]:
+    """``os.rename`` and ``os.unlink`` where a folder of the queue is read-only.  The tests may be
+    root's, whom modes do not stop."""
+    denied = {"new": ("new",), "cur": ("cur",), "both": ("new", "cur")}[part]
+
+    def refuse(*paths: Any, **keys: Any) -> None:
+        for path in paths:
+            if isinstance(path, str | Path) and Path(path).parent.name in denied:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    return refuse
+
+
+@pytest.mark.parametrize("part", ["new", "cur", "both"])
+def test_what_cannot_be_deleted_is_not_handled(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    salmon.handle(".*")
+    refuse = unwritable(part)
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "remove"):
+            real = getattr(os, name)
+            patch.setattr(os, name, lambda *a, real=real, **k: (refuse(*a), real(*a, **k)))
+        for _ in range(2):
+            QueueConsumer("run/inbound").start(one_shot=True)
+    assert salmon.handled == [] and salmon.undeliverable() == []
+    assert caplog.text.count("is not handled") == 2, "one line each time"
+    assert len(inbound()) == 2
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert [one["Subject"] for one in salmon.handled] == ["first", "second"]
+    assert inbound() == []
+
+
+def test_one_that_cannot_be_deleted_does_not_keep_the_others(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be moved, and was handled; later it is not handled again."""
+    for subject in ("first", "second"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    salmon.handle(".*")
+    consumer = QueueConsumer("run/inbound")
+    bad, remove = sorted(inbound())[0], consumer.queue.remove
+
+    def removes(key: str) -> None:
+        if key == bad:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        remove(key)
+
+    monkeypatch.setattr(consumer.queue, "remove", removes)
+    for _ in range(3):
+        consumer.start(one_shot=True)
+    assert [one["Subject"] for one in salmon.handled] == ["first", "second"]
+    assert inbound() == [bad]
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 2
+    assert inbound() == []
+
+
+def test_a_deferred_message_is_found_again_wherever_it_lies(salmon: Salmon) -> None:
+    trouble = [1, 2, 3]
+
+    def sometimes(request: MailRequest) -> None:
+        if trouble:
+            trouble.pop()
+            raise SMTPError(451, "later")
+
+    exchange(salmon, "b@example.org", data=message("once"), delivery="queue")
+    salmon.handle(".*", sometimes)
+    for _ in range(5):
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 4
+    assert inbound() == []
+
+
+def test_two_files_of_one_name_do_not_overwrite_each_other(salmon: Salmon) -> None:
+    exchange(salmon, "b@example.org", data=message("new"), delivery="queue")
+    [key] = inbound()
+    stored = Path("run/inbound/new", key).read_bytes()
+    Path("run/inbound/cur", key).write_bytes(stored.replace(b"Subject: new", b"Subject: cur"))
+    salmon.handle(".*")
+    for _ in range(2):
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert sorted(one["Subject"] for one in salmon.handled) == ["cur", "new"]
+    assert inbound() == []
+
+
+@pytest.mark.parametrize("hours", [-4000, -1, 1, 4000])
+def test_a_message_is_seen_whatever_the_clock_says(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    """The folders' times, too, go by a clock that is set."""
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    salmon.handle(".*")
+    consumer = QueueConsumer("run/inbound")
+
+    def arrive(subject: str) -> None:
+        stored = b"Return-Path: <>\nDelivered-To: b@example.org\n" + message(subject)
+        queue.Queue("run/inbound").push(stored.replace(b"\r\n", b"\n"))
+        for part in ("new", "cur", "tmp"):
+            os.utime(Path("run/inbound", part), (clock[0], clock[0]))
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            clock[0] += 10
+            consumer.start(one_shot=True)
+
+    arrive("first")
+    rounds(2)
+    clock[0] += hours * 3600
+    rounds(1)
+    arrive("second")
+    rounds(1)
+    assert [one["Subject"] for one in salmon.handled] == ["first", "second"]
+    assert inbound() == []
 
 
 def test_a_folder_below_home(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,6 +313,46 @@ def test_a_message_of_exactly_the_limit_arrives_whole_however_it_is_split() -> N
         assert client.messages[0].data == b"12345678\r\n"
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"." * 8 + b"\r\n",
+        b".\r\n" * 3 + b"x",
+        b".\r\nx\r\n.\r\n.",
+        b".x\r\n..\r\n\r\n",
+        b"\r\n.\n.\r.\r\n.",
+    ],
+)
+def test_size_counts_content_and_no_dots_that_were_stuffed(data: bytes) -> None:
+    """RFC 1870 4: 552 when the content is larger than announced, and only then."""
+    data = data.removesuffix(b"\r\n") + b"\r\n"
+    stuffed = (b"\r\n" + data).replace(b"\r\n.", b"\r\n..")[2:]
+    stream = b"DATA\r\n" + stuffed + b".\r\nNOOP\r\n"
+    fits, less = len(data), len(data) - 1
+    for limits, heard in (
+        (Limits(message=fits), "354 250 250"),
+        (Limits(message=fits, read_through=fits), "354 250 250"),
+        (Limits(message=less), "354 552 250"),
+        (Limits(message=less, read_through=less), "354 421"),
+    ):
+        for size in range(1, len(stream) + 1):
+            client = Client(limits)
+            client.begin()
+            said = [client.say(stream[at : at + size]) for at in range(0, len(stream), size)]
+            assert " ".join(filter(None, said)) == heard, (limits, size)
+            assert [one.data for one in client.messages] == [data] * (limits.message == fits)
+
+
+def test_memory_is_bounded_while_stuffed_dots_come() -> None:
+    client = Client(Limits(message=3000))
+    client.begin()
+    client.say(b"DATA\r\n")
+    for _ in range(20_000):
+        client.say(b"..\r\n")
+        assert len(client.receiver._content) <= 4020
+    assert client.say(b".\r\n") == "552"
+
+
 def test_a_text_line_that_is_too_long() -> None:
     client = Client(Limits(text_line=1000))
     client.begin()

@@ -7,6 +7,7 @@ a batch by itself and waits for nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -66,6 +67,11 @@ class BatchWorker(Generic[Item]):
                 self._executor.submit(self._work)
                 self._at_work = True
             self._waiting.append((handler, item))
+
+    def withdraw(self, handler: BatchHandler[Item], item: Item) -> None:
+        """Forget an item whose turn has not come."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove((handler, item))
 
     def close(self, wait: bool) -> None:
         """Begin nothing more; ``wait`` for the item in hand."""

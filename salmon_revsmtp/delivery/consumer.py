@@ -8,6 +8,7 @@ Salmon's QueueReceiver is not: it deletes a message after it has been handled, n
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.delivery.dsn import Notifier
-from salmon_revsmtp.delivery.maildir import by_age, disk_reply, open_queue
+from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, open_queue
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import split_envelope
-from salmon_revsmtp.files import exclusive_lock
+from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.attempts import Attempts
 from salmon_revsmtp.journal.connection import JournalConnection
@@ -73,29 +74,39 @@ class QueueConsumer:
     ) -> None:
         self.queue = open_queue(folder)
         self._folder = folder
+        self._place = Path(self.queue.mbox._path)
+        # However it is spelled, it is the same for the journal, which is in this project's folder.
+        name = os.path.relpath(os.path.realpath(self._place), os.path.realpath(os.curdir))
+        self._name = name
         self._sleep = sleep
         self._delivery = RouterDelivery()
         connection = JournalConnection()
         self._journal = DeliveryJournal(connection)
-        self._attempts = Attempts(connection, folder)
+        self._attempts = Attempts(connection, name)
         self._outbox = Outbox(relay)
         self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
         self._stopped = threading.Event()
+        self._stuck = False  # the last message that should have been deleted could not be
 
     def start(self, one_shot: bool = False) -> None:
         """Handle what is there, for ever, or once if ``one_shot``.
 
         A signal (SIGHUP of ``salmon stop``, SIGTERM, SIGINT) ends it after the message in hand.
-        Raises :class:`RuntimeError` when another consumer works on the same queue.
+        Raises :class:`RuntimeError` when another consumer works on the same queue, by whatever name
+        it calls it, and when the folder is replaced by another.
         """
-        lock = Path(f"{self._folder}.lock")
-        with exclusive_lock(lock) as ours, self._signals():
-            if not ours:
-                raise RuntimeError(f"another consumer works on {self._folder}: it holds {lock}")
+        with FolderLock(self._place).hold() as lock, self._signals():
+            if not lock.had:
+                raise RuntimeError(f"another consumer works on {self._folder}")
             while True:
                 for key in by_age(self.queue.keys()):
                     if self._stopped.is_set():
                         return
+                    if not lock.holds():
+                        raise RuntimeError(
+                            f"the queue {self._folder} was deleted or replaced while its consumer "
+                            "was at work; start the consumer again"
+                        )
                     self.handle(key)
                 self._outbox.send_soon()
                 if one_shot or self._stopped.wait(self._sleep):
@@ -109,6 +120,8 @@ class QueueConsumer:
     def handle(self, key: str) -> Reply | None:
         """Handle one message and delete it then.  ``None`` if another has taken it.
 
+        What could not be deleted in the end is not begun: it stays, and the log says why.
+
         The order is: begun, handled, recorded, deleted.  After a crash between the last three it is
         not handled again; a message that was begun three times, and the process died each time, is
         set aside in the undeliverable queue.
@@ -116,6 +129,12 @@ class QueueConsumer:
         A handler's 4yz leaves it in the queue; its 5yz becomes a notification to the sender; what
         no handler takes, and what a handler raises on, is in the undeliverable queue.
         """
+        try:
+            move_across(self.queue, key)
+        except (KeyError, FileNotFoundError):
+            return None
+        except OSError as error:
+            return self._stays(key, error)
         try:
             stored = self.queue.mbox.get_bytes(key)
         except (KeyError, FileNotFoundError):
@@ -125,7 +144,7 @@ class QueueConsumer:
             return disk_reply(error)
         reverse_path, recipient, content = split_envelope(stored)
         # By its key: two files with the same octets are two messages.
-        message = MessageKey.of(f"queue {self._folder} {key}", reverse_path or "", stored)
+        message = MessageKey.of(f"queue {self._name} {key}", reverse_path or "", stored)
         known = self._journal.known(message).get(recipient or "")
         if known is not None:
             reply = known.reply
@@ -140,10 +159,25 @@ class QueueConsumer:
         if reply.transient:
             log.info("queue=%s key=%s deferred: %s", self._folder, key, reply)
         else:
-            with suppress(KeyError, FileNotFoundError):  # it was taken away meanwhile
-                self.queue.remove(key)
+            try:
+                with suppress(KeyError, FileNotFoundError):  # it was taken away meanwhile
+                    self.queue.remove(key)
+                self._stuck = False
+            except OSError as error:  # it is recorded, and is not handled again
+                self._stays(key, error)
         self._attempts.end(key)
         return reply
+
+    def _stays(self, key: str, error: OSError) -> Reply:
+        """A message that cannot be deleted; one line tells of all that follow."""
+        if not self._stuck:
+            log.error(
+                "queue=%s key=%s cannot be deleted, and what cannot be deleted is not handled: %s; "
+                "make the folders new and cur writable for this process",
+                *(self._folder, key, error),
+            )
+        self._stuck = True
+        return disk_reply(error)
 
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
         reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)

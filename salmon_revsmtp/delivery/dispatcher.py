@@ -29,7 +29,7 @@ from typing import Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dsn import Notifier
-from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops
+from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import log_safely
@@ -64,8 +64,8 @@ class Delivery(Protocol):
         trace: bytes,
         content: Content,
     ) -> Reply:
-        """Make ``trace`` and ``content``, the message, safe, then return 2yz; else the reply that
-        says why not."""
+        """Make the message, which is ``trace`` and then ``content``, safe, then return 2yz; else
+        the reply that says why not."""
 
 
 @dataclass(eq=False)
@@ -73,7 +73,9 @@ class PendingDelivery:
     """A message on its way to its recipients, how far that is, and what its client is to hear.
 
     ``origin``     where it came from.
-    ``data``       its octets as they came.
+    ``data``       its octets as they came; none once it is answered, for a handler that hangs may
+                   hold the rest of this for ever.
+    ``size``       how many they were.
     ``key``        what it is known by in the journal, once its turn has come.
     ``replies``    one per recipient, in the envelope's order, as far as it has come.
     ``delivered``  how many recipients have it now who had it not before.
@@ -97,12 +99,14 @@ class PendingDelivery:
     begun: bool = False
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+    size: int = 0
 
-    def begin(self) -> bool:
-        """Whether anyone still waits for it."""
+    def begin(self) -> bytes | None:
+        """Its octets, with LF line ends, if anyone still waits for it."""
         with self.lock:
             self.begun = not self.abandoned
-            return self.begun
+            data = self.data
+        return data.replace(b"\r\n", b"\n") if self.begun else None
 
     def add(self, reply: Reply, repeat: bool) -> None:
         """Note the reply for the next recipient, for whoever still waits for it."""
@@ -137,6 +141,7 @@ class Dispatcher:
     """Delivers the messages of one service, one after another, in the thread of ``worker``.
 
     ``service``          its name.
+    ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
     ``repeat_seconds``   how long a message that is redelivered is known.
     """
@@ -150,10 +155,12 @@ class Dispatcher:
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
         *,
+        spell: Callable[[str], str],
         handler_timeout: float,
         repeat_seconds: float,
     ) -> None:
         self._service = service
+        self._spell = spell
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
         self._journal = journal
@@ -182,6 +189,8 @@ class Dispatcher:
         if loop is not self._loop:  # no one waits any more on the one before
             self._loop, self._looking = loop, False
             self._waiting.clear()
+        pending.envelope = pending.envelope.spelled(self._spell)
+        pending.size = len(pending.data)
         pending.answered = answered
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
@@ -194,9 +203,10 @@ class Dispatcher:
 
     async def delivered(self, pending: PendingDelivery) -> Reply:
         """The same, to be awaited; returns the reply."""
-        done = asyncio.Event()
+        done, data = asyncio.Event(), pending.data
         self.deliver(pending, done.set)
         await done.wait()
+        pending.data = data  # which the caller has, too
         assert pending.reply is not None
         return pending.reply
 
@@ -231,11 +241,13 @@ class Dispatcher:
                     answered()
                 except Exception:  # the others have nothing to do with it
                     log_safely(log, logging.ERROR, "answering failed", error=True)
+                pending.data = b""
 
     def _abandon(self, pending: PendingDelivery) -> None:
         text = f"not done in {self._handler_timeout:g} seconds, try again later"
         late = Reply(451, text, "4.3.0")
         pending.abandon(late)
+        self._worker.withdraw(self, pending)
         log_safely(
             log,
             logging.WARNING,
@@ -253,6 +265,7 @@ class Dispatcher:
         keys = []
         for pending in items:
             if pending.key is None:
+                # Of one that has been abandoned it may be of no data; that one is not begun.
                 sender = pending.envelope.reverse_path
                 pending.key = MessageKey.of(self._service, sender, pending.data)
             keys.append(pending.key)
@@ -261,10 +274,11 @@ class Dispatcher:
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
-        if not item.begin():
+        lines = item.begin()
+        if lines is None:
             return
         try:
-            self._deliver(item)
+            self._deliver(item, lines)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
@@ -276,10 +290,9 @@ class Dispatcher:
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
 
-    def _deliver(self, pending: PendingDelivery) -> None:
+    def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
         key = pending.key
         assert key is not None
-        lines = pending.data.replace(b"\r\n", b"\n")
         if hops(lines) >= MAX_HOPS:
             for recipient in pending.envelope.recipients:
                 self._note(pending, recipient, LOOP, repeat=False)
@@ -308,7 +321,7 @@ class Dispatcher:
     ) -> DeliveryRecord:
         """Handled, and recorded."""
         envelope, origin = pending.envelope, pending.origin
-        trace = origin.received(envelope, recipient)
+        trace = origin.received(envelope, recipient) + separator(content)
         reply = None
         if self._plugins.implemented("message_received"):
             reply = self._refusal(origin, envelope, trace, content)
@@ -360,7 +373,7 @@ class Dispatcher:
                 pending.origin.label,
                 pending.envelope.reverse_path,
                 recipient,
-                len(pending.data),
+                pending.size,
                 str(reply),
                 " repeat" if repeat else "",
             )

@@ -16,6 +16,7 @@ from email.utils import formatdate, make_msgid
 
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.trace import header_end
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -84,8 +85,8 @@ def notification(
     report["Auto-Submitted"] = "auto-replied"  # RFC 3834 5: no one is to answer this
     report.attach(MIMEText(_explanation(hostname, failed), "plain", "utf-8"))
     report.attach(_status(hostname, envelope, failed))
-    end = content.find(b"\n\n", 0, MAX_HEADERS)
-    headers = content[: end if end >= 0 else MAX_HEADERS]
+    headers = content[:MAX_HEADERS]
+    headers = headers[: header_end(headers)].removesuffix(b"\n")
     part = MIMEText(headers.decode("utf-8", "replace") + "\n", "rfc822-headers", "utf-8")
     report.attach(part)
     return report

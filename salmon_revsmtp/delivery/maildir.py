@@ -1,18 +1,23 @@
 """Salmon Queues, written and read so that nothing is lost: they are Maildirs on disk.
 
 The order of writes, so that a crash at any instruction loses nothing and a full disk leaves no
-litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  Salmon's
-own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync fails, on
-a disk that is full already.
+litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  What cannot be
+synced in the end is taken back: its client hears that it was not stored, and sends it again.
+
+Salmon's own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync
+fails, on a disk that is full already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import mailbox
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,9 @@ from salmon import queue
 from salmon_revsmtp.files import sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["by_age", "disk_reply", "make_whole", "open_queue", "push_safely"]
+__all__ = ["by_age", "disk_reply", "make_whole", "move_across", "open_queue", "push_safely"]
+
+log = logging.getLogger(__name__)
 
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
@@ -35,8 +42,12 @@ def open_queue(folder: str | Path) -> Any:
     place = Path(folder).expanduser()  # mailbox does that, and Salmon does not
     place.parent.mkdir(parents=True, exist_ok=True)
     opened = queue.Queue(str(place))
+    # mailbox reads its folders anew if their times have changed since it looked last: with a clock
+    # that was set back they have not.  A skew of any size has it read them always.
+    opened.mbox._skewfactor = math.inf
     make_whole(opened)
-    opened.mbox.clean()
+    with contextlib.suppress(OSError):  # litter costs no mail
+        opened.mbox.clean()
     return opened
 
 
@@ -53,12 +64,13 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
     key when it would survive a power cut.
 
     A queue that is not Salmon's own writes in its own way; its folder is synced if it has one.
-    Raises :class:`OSError`.
+    Raises :class:`OSError`; then the message is not there.
     """
     if type(target) is not queue.Queue:
         key = str(target.push(b"".join(pieces)))
         if folder := getattr(target, "dir", None):
-            sync_folder(Path(folder, "new"))
+            with _taken_back(lambda: target.remove(key)):
+                sync_folder(Path(folder, "new"))
         return key
     file = _create(target.mbox)
     tmp = Path(file.name)
@@ -72,8 +84,22 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    sync_folder(new)
+    with _taken_back((new / tmp.name).unlink):
+        sync_folder(new)
     return tmp.name
+
+
+@contextlib.contextmanager
+def _taken_back(remove: Callable[[], object]) -> Iterator[None]:
+    """Remove what has been stored if it cannot be made to last."""
+    try:
+        yield
+    except BaseException:
+        try:
+            remove()
+        except Exception as error:
+            log.error("a message that could not be synced cannot be removed either: %s", error)
+        raise
 
 
 def _create(mbox: Any) -> Any:
@@ -84,6 +110,18 @@ def _create(mbox: Any) -> Any:
         except mailbox.ExternalClashError as clash:
             error = clash
     raise OSError(errno.EEXIST, str(error))
+
+
+def move_across(target: Any, key: str) -> None:
+    """Move a message of a Salmon Queue from ``new/`` to ``cur/``, or back: whoever can do that can
+    delete it.  Raises :class:`OSError`, and :class:`KeyError` when it is not there."""
+    mbox = target.mbox
+    folder, name = os.path.split(mbox._lookup(key))
+    other = "cur" if folder == "new" else "new"
+    there = Path(mbox._paths[other], name)
+    if not there.exists():  # nothing is overwritten
+        Path(mbox._paths[folder], name).rename(there)
+        mbox._toc[key] = f"{other}/{name}"
 
 
 def by_age(keys: Sequence[str]) -> list[str]:

@@ -14,14 +14,14 @@ import smtplib
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
-from salmon_revsmtp.files import exclusive_lock
+from salmon_revsmtp.files import FolderLock
 
 __all__ = ["UNSENT", "Outbox"]
 
@@ -29,6 +29,10 @@ UNSENT = Path("run/unsent")
 
 # RFC 5321 4.5.4.1: the give-up time is generally at least four or five days.
 GIVE_UP = 5 * 86400.0
+
+# Seconds between two rounds that count as time in which a notification has waited.  Where the clock
+# shows more, it was set, or nothing ran: neither is a reason to give up.
+LONGEST_WAIT = 86400.0
 
 # It is the relay, and not this notification.
 _DOWN = (
@@ -91,8 +95,8 @@ class Outbox:
         try:
             if not self._folder.is_dir():
                 return
-            with exclusive_lock(Path(f"{self._folder}.lock")) as ours:
-                if ours:
+            with FolderLock(self._folder).hold() as lock:
+                if lock.had:
                     self._send_all(open_queue(self._folder))
         except Exception as error:
             log.error("queue=%s notifications cannot be sent: %s", self._folder, error)
@@ -102,6 +106,8 @@ class Outbox:
         if keys and not os.access(self._folder / "new", os.W_OK):
             # What was sent could not be deleted, and would be sent again.
             raise PermissionError(f"{len(keys)} wait, and the folder cannot be written")
+        if keys:
+            self._mend_ages(keys)
         for key in keys:
             if not self._send(waiting, key):
                 return
@@ -140,6 +146,23 @@ class Outbox:
             )
         self._down = down
         return not down
+
+    def _mend_ages(self, keys: Sequence[str]) -> None:
+        """Take out of the ages, which are by the files' times, what is more than the longest wait
+        since the last round: its time is that of the file ``tried``."""
+        tried, now = self._folder / "tried", time.time()
+        with contextlib.suppress(FileNotFoundError):
+            jump = now - tried.stat().st_mtime - LONGEST_WAIT
+            for key in keys:
+                file = self._folder / "new" / key
+                with contextlib.suppress(OSError):
+                    put = file.stat().st_mtime
+                    mended = min(put + max(jump, 0.0), now)
+                    if mended != put:
+                        os.utime(file, (mended, mended))
+        tried.unlink(missing_ok=True)  # it may be another user's
+        tried.touch()
+        os.utime(tried, (now, now))
 
     def _age(self, key: str) -> float:
         with contextlib.suppress(OSError):

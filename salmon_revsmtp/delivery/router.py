@@ -20,7 +20,7 @@ from salmon.routing import Router
 from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import envelope_lines
+from salmon_revsmtp.delivery.trace import envelope_lines, separator
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -118,7 +118,8 @@ class _Kept:
             return ""
         lines = envelope_lines(self._envelope.reverse_path, self._recipient)
         try:
-            key = push_safely(self._before.original, lines, self._message)
+            between = separator(self._message)
+            key = push_safely(self._before.original, lines, between, self._message)
         except OSError as error:
             self.failure = error
             raise

@@ -12,13 +12,26 @@ from typing import Protocol
 
 from salmon_revsmtp.smtp.envelope import Envelope
 
-__all__ = ["MAX_HOPS", "Named", "Origin", "envelope_lines", "hops", "split_envelope"]
+__all__ = [
+    "MAX_HOPS",
+    "Named",
+    "Origin",
+    "envelope_lines",
+    "header_end",
+    "hops",
+    "separator",
+    "split_envelope",
+]
 
 # RFC 5321 6.3: that many Received lines are a loop.
 MAX_HOPS = 100
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
-_RECEIVED = re.compile(rb"^received:", re.IGNORECASE | re.MULTILINE)
+# RFC 5322 2.2 and 4.5.8: what a line of a header begins with, where it is not a folded one.
+_FIELD_NAME = rb"[!-9;-~]+[ \t]*:"
+_FIRST_LINE = re.compile(_FIELD_NAME)
+_AFTER_HEADER = re.compile(rb"\n(?![ \t]|" + _FIELD_NAME + rb")")
+_RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
 
 # Around a field's value.  Not what Unicode calls a space: a mailbox may begin with one (RFC 6531).
@@ -84,14 +97,34 @@ def _date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
+def header_end(content: bytes | memoryview) -> int:
+    """Where the header of a message (with LF line ends) ends: after its last line, and before the
+    empty line if there is one.
+
+    It ends at the first line that is neither a field nor the continuation of one (RFC 5322 2.1,
+    2.2).  So it is empty where the first line is none: 0.
+    """
+    if not _FIRST_LINE.match(content):
+        return 0
+    found = _AFTER_HEADER.search(content)
+    return found.start() + 1 if found else len(content)
+
+
+def separator(content: bytes | memoryview) -> bytes:
+    """What goes between header lines of ours and a message (with LF line ends): an empty line, if
+    its first line would otherwise continue ours, or stand among them."""
+    follows = not content or content[:1] == b"\n" or _FIRST_LINE.match(content)
+    return b"" if follows else b"\n"
+
+
 def hops(content: bytes) -> int:
-    """How many Received headers a message (with LF line ends) has."""
-    end = content.find(b"\n\n")
-    return len(_RECEIVED.findall(content, 0, end if end >= 0 else len(content)))
+    """How many Received fields the header of a message (with LF line ends) has."""
+    return len(_RECEIVED.findall(content, 0, header_end(content)))
 
 
 def envelope_lines(reverse_path: str, recipient: str) -> bytes:
-    """The envelope as header lines, to stand on top where only the message is kept."""
+    """The envelope as header lines, to stand on top where only the message is kept.  A
+    :func:`separator` goes between them and that."""
     return f"Return-Path: <{reverse_path}>\nDelivered-To: {recipient}\n".encode()
 
 

@@ -19,7 +19,9 @@ from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 
 __all__ = ["AgentState", "Entry", "Journal"]
 
+# What is older goes, but never one of the last collections: the clock may have been set.
 KEEP_DAYS = 90
+KEEP_AT_LEAST = 10_000
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,11 @@ class Journal:
                 (entry.agent, None if good else entry.ended),
             )
             oldest = time.time() - KEEP_DAYS * 86400
-            database.execute("DELETE FROM collections WHERE started < ?", (oldest,))
+            database.execute(
+                "DELETE FROM collections WHERE started < ? AND id <= "
+                "(SELECT max(id) FROM collections) - ?",
+                (oldest, KEEP_AT_LEAST),
+            )
 
         self._write(write)
 

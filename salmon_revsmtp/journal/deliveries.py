@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from salmon_revsmtp.journal.clock import SteadyClock, since_boot
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
@@ -49,8 +50,8 @@ class MessageKey(NamedTuple):
 
 
 class DeliveryRecord(NamedTuple):
-    """One delivery that was made: when, and until when that is of interest (seconds since the
-    epoch), what was answered, and whether its sender has been notified that it failed."""
+    """One delivery that was made: when, and until when that is of interest (seconds of the
+    journal's clock), what was answered, and whether its sender has been notified that it failed."""
 
     at: float
     expires: float
@@ -105,6 +106,7 @@ class DeliveryJournal:
         self._lock = threading.Lock()
         self._unwritten: OrderedDict[MessageKey, dict[str, DeliveryRecord]] = OrderedDict()
         self._prune_at = 0.0
+        self._clock = SteadyClock()
 
     def known(self, key: MessageKey, window: float = WEEK) -> dict[str, DeliveryRecord]:
         """The deliveries of a message in the last ``window`` seconds, by recipient."""
@@ -119,7 +121,10 @@ class DeliveryJournal:
 
         def read(database: sqlite3.Connection) -> None:
             digests = map(_digest, found)
-            rows = database.execute(select, (*digests, time.time(), window))
+            if not self._clock.known:
+                self._clock.read(database)
+            now = since_boot() + self._clock.ahead
+            rows = database.execute(select, (*digests, now, window))
             for digest, service, reverse_path, recipient, *row in rows:
                 key = MessageKey(service, reverse_path, digest)
                 if key in found:
@@ -136,7 +141,7 @@ class DeliveryJournal:
     ) -> DeliveryRecord:
         """Record a delivery, to be known for ``window`` seconds.  When this returns, the death of
         the process does not lose it.  A 4yz is no delivery, and is not recorded."""
-        now = time.time()
+        now = since_boot() + self._clock.ahead
         record = DeliveryRecord(now, now + window, reply)
         if not reply.transient:
             self._write(key, {recipient: record})
@@ -171,13 +176,17 @@ class DeliveryJournal:
             for key, records in self._unwritten.items()
             for recipient, record in records.items()
         ]
+        if not self._clock.known:
+            self._clock.read(database)
         database.executemany(_INSERT, rows)
         self._unwritten.clear()
         if time.monotonic() >= self._prune_at:
             self._prune(database)
 
     def _prune(self, database: sqlite3.Connection) -> None:
-        cursor = database.execute(_PRUNE, (time.time(), PRUNE_ROWS))
+        self._clock.note(database)
+        now = since_boot() + self._clock.ahead
+        cursor = database.execute(_PRUNE, (now, PRUNE_ROWS))
         # While there is more, some of it goes with every delivery.
         more = cursor.rowcount >= PRUNE_ROWS
         self._prune_at = 0.0 if more else time.monotonic() + PRUNE_EVERY

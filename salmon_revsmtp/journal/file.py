@@ -65,6 +65,15 @@ MIGRATIONS = (
         PRIMARY KEY (queue, key)
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE clock (
+        id INTEGER PRIMARY KEY CHECK (id = 1),
+        now REAL NOT NULL,
+        boot TEXT NOT NULL,
+        since_boot REAL NOT NULL,
+        wall REAL NOT NULL
+    )
+    """,
 )
 
 

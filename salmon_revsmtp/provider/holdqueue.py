@@ -4,11 +4,13 @@ One file per message: a line of JSON with the envelope, then the message, octet 
 order of writes, so that a crash at any instruction loses nothing:
 
 1. The file is written under ``tmp/`` and synced, then renamed into ``hold/``, and ``hold/`` is
-   synced.  Only then has :meth:`HoldQueue.put` taken the message.
+   synced.  Only then has :meth:`HoldQueue.put` taken the message; where the last sync fails, the
+   file is removed again.
 2. When the customer has answered, recipients that it took are struck off by writing the file anew
-   in the same way, over the old one.  Those that it refused for good go first into ``refused/``.
+   in the same way, over the old one.  Those that it refused for good go first into ``refused/``,
+   and stay where that fails.
 3. Only when no recipient is left is the file removed.  Many that are answered together share a
-   sync.
+   sync.  Where that fails nothing is undone: at worst a power cut brings a message back.
 
 A crash between the customer's 250 and step 2 sends the message again (RFC 1047's duplicate), which
 is better than not at all.
@@ -53,6 +55,11 @@ class HoldQueue:
         """Take a message; it survives a power cut when this returns its key."""
         key = f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
         self._write(self._hold, key, envelope, data)
+        try:
+            sync_folder(self._hold)
+        except BaseException:
+            (self._hold / key).unlink(missing_ok=True)
+            raise
         return key
 
     def waiting(self, domains: Collection[str]) -> list[str]:
@@ -74,30 +81,48 @@ class HoldQueue:
 
     def settle_all(self, answers: Iterable[tuple[str, Mapping[str, Reply]]]) -> None:
         """Take note of what the customer said of messages, by their keys: 2yz is gone, 5yz is set
-        aside under ``refused/``, 4yz stays."""
-        removed = [key for key, replies in answers if self._settle(key, replies)]
-        if removed:
-            sync_folder(self._hold)
+        aside under ``refused/``, 4yz stays.
 
-    def _settle(self, key: str, replies: Mapping[str, Reply]) -> bool:
-        """Whether the file was removed, and ``hold/`` is to be synced."""
+        Raises the first :class:`OSError` after all have been tried; what it concerns stays, too."""
+        errors = []
+        for key, replies in answers:
+            try:
+                self._settle(key, replies)
+            except OSError as error:
+                errors.append(error)
+        try:
+            sync_folder(self._hold)
+        except OSError as error:
+            log.error("folder=%s cannot be synced: %s", self._hold, error)
+        if errors:  # the others have nothing to do with it
+            raise errors[0]
+
+    def _settle(self, key: str, replies: Mapping[str, Reply]) -> None:
         envelope = self._envelope(key)
         if envelope is None:
-            return False
+            return
         refused = tuple(one for one in envelope.recipients if _says(replies, one, "permanent"))
-        if refused:
-            self._write_again(self._refused, key, refused)
+        failure = self._refuse(key, refused) if refused else None
         left = tuple(
             one
             for one in envelope.recipients
-            if one not in refused and not _says(replies, one, "positive")
+            if not _says(replies, one, "positive") and (failure or one not in refused)
         )
         if not left:
             (self._hold / key).unlink()
-            return True
-        if left != envelope.recipients:
+        elif left != envelope.recipients:
             self._write_again(self._hold, key, left)
-        return False
+        if failure is not None:
+            raise failure
+
+    def _refuse(self, key: str, recipients: tuple[str, ...]) -> OSError | None:
+        """Set a message aside; or why that cannot be."""
+        try:
+            self._write_again(self._refused, key, recipients)
+            sync_folder(self._refused)
+        except OSError as error:
+            return error
+        return None
 
     def __len__(self) -> int:
         return sum(1 for _ in self._hold.iterdir())
@@ -120,7 +145,6 @@ class HoldQueue:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        sync_folder(folder)
 
     def _read(self, key: str) -> tuple[Envelope, bytes] | None:
         envelope = self._envelope(key)

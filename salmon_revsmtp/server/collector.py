@@ -91,7 +91,8 @@ class Collector:
     def services(self) -> dict[str, Service]:
         """The inbound services by name."""
         return {
-            name: Service(name, settings) for name, settings in self.configuration.services.items()
+            name: Service(name, settings, self.configuration.written.get(name, ()))
+            for name, settings in self.configuration.services.items()
         }
 
     @cached_property
@@ -111,6 +112,7 @@ class Collector:
             self._plugins,
             notifier,
             worker,
+            spell=service.spell,
             handler_timeout=service.settings.handler_timeout,
             repeat_seconds=service.settings.repeat_seconds,
         )

@@ -5,8 +5,8 @@ Every wrong setting is one sentence with the agent and the key; all of them are 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +21,15 @@ __all__ = ["Configuration", "load"]
 
 @dataclass(frozen=True)
 class Configuration:
-    """Valid settings: agents in their order, services by name."""
+    """Valid settings: agents in their order, services by name.
+
+    ``written``  the domains of each service, and then those that its agents ask for, as a person
+                 wrote them: handlers route by these.
+    """
 
     agents: tuple[Agent, ...]
     services: Mapping[str, ServiceSettings]
+    written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def asked_for(self, service: str) -> tuple[str, ...]:
         """The domains that the agents of a service ask for."""
@@ -49,7 +54,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
         if settings := services.get(agent.settings.service):
             found = agent.problems(Service(agent.settings.service, settings))
             problems += [f'agent "{agent.name}": {problem}' for problem in found]
-    configuration = Configuration(tuple(agents), services)
+    written = {name: tuple(_written(module, name)) for name in services}
+    configuration = Configuration(tuple(agents), services, written)
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
         "recipient would be refused; name the domains"
@@ -59,6 +65,26 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     if problems:
         raise SettingsError(problems)
     return configuration
+
+
+def _written(module: ModuleType, service: str) -> Iterator[str]:
+    """The domains that the settings name for a service; they may be wrong in any way."""
+    services = getattr(module, "smtp_services", None)
+    agents = getattr(module, "collection_agents", None)
+    keys = [services.get(service)] if isinstance(services, Mapping) else []
+    keys += [
+        one
+        for one in (agents if isinstance(agents, Sequence) else ())
+        if isinstance(one, Mapping) and one.get("service", "default") == service
+    ]
+    for one in keys:
+        if not isinstance(one, Mapping):
+            continue
+        parameters = one.get("parameters")  # odmr's may be a list of domains, as ATRN takes it
+        named = parameters.split(",") if isinstance(parameters, str) else []
+        domains = one.get("domains")
+        named += domains if isinstance(domains, list | tuple) else []
+        yield from (domain for domain in named if isinstance(domain, str))
 
 
 def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import ipaddress
 from collections.abc import Callable, Iterable
-from functools import cached_property
 
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.service.settings import ANY_DOMAIN, ServiceSettings
-from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.addresses import AddressError, domain_of, to_ascii
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -17,15 +18,26 @@ __all__ = ["Service"]
 
 
 class Service:
-    """The policy of one inbound SMTP service.  ``name`` is its key in ``smtp_services``."""
+    """The policy of one inbound SMTP service.
 
-    def __init__(self, name: str, settings: ServiceSettings) -> None:
+    ``name``     its key in ``smtp_services``.
+    ``written``  its domains, and those that its agents ask for, as the settings have them.
+    """
+
+    def __init__(self, name: str, settings: ServiceSettings, written: Iterable[str] = ()) -> None:
         self.name = name
         self.settings = settings
+        self._written: dict[str, str] = {}
+        for one in written:
+            domain = one.strip(" \t").removeprefix("@").rstrip(".").lower()
+            with contextlib.suppress(AddressError):
+                self._written.setdefault(to_ascii(domain), domain)
+        # A session's recipients are of a few domains.
+        self._form = functools.lru_cache(maxsize=256)(self._spelled)
         self._allow = [ipaddress.ip_network(network) for network in settings.allow]
         self._deny = [ipaddress.ip_network(network) for network in settings.deny]
 
-    @cached_property
+    @functools.cached_property
     def hostname(self) -> str:
         """What we call ourselves.  May ask DNS for the machine's name, once, and block then."""
         return self.settings.hostname or machine_name()
@@ -78,3 +90,17 @@ class Service:
             return Reply(550, "we do not take mail for this domain", "5.7.1")
 
         return policy
+
+    def spell(self, mailbox: str) -> str:
+        """A recipient with its domain in the one form that handlers route by, whatever spelling of
+        it was accepted (case, trailing dot, U-labels): the form that the settings have, in lower
+        case.  What they do not name, as ``"*"`` and ``"@example.org"`` allow, is in A-labels."""
+        local, at, domain = mailbox.rpartition("@")
+        return f"{local}@{self._form(domain)}" if at else mailbox
+
+    def _spelled(self, domain: str) -> str:
+        below, parent = "", domain_of(f"@{domain}") or domain.rstrip(".").lower()
+        while parent and parent not in self._written:
+            label, dot, parent = parent.partition(".")
+            below += label + dot
+        return below + self._written.get(parent, parent)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 __all__ = ["Envelope"]
 
@@ -34,3 +34,11 @@ class Envelope:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prdr", "PRDR" in self.mail_options)
         object.__setattr__(self, "smtputf8", "SMTPUTF8" in self.mail_options)
+
+    def spelled(self, spell: Callable[[str], str]) -> Envelope:
+        """The same with each recipient as ``spell`` has it."""
+        recipients = tuple(map(spell, self.recipients))
+        if recipients == self.recipients:
+            return self
+        options = {spell(one): said for one, said in self.rcpt_options.items()}
+        return replace(self, recipients=recipients, rcpt_options=options)

@@ -123,6 +123,8 @@ _RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
 }
 
 _END_OF_DATA = b"\r\n.\r\n"
+# RFC 5321 4.5.2: a dot that a line begins with is not content.
+_STUFFED = b"\r\n."
 _NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
 
 
@@ -179,7 +181,8 @@ class Receiver(Commands):
         self._mail_options: dict[str, str] = {}
         self._rcpt_options: dict[str, dict[str, str]] = {}
         self._content = bytearray()
-        self._size = 0  # octets of content that came, also those that were thrown away
+        # Octets of content (RFC 1870 4: without stuffed dots), also those that were thrown away.
+        self._size = 0
         self._chunks = 0
         self._chunk_left = 0  # octets
         self._keep_chunk = False
@@ -281,12 +284,15 @@ class Receiver(Commands):
     def _read_data(self) -> bool:
         # Search from where an end of data may begin in what was there before.
         old = len(self._content)
+        start = max(0, old - 4)
         self.content_octets += len(self._buffer)
         self._content += self._buffer
         self._buffer.clear()
-        end = self._content.find(_END_OF_DATA, max(0, old - 4))
+        end = self._content.find(_END_OF_DATA, start)
         if end < 0:
-            self._size += len(self._content) - old
+            # Of a dot before the last two octets it is known that it is not the end of data.
+            stuffed = self._content.count(_STUFFED, start, max(start, len(self._content) - 2))
+            self._size += len(self._content) - old - stuffed
             # Surely too big, whatever part of this is the end of data already.
             if self._size > self.limits.message + len(_END_OF_DATA):
                 del self._content[:-4]
@@ -294,10 +300,9 @@ class Receiver(Commands):
                 self._close(self._far_too_big())
             return False
         self._buffer += memoryview(self._content)[end + 5 :]
-        self._size += end + 2 - old
+        self._size += end + 2 - old - self._content.count(_STUFFED, start, end + 2)
         del self._content[end + 2 :]
-        # RFC 5321 4.5.2: the first dot of a line that has more after it.
-        del self._content[: 3 if self._content.startswith(b"\r\n.") else 2]
+        del self._content[: 3 if self._content.startswith(_STUFFED) else 2]
         self._size -= 2
         if self._size > self._read_through:
             self._close(self._far_too_big())
@@ -306,7 +311,7 @@ class Receiver(Commands):
         if self._size <= self.limits.message:
             content = bytes(self._content)
             self._content.clear()  # a large message is here twice at most
-            content = content.replace(b"\r\n.", b"\r\n")
+            content = content.replace(_STUFFED, b"\r\n")
         self.steps += 1
         self._over("CRLF.CRLF")
         self._finish(content)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import stat
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from salmon import queue
 from salmon.mail import MailRequest
+from salmon.routing import Router
 from support.collecting import collect
 from support.configuration import PASSWORD, agent_keys
 from support.dialogue import Dialogue, no_more_mail, scripted
@@ -29,6 +32,7 @@ from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
 
 ROOM = 256 * 1024
 
@@ -291,6 +295,88 @@ def test_a_slow_disk_is_deferred_and_not_stored_twice(
     assert len(inbound()) == 1
 
 
+class OwnQueue:
+    """A queue that is not Salmon's, and writes in its own way."""
+
+    def __init__(self, folder: str) -> None:
+        self.dir, self._queue = folder, queue.Queue(folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+@pytest.mark.parametrize("kind", [queue.Queue, OwnQueue])
+@pytest.mark.parametrize("mode", ["queue", "undeliverable"])
+def test_what_cannot_be_synced_after_it_was_stored_is_taken_back(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, mode: str, kind: Any
+) -> None:
+    """Otherwise it is there, the provider hears 451, and it is there twice in the end."""
+    if mode == "undeliverable":
+        Router.UNDELIVERABLE_QUEUE = kind("run/undeliverable")
+    held = Held(salmon, delivery="router" if mode == "undeliverable" else "queue")
+    held.put("b@example.org")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", folders_cannot_be_synced(os.fsync))
+        report = held.collect()
+        assert report.error is not None and "451 4.3.0" in report.error
+    assert len(held.queue) == 1
+    assert inbound() == [] and salmon.undeliverable() == []
+    held.collect()
+    assert len(held.queue) == 0
+    assert len(inbound()) + len(salmon.undeliverable()) == 1
+
+
+def test_a_notification_that_cannot_be_synced_is_taken_back(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(lambda: salmon.relay)
+    monkeypatch.setattr(os, "fsync", folders_cannot_be_synced(os.fsync))
+    with pytest.raises(OSError, match="Input/output error"):
+        outbox.put("ann@example.net", b"Subject: x\n\n")
+    assert len(queue.Queue("run/unsent")) == 0
+
+
+def folders_cannot_be_synced(fsync: Callable[[int], None]) -> Callable[[int], None]:
+    def broken(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    return broken
+
+
+def test_the_provider_takes_back_what_it_cannot_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HoldQueue(tmp_path)
+    ok, no = Reply(250, "ok"), Reply(550, "no")
+    first, second, third = (
+        held.put(Envelope("", ("b@example.org", "c@example.org")), b"%d" % n) for n in range(3)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", folders_cannot_be_synced(os.fsync))
+        with pytest.raises(OSError, match="Input/output error"):
+            held.put(Envelope("", ("b@example.org",)), MESSAGE)
+        assert held.waiting(["example.org"]) == [first, second, third]
+        # What the customer took is not sent again; what it refused is, for it is kept nowhere else.
+        with pytest.raises(OSError, match="Input/output error"):
+            held.settle_all(
+                [
+                    (first, {"b@example.org": ok, "c@example.org": no}),
+                    (second, {"b@example.org": ok}),
+                    (third, {"b@example.org": ok, "c@example.org": ok}),
+                ]
+            )
+    assert held.waiting(["example.org"]) == [first, second]
+    for key in (first, second):
+        loaded = held.load(key, ["example.org"])
+        assert loaded is not None and loaded[0].recipients == ("c@example.org",)
+    held.settle_all([(first, {"c@example.org": no}), (second, {"c@example.org": ok})])
+    assert len(held) == 0
+    [refused] = (tmp_path / "refused").iterdir()
+    assert refused.name == first
+
+
 def test_the_consumer_on_a_full_disk_keeps_what_it_cannot_set_aside(
     salmon: Salmon, disk: Disk
 ) -> None:
@@ -306,6 +392,24 @@ def test_the_consumer_on_a_full_disk_keeps_what_it_cannot_set_aside(
     consumer.start(one_shot=True)
     assert inbound() == []
     assert len(salmon.undeliverable()) == 1
+
+
+def test_the_consumer_of_a_queue_on_a_read_only_disk_handles_nothing(
+    salmon: Salmon, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    salmon.handle(".*")
+    held = Held(salmon, delivery="queue")
+    held.put("b@example.org")
+    held.collect()
+    disk.read_only()
+    for _ in range(3):  # as if it were started again and again
+        QueueConsumer("run/inbound").start(one_shot=True)
+    assert salmon.handled == []
+    assert "cannot be deleted, and what cannot be deleted is not handled" in caplog.text
+    disk.writable()
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert len(salmon.handled) == 1
+    assert inbound() == []
 
 
 def test_the_providers_own_disk_is_full(salmon: Salmon, disk: Disk) -> None:

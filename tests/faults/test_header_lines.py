@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import email
 import re
+import time
 from email import policy
 from email.message import Message
 
@@ -19,8 +20,15 @@ from support.messages import MESSAGE
 from support.salmon import Salmon
 
 from salmon_revsmtp import QueueConsumer
-from salmon_revsmtp.delivery.dsn import notification
-from salmon_revsmtp.delivery.trace import Origin, envelope_lines, split_envelope
+from salmon_revsmtp.delivery.dsn import MAX_HEADERS, notification
+from salmon_revsmtp.delivery.trace import (
+    Origin,
+    envelope_lines,
+    header_end,
+    hops,
+    separator,
+    split_envelope,
+)
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
@@ -264,3 +272,94 @@ def test_a_message_that_begins_strangely(salmon: Salmon, beginning: bytes) -> No
     assert (message.From, message.To) == ("ann@example.net", "b@example.org")
     assert names(message.Data)[0] == "Received"
     assert salmon.undeliverable() == []
+
+
+# -- where the header ends ------------------------------------------------------------------------
+
+# Messages without a header: nothing of them belongs to a header line of ours.
+BODIES = [
+    b"\tDear all\n",
+    b" (forged by mx.evil.example)\n",
+    b" \n",
+    b"Dear all, note this: Received: counts\n\nReceived: a\n",
+    b"From evil@elsewhere.example Thu Jan  1 00:00:00 1970\nSubject: x\n",
+    b": no name\nBcc: evil@elsewhere.example\n",
+    b"\rBcc: evil@elsewhere.example\n",
+    b"\xef\xbb\xbfSubject: x\n",
+    b"\nReceived: in the body\n",
+    b"no line end",
+    b"",
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("mode", ["router", "queue", "undeliverable", "put into the queue"])
+def test_our_header_lines_end_before_a_message_without_a_header_begins(
+    salmon: Salmon, body: bytes, mode: str
+) -> None:
+    if mode != "undeliverable":
+        salmon.handle(".*")
+    if mode == "put into the queue":
+        stored = envelope_lines("ann@example.net", "b@example.org") + b"\n" + body
+        queue.Queue("run/inbound", safe=True).push(stored)
+    else:
+        data = body.replace(b"\n", b"\r\n") + b"\r\n"
+        delivery = "queue" if mode == "queue" else "router"
+        heard, _ = exchange(salmon, "b@example.org", data=data, delivery=delivery)
+        assert [line[:3] for line in heard] == ["250"]
+    if "queue" in mode:
+        QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    data, ours = (
+        (salmon.undeliverable()[0], KEPT[:3])
+        if mode == "undeliverable"
+        else (salmon.handled[0].Data, [] if mode == "put into the queue" else ["Received"])
+    )
+    header, _, rest = data.partition(b"\n\n") if ours else (b"", b"", data.removeprefix(b"\n"))
+    assert names(header + b"\n\n") == ours
+    assert rest.strip(b"\n") == body.strip(b"\n")
+
+
+def test_what_lies_in_the_queue_without_a_header_is_kept_below_the_envelope(
+    salmon: Salmon,
+) -> None:
+    """As somebody else may put it there: without an envelope, and without a Received line."""
+    queue.Queue("run/inbound").push(b"\tDear all\n")
+    QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    [kept] = salmon.undeliverable()
+    assert kept == b"Return-Path: <>\nDelivered-To: \n\n\tDear all"
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_notification_sends_no_body_back_as_headers(salmon: Salmon, body: bytes) -> None:
+    salmon.handle("good@example.org")
+    envelope = Envelope("a@example.net", ("b@example.org",))
+    report = email.message_from_bytes(
+        notification("h", envelope, {"b@example.org": Reply(550, "no")}, body).as_bytes()
+    )
+    headers = parts(report)[2].get_payload(decode=True)
+    assert headers == b"\n"
+
+
+def test_a_header_ends_at_the_first_line_that_is_none() -> None:
+    for line in (b"", b"plain text", b"From evil", b": x", b"--", b"\r", b"\xc3\xa4: x"):
+        header = b"Received: a\n\tb\nX-Obsolete : c\n \n"
+        content = header + line + b"\nReceived: in the body\n"
+        assert content[: header_end(content)] == header
+        assert hops(content) == 1
+        assert separator(content) == b""
+    assert header_end(b"Subject: x") == 10
+    assert hops(b"Received: a\nreceived : b\nX: Received:\n Received: c\n") == 2
+
+
+def test_the_end_of_a_header_is_found_in_linear_time() -> None:
+    """A quadratic search would take hours; this takes milliseconds."""
+    size = 4 * 2**20
+    for piece in (b"a", b"a: b\n", b" ", b"\n ", b"a \t", b":", b"a:\n\t\n", b"received:\n"):
+        for first in (b"", b"X: y\n"):
+            content = first + piece * (size // len(piece))
+            began = time.process_time()
+            header_end(content)
+            separator(content)
+            hops(content)
+            notification("h", Envelope("a@b.example", ()), {}, content[: 2 * MAX_HEADERS])
+            assert time.process_time() - began < 5, piece

@@ -216,9 +216,11 @@ class _Served:
         """Memory: a message, a command line and what waits for the caller, never what came."""
         machine, limits = self.machine, self.machine.limits
         held = len(machine._buffer) + len(machine._content)
+        # With a stuffed dot in each of its lines, which have three octets.
+        message = limits.message * 4 // 3 + 7
         if not machine.paused and not self.handshake:
-            assert held <= limits.message + limits.command_line + 7, "more is held than allowed"
-        assert held <= limits.message + limits.command_line + 7 + size
+            assert held <= message + limits.command_line, "more is held than allowed"
+        assert held <= message + limits.command_line + size
         waiting = sum(len(one) for one in machine._waiting if isinstance(one, bytearray))
         assert waiting <= limits.unanswered_octets + LONGEST_REPLY, "replies pile up"
 
@@ -406,15 +408,21 @@ class _ServerDialogue:
         """RFC 5321 4.1.1.4: to CRLF.CRLF, of which the first CRLF may be that of DATA."""
         end = self.stream.find(b"\r\n.\r\n", self.position - 2)
         if end < 0:
-            self.endless = len(self.stream) - self.position > SERVER.read_through
+            rest = self._unstuffed(self.stream[self.position :])
+            self.endless = len(rest) > SERVER.read_through
             self.position = len(self.stream)
             return
         stuffed = self.stream[self.position : end + 2]
         self.position = end + 5
-        lines = stuffed.split(b"\r\n")
-        assert b"." not in lines, "the data ended before"
-        content = b"\r\n".join(line[1:] if line.startswith(b".") else line for line in lines)
-        self._message(content, len(stuffed))
+        assert b"." not in stuffed.split(b"\r\n"), "the data ended before"
+        content = self._unstuffed(stuffed)
+        self._message(content, len(content))
+
+    @staticmethod
+    def _unstuffed(data: bytes) -> bytes:
+        """RFC 5321 4.5.2; what is counted, too (RFC 1870 4)."""
+        lines = data.split(b"\r\n")
+        return b"\r\n".join(line[1:] if line.startswith(b".") else line for line in lines)
 
     def _message(self, content: bytes, size: int) -> None:
         mail, self.mail = self.mail, None

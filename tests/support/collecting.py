@@ -50,6 +50,7 @@ def exchange(
     rcpt: str = "",
     times: int = 1,
     plugins: Plugins | None = None,
+    agent: dict[str, Any] | None = None,
     **service: Any,
 ) -> tuple[list[str], Report]:
     """Send one message in one session, ``times`` over; the replies to its data, the report."""
@@ -77,7 +78,10 @@ def exchange(
         # A second session comes only if the first has taken anything.
         async with scripted(script, done) as port:
             [report] = await collect(
-                salmon, agent_keys(port), plugins=plugins, default={**DEFAULT, **service}
+                salmon,
+                agent_keys(port, **(agent or {})),
+                plugins=plugins,
+                default={**DEFAULT, **service},
             )
             if report.sessions == 1:
                 reader, writer = await asyncio.open_connection("localhost", port)
