@@ -194,6 +194,27 @@ def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) ->
         assert "set tls to" in report.error
 
 
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize("offered", ["PLAIN", "LOGIN", "PLAIN LOGIN"])
+def test_a_server_that_was_not_verified_never_gets_the_password(
+    salmon: Salmon, protocol: str, offered: str
+) -> None:
+    """Anyone may be at the other end of TLS whose certificate no one has looked at."""
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 STARTTLS")
+        await provider.asks("STARTTLS", "220 go ahead")
+        await provider.starttls(server_tls())
+        await provider.asks("EHLO", "250-odmr", f"250 AUTH {offered}")
+        await provider.left()
+
+    report = collect_from(salmon, script, protocol=protocol, tls="opportunistic")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "set tls to 'starttls'" in report.error
+    assert PASSWORD not in report.error
+
+
 def test_a_scram_server_that_does_not_prove_itself(salmon: Salmon) -> None:
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")

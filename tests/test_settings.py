@@ -60,7 +60,6 @@ def test_no_settings_at_all_are_no_agents() -> None:
         ("port", 70000, ["port: found 70000", "1 to 65535"]),
         ("port", "smtp", ["port: found 'smtp'", "1 to 65535"]),
         ("tls", "yes", ["tls: found 'yes'", "'implicit', 'starttls'"]),
-        ("ca_file", "/nowhere.pem", ["ca_file: found '/nowhere.pem'", "No such file", "PEM"]),
         ("account", None, ["account: found None", "log in"]),
         ("account", "a\nb", ["account: found 'a\\nb'", "control characters"]),
         ("password", "", ["password: found that value", ".env"]),
@@ -86,6 +85,25 @@ def test_a_wrong_value_names_agent_key_finding_and_what_is_allowed(
     assert problem.startswith(f'agent "{"i s p" if key == "name" else "isp"}": ')
     for word in words:
         assert word in problem
+
+
+def test_a_ca_file_that_does_not_exist() -> None:
+    problem = one(tls="starttls", ca_file="/nowhere.pem")
+    for words in ("ca_file: found '/nowhere.pem'", "No such file", "PEM"):
+        assert words in problem
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize("tls", ["opportunistic", "none"])
+def test_a_ca_file_that_nothing_would_be_verified_with_is_an_error(protocol: str, tls: str) -> None:
+    problem = one(protocol=protocol, tls=tls, ca_file=str(CERTIFICATE))
+    assert problem.startswith('agent "isp": ca_file: found ')
+    assert f"tls {tls!r} verifies no certificate" in problem
+
+
+def test_a_ca_file_with_the_default_tls_of_etrn_is_an_error() -> None:
+    keys = {**without("tls"), "protocol": "etrn", "ca_file": str(CERTIFICATE)}
+    assert any("tls 'opportunistic' verifies no certificate" in one for one in problems(keys))
 
 
 def test_missing_keys() -> None:
@@ -146,7 +164,7 @@ def test_smtp_services_that_are_no_dict() -> None:
 
 
 def test_a_password_stands_in_no_repr() -> None:
-    valid = configuration(agent_keys(366, ca_file=str(CERTIFICATE)))
+    valid = configuration(agent_keys(366, tls="starttls", ca_file=str(CERTIFICATE)))
     [agent] = valid.agents
     for text in (repr(valid), repr(agent), str(agent.settings), repr(agent.settings)):
         assert PASSWORD not in text

@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 __all__ = [
     "ACCOUNT",
@@ -74,13 +74,13 @@ class ServerSettings(AgentSettings):
         TlsMode, Field(description="'implicit', 'starttls', 'opportunistic' or 'none'")
     ] = "starttls"
     """``"starttls"`` requires STARTTLS; ``"implicit"`` speaks TLS from the first octet.  Both
-    verify the certificate.  ``"opportunistic"`` uses STARTTLS if it is offered and verifies
-    nothing.  ``"none"`` sends everything in the clear, but never the password itself."""
+    verify the certificate, and only they ever send the password itself.  ``"opportunistic"`` uses
+    STARTTLS if it is offered and verifies nothing.  ``"none"`` sends everything in the clear."""
     ca_file: Annotated[
         Path | None, Field(description="a readable file of certificates in PEM form")
     ] = None
     """Trust these certificates instead of the system's: those of a CA, or the server's own
-    self-signed one."""
+    self-signed one.  It needs a ``tls`` that verifies."""
     account: Annotated[str | None, Field(min_length=1, description=ACCOUNT)] = None
     """The name of your account at the provider.  Without one, the agent does not log in."""
     password: Annotated[SecretStr | None, Field(min_length=1, description=PASSWORD)] = None
@@ -126,8 +126,10 @@ class ServerSettings(AgentSettings):
 
     @field_validator("ca_file")
     @classmethod
-    def _ca_file(cls, value: Path | None) -> Path | None:
+    def _ca_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None:
+            if (tls := info.data.get("tls")) in ("opportunistic", "none"):
+                raise ValueError(f"tls {tls!r} verifies no certificate; set 'starttls'")
             try:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
             except (OSError, ssl.SSLError) as error:

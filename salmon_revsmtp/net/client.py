@@ -33,10 +33,14 @@ dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 
 HIDDEN = "***"
 
-# Strongest first.  The first four prove the password without sending it; the others send it, and
-# are used under TLS only (RFC 4954 4, RFC 2645 5.1.1 wants CRAM-MD5 of every provider).
+# Strongest first.  The first three prove the password without sending it; the others send it, and
+# are used only with a server whose certificate was verified (RFC 4954 4; RFC 2645 5.1.1 wants
+# CRAM-MD5 of every provider).
 CHALLENGES = ("SCRAM-SHA-256", "SCRAM-SHA-1", "CRAM-MD5")
 PASSWORDS = ("PLAIN", "LOGIN")
+
+# What tls may be where the server's certificate is verified.
+VERIFIED = ("implicit", "starttls")
 
 # Seconds for the answer to a QUIT whose outcome changes nothing.
 GOODBYE = 5.0
@@ -195,7 +199,7 @@ class Connection:
     async def _authenticate(self) -> None:
         offered = self.extensions.get("AUTH", "").upper().split()
         usable = [name for name in CHALLENGES if name in offered]
-        if self.tls:
+        if self._verified:
             usable += [name for name in PASSWORDS if name in offered]
         if not usable:
             raise Failed(self._no_mechanism(offered))
@@ -211,6 +215,11 @@ class Connection:
                     "check account and password" if reply.permanent else "",
                 )
 
+    @property
+    def _verified(self) -> bool:
+        """The other end has proved by its certificate that it is the server that is meant."""
+        return self.tls is not None and self.settings.tls in VERIFIED
+
     def _no_mechanism(self, offered: Sequence[str]) -> str:
         if not offered:
             if "STARTTLS" in self.extensions and not self.tls:
@@ -219,8 +228,9 @@ class Connection:
         methods = " ".join(offered)
         if any(name in offered for name in PASSWORDS):
             return (
-                f"{self._where} offers AUTH {methods} only, which sends the password as it is: "
-                "that needs TLS; set tls to 'starttls' or 'implicit'"
+                f"{self._where} offers AUTH {methods} only, which sends the password as it is, and "
+                f"tls {self.settings.tls!r} does not verify whom it is sent to; set tls to "
+                "'starttls' or 'implicit'"
             )
         known = " ".join((*CHALLENGES, *PASSWORDS))
         return f"{self._where} offers AUTH {methods} only; we can do {known}"
