@@ -180,6 +180,65 @@ def test_under_tls_the_password_may_be_sent(salmon: Salmon, mechanism: str) -> N
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, mechanism)
 
 
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "password"),
+    [
+        (b64("Username:"), b64("Password:")),
+        (b64("User Name\0"), b64("Password\0")),
+        (b64("USERNAME:"), b64("PASSWORD:")),
+        (b64("login:"), b64("password:")),
+        ("Username:", "Password:"),
+        ("", b64("Password:")),
+    ],
+)
+def test_auth_login_answers_what_it_is_asked_for(salmon: Salmon, name: str, password: str) -> None:
+    """Some servers do not read the name that comes with the command."""
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH LOGIN")
+        await provider.hear(f"AUTH LOGIN {b64('acme')}")
+        if name:
+            provider.say(f"334 {name}")
+            assert await provider.hear() == b64("acme")
+        provider.say(f"334 {password}")
+        assert await provider.hear() == b64(PASSWORD)
+        provider.say("235 welcome")
+        await provider.asks("EHLO", "250-odmr", "250 ATRN")
+        await provider.asks("ATRN", "453 no mail")
+
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "LOGIN")
+
+
+@pytest.mark.parametrize(
+    "challenges", [["Username:", "Username:"], ["One-time code:"], [""], ["Password:", "Password:"]]
+)
+def test_auth_login_gives_no_password_to_another_question(
+    salmon: Salmon, challenges: list[str]
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH LOGIN")
+        await provider.hear("AUTH LOGIN ")
+        sent = []
+        for challenge in challenges:
+            provider.say(f"334 {b64(challenge)}")
+            sent.append(await provider.hear())
+        assert sent[-1] == "*"
+        assert sent.count(b64(PASSWORD)) == challenges[:-1].count("Password:")
+        provider.say("501 cancelled")
+        await provider.left()
+
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "asks for something else" in report.error
+
+
 @pytest.mark.parametrize("offered", ["AUTH PLAIN LOGIN", "AUTH XOAUTH2", "SIZE", "STARTTLS"])
 def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) -> None:
     async def script(provider: Dialogue) -> None:

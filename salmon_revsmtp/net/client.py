@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -247,7 +248,7 @@ class Connection:
             elif mechanism == "PLAIN":
                 response = await self._smtp.auth_plain(account, password)
             else:
-                response = await self._smtp.auth_login(account, password)
+                response = await self._login(account, password)
         except aiosmtplib.SMTPAuthenticationError as error:
             return self._reply(error.code, error.message)
         except ScramException as error:
@@ -275,6 +276,26 @@ class Connection:
                 response = await self._smtp.execute_command(b"")
             elif response.code == 235:
                 raise ScramException("it let us in without its own proof")
+        if response.code != 235:
+            raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
+        return response
+
+    async def _login(self, account: str, password: str) -> aiosmtplib.SMTPResponse:
+        """draft-murchison-sasl-login: the server asks for the name and the password, each once.
+
+        Some do not read the name that comes with the command, and ask for it all the same.
+        """
+        name = base64.b64encode(account.encode())
+        answers = {"name": name, "password": base64.b64encode(password.encode())}
+        response = await self._smtp.execute_command(b"AUTH", b"LOGIN", name)
+        while response.code == 334:
+            answer = answers.pop(_asked_for(response.message), None)
+            if answer is None:
+                await self._smtp.execute_command(b"*")  # RFC 4954 4: give up
+                raise aiosmtplib.SMTPException(
+                    "the server asks for something else than a user name and then a password"
+                )
+            response = await self._smtp.execute_command(answer)
         if response.code != 235:
             raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
         return response
@@ -378,6 +399,20 @@ def _challenge(response: aiosmtplib.SMTPResponse) -> str:
         return base64.b64decode(response.message, validate=True).decode()
     except ValueError:
         raise ScramException("the server's challenge is no base64") from None
+
+
+def _asked_for(challenge: str) -> str:
+    """What a challenge of AUTH LOGIN asks for: ``name``, ``password``, or nothing that we know.
+
+    Their texts differ: ``Username:``, ``User Name`` with a NUL, also without the base64.
+    """
+    texts = [challenge]
+    with contextlib.suppress(ValueError):
+        texts.insert(0, base64.b64decode(challenge, validate=True).decode())
+    for text in texts:
+        if found := re.search(r"user|login|name|account|pass", text, re.IGNORECASE):
+            return "password" if found[0].lower() == "pass" else "name"
+    return ""
 
 
 def _hider(settings: Server) -> Callable[[str], str]:
