@@ -403,6 +403,48 @@ def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Sa
     assert len(salmon.handled) == 2
 
 
+@pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        ("greeting", "421 too many connections"),
+        ("greeting", "554 too many connections"),
+        ("EHLO", "450 later"),
+        ("AUTH", "454 later"),
+        ("AUTH", "535 one login a minute"),
+        ("ATRN", "450 refused"),
+        ("ATRN", "451 busy"),
+        ("ATRN", "550 no more"),
+    ],
+)
+def test_what_follows_mail_is_never_worse_than_the_mail(
+    salmon: Salmon, step: str, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    salmon.handle(".*")
+
+    async def first(provider: Dialogue) -> None:
+        await provider.reverse()
+        for number in range(3):
+            assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
+        await provider.quit()
+
+    async def second(provider: Dialogue) -> None:
+        if step == "ATRN":
+            await provider.up_to_atrn()
+            await provider.asks("ATRN", answer)
+        elif step == "greeting":
+            provider.say(answer)
+        else:
+            provider.say("220 odmr")
+            if step == "AUTH":
+                await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-1")
+            await provider.asks(step, answer)
+        await provider.left()
+
+    report = collect_from(salmon, first, second)
+    assert (report.outcome, report.messages, report.error) == (Outcome.COLLECTED, 3, None)
+    assert answer in caplog.text
+
+
 def test_a_provider_that_breaks_off_without_giving_anything(salmon: Salmon) -> None:
     async def script(provider: Dialogue) -> None:
         await provider.reverse()

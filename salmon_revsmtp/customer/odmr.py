@@ -19,7 +19,7 @@ from salmon_revsmtp.customer.settings import (
     ServerSettings,
     without_control_characters,
 )
-from salmon_revsmtp.net.outcome import Failed, Outcome
+from salmon_revsmtp.net.outcome import Deferred, Failed, Outcome, Refused
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 
@@ -115,7 +115,14 @@ class OdmrAgent(Agent):
         send one message and break off.  A session that brought nothing is the last.
         """
         while True:
-            session = await self._session(collection)
+            try:
+                session = await self._session(collection)
+            except (Refused, Deferred) as error:
+                # What follows mail is never worse than the mail.
+                if not collection.tally.accepted:
+                    raise
+                log.warning("agent=%s after the mail: %s", self.name, error)
+                break
             if session is None or collection.stopping:
                 break
             if session.served:
