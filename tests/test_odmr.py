@@ -159,6 +159,34 @@ def test_a_mechanism_that_the_provider_does_not_do_after_all(salmon: Salmon) -> 
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["AUTH CRAM-MD5 PLAIN", "AUTH=LOGIN"],
+        ["AUTH=LOGIN", "AUTH CRAM-MD5"],
+        ["AUTH PLAIN", "AUTH CRAM-MD5", "AUTH LOGIN"],
+        ["AUTH CRAM-MD5", "AUTH"],
+        ["AUTH=CRAM-MD5", "AUTH=PLAIN"],
+        ["AUTH\tCRAM-MD5"],
+        ["auth\tplain\tcram-md5"],
+        ["AUTH = CRAM-MD5"],
+        ["Auth=PLAIN\tCRAM-MD5 "],
+        ["AUTH  LOGIN \t CRAM-MD5"],
+    ],
+)
+def test_every_mechanism_that_a_server_names_counts(salmon: Salmon, lines: list[str]) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", *(f"250-{line}" for line in lines), "250 HELP")
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", "250 odmr")
+        await provider.asks("ATRN", "453 no mail")
+
+    report = collect_from(salmon, script)
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
+
+
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
 def test_under_tls_the_password_may_be_sent(salmon: Salmon, mechanism: str) -> None:
     def encoded(text: str) -> str:

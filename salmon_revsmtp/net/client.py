@@ -162,15 +162,15 @@ class Connection:
     async def _ehlo(self) -> None:
         doing = f"greeting {self._where} with EHLO"
         try:
-            await self._smtp.ehlo()
+            answer = await self._smtp.ehlo()
         except aiosmtplib.SMTPHeloError as error:
             raise error_for(self._reply(error.code, error.message), doing) from None
         except (aiosmtplib.SMTPException, OSError) as error:
             raise self._broken(doing, error) from None
-        self.extensions = {
-            keyword.upper(): self._hide(parameters)
-            for keyword, parameters in self._smtp.esmtp_extensions.items()
-        }
+        found = _extensions(answer.message)
+        # aiosmtplib looks for STARTTLS among its own.
+        self._smtp.esmtp_extensions = {keyword.lower(): text for keyword, text in found.items()}
+        self.extensions = {keyword: self._hide(text) for keyword, text in found.items()}
 
     async def _starttls(self) -> None:
         if "STARTTLS" not in self.extensions:
@@ -198,7 +198,7 @@ class Connection:
         await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
 
     async def _authenticate(self) -> None:
-        offered = self.extensions.get("AUTH", "").upper().split()
+        offered = self.extensions.get("AUTH", "").split()
         usable = [name for name in CHALLENGES if name in offered]
         if self._verified:
             usable += [name for name in PASSWORDS if name in offered]
@@ -392,6 +392,26 @@ class _SMTP(aiosmtplib.SMTP):
         text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
         dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
         return response
+
+
+def _extensions(answer: str) -> dict[str, str]:
+    """The keywords of an EHLO answer in upper case, with their parameters (RFC 5321 4.1.1.1).
+
+    Servers write them with tabs, and AUTH on several lines, some with a "=" for clients that were
+    old in 1999: all that it says counts.
+    """
+    found: dict[str, str] = {}
+    for line in answer.split("\n")[1:]:
+        if line[:5].upper() == "AUTH=":
+            line = f"AUTH {line[5:]}"
+        keyword, *rest = line.split(None, 1) or [""]
+        keyword, parameters = keyword.upper(), rest[0].strip() if rest else ""
+        if keyword == "AUTH":
+            names = f"{found.get(keyword, '')} {parameters}".upper().split()
+            parameters = " ".join(dict.fromkeys(names))
+        if keyword:
+            found[keyword] = parameters
+    return found
 
 
 def _challenge(response: aiosmtplib.SMTPResponse) -> str:
