@@ -187,6 +187,41 @@ def test_every_mechanism_that_a_server_names_counts(salmon: Salmon, lines: list[
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
 
 
+async def logged_in(provider: Dialogue) -> None:
+    provider.say("220 odmr")
+    await provider.asks("EHLO", "250-odmr", "250-AUTH CRAM-MD5", "250 ETRN")
+    await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+    await provider.asks("", "235 welcome")
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize("answer", ["503 again?", "530 no", "500 what?", "502 no", "451 later"])
+def test_the_ehlo_after_the_login_is_optional(salmon: Salmon, protocol: str, answer: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        await logged_in(provider)
+        await provider.asks("EHLO", answer)
+        await provider.asks("ATRN" if protocol == "odmr" else "ETRN", "250 ok")
+        provider.abort()
+
+    report = collect_from(salmon, script, protocol=protocol)
+    assert (report.sessions, report.auth) == (1, "CRAM-MD5")
+    if protocol == "etrn":
+        assert report.outcome is Outcome.REQUESTED
+
+
+@pytest.mark.parametrize("answer", ["421 closing", ""])
+def test_an_end_at_the_ehlo_after_the_login_says_where_it_was(salmon: Salmon, answer: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        await logged_in(provider)
+        await provider.hear("EHLO")
+        if answer:
+            provider.say(answer)
+
+    report = collect_from(salmon, script)
+    assert report.outcome is (Outcome.DEFERRED if answer else Outcome.FAILED)
+    assert report.error is not None and "again after logging in" in report.error
+
+
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
 def test_under_tls_the_password_may_be_sent(salmon: Salmon, mechanism: str) -> None:
     def encoded(text: str) -> str:

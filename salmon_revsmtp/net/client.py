@@ -29,6 +29,7 @@ from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Connection", "Server", "error_for"]
 
+log = logging.getLogger(__name__)
 # -v shows it; its lines never hold a secret.
 dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 
@@ -129,7 +130,7 @@ class Connection:
             await self._starttls()
         if self.settings.account is not None:
             await self._authenticate()
-            await self._ehlo()  # RFC 4954 4: what was said before may not hold any more
+            await self._ehlo_after_login()
 
     def close(self) -> None:
         """Drop the connection without a word."""
@@ -159,8 +160,8 @@ class Connection:
         self.peer = self._transport().get_extra_info("peername")[:2]
         self._note_tls()
 
-    async def _ehlo(self) -> None:
-        doing = f"greeting {self._where} with EHLO"
+    async def _ehlo(self, doing: str = "greeting {} with EHLO") -> None:
+        doing = doing.format(self._where)
         try:
             answer = await self._smtp.ehlo()
         except aiosmtplib.SMTPHeloError as error:
@@ -171,6 +172,18 @@ class Connection:
         # aiosmtplib looks for STARTTLS among its own.
         self._smtp.esmtp_extensions = {keyword.lower(): text for keyword, text in found.items()}
         self.extensions = {keyword: self._hide(text) for keyword, text in found.items()}
+
+    async def _ehlo_after_login(self) -> None:
+        """What was said before may not hold any more (RFC 4954 4): some providers list ATRN now.
+
+        Others do not take a second EHLO.  It was not necessary: what they said before holds.
+        """
+        try:
+            await self._ehlo("greeting {} again after logging in")
+        except (Refused, Deferred) as error:
+            if self._smtp.closing:
+                raise
+            log.debug("%s; going on with what it said before", error)
 
     async def _starttls(self) -> None:
         if "STARTTLS" not in self.extensions:
@@ -373,6 +386,8 @@ class _SMTP(aiosmtplib.SMTP):
         super().__init__(**options)
         self._hide_secrets = hide
         self._in_auth = False
+        #: The last reply was 421: no more will come (RFC 5321 3.8).
+        self.closing = False
 
     async def execute_command(
         self,
@@ -389,6 +404,7 @@ class _SMTP(aiosmtplib.SMTP):
         self._in_auth = False
         response = await super().execute_command(*args, timeout=timeout)
         self._in_auth = response.code == 334
+        self.closing = response.code == 421
         text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
         dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
         return response
