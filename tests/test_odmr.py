@@ -136,7 +136,7 @@ def test_domains_go_out_in_idna_and_parameters_as_they_are(salmon: Salmon) -> No
 def test_a_login_that_fails(salmon: Salmon, code: int, outcome: Outcome) -> None:
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")
-        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5 SCRAM-SHA-1")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-1")
         await provider.asks("AUTH SCRAM-SHA-1", f"{code} no")
 
     report = collect_from(salmon, script)
@@ -185,6 +185,104 @@ def test_every_mechanism_that_a_server_names_counts(salmon: Salmon, lines: list[
 
     report = collect_from(salmon, script)
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
+
+
+def refuses(*mechanisms: str, offers: str, takes: str = "") -> Script:
+    """A provider that answers 535 to these mechanisms, which come in this order."""
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", f"250 AUTH {offers}")
+        for mechanism in (*mechanisms, *([takes] if takes else [])):
+            heard = await provider.hear(f"AUTH {mechanism}")
+            if mechanism == "CRAM-MD5":
+                provider.say("334 PDFAeD4=")
+                await provider.hear()
+            assert PASSWORD not in heard
+            provider.say("235 welcome" if mechanism == takes else "535 5.7.8 no")
+        if takes:
+            await provider.asks("EHLO", "250 odmr")
+            await provider.asks("ATRN", "453 no mail")
+        await provider.left()
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("refused", "takes", "offers"),
+    [
+        ("CRAM-MD5", "PLAIN", "CRAM-MD5 PLAIN"),
+        ("CRAM-MD5", "LOGIN", "LOGIN CRAM-MD5"),
+        ("SCRAM-SHA-256", "PLAIN", "SCRAM-SHA-256 CRAM-MD5 PLAIN LOGIN"),
+        ("SCRAM-SHA-256", "CRAM-MD5", "SCRAM-SHA-256 CRAM-MD5"),
+        ("PLAIN", "LOGIN", "PLAIN LOGIN"),
+    ],
+)
+def test_one_other_mechanism_is_tried_after_a_refusal(
+    salmon: Salmon, refused: str, takes: str, offers: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = refuses(refused, offers=offers, takes=takes)
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, takes)
+    assert f"set auth to ['{takes}']" in caplog.text
+
+
+def test_a_collection_makes_no_more_than_two_wrong_tries(salmon: Salmon) -> None:
+    script = refuses("SCRAM-SHA-256", "PLAIN", offers="SCRAM-SHA-256 SCRAM-SHA-1 PLAIN LOGIN")
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and "with PLAIN it said 535" in report.error
+    assert "check account and password" in report.error
+
+
+def test_a_provider_that_breaks_off_after_a_wrong_try_has_refused(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5 SCRAM-SHA-1")
+        await provider.asks("AUTH SCRAM-SHA-1", "535 no")
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and "535 no" in report.error
+
+
+def test_the_mechanism_that_worked_is_the_first_in_the_next_session(salmon: Salmon) -> None:
+    """Else every session of a collection would make a wrong try."""
+    salmon.handle(".*")
+
+    async def first(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-1 CRAM-MD5")
+        await provider.asks("AUTH SCRAM-SHA-1", "535 no")
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", "250 odmr")
+        await provider.asks("ATRN", "250 reversing")
+        await provider.replied(220)
+        provider.say("EHLO odmr")
+        await provider.replied(250)
+        assert (await provider.send(MESSAGE)).startswith("250")
+        await provider.quit()
+
+    second = refuses(offers="SCRAM-SHA-1 CRAM-MD5", takes="CRAM-MD5")
+    assert collect_from(salmon, first, second).outcome is Outcome.COLLECTED
+
+
+@pytest.mark.parametrize(
+    ("auth", "used"), [(["PLAIN", "CRAM-MD5"], "PLAIN"), (["cram-md5"], "CRAM-MD5")]
+)
+def test_auth_names_the_mechanisms_in_their_order(
+    salmon: Salmon, auth: list[str], used: str
+) -> None:
+    script = refuses(offers="SCRAM-SHA-256 CRAM-MD5 PLAIN", takes=used)
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE), auth=auth)
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, used)
+
+
+def test_auth_that_the_provider_does_not_offer(salmon: Salmon) -> None:
+    report = collect_from(salmon, refuses(offers="CRAM-MD5"), auth=["SCRAM-SHA-256"])
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "auth allows SCRAM-SHA-256 only" in report.error
 
 
 async def logged_in(provider: Dialogue) -> None:

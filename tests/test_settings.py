@@ -36,7 +36,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     settings = agent.settings
     assert (settings.enabled, settings.port, settings.tls) == (True, 366, "starttls")
     assert (settings.ca_file, settings.service, settings.every) == (None, "default", 10)
-    assert (settings.timeout, settings.parameters) == (60, None)
+    assert (settings.timeout, settings.parameters, settings.auth) == (60, None, None)
     service = configuration().services["default"]
     assert (service.max_message_size, service.max_recipients) == (50 * 2**20, 1000)
     assert (service.delivery, service.queue, service.listen) == ("router", "run/inbound", None)
@@ -65,6 +65,11 @@ def test_no_settings_at_all_are_no_agents() -> None:
         ("password", "", ["password: found that value", ".env"]),
         ("password", 12345678, ["password: found that value", "text"]),
         ("password", f"{PASSWORD}\n", ["password: found that value", "control characters"]),
+        ("auth", "PLAIN", ["auth: found 'PLAIN'", "a list", "'CRAM-MD5'"]),
+        ("auth", [], ["auth: found a list", "'CRAM-MD5'"]),
+        ("auth", ["XOAUTH2"], ["auth: found 'XOAUTH2'", "'SCRAM-SHA-256'", "'LOGIN'"]),
+        ("auth", ["CRAM-MD5", "cram-md5"], ["auth: found a list", "twice"]),
+        ("auth", ["CRAM-MD5", "PLAIN"], ["auth: found a list", "tls 'none' verifies no"]),
         ("domains", "example.org", ["domains: found 'example.org'", "a list"]),
         ("domains", ["exa mple.org"], ["domains", "'exa mple.org'", "list of domain"]),
         ("domains", ["straße.example"], ["domains", "xn--"]),

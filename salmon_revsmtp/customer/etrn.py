@@ -104,6 +104,8 @@ class EtrnAgent(Agent):
 
     protocol: ClassVar[str] = "etrn"
     Settings = EtrnSettings
+    # The mechanism that let us in the last time.
+    _let_in_by: str | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -127,10 +129,13 @@ class EtrnAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report = collection.report
-        connection = await Connection.open(self.settings, collection.service.hostname)
+        connection = await Connection.open(
+            self.settings, collection.service.hostname, self._let_in_by
+        )
         try:
             report.sessions += 1
             report.tls, report.auth = connection.tls, connection.auth
+            self._let_in_by = connection.auth
             if "ETRN" not in connection.extensions:
                 raise Failed(f"{self.address} does not offer ETRN; is it the host that holds mail?")
             outcomes = {}
@@ -151,7 +156,9 @@ class EtrnAgent(Agent):
         """Dial, TLS, EHLO, AUTH; no ETRN."""
         from salmon_revsmtp.net.client import Connection
 
-        connection = await Connection.open(self.settings, await service.find_hostname())
+        connection = await Connection.open(
+            self.settings, await service.find_hostname(), self._let_in_by
+        )
         result = Check(connection.tls, connection.auth, connection.extensions)
         if "ETRN" not in connection.extensions:
             result.problems.append(f"{self.address} does not offer ETRN")

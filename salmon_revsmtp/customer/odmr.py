@@ -79,6 +79,8 @@ class OdmrAgent(Agent):
 
     protocol: ClassVar[str] = "odmr"
     Settings = OdmrSettings
+    # The mechanism that let us in the last time.
+    _let_in_by: str | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -152,10 +154,11 @@ class OdmrAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report, settings = collection.report, self.settings
-        connection = await Connection.open(settings, collection.service.hostname)
+        connection = await Connection.open(settings, collection.service.hostname, self._let_in_by)
         try:
             report.sessions += 1
             report.tls, report.auth = connection.tls, connection.auth
+            self._let_in_by = connection.auth
             self._admit(collection.service, connection)
             reply, answer = await connection.last_command(
                 self.command, max(ATRN_TIMEOUT, settings.timeout)
@@ -194,7 +197,9 @@ class OdmrAgent(Agent):
         """Dial, TLS, EHLO, AUTH; no ATRN."""
         from salmon_revsmtp.net.client import Connection
 
-        connection = await Connection.open(self.settings, await service.find_hostname())
+        connection = await Connection.open(
+            self.settings, await service.find_hostname(), self._let_in_by
+        )
         result = Check(connection.tls, connection.auth, connection.extensions)
         try:
             self._admit(service, connection)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
+from salmon_revsmtp.net.mechanisms import PASSWORDS, VERIFIED, Mechanism
+
 __all__ = [
     "ACCOUNT",
     "PASSWORD",
@@ -22,6 +24,9 @@ TlsMode = Literal["implicit", "starttls", "opportunistic", "none"]
 
 ACCOUNT = "a text: the name to log in with"
 PASSWORD = "a text that is not empty (if it comes from .env: is it set there?)"
+AUTH = (
+    "a list of 'SCRAM-SHA-256', 'SCRAM-SHA-1', 'CRAM-MD5', 'PLAIN' and 'LOGIN', each once; or None"
+)
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -85,6 +90,13 @@ class ServerSettings(AgentSettings):
     """The name of your account at the provider.  Without one, the agent does not log in."""
     password: Annotated[SecretStr | None, Field(min_length=1, description=PASSWORD)] = None
     """Its password.  Keep it in ``.env`` and write ``os.environ["..."]`` here."""
+    auth: Annotated[
+        tuple[Mechanism, ...] | None,
+        Field(description=AUTH),
+    ] = None
+    """The mechanisms to log in with, in this order.  With ``None`` the strongest that the provider
+    offers comes first, and one other is tried if it is refused.  ``"PLAIN"`` and ``"LOGIN"`` need a
+    ``tls`` that verifies."""
     domains: Annotated[
         tuple[str, ...], Field(description="a list of domain names such as 'example.org'")
     ] = ()
@@ -103,6 +115,35 @@ class ServerSettings(AgentSettings):
     def _domains_are_a_list(cls, value: object) -> object:
         if isinstance(value, str):
             raise ValueError("a single string is not a list")
+        return value
+
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _mechanisms_are_a_list(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError("a single string is not a list")
+        if isinstance(value, list | tuple):
+            return tuple(one.upper() if isinstance(one, str) else one for one in value)
+        return value
+
+    @field_validator("auth")
+    @classmethod
+    def _auth(
+        cls, value: tuple[Mechanism, ...] | None, info: ValidationInfo
+    ) -> tuple[Mechanism, ...] | None:
+        if value is None:
+            return None
+        if not value:
+            raise ValueError("it is empty, so there would be no login")
+        if len(set(value)) < len(value):
+            raise ValueError("one of them is there twice")
+        if info.data.get("account", "") is None:
+            raise ValueError("without an account there is no login")
+        tls = info.data.get("tls")
+        if tls not in (None, *VERIFIED) and (sent := [one for one in value if one in PASSWORDS]):
+            raise ValueError(
+                f"{sent[0]} sends the password, and tls {tls!r} verifies no certificate"
+            )
         return value
 
     @field_validator("server")
@@ -128,7 +169,7 @@ class ServerSettings(AgentSettings):
     @classmethod
     def _ca_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None:
-            if (tls := info.data.get("tls")) in ("opportunistic", "none"):
+            if (tls := info.data.get("tls")) not in (None, *VERIFIED):
                 raise ValueError(f"tls {tls!r} verifies no certificate; set 'starttls'")
             try:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)

@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from scramp import ScramClient, ScramException
 
 from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
+from salmon_revsmtp.net.mechanisms import CHALLENGES, PASSWORDS, VERIFIED
 from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Refused
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -35,20 +36,11 @@ dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 
 HIDDEN = "***"
 
-# Strongest first.  The first three prove the password without sending it; the others send it, and
-# are used only with a server whose certificate was verified (RFC 4954 4; RFC 2645 5.1.1 wants
-# CRAM-MD5 of every provider).
-CHALLENGES = ("SCRAM-SHA-256", "SCRAM-SHA-1", "CRAM-MD5")
-PASSWORDS = ("PLAIN", "LOGIN")
-
-# What tls may be where the server's certificate is verified.
-VERIFIED = ("implicit", "starttls")
-
 # Seconds for the answer to a QUIT whose outcome changes nothing.
 GOODBYE = 5.0
 
-# RFC 4954 4: the server does not do this mechanism after all; another may work.
-TRY_ANOTHER = (504, 534)
+# RFC 4954 4 (538: RFC 2554): the server does not do this mechanism after all; another may work.
+TRY_ANOTHER = (504, 534, 538)
 
 
 class Server(Protocol):
@@ -70,6 +62,8 @@ class Server(Protocol):
     @property
     def password(self) -> SecretStr | None: ...
     @property
+    def auth(self) -> Sequence[str] | None: ...
+    @property
     def timeout(self) -> float: ...
 
 
@@ -88,8 +82,9 @@ class Connection:
     ``peer``        the server's address and port.
     """
 
-    def __init__(self, settings: Server, hostname: str) -> None:
+    def __init__(self, settings: Server, hostname: str, let_in_by: str | None = None) -> None:
         self.settings = settings
+        self._let_in_by = let_in_by
         self.tls: str | None = None
         self.auth: str | None = None
         self.extensions: dict[str, str] = {}
@@ -109,13 +104,16 @@ class Connection:
         )
 
     @classmethod
-    async def open(cls, settings: Server, hostname: str) -> Connection:
+    async def open(
+        cls, settings: Server, hostname: str, let_in_by: str | None = None
+    ) -> Connection:
         """Dial, TLS as ``tls`` says, EHLO, AUTH if there is an account.
 
-        ``hostname`` is what we call ourselves.  Raises
+        ``hostname`` is what we call ourselves; ``let_in_by`` the mechanism that worked the last
+        time, which is tried first.  Raises
         :class:`~salmon_revsmtp.net.outcome.CollectionError`; nothing is left open then.
         """
-        connection = cls(settings, hostname)
+        connection = cls(settings, hostname, let_in_by)
         try:
             await connection._open()
         except BaseException:
@@ -212,22 +210,55 @@ class Connection:
 
     async def _authenticate(self) -> None:
         offered = self.extensions.get("AUTH", "").split()
-        usable = [name for name in CHALLENGES if name in offered]
-        if self._verified:
-            usable += [name for name in PASSWORDS if name in offered]
+        usable = self._usable(offered)
         if not usable:
             raise Failed(self._no_mechanism(offered))
-        for number, mechanism in enumerate(usable):
-            reply = await self._try_mechanism(mechanism)
+        wrong: list[tuple[str, Reply]] = []
+        while True:
+            mechanism = usable.pop(0)
+            try:
+                reply = await self._try_mechanism(mechanism)
+            except CollectionError:
+                if wrong:  # it breaks off after a wrong try, so that was its answer
+                    raise self._login_error(wrong) from None
+                raise
             if reply.positive:
-                self.auth = mechanism
+                self._let_in(mechanism, wrong)
                 return
-            if reply.code not in TRY_ANOTHER or number == len(usable) - 1:
-                raise error_for(
-                    reply,
-                    f"logging in to {self._where} as {self.settings.account} with {mechanism}",
-                    "check account and password" if reply.permanent else "",
-                )
+            if usable and reply.code in TRY_ANOTHER:
+                continue
+            wrong.append((mechanism, reply))
+            # A server may hold the password in a form that some mechanisms cannot be done with, and
+            # say 535.  More than one further try would soon lock the account.
+            if not usable or not reply.permanent or len(wrong) > 1:
+                raise self._login_error(wrong)
+            if self.settings.auth is None:
+                # Those that need no form of it are the surest.
+                usable.sort(key=lambda name: name in CHALLENGES)
+
+    def _usable(self, offered: Sequence[str]) -> list[str]:
+        """The mechanisms to try, in this order."""
+        wanted = self.settings.auth or (*CHALLENGES, *PASSWORDS)
+        usable = [
+            name for name in wanted if name in offered and (name in CHALLENGES or self._verified)
+        ]
+        return sorted(usable, key=lambda name: name != self._let_in_by)
+
+    def _let_in(self, mechanism: str, wrong: Sequence[tuple[str, Reply]]) -> None:
+        self.auth = mechanism
+        for refused, reply in wrong:
+            log.warning(
+                "%s refuses %s (%s) and takes %s; set auth to [%r] to spare the wrong try",
+                *(self._where, refused, reply, mechanism, mechanism),
+            )
+
+    def _login_error(self, wrong: Sequence[tuple[str, Reply]]) -> CollectionError:
+        (mechanism, reply), *others = wrong
+        doing = f"logging in to {self._where} as {self.settings.account} with {mechanism}"
+        advice = [f"with {other} it said {said}" for other, said in others]
+        if reply.permanent:
+            advice.append("check account and password")
+        return error_for(reply, doing, "; ".join(advice))
 
     @property
     def _verified(self) -> bool:
@@ -240,6 +271,9 @@ class Connection:
                 return f"{self._where} offers no AUTH without TLS; set tls to 'starttls'"
             return f"{self._where} offers no AUTH, so {self.settings.account} cannot log in"
         methods = " ".join(offered)
+        if self.settings.auth and any(name in offered for name in CHALLENGES + PASSWORDS):
+            wanted = " ".join(self.settings.auth)
+            return f"{self._where} offers AUTH {methods} only, and auth allows {wanted} only"
         if any(name in offered for name in PASSWORDS):
             return (
                 f"{self._where} offers AUTH {methods} only, which sends the password as it is, and "
