@@ -285,6 +285,78 @@ def test_auth_that_the_provider_does_not_offer(salmon: Salmon) -> None:
     assert report.error is not None and "auth allows SCRAM-SHA-256 only" in report.error
 
 
+STEPS = {
+    "greeting": ["220 odmr"],
+    "EHLO": ["250-odmr", "250-AUTH CRAM-MD5", "250 STARTTLS"],
+    "STARTTLS": ["220 go ahead"],
+}
+
+
+@pytest.mark.parametrize(
+    ("tls", "step", "answer"),
+    [
+        ("none", "greeting", "554 no"),
+        ("none", "greeting", "450 later"),
+        ("none", "EHLO", "554 no"),
+        ("none", "EHLO", "450 later"),
+        ("starttls", "STARTTLS", "454 TLS not available"),
+        ("starttls", "STARTTLS", "502 no"),
+        ("none", "AUTH CRAM-MD5", "535 no"),
+        ("none", "AUTH CRAM-MD5", "454 later"),
+        ("none", "AUTH CRAM-MD5", "504 no"),
+    ],
+)
+@pytest.mark.parametrize("answers_quit", [True, False])
+def test_a_provider_that_says_no_is_left_with_quit(
+    salmon: Salmon, tls: str, step: str, answer: str, answers_quit: bool
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        for one in ("greeting", "EHLO", "STARTTLS", "AUTH CRAM-MD5"):
+            if one == "STARTTLS" and tls == "none":
+                continue
+            if one != "greeting":
+                await provider.hear(one)
+            if one == step:
+                provider.say(answer)
+                break
+            provider.say(*STEPS[one])
+        await provider.hear("QUIT")
+        if answers_quit:
+            provider.say("221 bye")
+            await provider.silence()
+
+    report = collect_from(salmon, script, tls=tls)
+    assert report.outcome is (Outcome.DEFERRED if answer[0] == "4" else Outcome.REFUSED)
+    assert report.error is not None and answer in report.error
+    assert report.seconds < 3
+
+
+@pytest.mark.parametrize("offers", ["250 STARTTLS", "250 AUTH PLAIN", "250 SIZE"])
+def test_a_provider_that_is_of_no_use_is_left_with_quit(salmon: Salmon, offers: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", offers)
+        await provider.asks("QUIT", "221 bye")
+        await provider.silence()
+
+    assert collect_from(salmon, script).outcome is Outcome.FAILED
+
+
+def test_a_provider_that_does_not_answer_quit_is_not_waited_for_long(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("salmon_revsmtp.net.client.GOODBYE", 0.2)
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("554 no")
+        await provider.hear("QUIT")
+        await provider.ignore()
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.seconds < 10
+
+
 async def logged_in(provider: Dialogue) -> None:
     provider.say("220 odmr")
     await provider.asks("EHLO", "250-odmr", "250-AUTH CRAM-MD5", "250 ETRN")
@@ -405,7 +477,7 @@ def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) ->
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")
         await provider.asks("EHLO", "250-odmr", f"250 {offered}")
-        await provider.silence()
+        await provider.left()
 
     report = collect_from(salmon, script)
     assert report.outcome is Outcome.FAILED
@@ -456,7 +528,7 @@ def test_starttls_that_is_not_offered_is_a_failure_by_default(salmon: Salmon) ->
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")
         await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5")
-        await provider.silence()
+        await provider.left()
 
     report = collect_from(salmon, script, tls="starttls")
     assert report.outcome is Outcome.FAILED

@@ -159,7 +159,11 @@ class OdmrAgent(Agent):
             report.sessions += 1
             report.tls, report.auth = connection.tls, connection.auth
             self._let_in_by = connection.auth
-            self._admit(collection.service, connection)
+            try:
+                self._admit(collection.service, connection)
+            except Failed:
+                await connection.quit()
+                raise
             reply, answer = await connection.last_command(
                 self.command, max(ATRN_TIMEOUT, settings.timeout)
             )

@@ -116,6 +116,9 @@ class Connection:
         connection = cls(settings, hostname, let_in_by)
         try:
             await connection._open()
+        except CollectionError:
+            await connection._leave()
+            raise
         except BaseException:
             connection.close()
             raise
@@ -130,6 +133,15 @@ class Connection:
             await self._authenticate()
             await self._ehlo_after_login()
 
+    async def _leave(self) -> None:
+        """End a connection that is of no use: with QUIT if the server waits for a command (RFC 5321
+        4.1.1.10), without a word if it is in the middle of something else."""
+        try:
+            if self._smtp.is_connected and self._smtp.in_step:
+                await self.quit()
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Drop the connection without a word."""
         self._smtp.close()
@@ -139,7 +151,7 @@ class Connection:
             self._dialled.abort()
 
     async def quit(self) -> None:
-        """Say QUIT, wait for the answer, and close (RFC 5321 4.1.1.10)."""
+        """Say QUIT, wait a little for the answer, and close (RFC 5321 4.1.1.10)."""
         with contextlib.suppress(aiosmtplib.SMTPException, OSError):
             await self._smtp.execute_command(b"QUIT", timeout=GOODBYE)
         self.close()
@@ -196,9 +208,12 @@ class Connection:
         watch = StartTlsWatch(transport)
         transport.set_protocol(watch)
         dialogue.debug("C: STARTTLS")
+        self._smtp.in_step = False
         try:
             response = await self._smtp.starttls()
         except aiosmtplib.SMTPResponseException as error:
+            watch.step_aside()
+            self._smtp.in_step = error.code >= 200
             raise error_for(self._reply(error.code, error.message, doing), doing) from None
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
             if watch.glued:
@@ -420,6 +435,8 @@ class _SMTP(aiosmtplib.SMTP):
         super().__init__(**options)
         self._hide_secrets = hide
         self._in_auth = False
+        #: The last command has its answer: the server waits for another.
+        self.in_step = False
         #: The last reply was 421: no more will come (RFC 5321 3.8).
         self.closing = False
 
@@ -435,13 +452,24 @@ class _SMTP(aiosmtplib.SMTP):
             shown = b" ".join(public).decode("utf-8", "replace")
             shown += f" {HIDDEN}" if len(public) < len(args) else ""
         dialogue.debug("C: %s", shown)
-        self._in_auth = False
+        self._in_auth = self.in_step = False
         response = await super().execute_command(*args, timeout=timeout)
         self._in_auth = response.code == 334
         self.closing = response.code == 421
+        self.in_step = 200 <= response.code < 600 and not self._in_auth
         text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
         dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
         return response
+
+    async def _create_connection(self, timeout: float | None) -> aiosmtplib.SMTPResponse:
+        """aiosmtplib closes at once after a greeting that is no 220; RFC 5321 3.1 wants a QUIT."""
+        try:
+            return await super()._create_connection(timeout)
+        except aiosmtplib.SMTPConnectResponseError as error:
+            if 200 <= error.code < 600 and error.code != 421:
+                with contextlib.suppress(aiosmtplib.SMTPException, OSError):
+                    await self.execute_command(b"QUIT", timeout=GOODBYE)
+            raise
 
 
 def _extensions(answer: str) -> dict[str, str]:
