@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import threading
+from typing import Any
 
 import pytest
 from support.collecting import collect, collect_from
@@ -538,6 +539,67 @@ def test_starttls_that_is_not_offered_is_a_failure_by_default(salmon: Salmon) ->
 def test_opportunistic_goes_on_without_tls(salmon: Salmon) -> None:
     report = collect_from(salmon, no_more_mail, tls="opportunistic")
     assert (report.outcome, report.tls) == (Outcome.NO_MAIL, None)
+
+
+def fails_at_tls(how: str) -> Script:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250-AUTH CRAM-MD5 PLAIN", "250 STARTTLS")
+        await provider.hear("STARTTLS")
+        if how[0] in "45":
+            provider.say(how)
+            await provider.left()
+        elif how != "drop":
+            provider.say("220 go ahead")
+            if how == "garbage":
+                await provider.reader.read(5)
+                provider.say("500 what?")
+            elif how == "silence":
+                await provider.ignore()
+
+    return script
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize(
+    "how", ["454 no TLS now", "501 what?", "502 no", "drop", "drop after 220", "garbage", "silence"]
+)
+def test_opportunistic_tls_that_fails_is_followed_by_a_connection_in_the_clear(
+    salmon: Salmon, protocol: str, how: str
+) -> None:
+    async def again(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        capabilities = ("250-odmr", "250-AUTH CRAM-MD5 PLAIN", "250-ETRN", "250 STARTTLS")
+        await provider.asks("EHLO", *capabilities)
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", *capabilities)
+        await provider.asks("ATRN" if protocol == "odmr" else "ETRN", "453 no mail")
+        await provider.left()
+
+    timeout = 0.5 if how == "silence" else 20
+    keys: dict[str, Any] = {"protocol": protocol, "tls": "opportunistic", "timeout": timeout}
+    report = collect_from(salmon, fails_at_tls(how), again, **keys)
+    assert (report.sessions, report.tls, report.auth) == (1, None, "CRAM-MD5")
+
+
+def test_a_connection_in_the_clear_after_opportunistic_tls_gets_no_password(
+    salmon: Salmon,
+) -> None:
+    async def again(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH PLAIN LOGIN")
+        await provider.left()
+
+    report = collect_from(salmon, fails_at_tls("454 no"), again, tls="opportunistic")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "set tls to 'starttls'" in report.error
+
+
+@pytest.mark.parametrize("how", ["454 no TLS now", "502 no", "drop after 220", "garbage"])
+def test_required_tls_that_fails_is_followed_by_nothing(salmon: Salmon, how: str) -> None:
+    report = collect_from(salmon, fails_at_tls(how), tls="starttls")
+    assert not report.outcome.good and report.sessions == 0
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -80,7 +80,8 @@ class ServerSettings(AgentSettings):
     ] = "starttls"
     """``"starttls"`` requires STARTTLS; ``"implicit"`` speaks TLS from the first octet.  Both
     verify the certificate, and only they ever send the password itself.  ``"opportunistic"`` uses
-    STARTTLS if it is offered and verifies nothing.  ``"none"`` sends everything in the clear."""
+    STARTTLS if it is offered and works, and verifies nothing.  ``"none"`` sends everything in the
+    clear."""
     ca_file: Annotated[
         Path | None, Field(description="a readable file of certificates in PEM form")
     ] = None

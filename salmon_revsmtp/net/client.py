@@ -92,6 +92,7 @@ class Connection:
         self._where = f"{settings.server}:{settings.port}"
         self._hide = _hider(settings)
         self._dialled: asyncio.Transport | None = None
+        self._injected = False
         self._smtp = _SMTP(
             self._hide,
             hostname=settings.server,
@@ -113,9 +114,21 @@ class Connection:
         time, which is tried first.  Raises
         :class:`~salmon_revsmtp.net.outcome.CollectionError`; nothing is left open then.
         """
+        try:
+            return await cls._open_one(settings, hostname, let_in_by)
+        except _NoTls as error:
+            # RFC 7435 5: without TLS is better than not at all.  No one was verified before, so no
+            # password is lost now.
+            log.info("%s; calling again in the clear", error)
+            return await cls._open_one(settings, hostname, let_in_by, clear=True)
+
+    @classmethod
+    async def _open_one(
+        cls, settings: Server, hostname: str, let_in_by: str | None, *, clear: bool = False
+    ) -> Connection:
         connection = cls(settings, hostname, let_in_by)
         try:
-            await connection._open()
+            await connection._open(clear)
         except CollectionError:
             await connection._leave()
             raise
@@ -124,11 +137,13 @@ class Connection:
             raise
         return connection
 
-    async def _open(self) -> None:
+    async def _open(self, clear: bool) -> None:
         await self._dial()
         await self._ehlo()
-        if self.settings.tls in ("starttls", "opportunistic"):
+        if self.settings.tls == "starttls":
             await self._starttls()
+        elif self.settings.tls == "opportunistic" and "STARTTLS" in self.extensions and not clear:
+            await self._try_starttls()
         if self.settings.account is not None:
             await self._authenticate()
             await self._ehlo_after_login()
@@ -195,10 +210,17 @@ class Connection:
                 raise
             log.debug("%s; going on with what it said before", error)
 
+    async def _try_starttls(self) -> None:
+        try:
+            await self._starttls()
+        except CollectionError as error:
+            said_under_tls = self.tls is not None and not isinstance(error, Failed)
+            if self._injected or self._smtp.closing or said_under_tls:
+                raise
+            raise _NoTls(str(error)) from None
+
     async def _starttls(self) -> None:
         if "STARTTLS" not in self.extensions:
-            if self.settings.tls == "opportunistic":
-                return
             raise Failed(
                 f"{self._where} offers no STARTTLS; set tls to 'implicit' if it speaks TLS from "
                 "the start, or to 'none' to send everything in the clear"
@@ -214,8 +236,10 @@ class Connection:
         except aiosmtplib.SMTPResponseException as error:
             watch.step_aside()
             self._smtp.in_step = error.code >= 200
+            self._smtp.closing = error.code == 421
             raise error_for(self._reply(error.code, error.message, doing), doing) from None
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            self._injected = watch.glued
             if watch.glued:
                 raise Failed(f"{doing}: {GLUED}") from None
             raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
@@ -426,6 +450,10 @@ class Connection:
 
     def _broken(self, doing: str, error: Exception) -> CollectionError:
         return Failed(f"{doing}: {self._hide(_network_reason(error, self.settings))}")
+
+
+class _NoTls(Failed):
+    """Opportunistic TLS did not come about; the connection is of no use any more."""
 
 
 class _SMTP(aiosmtplib.SMTP):
