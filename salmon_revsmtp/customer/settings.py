@@ -107,9 +107,10 @@ class ServerSettings(AgentSettings):
         float,
         Field(gt=0, le=86400, allow_inf_nan=False, description="seconds, above 0 and up to 86400"),
     ] = 60
-    """Seconds to wait for a connection, and for the answer to a command.  The answer to ``ATRN``
-    may take this long or 10 minutes (RFC 2645), whichever is longer.  On a reversed connection the
-    provider may be silent for 5 minutes (RFC 5321); if you set ``timeout``, for that long."""
+    """Seconds to wait for a connection to each address of the server, and for the answer to a
+    command.  The answer to ``ATRN`` may take this long or 10 minutes (RFC 2645), whichever is
+    longer.  On a reversed connection the provider may be silent for 5 minutes (RFC 5321); if you
+    set ``timeout``, for that long."""
 
     @field_validator("domains", mode="before")
     @classmethod

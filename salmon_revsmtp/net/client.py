@@ -23,6 +23,7 @@ from aiosmtplib.typing import Default
 from pydantic import SecretStr
 from scramp import ScramClient, ScramException
 
+from salmon_revsmtp.net.dial import dial
 from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
 from salmon_revsmtp.net.mechanisms import CHALLENGES, PASSWORDS, VERIFIED
 from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Refused
@@ -96,7 +97,6 @@ class Connection:
         self._smtp = _SMTP(
             self._hide,
             hostname=settings.server,
-            port=settings.port,
             use_tls=settings.tls == "implicit",
             start_tls=False,
             tls_context=_tls_context(settings),
@@ -175,6 +175,11 @@ class Connection:
 
     async def _dial(self) -> None:
         doing = f"connecting to {self._where}"
+        settings = self.settings
+        try:
+            self._smtp.sock = await dial(settings.server, settings.port, settings.timeout)
+        except Failed as error:
+            raise Failed(f"{doing}: {error}") from None
         try:
             greeting = await self._smtp.connect()
         except aiosmtplib.SMTPConnectResponseError as error:
@@ -606,8 +611,7 @@ def _network_reason(error: BaseException, settings: Server) -> str:
     if isinstance(error, aiosmtplib.SMTPTimeoutError):
         waited = "no TLS handshake" if "upgrading" in text else "no whole answer"
         return f"{waited} in {settings.timeout:g} seconds"
-    dialling = f"Error connecting to {settings.server} on port {settings.port}:"
-    text = text.removeprefix(dialling).strip()
+    text = re.sub(r"^Error connecting to \S+ on port \S+:", "", text).strip()
     if text.startswith("Connection reset while upgrading") or (
         not text and settings.tls == "implicit"
     ):
