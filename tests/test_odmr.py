@@ -286,6 +286,19 @@ def test_auth_that_the_provider_does_not_offer(salmon: Salmon) -> None:
     assert report.error is not None and "auth allows SCRAM-SHA-256 only" in report.error
 
 
+@pytest.mark.parametrize("answer", ["504 need fully-qualified hostname", "501 syntax", "550 who?"])
+def test_a_name_that_the_provider_does_not_take_names_the_key(salmon: Salmon, answer: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", answer)
+        await provider.left()
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and answer in report.error
+    assert "name 'mail.example.org', set hostname of the service" in report.error
+
+
 STEPS = {
     "greeting": ["220 odmr"],
     "EHLO": ["250-odmr", "250-AUTH CRAM-MD5", "250 STARTTLS"],

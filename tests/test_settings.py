@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.tls import CERTIFICATE
 
+from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.configuration import load
+from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.settings import SettingsError
 
 
@@ -109,6 +114,66 @@ def test_a_ca_file_that_nothing_would_be_verified_with_is_an_error(protocol: str
 def test_a_ca_file_with_the_default_tls_of_etrn_is_an_error() -> None:
     keys = {**without("tls"), "protocol": "etrn", "ca_file": str(CERTIFICATE)}
     assert any("tls 'opportunistic' verifies no certificate" in one for one in problems(keys))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("my box", "", "a..b", "[192.0.2]", "[2001:db8::1]", "192.0.2.1", "a_b.example", "mail/x"),
+        *("-a.example", "mail.example.org\r\nQUIT", "x" * 64 + ".example", "[mail.example.org]"),
+    ],
+)
+def test_a_hostname_that_no_one_takes(value: str) -> None:
+    [problem] = problems(agent_keys(366), default={"hostname": value})
+    assert problem.startswith('service "default": hostname: found ')
+    assert "'mail.example.org'" in problem
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("mail.example.org", "mail.example.org"),
+        ("Mail.Example.org.", "mail.example.org"),
+        ("büro.example", "xn--bro-hoa.example"),
+        ("[192.0.2.1]", "[192.0.2.1]"),
+        ("[ipv6:2001:db8::1]", "[IPv6:2001:db8::1]"),
+    ],
+)
+def test_a_hostname_goes_out_in_one_form(value: str, name: str) -> None:
+    service = configuration(agent_keys(366), default={"hostname": value}).services["default"]
+    assert service.hostname == name
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        *("raspberrypi", "büro", "my box", "", "localhost", "localhost.localdomain", "192.0.2.7"),
+        *("1.0.0.127.in-addr.arpa", "my_box.example.org", "-x.example.org", "a..b", "x" * 300),
+    ],
+)
+def test_a_machine_without_a_full_name_is_called_by_its_address(
+    monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: found)
+    name = machine_name()
+    assert name[0] + name[-1] == "[]"
+    assert ipaddress.ip_address(name[1:-1].removeprefix("IPv6:"))
+    assert Service("default", ServiceSettings(hostname=name)).hostname == name
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ("mail.example.org", "mail.example.org"),
+        ("host7.example.org.", "host7.example.org"),
+        ("büro.example.org", "xn--bro-hoa.example.org"),
+    ],
+)
+def test_a_machine_with_a_full_name_is_called_by_it(
+    monkeypatch: pytest.MonkeyPatch, found: str, name: str
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: found)
+    assert machine_name() == name
 
 
 def test_missing_keys() -> None:

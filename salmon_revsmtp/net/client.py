@@ -44,6 +44,10 @@ GOODBYE = 5.0
 TRY_ANOTHER = (504, 534, 538)
 
 
+# What EHLO may be answered if the name in it is not good enough.
+NOT_THIS_NAME = (501, 504, 550, 553, 554)
+
+
 class Server(Protocol):
     """A server to dial, and how to log in there; an agent's settings are one.
 
@@ -94,6 +98,7 @@ class Connection:
         self._hide = _hider(settings)
         self._dialled: asyncio.Transport | None = None
         self._injected = False
+        self._hostname = hostname
         self._smtp = _SMTP(
             self._hide,
             hostname=settings.server,
@@ -195,7 +200,12 @@ class Connection:
         try:
             answer = await self._smtp.ehlo()
         except aiosmtplib.SMTPHeloError as error:
-            raise error_for(self._reply(error.code, error.message), doing) from None
+            advice = ""
+            if error.code in NOT_THIS_NAME:
+                advice = (
+                    f"if it does not like the name {self._hostname!r}, set hostname of the service"
+                )
+            raise error_for(self._reply(error.code, error.message), doing, advice) from None
         except (aiosmtplib.SMTPException, OSError) as error:
             raise self._broken(doing, error) from None
         found = _extensions(answer.message)
