@@ -299,6 +299,77 @@ def test_a_name_that_the_provider_does_not_take_names_the_key(salmon: Salmon, an
     assert "name 'mail.example.org', set hostname of the service" in report.error
 
 
+@pytest.mark.parametrize("server", ["localhost.", "[127.0.0.1]", "LOCALHOST"])
+def test_a_certificate_is_for_the_server_however_it_is_written(salmon: Salmon, server: str) -> None:
+    keys: dict[str, Any] = {"server": server, "tls": "implicit", "ca_file": str(CERTIFICATE)}
+    assert collect_from(salmon, no_more_mail, **keys).outcome is Outcome.NO_MAIL
+
+
+def test_domains_that_one_command_cannot_hold_are_asked_for_in_several_sessions(
+    salmon: Salmon,
+) -> None:
+    salmon.handle(".*")
+    domains = [f"a-rather-long-name-number-{number}.example.org" for number in range(40)]
+    asked: list[str] = []
+
+    async def empty(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        line = await provider.hear("ATRN ")
+        assert len(line) <= 510
+        asked.extend(line.removeprefix("ATRN ").split(","))
+        provider.say("453 no mail")
+        await provider.left()
+
+    async def mail(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE, f"b@{domains[39]}")).startswith("250")
+        await provider.quit()
+
+    report = collect_from(salmon, empty, empty, empty, mail, empty, domains=domains)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.COLLECTED, 1, 5)
+    assert asked == domains
+
+
+@pytest.mark.parametrize("password", ["\N{KEY} and door", "\u0627x", "\N{SOFT HYPHEN}"])
+@pytest.mark.parametrize("offers", ["SCRAM-SHA-256 CRAM-MD5", "SCRAM-SHA-256 PLAIN"])
+def test_a_password_that_scram_cannot_be_done_with_goes_another_way(
+    salmon: Salmon, password: str, offers: str
+) -> None:
+    script = refuses(offers=offers, takes=offers.split()[1])
+    keys: dict[str, Any] = {"tls": "implicit", "ca_file": str(CERTIFICATE), "password": password}
+    assert collect_from(salmon, script, **keys).outcome is Outcome.NO_MAIL
+
+
+def test_a_password_that_scram_cannot_be_done_with_names_the_key(salmon: Salmon) -> None:
+    report = collect_from(salmon, refuses(offers="SCRAM-SHA-256"), password="\N{KEY} and door")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "change password" in report.error
+    assert "RFC 4013" in report.error and "door" not in report.error
+
+
+@pytest.mark.parametrize(
+    ("tls", "greeting", "words"),
+    [
+        ("starttls", b"", ["no greeting in 0.4 seconds", "set tls to 'implicit'", "check port"]),
+        ("implicit", b"", ["no greeting in 0.4 seconds", "set tls to 'starttls'", "check port"]),
+        ("starttls", b"\x15\x03\x01\x00\x02\x02\n", ["speaks TLS", "set tls to 'implicit'"]),
+        ("starttls", b"HTTP/1.1 400 Bad Request\r\n\r\n", ["a web server: check port"]),
+    ],
+)
+def test_a_port_of_another_service_names_the_key(
+    salmon: Salmon, tls: str, greeting: bytes, words: list[str]
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.writer.write(greeting)
+        await provider.ignore()
+
+    trust = str(CERTIFICATE)
+    report = collect_from(salmon, script, tls=tls, timeout=0.4, ca_file=trust)
+    assert report.outcome is Outcome.FAILED and report.error is not None
+    for word in words:
+        assert word in report.error
+
+
 STEPS = {
     "greeting": ["220 odmr"],
     "EHLO": ["250-odmr", "250-AUTH CRAM-MD5", "250 STARTTLS"],
@@ -369,6 +440,15 @@ def test_a_provider_that_does_not_answer_quit_is_not_waited_for_long(
     report = collect_from(salmon, script)
     assert report.outcome is Outcome.REFUSED
     assert report.seconds < 10
+
+
+def test_a_server_that_closes_without_a_greeting_names_the_keys(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.end()
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.FAILED and report.error is not None
+    assert "without a greeting" in report.error and "check port" in report.error
 
 
 async def logged_in(provider: Dialogue) -> None:

@@ -62,6 +62,11 @@ def test_no_settings_at_all_are_no_agents() -> None:
         ("enabled", "perhaps", ["enabled: found 'perhaps'", "True or False"]),
         ("server", "", ["server: found ''", "host name"]),
         ("server", "acme@odmr.example.net", ["server: found", "host name"]),
+        ("server", "odmr.example.net:3660", ["server: found", "a key of its own: port"]),
+        ("server", "[::1]:3660", ["server: found", "a key of its own: port"]),
+        ("server", "a..b", ["server: found 'a..b'", "host name"]),
+        ("server", "[odmr", ["server: found '[odmr'", "host name"]),
+        ("password", "a\udcff", ["password: found that value", "UTF-8"]),
         ("port", 70000, ["port: found 70000", "1 to 65535"]),
         ("port", "smtp", ["port: found 'smtp'", "1 to 65535"]),
         ("tls", "yes", ["tls: found 'yes'", "'implicit', 'starttls'"]),
@@ -174,6 +179,22 @@ def test_a_machine_with_a_full_name_is_called_by_it(
 ) -> None:
     monkeypatch.setattr(socket, "getfqdn", lambda: found)
     assert machine_name() == name
+
+
+@pytest.mark.parametrize(
+    ("value", "server", "address"),
+    [
+        ("localhost.", "localhost", "localhost:366"),
+        ("odmr.example.net.", "odmr.example.net", "odmr.example.net:366"),
+        ("[::1]", "::1", "[::1]:366"),
+        ("2001:db8::1", "2001:db8::1", "[2001:db8::1]:366"),
+        ("[192.0.2.1]", "192.0.2.1", "192.0.2.1:366"),
+        ("büro.example", "xn--bro-hoa.example", "xn--bro-hoa.example:366"),
+    ],
+)
+def test_a_server_may_be_written_in_these_ways(value: str, server: str, address: str) -> None:
+    [agent] = configuration(agent_keys(366, server=value)).agents
+    assert (agent.settings.server, agent.address) == (server, address)
 
 
 def test_missing_keys() -> None:

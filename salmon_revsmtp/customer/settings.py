@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 import ssl
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 from salmon_revsmtp.net.mechanisms import PASSWORDS, VERIFIED, Mechanism
+from salmon_revsmtp.smtp.addresses import to_ascii
 
 __all__ = [
     "ACCOUNT",
@@ -101,7 +104,8 @@ class ServerSettings(AgentSettings):
     domains: Annotated[
         tuple[str, ...], Field(description="a list of domain names such as 'example.org'")
     ] = ()
-    """The domains whose mail is asked for, in one ``ATRN``.  An empty list asks for whatever the
+    """The domains whose mail is asked for, in one ``ATRN``, or in several sessions if one command
+    line cannot hold them (512 octets, RFC 5321).  An empty list asks for whatever the
     provider holds for the account."""
     timeout: Annotated[
         float,
@@ -153,7 +157,13 @@ class ServerSettings(AgentSettings):
     def _server(cls, value: str) -> str:
         if re.search(r"[\s/@\x00-\x1f\x7f]", value):
             raise ValueError("a host name has no spaces, no slash and no @")
-        return value
+        host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(host)
+            return host
+        if re.search(r"[^:]:[0-9]+$", value):
+            raise ValueError("the port has a key of its own: port")
+        return to_ascii(host)
 
     @field_validator("account")
     @classmethod
@@ -164,7 +174,9 @@ class ServerSettings(AgentSettings):
     @classmethod
     def _password(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            without_control_characters(value.get_secret_value())
+            text = without_control_characters(value.get_secret_value())
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError("it is no UTF-8")
         return value
 
     @field_validator("ca_file")

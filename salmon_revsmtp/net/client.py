@@ -22,6 +22,7 @@ import aiosmtplib
 from aiosmtplib.typing import Default
 from pydantic import SecretStr
 from scramp import ScramClient, ScramException
+from scramp.utils import saslprep
 
 from salmon_revsmtp.net.dial import dial
 from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
@@ -94,7 +95,8 @@ class Connection:
         self.auth: str | None = None
         self.extensions: dict[str, str] = {}
         self.peer: tuple[str, int] = ("", 0)
-        self._where = f"{settings.server}:{settings.port}"
+        host = f"[{settings.server}]" if ":" in settings.server else settings.server
+        self._where = f"{host}:{settings.port}"
         self._hide = _hider(settings)
         self._dialled: asyncio.Transport | None = None
         self._injected = False
@@ -294,7 +296,12 @@ class Connection:
         """The mechanisms to try, in this order."""
         wanted = self.settings.auth or (*CHALLENGES, *PASSWORDS)
         usable = [
-            name for name in wanted if name in offered and (name in CHALLENGES or self._verified)
+            name
+            for name in wanted
+            if name in offered
+            and (name in CHALLENGES or self._verified)
+            # RFC 5802 2.2: it is done with names and passwords of some characters only.
+            and not (name.startswith("SCRAM-") and self._unprepared)
         ]
         return sorted(usable, key=lambda name: name != self._let_in_by)
 
@@ -315,6 +322,19 @@ class Connection:
         return error_for(reply, doing, "; ".join(advice))
 
     @property
+    def _unprepared(self) -> str:
+        """Which of ``account`` and ``password`` SCRAM cannot be done with (SASLprep, RFC 4013)."""
+        password = self.settings.password.get_secret_value() if self.settings.password else ""
+        for key, text in (("account", self.settings.account or ""), ("password", password)):
+            try:
+                prepared = saslprep(text)
+            except ScramException:
+                return key
+            if text and not prepared:
+                return key
+        return ""
+
+    @property
     def _verified(self) -> bool:
         """The other end has proved by its certificate that it is the server that is meant."""
         return self.tls is not None and self.settings.tls in VERIFIED
@@ -328,6 +348,12 @@ class Connection:
         if self.settings.auth and any(name in offered for name in CHALLENGES + PASSWORDS):
             wanted = " ".join(self.settings.auth)
             return f"{self._where} offers AUTH {methods} only, and auth allows {wanted} only"
+        if any(name.startswith("SCRAM-") for name in offered) and (key := self._unprepared):
+            return (
+                f"{self._where} offers AUTH {methods}, and this {key} is not for SCRAM: it "
+                f"has characters that SASLprep (RFC 4013) forbids; change {key}, or set tls to "
+                "'starttls' or 'implicit' if the server offers PLAIN then"
+            )
         if any(name in offered for name in PASSWORDS):
             return (
                 f"{self._where} offers AUTH {methods} only, which sends the password as it is, and "
@@ -611,17 +637,34 @@ def _network_reason(error: BaseException, settings: Server) -> str:
             )
         if isinstance(cause, ssl.SSLError):
             hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
-            return f"TLS failed ({cause.reason or cause}); does it want tls {hint}?"
+            return (
+                f"TLS failed ({cause.reason or cause}); does it want tls {hint}, or another port?"
+            )
         if isinstance(cause, ConnectionAbortedError):  # asyncio's word for a silent TLS handshake
             return f"no TLS handshake in {settings.timeout:g} seconds"
         cause = cause.__cause__ or cause.__context__
+    other = "set tls to 'implicit'" if settings.tls != "implicit" else "set tls to 'starttls'"
     if isinstance(error, aiosmtplib.SMTPResponseException):
-        return f"it sent no SMTP reply: {error.message[:80]}"
+        said = error.message.removeprefix("Malformed SMTP response line: ")
+        if said[:2] in ("\x15\x03", "\x16\x03"):
+            return f"it speaks TLS; {other}, or check port"
+        hint = "; it is a web server: check port" if said.startswith("HTTP/") else ""
+        return f"it sent no SMTP reply: {error.message[:80]}{hint}"
     text = str(error).strip()
+    if "server ready" in text:  # aiosmtplib's word for the greeting
+        return (
+            f"no greeting in {settings.timeout:g} seconds; a server that speaks TLS, or no SMTP, "
+            f"waits for us: {other}, or check port"
+        )
     if isinstance(error, aiosmtplib.SMTPTimeoutError):
         waited = "no TLS handshake" if "upgrading" in text else "no whole answer"
         return f"{waited} in {settings.timeout:g} seconds"
     text = re.sub(r"^Error connecting to \S+ on port \S+:", "", text).strip()
+    if isinstance(error, aiosmtplib.SMTPConnectError) and "EOF" in text:
+        return (
+            "it closed the connection without a greeting; if it always does, "
+            f"{other}, or check port"
+        )
     if text.startswith("Connection reset while upgrading") or (
         not text and settings.tls == "implicit"
     ):
