@@ -6,6 +6,8 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import json
+import logging
 import threading
 from typing import Any
 
@@ -368,6 +370,62 @@ def test_a_port_of_another_service_names_the_key(
     assert report.outcome is Outcome.FAILED and report.error is not None
     for word in words:
         assert word in report.error
+
+
+WORDS = "acme-7;Hunter2 example.org,x9"
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"550 no {WORDS}",
+        "550 hunter2 HUNTER2? and x9.",
+        "450 [Hunter2] aHunter2b",
+        f"550 {base64.b64encode(b'Hunter2').decode()}",
+        "Hunter2 is no reply",
+        "354 Hunter2",
+        "250 Hunter2\r\n220 Hunter2",
+        "",
+    ],
+)
+def test_words_of_parameters_are_hidden_unless_they_are_domains(
+    salmon: Salmon, protocol: str, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        ehlo = ("250-odmr Hunter2", "250-AUTH CRAM-MD5", "250-ETRN", "250-X-HUNTER2", "250 X x9")
+        provider.say("220 odmr Hunter2")
+        await provider.asks("EHLO", *ehlo)
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome Hunter2")
+        await provider.asks("EHLO", *ehlo)
+        assert (await provider.hear()).endswith(f"TRN {WORDS}")
+        if answer:
+            provider.say(answer)
+
+    caplog.set_level(logging.DEBUG)
+    report = collect_from(salmon, script, protocol=protocol, parameters=WORDS)
+    said = f"{report} {report.summary()} {json.dumps(report.as_dict())}"
+    for text in (said, caplog.text):
+        for secret in ("hunter2", "x9", "acme-7", "SHVudGVyMg"):
+            assert secret.lower() not in text.lower()
+    if answer.startswith("550 no"):
+        assert "***;*** example.org,***" in said and "***;*** example.org,***" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+def test_a_word_of_parameters_that_is_a_keyword_of_smtp_breaks_nothing(
+    salmon: Salmon, protocol: str
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        await logged_in(provider)
+        await provider.asks("EHLO", "250-odmr", "250 ETRN")
+        await provider.asks("ATRN" if protocol == "odmr" else "ETRN", "453 no")
+        await provider.left()
+
+    words = "CRAM-MD5 AUTH ETRN 250"
+    report = collect_from(salmon, script, protocol=protocol, parameters=words)
+    assert (report.sessions, report.auth) == (1, "CRAM-MD5")
 
 
 STEPS = {

@@ -197,6 +197,16 @@ def test_a_server_may_be_written_in_these_ways(value: str, server: str, address:
     assert (agent.settings.server, agent.address) == (server, address)
 
 
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+def test_parameters_stand_in_no_repr_and_no_error(protocol: str) -> None:
+    keys = agent_keys(366, protocol=protocol, parameters="acme;hunter2")
+    [agent] = configuration(keys).agents
+    assert "hunter2" not in repr(agent.settings) + str(agent.settings) + repr(agent)
+    for wrong in ("acme;hunter2\n", "acme;hunter2ü"):
+        assert "hunter2" not in one(protocol=protocol, parameters=wrong)
+    assert "hunter2" not in one(protocol=protocol, parameters=["a", "acme;hunter2\r"])
+
+
 def test_missing_keys() -> None:
     keys = without("server", "account", "password")
     found = problems(keys)

@@ -57,9 +57,12 @@ class EtrnSettings(ServerSettings):
     given."""
     parameters: Annotated[
         tuple[str, ...] | None,
-        Field(description="a text, or a list of texts, each sent after an ETRN as it is"),
+        Field(
+            repr=False, description="a text, or a list of texts, each sent after an ETRN as it is"
+        ),
     ] = None
-    """Sent after ``ETRN`` instead of ``domains``, with one ``ETRN`` for each text."""
+    """Sent after ``ETRN`` instead of ``domains``, with one ``ETRN`` for each text.  Words that are
+    no domain names are hidden wherever the password is."""
 
     @field_validator("domains")
     @classmethod
@@ -141,7 +144,7 @@ class EtrnAgent(Agent):
             outcomes = {}
             for name in self._names:
                 reply = await connection.command(f"ETRN {name}")
-                answer = f"{name}: {reply}"
+                answer = f"{connection.hide(name)}: {reply}"
                 report.answers.append(answer)
                 outcomes[answer] = _outcome(reply)
         finally:

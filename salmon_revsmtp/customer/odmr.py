@@ -57,10 +57,10 @@ class OdmrSettings(ServerSettings):
     """The name of your account at the provider."""
     password: Annotated[SecretStr, Field(min_length=1, description=PASSWORD)]
     parameters: Annotated[
-        str | None, Field(description="a text that is sent after ATRN as it is")
+        str | None, Field(repr=False, description="a text that is sent after ATRN as it is")
     ] = None
     """Sent after ``ATRN`` instead of ``domains``, for a provider that wants something else
-    there."""
+    there.  Words that are no domain names are hidden wherever the password is."""
 
     @field_validator("domains")
     @classmethod
@@ -191,7 +191,7 @@ class OdmrAgent(Agent):
             await connection.say_goodbye(answer)
             if reply.code == NO_MAIL:
                 return None
-            raise self._atrn_error(command, reply)
+            raise self._atrn_error(connection.hide(command), reply)
         finally:
             connection.close()
 

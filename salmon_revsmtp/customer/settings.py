@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 from salmon_revsmtp.net.mechanisms import PASSWORDS, VERIFIED, Mechanism
-from salmon_revsmtp.smtp.addresses import to_ascii
+from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 
 __all__ = [
     "ACCOUNT",
@@ -31,6 +31,9 @@ AUTH = (
     "a list of 'SCRAM-SHA-256', 'SCRAM-SHA-1', 'CRAM-MD5', 'PLAIN' and 'LOGIN', each once; or None"
 )
 
+# Of parameters: whatever may stand between a name and a password.
+_SEPARATORS = re.compile(r"[\s,;:=|&/\\\"'<>(){}]+")
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -39,6 +42,14 @@ def without_control_characters(text: str) -> str:
     if _CONTROL.search(text):
         raise ValueError("control characters are refused")
     return text
+
+
+def _is_domain(word: str) -> bool:
+    """A domain name of two labels or more; ``@`` before it is ETRN's."""
+    try:
+        return "." in to_ascii(word.removeprefix("@"))
+    except AddressError:
+        return False
 
 
 class AgentSettings(BaseModel):
@@ -190,6 +201,15 @@ class ServerSettings(AgentSettings):
             except (OSError, ssl.SSLError) as error:
                 raise ValueError(str(error.strerror or error)) from None
         return value
+
+    @property
+    def hidden_words(self) -> tuple[str, ...]:
+        """What is shown no more than the password: the words of ``parameters`` that are no domain
+        names."""
+        given = getattr(self, "parameters", None) or ()
+        texts = (given,) if isinstance(given, str) else given
+        words = [word for text in texts for word in _SEPARATORS.split(text)]
+        return tuple(dict.fromkeys(word for word in words if word and not _is_domain(word)))
 
     def idle_timeout(self, least: float) -> float:
         """Seconds to wait for a peer that RFC 5321 4.5.3.2 gives ``least``: ``timeout`` rules where

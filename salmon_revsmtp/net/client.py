@@ -38,12 +38,18 @@ dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 
 HIDDEN = "***"
 
+# Letters of a secret word; a shorter one is hidden only where it stands alone.
+SHORT = 4
+
 # Seconds for the answer to a QUIT whose outcome changes nothing.
 GOODBYE = 5.0
 
 # RFC 4954 4 (538: RFC 2554): the server does not do this mechanism after all; another may work.
 TRY_ANOTHER = (504, 534, 538)
 
+
+# The EHLO keywords that something depends on.
+OURS = ("ATRN", "AUTH", "ETRN", "STARTTLS")
 
 # What EHLO may be answered if the name in it is not good enough.
 NOT_THIS_NAME = (501, 504, 550, 553, 554)
@@ -69,6 +75,8 @@ class Server(Protocol):
     def password(self) -> SecretStr | None: ...
     @property
     def auth(self) -> Sequence[str] | None: ...
+    @property
+    def hidden_words(self) -> Sequence[str]: ...
     @property
     def timeout(self) -> float: ...
 
@@ -97,12 +105,14 @@ class Connection:
         self.peer: tuple[str, int] = ("", 0)
         host = f"[{settings.server}]" if ":" in settings.server else settings.server
         self._where = f"{host}:{settings.port}"
-        self._hide = _hider(settings)
+        #: Blanks secrets in a text that is shown.
+        self.hide = _hider(settings)
         self._dialled: asyncio.Transport | None = None
         self._injected = False
+        self._mechanisms: list[str] = []
         self._hostname = hostname
         self._smtp = _SMTP(
-            self._hide,
+            self.hide,
             hostname=settings.server,
             use_tls=settings.tls == "implicit",
             start_tls=False,
@@ -213,7 +223,11 @@ class Connection:
         found = _extensions(answer.message)
         # aiosmtplib looks for STARTTLS among its own.
         self._smtp.esmtp_extensions = {keyword.lower(): text for keyword, text in found.items()}
-        self.extensions = {keyword: self._hide(text) for keyword, text in found.items()}
+        self._mechanisms = found.get("AUTH", "").split()
+        self.extensions = {
+            keyword if keyword in OURS else self.hide(keyword): self.hide(text)
+            for keyword, text in found.items()
+        }
 
     async def _ehlo_after_login(self) -> None:
         """What was said before may not hold any more (RFC 4954 4): some providers list ATRN now.
@@ -265,7 +279,7 @@ class Connection:
         await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
 
     async def _authenticate(self) -> None:
-        offered = self.extensions.get("AUTH", "").split()
+        offered = self._mechanisms
         usable = self._usable(offered)
         if not usable:
             raise Failed(self._no_mechanism(offered))
@@ -380,7 +394,7 @@ class Connection:
             return self._reply(error.code, error.message)
         except ScramException as error:
             raise Failed(
-                f"{doing}: {self._hide(str(error))}; the server did not prove that it knows the "
+                f"{doing}: {self.hide(str(error))}; the server did not prove that it knows the "
                 "password"
             ) from None
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
@@ -451,12 +465,14 @@ class Connection:
         verb = line.partition(" ")[0]
         doing = f"waiting for the answer of {self._where} to {verb}"
         answer = Handover(self._transport(), doing)
-        dialogue.debug("C: %s", line)
+        dialogue.debug("C: %s", self.hide(line))
         try:
             reply = await asyncio.wait_for(answer.ask(line.encode("ascii") + b"\r\n"), timeout)
         except (asyncio.TimeoutError, TimeoutError):
             raise Failed(f"{doing}: nothing in {timeout:g} seconds") from None
-        reply = Reply(reply.code, self._hide(reply.text))
+        except Failed as error:
+            raise Failed(self.hide(str(error))) from None
+        reply = Reply(reply.code, self.hide(reply.text))
         dialogue.debug("S: %s", reply)
         return reply, answer
 
@@ -465,7 +481,7 @@ class Connection:
         dialogue.debug("C: QUIT")
         with contextlib.suppress(CollectionError, asyncio.TimeoutError, TimeoutError):
             reply = await asyncio.wait_for(answer.ask(b"QUIT\r\n"), GOODBYE)
-            dialogue.debug("S: %s", Reply(reply.code, self._hide(reply.text)))
+            dialogue.debug("S: %s", Reply(reply.code, self.hide(reply.text)))
         self.close()
 
     # -- details ------------------------------------------------------------------------------
@@ -483,14 +499,14 @@ class Connection:
 
     def _reply(self, code: int, message: str, doing: str = "") -> Reply:
         try:
-            return Reply(code, self._hide(message))
+            return Reply(code, self.hide(message))
         except ValueError:
             prefix = f"{doing}: " if doing else ""
-            said = self._hide(message)[:80]
+            said = self.hide(message)[:80]
             raise Failed(f"{prefix}{self._where} sent no SMTP reply: {said}") from None
 
     def _broken(self, doing: str, error: Exception) -> CollectionError:
-        return Failed(f"{doing}: {self._hide(_network_reason(error, self.settings))}")
+        return Failed(f"{doing}: {self.hide(_network_reason(error, self.settings))}")
 
 
 class _NoTls(Failed):
@@ -518,7 +534,7 @@ class _SMTP(aiosmtplib.SMTP):
             shown = HIDDEN
         else:
             public = args[:2] if args[:1] == (b"AUTH",) else args
-            shown = b" ".join(public).decode("utf-8", "replace")
+            shown = self._hide_secrets(b" ".join(public).decode("utf-8", "replace"))
             shown += f" {HIDDEN}" if len(public) < len(args) else ""
         dialogue.debug("C: %s", shown)
         self._in_auth = self.in_step = False
@@ -583,19 +599,26 @@ def _asked_for(challenge: str) -> str:
 
 
 def _hider(settings: Server) -> Callable[[str], str]:
-    """A function that blanks the password in what a server sends back to us."""
-    if settings.password is None:
+    """A function that blanks the password, and what else is secret, in a text that is shown."""
+    secrets: list[str] = []
+    if settings.password is not None:
+        password = settings.password.get_secret_value()
+        plain = f"\0{settings.account or ''}\0{password}"
+        secrets += [password, *map(_in_base64, (password, plain))]
+    patterns = [re.escape(secret) for secret in secrets]
+    for word in settings.hidden_words:
+        if len(word) < SHORT:  # it may be a part of many a word
+            patterns.append(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])")
+        else:
+            patterns += [re.escape(word), re.escape(_in_base64(word))]
+    if not patterns:
         return lambda text: text
-    password = settings.password.get_secret_value()
-    plain = f"\0{settings.account or ''}\0{password}"
-    secrets = [password, *(base64.b64encode(one.encode()).decode() for one in (password, plain))]
+    every = re.compile("|".join(sorted(patterns, key=len, reverse=True)), re.IGNORECASE)
+    return lambda text: every.sub(HIDDEN, text)
 
-    def hide(text: str) -> str:
-        for secret in secrets:
-            text = text.replace(secret, HIDDEN)
-        return text
 
-    return hide
+def _in_base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
 
 def _tls_context(settings: Server) -> ssl.SSLContext | None:
