@@ -51,7 +51,8 @@ def _sentence(model: type[BaseModel], keys: Mapping[str, Any], detail: ErrorDeta
     allowed = model.model_fields[key].description if key in model.model_fields else None
     if kind == "missing":
         return f"{key}: missing, allowed: {allowed}"
-    found = "that value" if _secret(key) else quote(_at(keys, detail["loc"]))
+    value = _at(keys, detail["loc"])
+    found = "that value" if _secret(key, value) else quote(value)
     reason = f" ({_reason(detail)})" if kind == "value_error" else ""
     return f"{key}: found {found}{reason}, allowed: {allowed}"
 
@@ -60,7 +61,9 @@ def _reason(detail: ErrorDetails) -> str:
     return detail["msg"].removeprefix("Value error, ")
 
 
-def _secret(key: str) -> bool:
+def _secret(key: str, value: object) -> bool:
+    if key == "parameters" and isinstance(value, str):  # there may be a password among them
+        return True
     return re.search("pass|secret|token|key", key, re.IGNORECASE) is not None
 
 

@@ -147,6 +147,7 @@ def test_a_server_without_etrn(salmon: Salmon) -> None:
         ({"domains": ["#a b"]}, "one word"),
         ({"domains": ["@"]}, "no domain name"),
         ({"password": None}, "give both, or neither"),
+        ({"account": None, "password": None, "auth": ["CRAM-MD5"]}, "auth: .*no login"),
         ({"parameters": ["a\r\nQUIT"]}, "control characters"),
         ({"domains": ["#queue"]}, "names no domain"),
     ],

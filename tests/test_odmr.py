@@ -6,7 +6,10 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import json
+import logging
 import threading
+from typing import Any
 
 import pytest
 from support.collecting import collect, collect_from
@@ -136,7 +139,7 @@ def test_domains_go_out_in_idna_and_parameters_as_they_are(salmon: Salmon) -> No
 def test_a_login_that_fails(salmon: Salmon, code: int, outcome: Outcome) -> None:
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")
-        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5 SCRAM-SHA-1")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-1")
         await provider.asks("AUTH SCRAM-SHA-1", f"{code} no")
 
     report = collect_from(salmon, script)
@@ -157,6 +160,388 @@ def test_a_mechanism_that_the_provider_does_not_do_after_all(salmon: Salmon) -> 
 
     report = collect_from(salmon, script)
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["AUTH CRAM-MD5 PLAIN", "AUTH=LOGIN"],
+        ["AUTH=LOGIN", "AUTH CRAM-MD5"],
+        ["AUTH PLAIN", "AUTH CRAM-MD5", "AUTH LOGIN"],
+        ["AUTH CRAM-MD5", "AUTH"],
+        ["AUTH=CRAM-MD5", "AUTH=PLAIN"],
+        ["AUTH\tCRAM-MD5"],
+        ["auth\tplain\tcram-md5"],
+        ["AUTH = CRAM-MD5"],
+        ["Auth=PLAIN\tCRAM-MD5 "],
+        ["AUTH  LOGIN \t CRAM-MD5"],
+    ],
+)
+def test_every_mechanism_that_a_server_names_counts(salmon: Salmon, lines: list[str]) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", *(f"250-{line}" for line in lines), "250 HELP")
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", "250 odmr")
+        await provider.asks("ATRN", "453 no mail")
+
+    report = collect_from(salmon, script)
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "CRAM-MD5")
+
+
+def refuses(*mechanisms: str, offers: str, takes: str = "") -> Script:
+    """A provider that answers 535 to these mechanisms, which come in this order."""
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", f"250 AUTH {offers}")
+        for mechanism in (*mechanisms, *([takes] if takes else [])):
+            heard = await provider.hear(f"AUTH {mechanism}")
+            if mechanism == "CRAM-MD5":
+                provider.say("334 PDFAeD4=")
+                await provider.hear()
+            assert PASSWORD not in heard
+            provider.say("235 welcome" if mechanism == takes else "535 5.7.8 no")
+        if takes:
+            await provider.asks("EHLO", "250 odmr")
+            await provider.asks("ATRN", "453 no mail")
+        await provider.left()
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("refused", "takes", "offers"),
+    [
+        ("CRAM-MD5", "PLAIN", "CRAM-MD5 PLAIN"),
+        ("CRAM-MD5", "LOGIN", "LOGIN CRAM-MD5"),
+        ("SCRAM-SHA-256", "PLAIN", "SCRAM-SHA-256 CRAM-MD5 PLAIN LOGIN"),
+        ("SCRAM-SHA-256", "CRAM-MD5", "SCRAM-SHA-256 CRAM-MD5"),
+        ("PLAIN", "LOGIN", "PLAIN LOGIN"),
+    ],
+)
+def test_one_other_mechanism_is_tried_after_a_refusal(
+    salmon: Salmon, refused: str, takes: str, offers: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = refuses(refused, offers=offers, takes=takes)
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, takes)
+    assert f"set auth to ['{takes}']" in caplog.text
+
+
+def test_a_collection_makes_no_more_than_two_wrong_tries(salmon: Salmon) -> None:
+    script = refuses("SCRAM-SHA-256", "PLAIN", offers="SCRAM-SHA-256 SCRAM-SHA-1 PLAIN LOGIN")
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and "with PLAIN it said 535" in report.error
+    assert "check account and password" in report.error
+
+
+def test_a_provider_that_breaks_off_after_a_wrong_try_has_refused(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5 SCRAM-SHA-1")
+        await provider.asks("AUTH SCRAM-SHA-1", "535 no")
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and "535 no" in report.error
+
+
+def test_the_mechanism_that_worked_is_the_first_in_the_next_session(salmon: Salmon) -> None:
+    """Else every session of a collection would make a wrong try."""
+    salmon.handle(".*")
+
+    async def first(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-1 CRAM-MD5")
+        await provider.asks("AUTH SCRAM-SHA-1", "535 no")
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", "250 odmr")
+        await provider.asks("ATRN", "250 reversing")
+        await provider.replied(220)
+        provider.say("EHLO odmr")
+        await provider.replied(250)
+        assert (await provider.send(MESSAGE)).startswith("250")
+        await provider.quit()
+
+    second = refuses(offers="SCRAM-SHA-1 CRAM-MD5", takes="CRAM-MD5")
+    assert collect_from(salmon, first, second).outcome is Outcome.COLLECTED
+
+
+@pytest.mark.parametrize(
+    ("auth", "used"), [(["PLAIN", "CRAM-MD5"], "PLAIN"), (["cram-md5"], "CRAM-MD5")]
+)
+def test_auth_names_the_mechanisms_in_their_order(
+    salmon: Salmon, auth: list[str], used: str
+) -> None:
+    script = refuses(offers="SCRAM-SHA-256 CRAM-MD5 PLAIN", takes=used)
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE), auth=auth)
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, used)
+
+
+def test_auth_that_the_provider_does_not_offer(salmon: Salmon) -> None:
+    report = collect_from(salmon, refuses(offers="CRAM-MD5"), auth=["SCRAM-SHA-256"])
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "auth allows SCRAM-SHA-256 only" in report.error
+
+
+@pytest.mark.parametrize("answer", ["504 need fully-qualified hostname", "501 syntax", "550 who?"])
+def test_a_name_that_the_provider_does_not_take_names_the_key(salmon: Salmon, answer: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", answer)
+        await provider.left()
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.error is not None and answer in report.error
+    assert "name 'mail.example.org', set hostname of the service" in report.error
+
+
+@pytest.mark.parametrize("server", ["localhost.", "[127.0.0.1]", "LOCALHOST"])
+def test_a_certificate_is_for_the_server_however_it_is_written(salmon: Salmon, server: str) -> None:
+    keys: dict[str, Any] = {"server": server, "tls": "implicit", "ca_file": str(CERTIFICATE)}
+    assert collect_from(salmon, no_more_mail, **keys).outcome is Outcome.NO_MAIL
+
+
+def test_domains_that_one_command_cannot_hold_are_asked_for_in_several_sessions(
+    salmon: Salmon,
+) -> None:
+    salmon.handle(".*")
+    domains = [f"a-rather-long-name-number-{number}.example.org" for number in range(40)]
+    asked: list[str] = []
+
+    async def empty(provider: Dialogue) -> None:
+        await provider.up_to_atrn()
+        line = await provider.hear("ATRN ")
+        assert len(line) <= 510
+        asked.extend(line.removeprefix("ATRN ").split(","))
+        provider.say("453 no mail")
+        await provider.left()
+
+    async def mail(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE, f"b@{domains[39]}")).startswith("250")
+        await provider.quit()
+
+    report = collect_from(salmon, empty, empty, empty, mail, empty, domains=domains)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.COLLECTED, 1, 5)
+    assert asked == domains
+
+
+@pytest.mark.parametrize("password", ["\N{KEY} and door", "\u0627x", "\N{SOFT HYPHEN}"])
+@pytest.mark.parametrize("offers", ["SCRAM-SHA-256 CRAM-MD5", "SCRAM-SHA-256 PLAIN"])
+def test_a_password_that_scram_cannot_be_done_with_goes_another_way(
+    salmon: Salmon, password: str, offers: str
+) -> None:
+    script = refuses(offers=offers, takes=offers.split()[1])
+    keys: dict[str, Any] = {"tls": "implicit", "ca_file": str(CERTIFICATE), "password": password}
+    assert collect_from(salmon, script, **keys).outcome is Outcome.NO_MAIL
+
+
+def test_a_password_that_scram_cannot_be_done_with_names_the_key(salmon: Salmon) -> None:
+    report = collect_from(salmon, refuses(offers="SCRAM-SHA-256"), password="\N{KEY} and door")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "change password" in report.error
+    assert "RFC 4013" in report.error and "door" not in report.error
+
+
+@pytest.mark.parametrize(
+    ("tls", "greeting", "words"),
+    [
+        ("starttls", b"", ["no greeting in 0.4 seconds", "set tls to 'implicit'", "check port"]),
+        ("implicit", b"", ["no greeting in 0.4 seconds", "set tls to 'starttls'", "check port"]),
+        ("starttls", b"\x15\x03\x01\x00\x02\x02\n", ["speaks TLS", "set tls to 'implicit'"]),
+        ("starttls", b"HTTP/1.1 400 Bad Request\r\n\r\n", ["a web server: check port"]),
+    ],
+)
+def test_a_port_of_another_service_names_the_key(
+    salmon: Salmon, tls: str, greeting: bytes, words: list[str]
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.writer.write(greeting)
+        await provider.ignore()
+
+    trust = str(CERTIFICATE)
+    report = collect_from(salmon, script, tls=tls, timeout=0.4, ca_file=trust)
+    assert report.outcome is Outcome.FAILED and report.error is not None
+    for word in words:
+        assert word in report.error
+
+
+WORDS = "acme-7;Hunter2 example.org,x9"
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"550 no {WORDS}",
+        "550 hunter2 HUNTER2? and x9.",
+        "450 [Hunter2] aHunter2b",
+        f"550 {base64.b64encode(b'Hunter2').decode()}",
+        "Hunter2 is no reply",
+        "354 Hunter2",
+        "250 Hunter2\r\n220 Hunter2",
+        "",
+    ],
+)
+def test_words_of_parameters_are_hidden_unless_they_are_domains(
+    salmon: Salmon, protocol: str, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        ehlo = ("250-odmr Hunter2", "250-AUTH CRAM-MD5", "250-ETRN", "250-X-HUNTER2", "250 X x9")
+        provider.say("220 odmr Hunter2")
+        await provider.asks("EHLO", *ehlo)
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome Hunter2")
+        await provider.asks("EHLO", *ehlo)
+        assert (await provider.hear()).endswith(f"TRN {WORDS}")
+        if answer:
+            provider.say(answer)
+
+    caplog.set_level(logging.DEBUG)
+    report = collect_from(salmon, script, protocol=protocol, parameters=WORDS)
+    said = f"{report} {report.summary()} {json.dumps(report.as_dict())}"
+    for text in (said, caplog.text):
+        for secret in ("hunter2", "x9", "acme-7", "SHVudGVyMg"):
+            assert secret.lower() not in text.lower()
+    if answer.startswith("550 no"):
+        assert "***;*** example.org,***" in said and "***;*** example.org,***" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+def test_a_word_of_parameters_that_is_a_keyword_of_smtp_breaks_nothing(
+    salmon: Salmon, protocol: str
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        await logged_in(provider)
+        await provider.asks("EHLO", "250-odmr", "250 ETRN")
+        await provider.asks("ATRN" if protocol == "odmr" else "ETRN", "453 no")
+        await provider.left()
+
+    words = "CRAM-MD5 AUTH ETRN 250"
+    report = collect_from(salmon, script, protocol=protocol, parameters=words)
+    assert (report.sessions, report.auth) == (1, "CRAM-MD5")
+
+
+STEPS = {
+    "greeting": ["220 odmr"],
+    "EHLO": ["250-odmr", "250-AUTH CRAM-MD5", "250 STARTTLS"],
+    "STARTTLS": ["220 go ahead"],
+}
+
+
+@pytest.mark.parametrize(
+    ("tls", "step", "answer"),
+    [
+        ("none", "greeting", "554 no"),
+        ("none", "greeting", "450 later"),
+        ("none", "EHLO", "554 no"),
+        ("none", "EHLO", "450 later"),
+        ("starttls", "STARTTLS", "454 TLS not available"),
+        ("starttls", "STARTTLS", "502 no"),
+        ("none", "AUTH CRAM-MD5", "535 no"),
+        ("none", "AUTH CRAM-MD5", "454 later"),
+        ("none", "AUTH CRAM-MD5", "504 no"),
+    ],
+)
+@pytest.mark.parametrize("answers_quit", [True, False])
+def test_a_provider_that_says_no_is_left_with_quit(
+    salmon: Salmon, tls: str, step: str, answer: str, answers_quit: bool
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        for one in ("greeting", "EHLO", "STARTTLS", "AUTH CRAM-MD5"):
+            if one == "STARTTLS" and tls == "none":
+                continue
+            if one != "greeting":
+                await provider.hear(one)
+            if one == step:
+                provider.say(answer)
+                break
+            provider.say(*STEPS[one])
+        await provider.hear("QUIT")
+        if answers_quit:
+            provider.say("221 bye")
+            await provider.silence()
+
+    report = collect_from(salmon, script, tls=tls)
+    assert report.outcome is (Outcome.DEFERRED if answer[0] == "4" else Outcome.REFUSED)
+    assert report.error is not None and answer in report.error
+    assert report.seconds < 3
+
+
+@pytest.mark.parametrize("offers", ["250 STARTTLS", "250 AUTH PLAIN", "250 SIZE"])
+def test_a_provider_that_is_of_no_use_is_left_with_quit(salmon: Salmon, offers: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", offers)
+        await provider.asks("QUIT", "221 bye")
+        await provider.silence()
+
+    assert collect_from(salmon, script).outcome is Outcome.FAILED
+
+
+def test_a_provider_that_does_not_answer_quit_is_not_waited_for_long(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("salmon_revsmtp.net.client.GOODBYE", 0.2)
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("554 no")
+        await provider.hear("QUIT")
+        await provider.ignore()
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.REFUSED
+    assert report.seconds < 10
+
+
+def test_a_server_that_closes_without_a_greeting_names_the_keys(salmon: Salmon) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.end()
+
+    report = collect_from(salmon, script)
+    assert report.outcome is Outcome.FAILED and report.error is not None
+    assert "without a greeting" in report.error and "check port" in report.error
+
+
+async def logged_in(provider: Dialogue) -> None:
+    provider.say("220 odmr")
+    await provider.asks("EHLO", "250-odmr", "250-AUTH CRAM-MD5", "250 ETRN")
+    await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+    await provider.asks("", "235 welcome")
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize("answer", ["503 again?", "530 no", "500 what?", "502 no", "451 later"])
+def test_the_ehlo_after_the_login_is_optional(salmon: Salmon, protocol: str, answer: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        await logged_in(provider)
+        await provider.asks("EHLO", answer)
+        await provider.asks("ATRN" if protocol == "odmr" else "ETRN", "250 ok")
+        provider.abort()
+
+    report = collect_from(salmon, script, protocol=protocol)
+    assert (report.sessions, report.auth) == (1, "CRAM-MD5")
+    if protocol == "etrn":
+        assert report.outcome is Outcome.REQUESTED
+
+
+@pytest.mark.parametrize("answer", ["421 closing", ""])
+def test_an_end_at_the_ehlo_after_the_login_says_where_it_was(salmon: Salmon, answer: str) -> None:
+    async def script(provider: Dialogue) -> None:
+        await logged_in(provider)
+        await provider.hear("EHLO")
+        if answer:
+            provider.say(answer)
+
+    report = collect_from(salmon, script)
+    assert report.outcome is (Outcome.DEFERRED if answer else Outcome.FAILED)
+    assert report.error is not None and "again after logging in" in report.error
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
@@ -180,18 +565,98 @@ def test_under_tls_the_password_may_be_sent(salmon: Salmon, mechanism: str) -> N
     assert (report.outcome, report.auth) == (Outcome.NO_MAIL, mechanism)
 
 
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "password"),
+    [
+        (b64("Username:"), b64("Password:")),
+        (b64("User Name\0"), b64("Password\0")),
+        (b64("USERNAME:"), b64("PASSWORD:")),
+        (b64("login:"), b64("password:")),
+        ("Username:", "Password:"),
+        ("", b64("Password:")),
+    ],
+)
+def test_auth_login_answers_what_it_is_asked_for(salmon: Salmon, name: str, password: str) -> None:
+    """Some servers do not read the name that comes with the command."""
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH LOGIN")
+        await provider.hear(f"AUTH LOGIN {b64('acme')}")
+        if name:
+            provider.say(f"334 {name}")
+            assert await provider.hear() == b64("acme")
+        provider.say(f"334 {password}")
+        assert await provider.hear() == b64(PASSWORD)
+        provider.say("235 welcome")
+        await provider.asks("EHLO", "250-odmr", "250 ATRN")
+        await provider.asks("ATRN", "453 no mail")
+
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert (report.outcome, report.auth) == (Outcome.NO_MAIL, "LOGIN")
+
+
+@pytest.mark.parametrize(
+    "challenges", [["Username:", "Username:"], ["One-time code:"], [""], ["Password:", "Password:"]]
+)
+def test_auth_login_gives_no_password_to_another_question(
+    salmon: Salmon, challenges: list[str]
+) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH LOGIN")
+        await provider.hear("AUTH LOGIN ")
+        sent = []
+        for challenge in challenges:
+            provider.say(f"334 {b64(challenge)}")
+            sent.append(await provider.hear())
+        assert sent[-1] == "*"
+        assert sent.count(b64(PASSWORD)) == challenges[:-1].count("Password:")
+        provider.say("501 cancelled")
+        await provider.left()
+
+    report = collect_from(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "asks for something else" in report.error
+
+
 @pytest.mark.parametrize("offered", ["AUTH PLAIN LOGIN", "AUTH XOAUTH2", "SIZE", "STARTTLS"])
 def test_without_tls_the_password_is_never_sent(salmon: Salmon, offered: str) -> None:
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")
         await provider.asks("EHLO", "250-odmr", f"250 {offered}")
-        await provider.silence()
+        await provider.left()
 
     report = collect_from(salmon, script)
     assert report.outcome is Outcome.FAILED
     assert report.error is not None
     if "PLAIN" in offered or "STARTTLS" in offered:
         assert "set tls to" in report.error
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize("offered", ["PLAIN", "LOGIN", "PLAIN LOGIN"])
+def test_a_server_that_was_not_verified_never_gets_the_password(
+    salmon: Salmon, protocol: str, offered: str
+) -> None:
+    """Anyone may be at the other end of TLS whose certificate no one has looked at."""
+
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 STARTTLS")
+        await provider.asks("STARTTLS", "220 go ahead")
+        await provider.starttls(server_tls())
+        await provider.asks("EHLO", "250-odmr", f"250 AUTH {offered}")
+        await provider.left()
+
+    report = collect_from(salmon, script, protocol=protocol, tls="opportunistic")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "set tls to 'starttls'" in report.error
+    assert PASSWORD not in report.error
 
 
 def test_a_scram_server_that_does_not_prove_itself(salmon: Salmon) -> None:
@@ -215,7 +680,7 @@ def test_starttls_that_is_not_offered_is_a_failure_by_default(salmon: Salmon) ->
     async def script(provider: Dialogue) -> None:
         provider.say("220 odmr")
         await provider.asks("EHLO", "250-odmr", "250 AUTH CRAM-MD5")
-        await provider.silence()
+        await provider.left()
 
     report = collect_from(salmon, script, tls="starttls")
     assert report.outcome is Outcome.FAILED
@@ -225,6 +690,67 @@ def test_starttls_that_is_not_offered_is_a_failure_by_default(salmon: Salmon) ->
 def test_opportunistic_goes_on_without_tls(salmon: Salmon) -> None:
     report = collect_from(salmon, no_more_mail, tls="opportunistic")
     assert (report.outcome, report.tls) == (Outcome.NO_MAIL, None)
+
+
+def fails_at_tls(how: str) -> Script:
+    async def script(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250-AUTH CRAM-MD5 PLAIN", "250 STARTTLS")
+        await provider.hear("STARTTLS")
+        if how[0] in "45":
+            provider.say(how)
+            await provider.left()
+        elif how != "drop":
+            provider.say("220 go ahead")
+            if how == "garbage":
+                await provider.reader.read(5)
+                provider.say("500 what?")
+            elif how == "silence":
+                await provider.ignore()
+
+    return script
+
+
+@pytest.mark.parametrize("protocol", ["odmr", "etrn"])
+@pytest.mark.parametrize(
+    "how", ["454 no TLS now", "501 what?", "502 no", "drop", "drop after 220", "garbage", "silence"]
+)
+def test_opportunistic_tls_that_fails_is_followed_by_a_connection_in_the_clear(
+    salmon: Salmon, protocol: str, how: str
+) -> None:
+    async def again(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        capabilities = ("250-odmr", "250-AUTH CRAM-MD5 PLAIN", "250-ETRN", "250 STARTTLS")
+        await provider.asks("EHLO", *capabilities)
+        await provider.asks("AUTH CRAM-MD5", "334 PDFAeD4=")
+        await provider.asks("", "235 welcome")
+        await provider.asks("EHLO", *capabilities)
+        await provider.asks("ATRN" if protocol == "odmr" else "ETRN", "453 no mail")
+        await provider.left()
+
+    timeout = 0.5 if how == "silence" else 20
+    keys: dict[str, Any] = {"protocol": protocol, "tls": "opportunistic", "timeout": timeout}
+    report = collect_from(salmon, fails_at_tls(how), again, **keys)
+    assert (report.sessions, report.tls, report.auth) == (1, None, "CRAM-MD5")
+
+
+def test_a_connection_in_the_clear_after_opportunistic_tls_gets_no_password(
+    salmon: Salmon,
+) -> None:
+    async def again(provider: Dialogue) -> None:
+        provider.say("220 odmr")
+        await provider.asks("EHLO", "250-odmr", "250 AUTH PLAIN LOGIN")
+        await provider.left()
+
+    report = collect_from(salmon, fails_at_tls("454 no"), again, tls="opportunistic")
+    assert report.outcome is Outcome.FAILED
+    assert report.error is not None and "set tls to 'starttls'" in report.error
+
+
+@pytest.mark.parametrize("how", ["454 no TLS now", "502 no", "drop after 220", "garbage"])
+def test_required_tls_that_fails_is_followed_by_nothing(salmon: Salmon, how: str) -> None:
+    report = collect_from(salmon, fails_at_tls(how), tls="starttls")
+    assert not report.outcome.good and report.sessions == 0
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -322,6 +848,48 @@ def test_a_message_that_was_encrypted_twice_is_left_with_the_provider(salmon: Sa
     )
     assert (report.outcome, report.messages, report.refused) == (Outcome.COLLECTED, 2, 0)
     assert len(salmon.handled) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        ("greeting", "421 too many connections"),
+        ("greeting", "554 too many connections"),
+        ("EHLO", "450 later"),
+        ("AUTH", "454 later"),
+        ("AUTH", "535 one login a minute"),
+        ("ATRN", "450 refused"),
+        ("ATRN", "451 busy"),
+        ("ATRN", "550 no more"),
+    ],
+)
+def test_what_follows_mail_is_never_worse_than_the_mail(
+    salmon: Salmon, step: str, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    salmon.handle(".*")
+
+    async def first(provider: Dialogue) -> None:
+        await provider.reverse()
+        for number in range(3):
+            assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
+        await provider.quit()
+
+    async def second(provider: Dialogue) -> None:
+        if step == "ATRN":
+            await provider.up_to_atrn()
+            await provider.asks("ATRN", answer)
+        elif step == "greeting":
+            provider.say(answer)
+        else:
+            provider.say("220 odmr")
+            if step == "AUTH":
+                await provider.asks("EHLO", "250-odmr", "250 AUTH SCRAM-SHA-1")
+            await provider.asks(step, answer)
+        await provider.left()
+
+    report = collect_from(salmon, first, second)
+    assert (report.outcome, report.messages, report.error) == (Outcome.COLLECTED, 3, None)
+    assert answer in caplog.text
 
 
 def test_a_provider_that_breaks_off_without_giving_anything(salmon: Salmon) -> None:

@@ -63,7 +63,9 @@ class Agent(ABC):
     def address(self) -> str:
         """Where it collects, ``server:port``; empty if the type has no such thing."""
         server, port = (getattr(self.settings, key, None) for key in ("server", "port"))
-        return f"{server}:{port}" if server else ""
+        if not server:
+            return ""
+        return f"[{server}]:{port}" if ":" in server else f"{server}:{port}"
 
     @property
     def domains(self) -> tuple[str, ...]:

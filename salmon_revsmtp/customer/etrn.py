@@ -57,9 +57,12 @@ class EtrnSettings(ServerSettings):
     given."""
     parameters: Annotated[
         tuple[str, ...] | None,
-        Field(description="a text, or a list of texts, each sent after an ETRN as it is"),
+        Field(
+            repr=False, description="a text, or a list of texts, each sent after an ETRN as it is"
+        ),
     ] = None
-    """Sent after ``ETRN`` instead of ``domains``, with one ``ETRN`` for each text."""
+    """Sent after ``ETRN`` instead of ``domains``, with one ``ETRN`` for each text.  Words that are
+    no domain names are hidden wherever the password is."""
 
     @field_validator("domains")
     @classmethod
@@ -104,6 +107,8 @@ class EtrnAgent(Agent):
 
     protocol: ClassVar[str] = "etrn"
     Settings = EtrnSettings
+    # The mechanism that let us in the last time.
+    _let_in_by: str | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -127,16 +132,19 @@ class EtrnAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report = collection.report
-        connection = await Connection.open(self.settings, collection.service.hostname)
+        connection = await Connection.open(
+            self.settings, collection.service.hostname, self._let_in_by
+        )
         try:
             report.sessions += 1
             report.tls, report.auth = connection.tls, connection.auth
+            self._let_in_by = connection.auth
             if "ETRN" not in connection.extensions:
                 raise Failed(f"{self.address} does not offer ETRN; is it the host that holds mail?")
             outcomes = {}
             for name in self._names:
                 reply = await connection.command(f"ETRN {name}")
-                answer = f"{name}: {reply}"
+                answer = f"{connection.hide(name)}: {reply}"
                 report.answers.append(answer)
                 outcomes[answer] = _outcome(reply)
         finally:
@@ -151,7 +159,9 @@ class EtrnAgent(Agent):
         """Dial, TLS, EHLO, AUTH; no ETRN."""
         from salmon_revsmtp.net.client import Connection
 
-        connection = await Connection.open(self.settings, await service.find_hostname())
+        connection = await Connection.open(
+            self.settings, await service.find_hostname(), self._let_in_by
+        )
         result = Check(connection.tls, connection.auth, connection.extensions)
         if "ETRN" not in connection.extensions:
             result.problems.append(f"{self.address} does not offer ETRN")

@@ -19,7 +19,7 @@ from salmon_revsmtp.customer.settings import (
     ServerSettings,
     without_control_characters,
 )
-from salmon_revsmtp.net.outcome import Failed, Outcome
+from salmon_revsmtp.net.outcome import Deferred, Failed, Outcome, Refused
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 
@@ -36,6 +36,9 @@ __all__ = ["OdmrAgent", "OdmrSettings"]
 ATRN_TIMEOUT = 600.0
 
 NO_MAIL = 453
+
+# RFC 5321 4.5.3.1.4: a command line has 512 octets with its CRLF.
+MAX_COMMAND = 510
 
 # Sessions of one collection.  Some providers send one message a session, so that it takes many; but
 # a handler that mails back into a collected domain makes new mail for ever, and the rest of it can
@@ -54,10 +57,10 @@ class OdmrSettings(ServerSettings):
     """The name of your account at the provider."""
     password: Annotated[SecretStr, Field(min_length=1, description=PASSWORD)]
     parameters: Annotated[
-        str | None, Field(description="a text that is sent after ATRN as it is")
+        str | None, Field(repr=False, description="a text that is sent after ATRN as it is")
     ] = None
     """Sent after ``ATRN`` instead of ``domains``, for a provider that wants something else
-    there."""
+    there.  Words that are no domain names are hidden wherever the password is."""
 
     @field_validator("domains")
     @classmethod
@@ -79,6 +82,8 @@ class OdmrAgent(Agent):
 
     protocol: ClassVar[str] = "odmr"
     Settings = OdmrSettings
+    # The mechanism that let us in the last time.
+    _let_in_by: str | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -92,12 +97,21 @@ class OdmrAgent(Agent):
             return ()
 
     @property
-    def command(self) -> str:
-        """The ATRN that is sent (RFC 2645 5.2.1)."""
-        argument = self.settings.parameters
-        if argument is None:
-            argument = ",".join(self.settings.domains)
-        return f"ATRN {argument}".rstrip(" ")
+    def commands(self) -> tuple[str, ...]:
+        """The ATRN that is sent (RFC 2645 5.2.1); several, a session each, if one command line
+        cannot hold all domains."""
+        if self.settings.parameters is not None:
+            return (f"ATRN {self.settings.parameters}".rstrip(" "),)
+        commands = ["ATRN"]
+        for domain in self.settings.domains:
+            longer = f"{commands[-1]},{domain}"
+            if commands[-1] == "ATRN":
+                commands[-1] = f"ATRN {domain}"
+            elif len(longer) <= MAX_COMMAND:
+                commands[-1] = longer
+            else:
+                commands.append(f"ATRN {domain}")
+        return tuple(commands)
 
     def problems(self, service: Service) -> list[str]:
         if service.settings.domains or self.domains:
@@ -114,22 +128,9 @@ class OdmrAgent(Agent):
         A session that took messages is followed by another, also when it broke: some providers
         send one message and break off.  A session that brought nothing is the last.
         """
-        while True:
-            session = await self._session(collection)
-            if session is None or collection.stopping:
+        for command in self.commands:
+            if not await self._drain(collection, command):
                 break
-            if session.served:
-                if collection.report.sessions < MAX_SESSIONS:
-                    continue
-                log.warning(
-                    "agent=%s sessions=%d and still more mail, the next collection goes on; does a "
-                    "handler mail back into a domain that is collected?",
-                    *(self.name, collection.report.sessions),
-                )
-                break
-            if session.broken:
-                raise Failed(f"receiving from {self.address}: {session.broken}")
-            break
         tally = collection.tally
         if tally.accepted:
             return Outcome.COLLECTED
@@ -140,25 +141,57 @@ class OdmrAgent(Agent):
             )
         return Outcome.COLLECTED if tally.refused else Outcome.NO_MAIL
 
-    async def _session(self, collection: Collection) -> Session | None:
+    async def _drain(self, collection: Collection, command: str) -> bool:
+        """Sessions with this ATRN until it brings no more; ``False`` if the collection is over."""
+        while True:
+            try:
+                session = await self._session(collection, command)
+            except (Refused, Deferred) as error:
+                # What follows mail is never worse than the mail.
+                if not collection.tally.accepted:
+                    raise
+                log.warning("agent=%s after the mail: %s", self.name, error)
+                return False
+            if collection.stopping:
+                return False
+            if session is None:
+                return True
+            if not session.served:
+                if session.broken:
+                    raise Failed(f"receiving from {self.address}: {session.broken}")
+                return True
+            if collection.report.sessions >= MAX_SESSIONS:
+                log.warning(
+                    "agent=%s sessions=%d and still more mail, the next collection goes on; does a "
+                    "handler mail back into a domain that is collected?",
+                    *(self.name, collection.report.sessions),
+                )
+                return False
+
+    async def _session(self, collection: Collection, command: str) -> Session | None:
         """One connection; ``None`` when the provider has no mail for us (453)."""
         from salmon_revsmtp.net.client import Connection
 
         report, settings = collection.report, self.settings
-        connection = await Connection.open(settings, collection.service.hostname)
+        connection = await Connection.open(settings, collection.service.hostname, self._let_in_by)
         try:
             report.sessions += 1
             report.tls, report.auth = connection.tls, connection.auth
-            self._admit(collection.service, connection)
+            self._let_in_by = connection.auth
+            try:
+                self._admit(collection.service, connection)
+            except Failed:
+                await connection.quit()
+                raise
             reply, answer = await connection.last_command(
-                self.command, max(ATRN_TIMEOUT, settings.timeout)
+                command, max(ATRN_TIMEOUT, settings.timeout)
             )
             if reply.code == 250:
                 return await collection.receive(answer, settings.idle_timeout(COMMAND_TIMEOUT))
             await connection.say_goodbye(answer)
             if reply.code == NO_MAIL:
                 return None
-            raise self._atrn_error(reply)
+            raise self._atrn_error(connection.hide(command), reply)
         finally:
             connection.close()
 
@@ -169,7 +202,7 @@ class OdmrAgent(Agent):
                 f'"{self.settings.service}" shuts out by its rule "{rule}"'
             )
 
-    def _atrn_error(self, reply: Reply) -> Exception:
+    def _atrn_error(self, command: str, reply: Reply) -> Exception:
         """RFC 2645 5.2.1: what else may be answered, and what to do about it."""
         from salmon_revsmtp.net.client import error_for
 
@@ -181,13 +214,15 @@ class OdmrAgent(Agent):
             530: "it wants a login first: check account and password",
             550: "it does not hold mail of these domains for this account: check domains",
         }.get(reply.code, "")
-        return error_for(reply, f"asking {self.address} for mail with {self.command}", advice)
+        return error_for(reply, f"asking {self.address} for mail with {command}", advice)
 
     async def check(self, service: Service) -> Check:
         """Dial, TLS, EHLO, AUTH; no ATRN."""
         from salmon_revsmtp.net.client import Connection
 
-        connection = await Connection.open(self.settings, await service.find_hostname())
+        connection = await Connection.open(
+            self.settings, await service.find_hostname(), self._let_in_by
+        )
         result = Check(connection.tls, connection.auth, connection.extensions)
         try:
             self._admit(service, connection)

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,28 +22,37 @@ import aiosmtplib
 from aiosmtplib.typing import Default
 from pydantic import SecretStr
 from scramp import ScramClient, ScramException
+from scramp.utils import saslprep
 
+from salmon_revsmtp.net.dial import dial
 from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
+from salmon_revsmtp.net.mechanisms import CHALLENGES, PASSWORDS, VERIFIED
 from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Refused
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Connection", "Server", "error_for"]
 
+log = logging.getLogger(__name__)
 # -v shows it; its lines never hold a secret.
 dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 
 HIDDEN = "***"
 
-# Strongest first.  The first four prove the password without sending it; the others send it, and
-# are used under TLS only (RFC 4954 4, RFC 2645 5.1.1 wants CRAM-MD5 of every provider).
-CHALLENGES = ("SCRAM-SHA-256", "SCRAM-SHA-1", "CRAM-MD5")
-PASSWORDS = ("PLAIN", "LOGIN")
+# Letters of a secret word; a shorter one is hidden only where it stands alone.
+SHORT = 4
 
 # Seconds for the answer to a QUIT whose outcome changes nothing.
 GOODBYE = 5.0
 
-# RFC 4954 4: the server does not do this mechanism after all; another may work.
-TRY_ANOTHER = (504, 534)
+# RFC 4954 4 (538: RFC 2554): the server does not do this mechanism after all; another may work.
+TRY_ANOTHER = (504, 534, 538)
+
+
+# The EHLO keywords that something depends on.
+OURS = ("ATRN", "AUTH", "ETRN", "STARTTLS")
+
+# What EHLO may be answered if the name in it is not good enough.
+NOT_THIS_NAME = (501, 504, 550, 553, 554)
 
 
 class Server(Protocol):
@@ -64,6 +74,10 @@ class Server(Protocol):
     @property
     def password(self) -> SecretStr | None: ...
     @property
+    def auth(self) -> Sequence[str] | None: ...
+    @property
+    def hidden_words(self) -> Sequence[str]: ...
+    @property
     def timeout(self) -> float: ...
 
 
@@ -82,19 +96,24 @@ class Connection:
     ``peer``        the server's address and port.
     """
 
-    def __init__(self, settings: Server, hostname: str) -> None:
+    def __init__(self, settings: Server, hostname: str, let_in_by: str | None = None) -> None:
         self.settings = settings
+        self._let_in_by = let_in_by
         self.tls: str | None = None
         self.auth: str | None = None
         self.extensions: dict[str, str] = {}
         self.peer: tuple[str, int] = ("", 0)
-        self._where = f"{settings.server}:{settings.port}"
-        self._hide = _hider(settings)
+        host = f"[{settings.server}]" if ":" in settings.server else settings.server
+        self._where = f"{host}:{settings.port}"
+        #: Blanks secrets in a text that is shown.
+        self.hide = _hider(settings)
         self._dialled: asyncio.Transport | None = None
+        self._injected = False
+        self._mechanisms: list[str] = []
+        self._hostname = hostname
         self._smtp = _SMTP(
-            self._hide,
+            self.hide,
             hostname=settings.server,
-            port=settings.port,
             use_tls=settings.tls == "implicit",
             start_tls=False,
             tls_context=_tls_context(settings),
@@ -103,28 +122,57 @@ class Connection:
         )
 
     @classmethod
-    async def open(cls, settings: Server, hostname: str) -> Connection:
+    async def open(
+        cls, settings: Server, hostname: str, let_in_by: str | None = None
+    ) -> Connection:
         """Dial, TLS as ``tls`` says, EHLO, AUTH if there is an account.
 
-        ``hostname`` is what we call ourselves.  Raises
+        ``hostname`` is what we call ourselves; ``let_in_by`` the mechanism that worked the last
+        time, which is tried first.  Raises
         :class:`~salmon_revsmtp.net.outcome.CollectionError`; nothing is left open then.
         """
-        connection = cls(settings, hostname)
         try:
-            await connection._open()
+            return await cls._open_one(settings, hostname, let_in_by)
+        except _NoTls as error:
+            # RFC 7435 5: without TLS is better than not at all.  No one was verified before, so no
+            # password is lost now.
+            log.info("%s; calling again in the clear", error)
+            return await cls._open_one(settings, hostname, let_in_by, clear=True)
+
+    @classmethod
+    async def _open_one(
+        cls, settings: Server, hostname: str, let_in_by: str | None, *, clear: bool = False
+    ) -> Connection:
+        connection = cls(settings, hostname, let_in_by)
+        try:
+            await connection._open(clear)
+        except CollectionError:
+            await connection._leave()
+            raise
         except BaseException:
             connection.close()
             raise
         return connection
 
-    async def _open(self) -> None:
+    async def _open(self, clear: bool) -> None:
         await self._dial()
         await self._ehlo()
-        if self.settings.tls in ("starttls", "opportunistic"):
+        if self.settings.tls == "starttls":
             await self._starttls()
+        elif self.settings.tls == "opportunistic" and "STARTTLS" in self.extensions and not clear:
+            await self._try_starttls()
         if self.settings.account is not None:
             await self._authenticate()
-            await self._ehlo()  # RFC 4954 4: what was said before may not hold any more
+            await self._ehlo_after_login()
+
+    async def _leave(self) -> None:
+        """End a connection that is of no use: with QUIT if the server waits for a command (RFC 5321
+        4.1.1.10), without a word if it is in the middle of something else."""
+        try:
+            if self._smtp.is_connected and self._smtp.in_step:
+                await self.quit()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Drop the connection without a word."""
@@ -135,7 +183,7 @@ class Connection:
             self._dialled.abort()
 
     async def quit(self) -> None:
-        """Say QUIT, wait for the answer, and close (RFC 5321 4.1.1.10)."""
+        """Say QUIT, wait a little for the answer, and close (RFC 5321 4.1.1.10)."""
         with contextlib.suppress(aiosmtplib.SMTPException, OSError):
             await self._smtp.execute_command(b"QUIT", timeout=GOODBYE)
         self.close()
@@ -144,6 +192,11 @@ class Connection:
 
     async def _dial(self) -> None:
         doing = f"connecting to {self._where}"
+        settings = self.settings
+        try:
+            self._smtp.sock = await dial(settings.server, settings.port, settings.timeout)
+        except Failed as error:
+            raise Failed(f"{doing}: {error}") from None
         try:
             greeting = await self._smtp.connect()
         except aiosmtplib.SMTPConnectResponseError as error:
@@ -154,23 +207,51 @@ class Connection:
         self.peer = self._transport().get_extra_info("peername")[:2]
         self._note_tls()
 
-    async def _ehlo(self) -> None:
-        doing = f"greeting {self._where} with EHLO"
+    async def _ehlo(self, doing: str = "greeting {} with EHLO") -> None:
+        doing = doing.format(self._where)
         try:
-            await self._smtp.ehlo()
+            answer = await self._smtp.ehlo()
         except aiosmtplib.SMTPHeloError as error:
-            raise error_for(self._reply(error.code, error.message), doing) from None
+            advice = ""
+            if error.code in NOT_THIS_NAME:
+                advice = (
+                    f"if it does not like the name {self._hostname!r}, set hostname of the service"
+                )
+            raise error_for(self._reply(error.code, error.message), doing, advice) from None
         except (aiosmtplib.SMTPException, OSError) as error:
             raise self._broken(doing, error) from None
+        found = _extensions(answer.message)
+        # aiosmtplib looks for STARTTLS among its own.
+        self._smtp.esmtp_extensions = {keyword.lower(): text for keyword, text in found.items()}
+        self._mechanisms = found.get("AUTH", "").split()
         self.extensions = {
-            keyword.upper(): self._hide(parameters)
-            for keyword, parameters in self._smtp.esmtp_extensions.items()
+            keyword if keyword in OURS else self.hide(keyword): self.hide(text)
+            for keyword, text in found.items()
         }
+
+    async def _ehlo_after_login(self) -> None:
+        """What was said before may not hold any more (RFC 4954 4): some providers list ATRN now.
+
+        Others do not take a second EHLO.  It was not necessary: what they said before holds.
+        """
+        try:
+            await self._ehlo("greeting {} again after logging in")
+        except (Refused, Deferred) as error:
+            if self._smtp.closing:
+                raise
+            log.debug("%s; going on with what it said before", error)
+
+    async def _try_starttls(self) -> None:
+        try:
+            await self._starttls()
+        except CollectionError as error:
+            said_under_tls = self.tls is not None and not isinstance(error, Failed)
+            if self._injected or self._smtp.closing or said_under_tls:
+                raise
+            raise _NoTls(str(error)) from None
 
     async def _starttls(self) -> None:
         if "STARTTLS" not in self.extensions:
-            if self.settings.tls == "opportunistic":
-                return
             raise Failed(
                 f"{self._where} offers no STARTTLS; set tls to 'implicit' if it speaks TLS from "
                 "the start, or to 'none' to send everything in the clear"
@@ -180,11 +261,16 @@ class Connection:
         watch = StartTlsWatch(transport)
         transport.set_protocol(watch)
         dialogue.debug("C: STARTTLS")
+        self._smtp.in_step = False
         try:
             response = await self._smtp.starttls()
         except aiosmtplib.SMTPResponseException as error:
+            watch.step_aside()
+            self._smtp.in_step = error.code >= 200
+            self._smtp.closing = error.code == 421
             raise error_for(self._reply(error.code, error.message, doing), doing) from None
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            self._injected = watch.glued
             if watch.glued:
                 raise Failed(f"{doing}: {GLUED}") from None
             raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
@@ -193,23 +279,79 @@ class Connection:
         await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
 
     async def _authenticate(self) -> None:
-        offered = self.extensions.get("AUTH", "").upper().split()
-        usable = [name for name in CHALLENGES if name in offered]
-        if self.tls:
-            usable += [name for name in PASSWORDS if name in offered]
+        offered = self._mechanisms
+        usable = self._usable(offered)
         if not usable:
             raise Failed(self._no_mechanism(offered))
-        for number, mechanism in enumerate(usable):
-            reply = await self._try_mechanism(mechanism)
+        wrong: list[tuple[str, Reply]] = []
+        while True:
+            mechanism = usable.pop(0)
+            try:
+                reply = await self._try_mechanism(mechanism)
+            except CollectionError:
+                if wrong:  # it breaks off after a wrong try, so that was its answer
+                    raise self._login_error(wrong) from None
+                raise
             if reply.positive:
-                self.auth = mechanism
+                self._let_in(mechanism, wrong)
                 return
-            if reply.code not in TRY_ANOTHER or number == len(usable) - 1:
-                raise error_for(
-                    reply,
-                    f"logging in to {self._where} as {self.settings.account} with {mechanism}",
-                    "check account and password" if reply.permanent else "",
-                )
+            if usable and reply.code in TRY_ANOTHER:
+                continue
+            wrong.append((mechanism, reply))
+            # A server may hold the password in a form that some mechanisms cannot be done with, and
+            # say 535.  More than one further try would soon lock the account.
+            if not usable or not reply.permanent or len(wrong) > 1:
+                raise self._login_error(wrong)
+            if self.settings.auth is None:
+                # Those that need no form of it are the surest.
+                usable.sort(key=lambda name: name in CHALLENGES)
+
+    def _usable(self, offered: Sequence[str]) -> list[str]:
+        """The mechanisms to try, in this order."""
+        wanted = self.settings.auth or (*CHALLENGES, *PASSWORDS)
+        usable = [
+            name
+            for name in wanted
+            if name in offered
+            and (name in CHALLENGES or self._verified)
+            # RFC 5802 2.2: it is done with names and passwords of some characters only.
+            and not (name.startswith("SCRAM-") and self._unprepared)
+        ]
+        return sorted(usable, key=lambda name: name != self._let_in_by)
+
+    def _let_in(self, mechanism: str, wrong: Sequence[tuple[str, Reply]]) -> None:
+        self.auth = mechanism
+        for refused, reply in wrong:
+            log.warning(
+                "%s refuses %s (%s) and takes %s; set auth to [%r] to spare the wrong try",
+                *(self._where, refused, reply, mechanism, mechanism),
+            )
+
+    def _login_error(self, wrong: Sequence[tuple[str, Reply]]) -> CollectionError:
+        (mechanism, reply), *others = wrong
+        doing = f"logging in to {self._where} as {self.settings.account} with {mechanism}"
+        advice = [f"with {other} it said {said}" for other, said in others]
+        if reply.permanent:
+            advice.append("check account and password")
+        return error_for(reply, doing, "; ".join(advice))
+
+    @property
+    def _unprepared(self) -> str:
+        """Which of ``account`` and ``password`` SCRAM cannot be done with (SASLprep, RFC 4013)."""
+        password = self.settings.password.get_secret_value() if self.settings.password else ""
+        for key, text in (("account", self.settings.account or ""), ("password", password)):
+            try:
+                prepared = saslprep(text)
+            except ScramException:
+                return key
+            if text and not prepared:
+                return key
+        return ""
+
+    @property
+    def _verified(self) -> bool:
+        """The other end has proved by its certificate that it is the server that is meant."""
+        return self.tls is not None and self.settings.tls in VERIFIED
 
     def _no_mechanism(self, offered: Sequence[str]) -> str:
         if not offered:
@@ -217,10 +359,20 @@ class Connection:
                 return f"{self._where} offers no AUTH without TLS; set tls to 'starttls'"
             return f"{self._where} offers no AUTH, so {self.settings.account} cannot log in"
         methods = " ".join(offered)
+        if self.settings.auth and any(name in offered for name in CHALLENGES + PASSWORDS):
+            wanted = " ".join(self.settings.auth)
+            return f"{self._where} offers AUTH {methods} only, and auth allows {wanted} only"
+        if any(name.startswith("SCRAM-") for name in offered) and (key := self._unprepared):
+            return (
+                f"{self._where} offers AUTH {methods}, and this {key} is not for SCRAM: it "
+                f"has characters that SASLprep (RFC 4013) forbids; change {key}, or set tls to "
+                "'starttls' or 'implicit' if the server offers PLAIN then"
+            )
         if any(name in offered for name in PASSWORDS):
             return (
-                f"{self._where} offers AUTH {methods} only, which sends the password as it is: "
-                "that needs TLS; set tls to 'starttls' or 'implicit'"
+                f"{self._where} offers AUTH {methods} only, which sends the password as it is, and "
+                f"tls {self.settings.tls!r} does not verify whom it is sent to; set tls to "
+                "'starttls' or 'implicit'"
             )
         known = " ".join((*CHALLENGES, *PASSWORDS))
         return f"{self._where} offers AUTH {methods} only; we can do {known}"
@@ -237,12 +389,12 @@ class Connection:
             elif mechanism == "PLAIN":
                 response = await self._smtp.auth_plain(account, password)
             else:
-                response = await self._smtp.auth_login(account, password)
+                response = await self._login(account, password)
         except aiosmtplib.SMTPAuthenticationError as error:
             return self._reply(error.code, error.message)
         except ScramException as error:
             raise Failed(
-                f"{doing}: {self._hide(str(error))}; the server did not prove that it knows the "
+                f"{doing}: {self.hide(str(error))}; the server did not prove that it knows the "
                 "password"
             ) from None
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
@@ -265,6 +417,26 @@ class Connection:
                 response = await self._smtp.execute_command(b"")
             elif response.code == 235:
                 raise ScramException("it let us in without its own proof")
+        if response.code != 235:
+            raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
+        return response
+
+    async def _login(self, account: str, password: str) -> aiosmtplib.SMTPResponse:
+        """draft-murchison-sasl-login: the server asks for the name and the password, each once.
+
+        Some do not read the name that comes with the command, and ask for it all the same.
+        """
+        name = base64.b64encode(account.encode())
+        answers = {"name": name, "password": base64.b64encode(password.encode())}
+        response = await self._smtp.execute_command(b"AUTH", b"LOGIN", name)
+        while response.code == 334:
+            answer = answers.pop(_asked_for(response.message), None)
+            if answer is None:
+                await self._smtp.execute_command(b"*")  # RFC 4954 4: give up
+                raise aiosmtplib.SMTPException(
+                    "the server asks for something else than a user name and then a password"
+                )
+            response = await self._smtp.execute_command(answer)
         if response.code != 235:
             raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
         return response
@@ -293,12 +465,14 @@ class Connection:
         verb = line.partition(" ")[0]
         doing = f"waiting for the answer of {self._where} to {verb}"
         answer = Handover(self._transport(), doing)
-        dialogue.debug("C: %s", line)
+        dialogue.debug("C: %s", self.hide(line))
         try:
             reply = await asyncio.wait_for(answer.ask(line.encode("ascii") + b"\r\n"), timeout)
         except (asyncio.TimeoutError, TimeoutError):
             raise Failed(f"{doing}: nothing in {timeout:g} seconds") from None
-        reply = Reply(reply.code, self._hide(reply.text))
+        except Failed as error:
+            raise Failed(self.hide(str(error))) from None
+        reply = Reply(reply.code, self.hide(reply.text))
         dialogue.debug("S: %s", reply)
         return reply, answer
 
@@ -307,7 +481,7 @@ class Connection:
         dialogue.debug("C: QUIT")
         with contextlib.suppress(CollectionError, asyncio.TimeoutError, TimeoutError):
             reply = await asyncio.wait_for(answer.ask(b"QUIT\r\n"), GOODBYE)
-            dialogue.debug("S: %s", Reply(reply.code, self._hide(reply.text)))
+            dialogue.debug("S: %s", Reply(reply.code, self.hide(reply.text)))
         self.close()
 
     # -- details ------------------------------------------------------------------------------
@@ -325,14 +499,18 @@ class Connection:
 
     def _reply(self, code: int, message: str, doing: str = "") -> Reply:
         try:
-            return Reply(code, self._hide(message))
+            return Reply(code, self.hide(message))
         except ValueError:
             prefix = f"{doing}: " if doing else ""
-            said = self._hide(message)[:80]
+            said = self.hide(message)[:80]
             raise Failed(f"{prefix}{self._where} sent no SMTP reply: {said}") from None
 
     def _broken(self, doing: str, error: Exception) -> CollectionError:
-        return Failed(f"{doing}: {self._hide(_network_reason(error, self.settings))}")
+        return Failed(f"{doing}: {self.hide(_network_reason(error, self.settings))}")
+
+
+class _NoTls(Failed):
+    """Opportunistic TLS did not come about; the connection is of no use any more."""
 
 
 class _SMTP(aiosmtplib.SMTP):
@@ -342,6 +520,10 @@ class _SMTP(aiosmtplib.SMTP):
         super().__init__(**options)
         self._hide_secrets = hide
         self._in_auth = False
+        #: The last command has its answer: the server waits for another.
+        self.in_step = False
+        #: The last reply was 421: no more will come (RFC 5321 3.8).
+        self.closing = False
 
     async def execute_command(
         self,
@@ -352,15 +534,47 @@ class _SMTP(aiosmtplib.SMTP):
             shown = HIDDEN
         else:
             public = args[:2] if args[:1] == (b"AUTH",) else args
-            shown = b" ".join(public).decode("utf-8", "replace")
+            shown = self._hide_secrets(b" ".join(public).decode("utf-8", "replace"))
             shown += f" {HIDDEN}" if len(public) < len(args) else ""
         dialogue.debug("C: %s", shown)
-        self._in_auth = False
+        self._in_auth = self.in_step = False
         response = await super().execute_command(*args, timeout=timeout)
         self._in_auth = response.code == 334
+        self.closing = response.code == 421
+        self.in_step = 200 <= response.code < 600 and not self._in_auth
         text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
         dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
         return response
+
+    async def _create_connection(self, timeout: float | None) -> aiosmtplib.SMTPResponse:
+        """aiosmtplib closes at once after a greeting that is no 220; RFC 5321 3.1 wants a QUIT."""
+        try:
+            return await super()._create_connection(timeout)
+        except aiosmtplib.SMTPConnectResponseError as error:
+            if 200 <= error.code < 600 and error.code != 421:
+                with contextlib.suppress(aiosmtplib.SMTPException, OSError):
+                    await self.execute_command(b"QUIT", timeout=GOODBYE)
+            raise
+
+
+def _extensions(answer: str) -> dict[str, str]:
+    """The keywords of an EHLO answer in upper case, with their parameters (RFC 5321 4.1.1.1).
+
+    Servers write them with tabs, and AUTH on several lines, some with a "=" for clients that were
+    old in 1999: all that it says counts.
+    """
+    found: dict[str, str] = {}
+    for line in answer.split("\n")[1:]:
+        if line[:5].upper() == "AUTH=":
+            line = f"AUTH {line[5:]}"
+        keyword, *rest = line.split(None, 1) or [""]
+        keyword, parameters = keyword.upper(), rest[0].strip() if rest else ""
+        if keyword == "AUTH":
+            names = f"{found.get(keyword, '')} {parameters}".upper().split()
+            parameters = " ".join(dict.fromkeys(names))
+        if keyword:
+            found[keyword] = parameters
+    return found
 
 
 def _challenge(response: aiosmtplib.SMTPResponse) -> str:
@@ -370,20 +584,41 @@ def _challenge(response: aiosmtplib.SMTPResponse) -> str:
         raise ScramException("the server's challenge is no base64") from None
 
 
+def _asked_for(challenge: str) -> str:
+    """What a challenge of AUTH LOGIN asks for: ``name``, ``password``, or nothing that we know.
+
+    Their texts differ: ``Username:``, ``User Name`` with a NUL, also without the base64.
+    """
+    texts = [challenge]
+    with contextlib.suppress(ValueError):
+        texts.insert(0, base64.b64decode(challenge, validate=True).decode())
+    for text in texts:
+        if found := re.search(r"user|login|name|account|pass", text, re.IGNORECASE):
+            return "password" if found[0].lower() == "pass" else "name"
+    return ""
+
+
 def _hider(settings: Server) -> Callable[[str], str]:
-    """A function that blanks the password in what a server sends back to us."""
-    if settings.password is None:
+    """A function that blanks the password, and what else is secret, in a text that is shown."""
+    secrets: list[str] = []
+    if settings.password is not None:
+        password = settings.password.get_secret_value()
+        plain = f"\0{settings.account or ''}\0{password}"
+        secrets += [password, *map(_in_base64, (password, plain))]
+    patterns = [re.escape(secret) for secret in secrets]
+    for word in settings.hidden_words:
+        if len(word) < SHORT:  # it may be a part of many a word
+            patterns.append(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])")
+        else:
+            patterns += [re.escape(word), re.escape(_in_base64(word))]
+    if not patterns:
         return lambda text: text
-    password = settings.password.get_secret_value()
-    plain = f"\0{settings.account or ''}\0{password}"
-    secrets = [password, *(base64.b64encode(one.encode()).decode() for one in (password, plain))]
+    every = re.compile("|".join(sorted(patterns, key=len, reverse=True)), re.IGNORECASE)
+    return lambda text: every.sub(HIDDEN, text)
 
-    def hide(text: str) -> str:
-        for secret in secrets:
-            text = text.replace(secret, HIDDEN)
-        return text
 
-    return hide
+def _in_base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
 
 def _tls_context(settings: Server) -> ssl.SSLContext | None:
@@ -425,18 +660,34 @@ def _network_reason(error: BaseException, settings: Server) -> str:
             )
         if isinstance(cause, ssl.SSLError):
             hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
-            return f"TLS failed ({cause.reason or cause}); does it want tls {hint}?"
+            return (
+                f"TLS failed ({cause.reason or cause}); does it want tls {hint}, or another port?"
+            )
         if isinstance(cause, ConnectionAbortedError):  # asyncio's word for a silent TLS handshake
             return f"no TLS handshake in {settings.timeout:g} seconds"
         cause = cause.__cause__ or cause.__context__
+    other = "set tls to 'implicit'" if settings.tls != "implicit" else "set tls to 'starttls'"
     if isinstance(error, aiosmtplib.SMTPResponseException):
-        return f"it sent no SMTP reply: {error.message[:80]}"
+        said = error.message.removeprefix("Malformed SMTP response line: ")
+        if said[:2] in ("\x15\x03", "\x16\x03"):
+            return f"it speaks TLS; {other}, or check port"
+        hint = "; it is a web server: check port" if said.startswith("HTTP/") else ""
+        return f"it sent no SMTP reply: {error.message[:80]}{hint}"
     text = str(error).strip()
+    if "server ready" in text:  # aiosmtplib's word for the greeting
+        return (
+            f"no greeting in {settings.timeout:g} seconds; a server that speaks TLS, or no SMTP, "
+            f"waits for us: {other}, or check port"
+        )
     if isinstance(error, aiosmtplib.SMTPTimeoutError):
         waited = "no TLS handshake" if "upgrading" in text else "no whole answer"
         return f"{waited} in {settings.timeout:g} seconds"
-    dialling = f"Error connecting to {settings.server} on port {settings.port}:"
-    text = text.removeprefix(dialling).strip()
+    text = re.sub(r"^Error connecting to \S+ on port \S+:", "", text).strip()
+    if isinstance(error, aiosmtplib.SMTPConnectError) and "EOF" in text:
+        return (
+            "it closed the connection without a greeting; if it always does, "
+            f"{other}, or check port"
+        )
     if text.startswith("Connection reset while upgrading") or (
         not text and settings.tls == "implicit"
     ):

@@ -105,6 +105,10 @@ class StartTlsWatch(asyncio.Protocol):
             return
         self._inner.data_received(data)
 
+    def step_aside(self) -> None:
+        """There will be no TLS: aiosmtplib's protocol gets its place back."""
+        self._transport.set_protocol(self._inner)
+
     def eof_received(self) -> bool | None:
         return cast("bool | None", self._inner.eof_received())
 

@@ -23,15 +23,29 @@ ANY_DOMAIN = "*"
 _HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]*)):([0-9]{1,5})")
 
 
+def _address_literal(text: str) -> str:
+    """RFC 5321 4.1.3."""
+    found = re.fullmatch(r"\[(IPv6:)?([0-9A-Fa-f:.]+)\]", text, re.IGNORECASE)
+    if not found:
+        raise ValueError("that is no address in brackets")
+    kind = ipaddress.IPv6Address if found[1] else ipaddress.IPv4Address
+    return f"[{'IPv6:' if found[1] else ''}{kind(found[2])}]"
+
+
 class ServiceSettings(BaseModel):
     """One entry of ``smtp_services``: the policy and the delivery of an inbound SMTP service."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     hostname: Annotated[
-        str | None, Field(description="a host name, or None for this machine's")
+        str | None,
+        Field(
+            description="a host name such as 'mail.example.org', an address such as '[192.0.2.1]' "
+            "or '[IPv6:2001:db8::1]', or None for this machine's",
+        ),
     ] = None
-    """Our name: in the greeting, in ``EHLO`` and in ``Received:`` lines."""
+    """Our name: in the greeting, in ``EHLO`` and in ``Received:`` lines.  With ``None``, the
+    machine's fully qualified name, or its address if it has none."""
     domains: Annotated[
         tuple[str, ...],
         Field(description="a list of domain names, or ['*'] for any; empty: the agents'"),
@@ -99,9 +113,17 @@ class ServiceSettings(BaseModel):
     @field_validator("hostname")
     @classmethod
     def _hostname(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[!-~]{1,255}", value):
-            raise ValueError("a host name has no spaces or control characters")
-        return value
+        if value is None:
+            return None
+        if value.startswith("["):
+            return _address_literal(value)
+        name = to_ascii(value)
+        # RFC 5321 4.1.2: unlike other names in DNS, those of hosts have no underscores.
+        if "_" in name or re.search(r"(?:^|[.])-|-(?:[.]|$)", name):
+            raise ValueError("a host name has letters, digits and hyphens, and dots between them")
+        if name.rpartition(".")[2].isdigit():
+            raise ValueError("an address stands in brackets")
+        return name
 
     @field_validator("listen")
     @classmethod

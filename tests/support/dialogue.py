@@ -7,7 +7,7 @@ import base64
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 
 class Dialogue:
@@ -33,6 +33,23 @@ class Dialogue:
     async def silence(self) -> None:
         """The other side closes without another word."""
         assert await asyncio.wait_for(self.reader.read(), 20) == b""
+
+    async def left(self) -> None:
+        """The other side says QUIT, or nothing, and closes."""
+        if line := (await asyncio.wait_for(self.reader.readline(), 20)):
+            assert line == b"QUIT\r\n", line
+            self.say("221 bye")
+            await self.silence()
+
+    async def starttls(self, context: ssl.SSLContext) -> None:
+        """Be the server of a TLS handshake."""
+        loop, writer = asyncio.get_running_loop(), cast(Any, self.writer)
+        await self.writer.drain()
+        transport = self.writer.transport
+        protocol: Any = transport.get_protocol()
+        tls = await loop.start_tls(transport, protocol, context, server_side=True)
+        writer._transport = tls  # Python 3.11 has StreamWriter.start_tls
+        protocol._over_ssl = True
 
     async def ignore(self) -> None:
         """Answer nothing until the other side closes."""

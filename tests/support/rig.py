@@ -117,7 +117,8 @@ def with_rig(
     """Run ``work`` on a rig; ``keys`` are the agent's.  At the end nothing is open."""
     salmon.handle(".*")
     context: ssl.SSLContext | None = None if tls == "none" else server_tls()
-    keys = {"server": "127.0.0.1", "tls": tls, "ca_file": str(CERTIFICATE), **keys}
+    trust = {} if tls == "none" else {"ca_file": str(CERTIFICATE)}
+    keys = {"server": "127.0.0.1", "tls": tls, **trust, **keys}
 
     async def main() -> None:
         queue = HoldQueue(salmon.folder / "provider")
