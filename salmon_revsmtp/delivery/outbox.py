@@ -66,19 +66,31 @@ class Outbox:
         with self._lock:
             self._again = True
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="notifications", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="notifications", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the machine has no thread to spare
+                    log.error("queue=%s notifications wait for now: %s", self._folder, error)
+                    return
+                self._thread = thread
 
     def _work(self) -> None:
-        while True:
+        try:
+            while self._asked_again():
+                self.send()
+        except BaseException:
             with self._lock:
-                if not self._again:
-                    self._thread = None
-                    return
-                self._again = False
-            self.send()
+                self._thread = None
+            raise
+
+    def _asked_again(self) -> bool:
+        """Whether :meth:`send_soon` was called since this was asked last; if not, the thread is
+        over, and the next call starts another."""
+        with self._lock:
+            again, self._again = self._again, False
+            if not again:
+                self._thread = None
+            return again
 
     def wait(self, seconds: float) -> None:
         """Wait until what :meth:`send_soon` has begun is done, but no longer than that."""

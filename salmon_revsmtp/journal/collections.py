@@ -133,9 +133,9 @@ class Journal:
         return True
 
     def _read(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
-        if not self._file.path.exists():
-            return otherwise
         try:
+            if not self._file.path.exists():
+                return otherwise
             with self._transaction() as database:
                 return work(database)
         except (sqlite3.Error, OSError) as error:

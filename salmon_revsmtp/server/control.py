@@ -22,6 +22,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from salmon_revsmtp.safelog import log_safely
+
 __all__ = ["SOCKET", "Control", "NoServer", "ask"]
 
 SOCKET = Path("run/revsmtp.sock")
@@ -73,13 +75,27 @@ class Control:
         task = asyncio.current_task()
         assert task is not None
         self._asking.add(task)
-        with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-            request = json.loads(await reader.readline())
+        try:
+            with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
+                async for answer in self._answers(await reader.readline()):
+                    writer.write(json.dumps(answer).encode() + b"\n")
+                    await writer.drain()
+        finally:
+            self._asking.discard(task)
+            writer.close()
+
+    async def _answers(self, line: bytes) -> Answers:
+        """The answers to a request.  The last one says so if it was one too much for us: who asks
+        never waits in vain."""
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise ValueError("a request is a JSON object")
             async for answer in self._handle(request):
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
-        self._asking.discard(task)
-        writer.close()
+                yield answer
+        except Exception as error:
+            log_safely(log, logging.ERROR, "socket=%s a request failed", self._path, error=True)
+            yield {"error": f"the server could not do that: {type(error).__name__}: {error}"}
 
 
 def ask(request: dict[str, Any], path: Path = SOCKET) -> Iterator[dict[str, Any]]:
