@@ -197,6 +197,91 @@ def test_it_listens_for_mail(project: Project) -> None:
         assert len(project.got()) == 1
 
 
+BROKEN_RECEIVER = """
+import threading
+class Broken:
+    def start(self):
+        {start}
+settings.receiver = salmon_revsmtp.attach(settings, Broken())
+"""
+
+BROKEN_SERVER = """
+from salmon_revsmtp.customer.schedule import Schedule
+def broken(self):
+    raise RuntimeError("the schedule broke")
+Schedule.next_time = broken
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "broken", "words"),
+    [
+        (
+            START,
+            BROKEN_RECEIVER.format(start="raise OSError('no such address')"),
+            "no such address",
+        ),
+        (
+            START,
+            BROKEN_RECEIVER.format(
+                start="self.poller = threading.Thread(target=lambda: None); self.poller.start()"
+            ),
+            "its thread has ended",
+        ),
+        (START, BROKEN_SERVER, "the schedule broke"),
+        (RUN, BROKEN_SERVER, "the schedule broke"),
+    ],
+)
+def test_a_server_that_fails_ends_with_a_status_and_the_reason(
+    project: Project, command: list[str], broken: str, words: str
+) -> None:
+    project.configure(isp(1, every="None"))
+    settings = project.folder / "config/settings.py"
+    settings.write_text(
+        settings.read_text()
+        + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+    )
+    boot = project.folder / "config/boot.py"
+    boot.write_text(boot.read_text() + broken)
+    done = subprocess.run(
+        command,
+        cwd=project.folder,
+        env={**os.environ, "ISP_PASSWORD": "x"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert words in project_log(project).decode()
+    assert not (project.folder / "run/revsmtp.sock").exists()
+
+
+def test_a_server_that_cannot_start_says_why_in_the_log(project: Project) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        project.configure(isp(1), services=f"{{'default': {{'listen': '{listen}'}}}}")
+        settings = project.folder / "config/settings.py"
+        settings.write_text(
+            settings.read_text()
+            + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+        )
+        done = subprocess.run(
+            START,
+            cwd=project.folder,
+            env={**os.environ, "ISP_PASSWORD": "x"},
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert done.returncode == 1
+    for told in (done.stderr, project_log(project).decode()):
+        assert f"service=default cannot listen on {listen}" in told
+        assert "address already in use" in told.lower()
+
+
 # -- the control socket --------------------------------------------------------------------------
 
 

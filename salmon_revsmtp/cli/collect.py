@@ -179,4 +179,4 @@ def run(options: Options) -> None:
     try:
         serve_in_foreground(configuration, plugins, lambda: project.settings.relay)
     except OSError as error:
-        raise click.ClickException(f"listening: {error}") from None
+        raise click.ClickException(error.strerror or str(error)) from None
