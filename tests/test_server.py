@@ -282,6 +282,51 @@ def test_a_server_that_cannot_start_says_why_in_the_log(project: Project) -> Non
         assert "address already in use" in told.lower()
 
 
+@pytest.mark.parametrize("taken_by", ["a service", "the receiver"])
+def test_check_without_a_name_says_what_would_keep_the_server_from_starting(
+    project: Project, taken_by: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        listen = f"127.0.0.1:{port if taken_by == 'a service' else free_port()}"
+        receiver_port = port if taken_by == "the receiver" else project.receiver_port
+        project.configure(isp(1), services=f"{{'default': {{'listen': '{listen}'}}}}")
+        settings = project.folder / "config/settings.py"
+        settings.write_text(
+            settings.read_text()
+            + f"receiver_config = {{'host': '127.0.0.1', 'port': {receiver_port}}}\n"
+        )
+        done = project.run("check")
+        assert done.returncode != 0
+        told = (done.stdout + done.stderr).lower()
+        assert "address already in use" in told
+        assert (f"service=default cannot listen on {listen}" in told) == (taken_by == "a service")
+    done = project.run("check", "--json")
+    assert (done.returncode, json.loads(done.stdout)["ready"]) == (0, True)
+    with server(project, RUN):
+        assert project.run("check").stdout == "the server is running\n"
+
+
+def test_salmon_start_with_a_wrong_key_leaves_the_reason(project: Project) -> None:
+    """It has left the terminal when it reads the settings; ``check`` says it before."""
+    project.configure(isp(1, evry="10"))
+    words = 'agent "isp": evry: unknown key'
+    done = project.run("check")
+    assert done.returncode == 2
+    assert words in done.stderr
+    subprocess.run(
+        [*START[:-1]],
+        cwd=project.folder,
+        env={**os.environ, "ISP_PASSWORD": "x"},
+        check=True,
+        timeout=20,
+    )
+    wait_for(lambda: words in (project.folder / "logs/salmon.err").read_text())
+    wait_for(lambda: words.encode() in project_log(project))
+
+
 # -- the control socket --------------------------------------------------------------------------
 
 

@@ -111,15 +111,47 @@ def _collect(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @json_option
 @with_options
-def check(options: Options, name: str, as_json: bool) -> None:
-    """See whether a collection would work, without asking for mail.
+def check(options: Options, name: str | None, as_json: bool) -> None:
+    """See whether it would work, without asking for mail.
 
-    The agent connects, does TLS, greets the server and logs in. Then it says what the server offers
-    and what would fail.
+    With the NAME of an agent, that agent connects, does TLS, greets the server and logs in. Then it
+    says what the server offers and what would fail.
+
+    Without a NAME you see whether the server can start: the settings, the boot module and the
+    addresses to listen on. `salmon start` goes into the background before it looks at them, so it
+    cannot say on the terminal what is wrong with them.
     """
+    if name is None:
+        _check_start(options, as_json)
+    else:
+        _check_agent(options, name, as_json)
+
+
+def _check_start(options: Options, as_json: bool) -> None:
+    import asyncio
+
+    from salmon_revsmtp.server.control import running
+    from salmon_revsmtp.service.listening import address_problems
+
+    project, configuration = options.open()
+    runs = running()
+    options.boot_project(project, listen=not runs)
+    problems = [] if runs else asyncio.run(address_problems(configuration.services))
+    if as_json:
+        print_json({"ready": not problems, "running": runs, "problems": problems})
+    else:
+        for problem in problems:
+            click.echo(f"failed: {problem}")
+        if not problems:
+            click.echo("the server is running" if runs else "the server can start")
+    if problems:
+        sys.exit(ATTENTION)
+
+
+def _check_agent(options: Options, name: str, as_json: bool) -> None:
     import asyncio
 
     from salmon_revsmtp.customer.agent import Check

@@ -63,12 +63,12 @@ class Options:
         except SettingsError as error:
             raise stop(*error.problems) from None
 
-    def boot_project(self, project: Project) -> None:
-        """Import the boot module."""
+    def boot_project(self, project: Project, listen: bool = False) -> None:
+        """Import the boot module, whose receiver may ``listen`` or not."""
         from salmon_revsmtp.server.project import ProjectError
 
         try:
-            project.boot(self.boot)
+            project.boot(self.boot, listen)
         except ProjectError as error:
             raise stop(str(error)) from None
 

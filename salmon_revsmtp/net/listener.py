@@ -76,16 +76,21 @@ class Listener:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
-    async def start(self) -> None:
+    async def start(self, quietly: bool = False) -> None:
         """Listen; port 0 takes a free one.  Raises :class:`OSError` when the address cannot be
-        had."""
+        had.  ``quietly``: only to see whether it can; no connection is taken."""
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: self._connect(self._admit), self._host or None, self._port, ssl=self._tls
+                lambda: self._connect(self._admit),
+                self._host or None,
+                self._port,
+                ssl=self._tls,
+                start_serving=not quietly,
             )
         except OSError as error:
             raise cannot_listen(self.name, self._host, self._port, error) from None
-        log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
+        if not quietly:
+            log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
 
     async def stop(self, grace: float) -> None:
         """Take no more connections; end each at its next message boundary, and break off what has

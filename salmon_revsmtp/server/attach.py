@@ -28,6 +28,7 @@ from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.configuration import Configuration, load
 from salmon_revsmtp.server.daemon import GRACE, Daemon
 from salmon_revsmtp.server.project import enable_logging
+from salmon_revsmtp.settings import SettingsError
 
 __all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
 
@@ -135,11 +136,17 @@ def attach(settings: ModuleType, receiver: Any = None) -> AttachedReceiver:
         settings.receiver = salmon_revsmtp.attach(settings, LMTPReceiver(...))
 
     ``attach(settings)`` alone does without one.  Raises
-    :class:`~salmon_revsmtp.SettingsError` with every problem that there is.
+    :class:`~salmon_revsmtp.SettingsError` with every problem that there is.  They are in the log,
+    too: `salmon start` has no terminal any more when it imports the boot module.
     """
     enable_logging()
     plugins = Plugins.load()
-    configuration = load(settings, plugins)
+    try:
+        configuration = load(settings, plugins)
+    except SettingsError as error:
+        for problem in error.problems:
+            log_safely(log, logging.CRITICAL, "the server cannot start: %s", problem)
+        raise
     return AttachedReceiver(configuration, plugins, lambda: settings.relay, receiver)
 
 

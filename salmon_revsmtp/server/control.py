@@ -24,7 +24,7 @@ from typing import Any
 
 from salmon_revsmtp.safelog import log_safely
 
-__all__ = ["SOCKET", "Control", "NoServer", "ask"]
+__all__ = ["SOCKET", "Control", "NoServer", "ask", "running"]
 
 SOCKET = Path("run/revsmtp.sock")
 
@@ -49,7 +49,7 @@ class Control:
     async def start(self) -> None:
         """Listen.  A socket that a dead process left is no obstacle; a live one is not taken away:
         then there is no control socket, and a warning."""
-        if _alive(self._path):
+        if running(self._path):
             log.warning("socket=%s another server has it; collect will ask that one", self._path)
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,14 @@ def ask(request: dict[str, Any], path: Path = SOCKET) -> Iterator[dict[str, Any]
             yield json.loads(line)
 
 
+def running(path: Path = SOCKET) -> bool:
+    """Whether a server listens on the control socket."""
+    connection = _connect(path)
+    if connection is not None:
+        connection.close()
+    return connection is not None
+
+
 def _connect(path: Path) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX)
     try:
@@ -118,10 +126,3 @@ def _connect(path: Path) -> socket.socket | None:
         connection.close()
         return None
     return connection
-
-
-def _alive(path: Path) -> bool:
-    connection = _connect(path)
-    if connection is not None:
-        connection.close()
-    return connection is not None

@@ -58,18 +58,18 @@ class Project:
             module = importlib.import_module(name)
         return cls(here, module)
 
-    def boot(self, module: str | None = None) -> None:
+    def boot(self, module: str | None = None, listen: bool = False) -> None:
         """Import the boot module, with the settings in Salmon's hands: logging, relay, routes and
         handlers.
 
-        No receiver of the boot module listens: this process is not the server, which may be
-        running already on the same port.  Raises :class:`ProjectError`.
+        Unless it is to ``listen``, no receiver of the boot module does: this process is not the
+        server, which may be running already on the same port.  Raises :class:`ProjectError`.
         """
         from salmon import utils
 
         utils.import_settings(False)
         name = module or DEFAULT_BOOT
-        with _explained(name), _nothing_listens():
+        with _explained(name), contextlib.nullcontext() if listen else _nothing_listens():
             importlib.import_module(name)
         enable_logging()
 
