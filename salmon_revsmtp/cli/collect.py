@@ -11,6 +11,7 @@ import click
 
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import in_a_thread, print_json
+from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent, Check
@@ -66,7 +67,7 @@ def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> lis
                 elif "agent" in answer:
                     progress.update(answer["agent"], answer["messages"], answer["bytes"])
                 elif "error" in answer:
-                    raise click.ClickException(answer["error"])
+                    raise click.ClickException(printable(answer["error"]))
                 ended = "end" in answer
     except NoServer:
         return None
@@ -144,7 +145,7 @@ def _check_start(options: Options, as_json: bool) -> None:
         print_json({"ready": not problems, "running": runs, "problems": problems})
     else:
         for problem in problems:
-            click.echo(f"failed: {problem}")
+            click.echo(f"failed: {printable(problem)}")
         if not problems:
             click.echo("the server is running" if runs else "the server can start")
     if problems:
@@ -189,9 +190,9 @@ def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
         secured = f"by {result.tls}" if result.tls else "in the clear"
         login = f"logged in with {result.auth}" if result.auth else "not logged in"
         click.echo(f"{agent.title}: {agent.address} reached {secured}, {login}")
-        click.echo("it offers: " + ", ".join(sorted(result.offers)))
+        click.echo("it offers: " + printable(", ".join(sorted(result.offers))))
     for problem in result.problems:
-        click.echo(f"{outcome or 'warning'}: {problem}")
+        click.echo(f"{outcome or 'warning'}: {printable(problem)}")
     if not result.problems:
         click.echo("nothing found that would fail")
 

@@ -162,7 +162,7 @@ class Daemon:
         if self._plugins.implemented("may_collect"):
             reason = await asyncio.to_thread(self._plugins.call, "may_collect", agent=agent)
         if reason and self._held.get(agent.name) != reason:
-            log.info("agent=%s held back: %s", agent.name, reason)
+            log_safely(log, logging.INFO, "agent=%s held back: %s", agent.name, reason)
         if not reason and self._held.get(agent.name):
             log.info("agent=%s is not held back any more", agent.name)
         self._held[agent.name] = reason or ""
@@ -199,7 +199,8 @@ class Daemon:
             log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
         elif not (report.outcome.good or since is not None or self._stop.is_set()):
             self._failing[report.agent] = time.time()
-            log.warning("agent=%s fails: %s: %s", report.agent, report.outcome, report.error)
+            reason = f"{report.outcome}: {report.error}"
+            log_safely(log, logging.WARNING, "agent=%s fails: %s", report.agent, reason)
 
     # -- the control socket ---------------------------------------------------------------------
 
