@@ -50,7 +50,8 @@ class Project:
         if str(here) not in sys.path:
             sys.path.insert(0, str(here))
         with _explained(".env"):
-            dotenv.load_dotenv(here / ".env")
+            # A password may have "${" in it.
+            dotenv.load_dotenv(here / ".env", interpolate=False)
         if settings:
             os.environ["SALMON_SETTINGS_MODULE"] = settings
         name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
