@@ -81,6 +81,11 @@ def _create(mbox: Any) -> Any:
     for _ in range(CLASHES):
         try:
             return mbox._create_tmp()
+        except FileNotFoundError as gone:
+            # Someone has deleted the folder, or a part of it, since it was opened.
+            error: Exception = gone
+            for part in (mbox._path, *mbox._paths.values()):
+                Path(part).mkdir(mode=0o700, parents=True, exist_ok=True)
         except mailbox.ExternalClashError as clash:
             error = clash
     raise OSError(errno.EEXIST, str(error))

@@ -10,7 +10,7 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-__all__ = ["DEFAULT_JOURNAL", "JournalFile"]
+__all__ = ["BUSY_TIMEOUT", "DEFAULT_JOURNAL", "JournalFile"]
 
 DEFAULT_JOURNAL = Path("run/revsmtp.sqlite3")
 
@@ -74,9 +74,10 @@ class JournalFile:
     def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
         self.path = path
 
-    def open(self) -> sqlite3.Connection:
+    def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:
         """A connection, its schema up to date, without transactions of Python's own.  It may be
-        used from several threads, not at the same time.
+        used from several threads, not at the same time.  It waits ``patience`` seconds for another
+        process.
 
         What is committed survives the death of the process.  With a write-ahead log it costs no
         sync unless the connection asks for that (``PRAGMA synchronous``).  Raises
@@ -84,7 +85,7 @@ class JournalFile:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(
-            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            self.path, timeout=patience, isolation_level=None, check_same_thread=False
         )
         try:
             # A file system without shared memory has no such log; then every commit is synced.
