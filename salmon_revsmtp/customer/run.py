@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.files import exclusive_lock
+from salmon_revsmtp.files import exclusive_lock, make_private_file
 from salmon_revsmtp.net.outcome import CollectionError, Outcome
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import without_surrogates
@@ -29,7 +30,10 @@ async def run(agent: Agent, collection: Collection) -> Report:
     """
     report = collection.report
     started = time.monotonic()
-    with exclusive_lock(LOCKS / f"agent-{agent.name}.lock") as ours:
+    lock = LOCKS / f"agent-{agent.name}.lock"
+    with contextlib.suppress(OSError):
+        make_private_file(lock)
+    with exclusive_lock(lock) as ours:
         if not ours:
             report.outcome = Outcome.BUSY
             report.error = "another collection of this agent is running; wait for it to end"

@@ -10,6 +10,8 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
+from salmon_revsmtp.files import make_private_file
+
 __all__ = ["BUSY_TIMEOUT", "DEFAULT_JOURNAL", "JournalFile"]
 
 DEFAULT_JOURNAL = Path("run/revsmtp.sqlite3")
@@ -83,7 +85,7 @@ class JournalFile:
         sync unless the connection asks for that (``PRAGMA synchronous``).  Raises
         :class:`sqlite3.Error` and :class:`OSError`.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_file(self.path)  # SQLite gives its other files the same mode and owner
         database = sqlite3.connect(
             self.path, timeout=patience, isolation_level=None, check_same_thread=False
         )

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from salmon_revsmtp.files import give_to_owner, make_folder
 from salmon_revsmtp.safelog import log_safely
 
 __all__ = ["GLANCE", "SOCKET", "Control", "NoServer", "ask", "running"]
@@ -60,7 +61,7 @@ class Control:
             log.warning("socket=%s another server has it; collect will ask that one", self._path)
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             self._path.unlink(missing_ok=True)
             listening = _private_socket(self._path)
             self._server = await asyncio.start_unix_server(self._serve, sock=listening)
@@ -160,6 +161,7 @@ def _private_socket(path: Path) -> socket.socket:
         beside.unlink(missing_ok=True)
         listening.bind(str(beside))
         beside.chmod(0o600)
+        give_to_owner(beside)
         listening.listen(BACKLOG)
         beside.rename(path)
     except BaseException:

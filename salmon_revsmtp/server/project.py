@@ -14,6 +14,8 @@ from types import ModuleType
 
 import dotenv
 
+from salmon_revsmtp.files import give_to_owner
+
 __all__ = ["Project", "ProjectError", "enable_logging"]
 
 DEFAULT_SETTINGS = "config.settings"
@@ -73,6 +75,7 @@ class Project:
         with _explained(name), contextlib.nullcontext() if listen else _nothing_listens():
             importlib.import_module(name)
         enable_logging()
+        _give_logs_to_owner()
 
 
 def enable_logging() -> None:
@@ -81,6 +84,16 @@ def enable_logging() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "salmon_revsmtp" and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+def _give_logs_to_owner() -> None:
+    """A log that root's command has made must not keep the server from starting."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.FileHandler):
+                with contextlib.suppress(OSError):
+                    give_to_owner(Path(handler.baseFilename))
 
 
 @contextlib.contextmanager
