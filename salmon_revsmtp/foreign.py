@@ -7,9 +7,10 @@ for the end of a line or of a field.  Everything that is shown goes through here
 
 from __future__ import annotations
 
+import io
 import re
 
-__all__ = ["angle", "printable", "printable_lines"]
+__all__ = ["angle", "escape_what_cannot_be_shown", "printable", "printable_lines"]
 
 # A log line's fields are separated by spaces, and an address ends at ">".
 _ENDS_A_FIELD = re.compile(r"[ <>\\]")
@@ -27,6 +28,12 @@ def printable(text: object) -> str:
 def printable_lines(text: object) -> str:
     """The same, but line feeds stay: of a text that has lines of ours."""
     return "\n".join(map(printable, str(text).split("\n")))
+
+
+def escape_what_cannot_be_shown(stream: object) -> None:
+    """Have a text stream write ``\\u20ac`` where its encoding lacks the character, and not fail."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def angle(address: str | None) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import re
+from pathlib import Path
 
 import pytest
 from support.collecting import exchange
@@ -15,6 +17,7 @@ from salmon_revsmtp.cli.options import _Line
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.foreign import angle, printable, printable_lines
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.server.project import enable_logging
 
 # ESC, OSC with BEL, a C1 control, what turns the direction of writing, line ends of all kinds.
 EVIL = "\x1b[2J\x1b]0;x\x07\x9b1m\u202e\u2066\u200f\u2028\u2029\x85\r\n\x00[/nosuch][link=http://a]x[/link]"
@@ -71,6 +74,44 @@ def test_a_report_is_a_line_and_its_details() -> None:
     report = Report("isp", "odmr", error=EVIL, answers=[EVIL])
     assert report.summary().count("\n") == 2
     assert not HARMFUL.search(report.summary())
+
+
+def test_what_the_encoding_lacks_is_escaped_and_no_traceback(project: Project) -> None:
+    async def script(provider: Dialogue) -> None:
+        provider.say("554 Zertifikat für 日本.example ungültig".encode())
+
+    locale = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    with provider(script, script, script) as port:
+        project.configure(isp(port, domains="['bücher.example']"))
+        for command in (
+            ["collect", "isp"],
+            ["collect", "-v", "isp"],
+            ["check", "isp"],
+            ["history"],
+        ):
+            done = project.run(*command, **locale)
+            told = done.stdout + done.stderr
+            assert "UnicodeEncodeError" not in told and "Logging error" not in told
+            assert ".example" in told, told
+    project.configure(isp(1, domains="['日本 .example']"))
+    done = project.run("agents", **locale)
+    assert done.returncode == 2 and "UnicodeEncodeError" not in done.stderr
+
+
+def test_a_log_file_whose_encoding_lacks_a_character_has_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = logging.handlers.WatchedFileHandler(tmp_path / "ascii.log", encoding="ascii")
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    enable_logging()
+    log = logging.getLogger("salmon_revsmtp.test")
+    log_safely(log, logging.ERROR, "error=%s", "日本")
+    (tmp_path / "ascii.log").rename(tmp_path / "ascii.log.1")
+    log_safely(log, logging.ERROR, "error=%s", "日本")
+    handler.close()
+    for name in ("ascii.log", "ascii.log.1"):
+        assert (tmp_path / name).read_text() == "error=\\u65e5\\u672c\n"
+    assert capsys.readouterr().err == ""
 
 
 def test_the_terminal_shows_no_log_line_raw() -> None:

@@ -15,6 +15,7 @@ from types import ModuleType
 import dotenv
 
 from salmon_revsmtp.files import give_to_owner
+from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
 __all__ = ["Project", "ProjectError", "enable_logging"]
 
@@ -80,7 +81,11 @@ class Project:
 
 def enable_logging() -> None:
     """Salmon's ``logging.config.fileConfig`` disables every logger that it does not name; ours are
-    to be heard all the same."""
+    to be heard all the same, also where a log's encoding lacks a character."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.errors = "backslashreplace"  # for a file that is opened again
+        escape_what_cannot_be_shown(getattr(handler, "stream", None))
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "salmon_revsmtp" and isinstance(logger, logging.Logger):
             logger.disabled = False
