@@ -25,6 +25,8 @@ from support.servers import free_port
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.server.control import ask
 
+HERE = Path(__file__).parent
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
@@ -325,6 +327,73 @@ def test_salmon_start_with_a_wrong_key_leaves_the_reason(project: Project) -> No
     )
     wait_for(lambda: words in (project.folder / "logs/salmon.err").read_text())
     wait_for(lambda: words.encode() in project_log(project))
+
+
+@pytest.mark.parametrize("way", ["renamed", "copytruncate"])
+def test_the_log_can_be_rotated_as_the_documentation_says(project: Project, way: str) -> None:
+    if way == "renamed":
+        conf = project.folder / "config/logging.conf"
+        text = conf.read_text()
+        documented = "class=handlers.WatchedFileHandler"
+        assert documented in (HERE.parent / "docs/running.rst").read_text()
+        assert "\nclass=FileHandler" in text
+        conf.write_text(text.replace("\nclass=FileHandler", f"\n{documented}"))
+    port = free_port()
+    project.configure(
+        isp(1, every="None"), services=f"{{'default': {{'listen': '127.0.0.1:{port}'}}}}"
+    )
+    log = project.folder / "logs/salmon.log"
+    with server(project, RUN):
+        if way == "renamed":
+            log.rename(log.with_suffix(".log.1"))
+        else:
+            log.with_suffix(".log.1").write_bytes(log.read_bytes())
+            os.truncate(log, 0)
+        with smtplib.SMTP("127.0.0.1", port) as client:
+            client.sendmail("a@example.net", ["b@example.org"], MESSAGE)
+        wait_for(lambda: log.exists() and b"from=<a@example.net>" in log.read_bytes())
+        assert b"\0" not in log.read_bytes()
+    assert b"listens on" in log.with_suffix(".log.1").read_bytes()
+
+
+def test_a_stale_pid_file_is_explained(project: Project) -> None:
+    """What the page about running says that one sees, and what it says to do."""
+    page = (HERE.parent / "docs/running.rst").read_text()
+    project.configure(isp(1, every="None"))
+    settings = project.folder / "config/settings.py"
+    settings.write_text(
+        settings.read_text()
+        + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+    )
+    salmon = START[:-1]
+    environment = {**os.environ, "ISP_PASSWORD": "x"}
+    pid_file = project.folder / "run/smtp.pid"
+
+    def start(*options: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*salmon, *options],
+            cwd=project.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        return done.returncode, done.stdout
+
+    start()
+    wait_for(lambda: answers(project))
+    pid = int(pid_file.read_text())
+    os.kill(pid, signal.SIGHUP)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert pid_file.exists()
+    status, told = start()
+    assert status == 1
+    assert "exists, so assuming Salmon is running" in told and told.split(".  ")[0] in page
+    assert project.run("check").stdout == "the server can start\n"
+    assert start("--force")[0] == 0
+    wait_for(lambda: answers(project))
+    os.kill(int(pid_file.read_text()), signal.SIGTERM)
+    wait_for(lambda: not pid_file.exists())
 
 
 # -- the control socket --------------------------------------------------------------------------
