@@ -6,7 +6,7 @@ from pathlib import Path
 from dotenv import load_dotenv
 
 # `salmon start` imports this file itself: it needs the variables of .env here.
-load_dotenv(Path(__file__).parent.parent / ".env")
+load_dotenv(Path(__file__).parent.parent / ".env", interpolate=False)
 
 # Where replies and bounces go out.
 relay_config = {"host": "localhost", "port": 8825}

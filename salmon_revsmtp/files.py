@@ -10,7 +10,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["FolderLock", "exclusive_lock", "sync_folder"]
+__all__ = [
+    "FolderLock",
+    "exclusive_lock",
+    "give_to_owner",
+    "make_folder",
+    "make_private_file",
+    "sync_folder",
+]
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +31,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with those above it, for their owner only whatever the umask.  Raises
+    :class:`OSError`."""
+    missing = []
+    for one in (folder, *folder.parents):
+        if one.exists():
+            break
+        missing.append(one)
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another was faster
+            one.mkdir(mode=0o700)
+            give_to_owner(one)
+
+
+def make_private_file(path: Path) -> None:
+    """Make an empty file, for its owner only, unless it is there.  Raises :class:`OSError`."""
+    make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        give_to_owner(path)
+
+
+def give_to_owner(path: Path) -> None:
+    """What root makes in someone's folder belongs to whom the folder belongs to, or the server,
+    which may not be root, could not use it.  Raises :class:`OSError`."""
+    if os.geteuid() == 0:
+        found, above = path.lstat(), path.parent.stat()
+        if (found.st_uid, found.st_gid) != (above.st_uid, above.st_gid):
+            os.chown(path, above.st_uid, above.st_gid, follow_symlinks=False)
+
+
 @contextlib.contextmanager
 def exclusive_lock(path: Path) -> Iterator[bool]:
     """Hold the lock file ``path``, which is made with its folder; ``False``: another process (or
@@ -35,8 +73,8 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
     """
     with contextlib.ExitStack() as held:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             for one in (path, path.with_name(f".{path.name}")):
+                make_private_file(one)
                 held.enter_context(_locked(one, os.O_RDWR | os.O_CREAT))
         except BlockingIOError:
             held.close()

@@ -1,10 +1,13 @@
-"""The log, where nothing may depend on it."""
+"""The log, where nothing may depend on it, and no stranger's words do harm."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import traceback
+
+from salmon_revsmtp.foreign import printable, printable_lines
 
 __all__ = ["log_safely"]
 
@@ -12,13 +15,22 @@ __all__ = ["log_safely"]
 def log_safely(
     log: logging.Logger, level: int, text: str, *arguments: object, error: bool = False
 ) -> None:
-    """Log a line, with the traceback of the exception in hand if ``error``.
+    """Log a line, with the traceback of the exception in hand if ``error``; what strangers wrote in
+    either is harmless.
 
     What a filter raises costs the line and nothing else: it is told on stderr, to where logging
     says what its handlers raise, unless that is gone, too.
     """
     try:
-        log.log(level, text, *arguments, exc_info=error, stacklevel=2)
+        if not log.isEnabledFor(level):
+            return
+        line = printable(text % arguments if arguments else text)
+        where = log.findCaller(stacklevel=2)
+        raised = sys.exc_info() if error else None
+        record = log.makeRecord(log.name, level, *where[:2], line, (), raised, where[2])
+        if error:
+            record.exc_text = printable_lines(traceback.format_exc().rstrip("\n"))
+        log.handle(record)
     except Exception:
         with contextlib.suppress(Exception):
             traceback.print_exc()

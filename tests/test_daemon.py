@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.control import Answers, Control
 from salmon_revsmtp.server.daemon import Daemon
 
 SOON = 0.002  # minutes
@@ -120,3 +123,92 @@ def test_an_answer_in_another_alphabet_does_not_stop_an_agent(
 
     asyncio.run(main())
     assert [entry.outcome for entry in Journal().history()[-2:]] == ["refused", "refused"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), PermissionError(13, "Permission denied")]
+)
+@pytest.mark.parametrize("place", ["enabled", "collection", "run"])
+def test_an_exception_anywhere_before_a_collection_does_not_stop_the_agent_for_ever(
+    salmon: Salmon,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+) -> None:
+    original = getattr(Collector, place)
+    left = [error, error]
+
+    def fails(*arguments: Any) -> Any:
+        if left:
+            raise left.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(Collector, place, fails)
+
+    async def main() -> None:
+        watcher = Watcher()
+        async with scripted(no_more_mail) as port:
+            await serve(salmon, watcher, 1, agent_keys(port, every=SOON))
+        assert [report.outcome.value for report in watcher.reports[:1]] == ["no-mail"]
+
+    asyncio.run(main())
+    assert not left
+    assert caplog.text.count("agent=isp fails: failed") == 1
+    assert str(error) in caplog.text
+    assert caplog.text.count("agent=isp recovered") == 1
+
+
+class Denied(type(Path())):  # type: ignore[misc]
+    """A path below a folder that may not be entered, which no mode denies to root."""
+
+    def stat(self, **keys: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    def exists(self, **keys: Any) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+
+def test_a_journal_that_cannot_be_looked_at_stops_no_agent(tmp_path: Path) -> None:
+    journal = Journal(Denied(tmp_path / "run/revsmtp.sqlite3"))
+    assert journal.state("isp").enabled is None
+    assert journal.history() == []
+
+
+def test_a_failed_notification_round_does_not_end_the_server(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Collector) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Collector, "send_waiting", fails)
+
+    async def main() -> None:
+        watcher = Watcher()
+        async with scripted(no_more_mail) as port:
+            await serve(salmon, watcher, 1, agent_keys(port, every=SOON))
+
+    asyncio.run(main())
+    assert "can't start new thread" in caplog.text
+
+
+@pytest.mark.parametrize("request_line", [b'{"do": "state"}', b"[]", b"not JSON"])
+def test_who_asks_the_server_is_answered_also_when_that_fails(
+    tmp_path: Path, request_line: bytes
+) -> None:
+    async def fails(request: dict[str, Any]) -> Answers:
+        raise RuntimeError("no thread to spare")
+        yield {}
+
+    async def main() -> None:
+        path = tmp_path / "control.sock"
+        control = Control(fails, path)
+        await control.start()
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(request_line + b"\n")
+        answers = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        assert "the server could not do that" in json.loads(answers)["error"]
+        await control.stop()
+
+    asyncio.run(main())

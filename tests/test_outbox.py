@@ -222,6 +222,44 @@ def test_one_that_was_sent_and_cannot_be_deleted_is_not_sent_again(
     assert keys() == []
 
 
+def test_after_a_thread_that_could_not_be_started_notifications_go_out_again(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net")
+
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        outbox.send_soon()
+    assert "can't start new thread" in caplog.text
+    outbox.wait(1)
+    outbox.send_soon()
+    outbox.wait(10)
+    assert [to for _, to, _ in relay.sent] == ["ann@example.net"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_a_thread_that_died_notifications_go_out_again(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net")
+
+    def dies(self: Outbox) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "send", dies)
+        outbox.send_soon()
+        outbox.wait(10)
+    outbox.send_soon()
+    outbox.wait(10)
+    assert [to for _, to, _ in relay.sent] == ["ann@example.net"]
+
+
 @contextlib.contextmanager
 def listening(quits: bool = True) -> Iterator[tuple[int, list[str]]]:
     """A relay that takes everything and, unless it ``quits``, has no answer to QUIT."""

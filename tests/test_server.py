@@ -25,6 +25,8 @@ from support.servers import free_port
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.server.control import ask
 
+HERE = Path(__file__).parent
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
@@ -195,6 +197,203 @@ def test_it_listens_for_mail(project: Project) -> None:
         with smtplib.SMTP("127.0.0.1", port) as client:
             client.sendmail("a@example.net", ["b@example.org"], MESSAGE)
         assert len(project.got()) == 1
+
+
+BROKEN_RECEIVER = """
+import threading
+class Broken:
+    def start(self):
+        {start}
+settings.receiver = salmon_revsmtp.attach(settings, Broken())
+"""
+
+BROKEN_SERVER = """
+from salmon_revsmtp.customer.schedule import Schedule
+def broken(self):
+    raise RuntimeError("the schedule broke")
+Schedule.next_time = broken
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "broken", "words"),
+    [
+        (
+            START,
+            BROKEN_RECEIVER.format(start="raise OSError('no such address')"),
+            "no such address",
+        ),
+        (
+            START,
+            BROKEN_RECEIVER.format(
+                start="self.poller = threading.Thread(target=lambda: None); self.poller.start()"
+            ),
+            "its thread has ended",
+        ),
+        (START, BROKEN_SERVER, "the schedule broke"),
+        (RUN, BROKEN_SERVER, "the schedule broke"),
+    ],
+)
+def test_a_server_that_fails_ends_with_a_status_and_the_reason(
+    project: Project, command: list[str], broken: str, words: str
+) -> None:
+    project.configure(isp(1, every="None"))
+    settings = project.folder / "config/settings.py"
+    settings.write_text(
+        settings.read_text()
+        + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+    )
+    boot = project.folder / "config/boot.py"
+    boot.write_text(boot.read_text() + broken)
+    done = subprocess.run(
+        command,
+        cwd=project.folder,
+        env={**os.environ, "ISP_PASSWORD": "x"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert words in project_log(project).decode()
+    assert not (project.folder / "run/revsmtp.sock").exists()
+
+
+def test_a_server_that_cannot_start_says_why_in_the_log(project: Project) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        project.configure(isp(1), services=f"{{'default': {{'listen': '{listen}'}}}}")
+        settings = project.folder / "config/settings.py"
+        settings.write_text(
+            settings.read_text()
+            + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+        )
+        done = subprocess.run(
+            START,
+            cwd=project.folder,
+            env={**os.environ, "ISP_PASSWORD": "x"},
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert done.returncode == 1
+    for told in (done.stderr, project_log(project).decode()):
+        assert f"service=default cannot listen on {listen}" in told
+        assert "address already in use" in told.lower()
+
+
+@pytest.mark.parametrize("taken_by", ["a service", "the receiver"])
+def test_check_without_a_name_says_what_would_keep_the_server_from_starting(
+    project: Project, taken_by: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        listen = f"127.0.0.1:{port if taken_by == 'a service' else free_port()}"
+        receiver_port = port if taken_by == "the receiver" else project.receiver_port
+        project.configure(isp(1), services=f"{{'default': {{'listen': '{listen}'}}}}")
+        settings = project.folder / "config/settings.py"
+        settings.write_text(
+            settings.read_text()
+            + f"receiver_config = {{'host': '127.0.0.1', 'port': {receiver_port}}}\n"
+        )
+        done = project.run("check")
+        assert done.returncode != 0
+        told = (done.stdout + done.stderr).lower()
+        assert "address already in use" in told
+        assert (f"service=default cannot listen on {listen}" in told) == (taken_by == "a service")
+    done = project.run("check", "--json")
+    assert (done.returncode, json.loads(done.stdout)["ready"]) == (0, True)
+    with server(project, RUN):
+        assert project.run("check").stdout == "the server is running\n"
+
+
+def test_salmon_start_with_a_wrong_key_leaves_the_reason(project: Project) -> None:
+    """It has left the terminal when it reads the settings; ``check`` says it before."""
+    project.configure(isp(1, evry="10"))
+    words = 'agent "isp": evry: unknown key'
+    done = project.run("check")
+    assert done.returncode == 2
+    assert words in done.stderr
+    subprocess.run(
+        [*START[:-1]],
+        cwd=project.folder,
+        env={**os.environ, "ISP_PASSWORD": "x"},
+        check=True,
+        timeout=20,
+    )
+    wait_for(lambda: words in (project.folder / "logs/salmon.err").read_text())
+    wait_for(lambda: words.encode() in project_log(project))
+
+
+@pytest.mark.parametrize("way", ["renamed", "copytruncate"])
+def test_the_log_can_be_rotated_as_the_documentation_says(project: Project, way: str) -> None:
+    if way == "renamed":
+        conf = project.folder / "config/logging.conf"
+        text = conf.read_text()
+        documented = "class=handlers.WatchedFileHandler"
+        assert documented in (HERE.parent / "docs/running.rst").read_text()
+        assert "\nclass=FileHandler" in text
+        conf.write_text(text.replace("\nclass=FileHandler", f"\n{documented}"))
+    port = free_port()
+    project.configure(
+        isp(1, every="None"), services=f"{{'default': {{'listen': '127.0.0.1:{port}'}}}}"
+    )
+    log = project.folder / "logs/salmon.log"
+    with server(project, RUN):
+        if way == "renamed":
+            log.rename(log.with_suffix(".log.1"))
+        else:
+            log.with_suffix(".log.1").write_bytes(log.read_bytes())
+            os.truncate(log, 0)
+        with smtplib.SMTP("127.0.0.1", port) as client:
+            client.sendmail("a@example.net", ["b@example.org"], MESSAGE)
+        wait_for(lambda: log.exists() and b"from=<a@example.net>" in log.read_bytes())
+        assert b"\0" not in log.read_bytes()
+    assert b"listens on" in log.with_suffix(".log.1").read_bytes()
+
+
+def test_a_stale_pid_file_is_explained(project: Project) -> None:
+    """What the page about running says that one sees, and what it says to do."""
+    page = (HERE.parent / "docs/running.rst").read_text()
+    project.configure(isp(1, every="None"))
+    settings = project.folder / "config/settings.py"
+    settings.write_text(
+        settings.read_text()
+        + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
+    )
+    salmon = START[:-1]
+    environment = {**os.environ, "ISP_PASSWORD": "x"}
+    pid_file = project.folder / "run/smtp.pid"
+
+    def start(*options: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*salmon, *options],
+            cwd=project.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        return done.returncode, done.stdout
+
+    start()
+    wait_for(lambda: answers(project))
+    pid = int(pid_file.read_text())
+    os.kill(pid, signal.SIGHUP)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert pid_file.exists()
+    status, told = start()
+    assert status == 1
+    assert "exists, so assuming Salmon is running" in told and told.split(".  ")[0] in page
+    assert project.run("check").stdout == "the server can start\n"
+    assert start("--force")[0] == 0
+    wait_for(lambda: answers(project))
+    os.kill(int(pid_file.read_text()), signal.SIGTERM)
+    wait_for(lambda: not pid_file.exists())
 
 
 # -- the control socket --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import click
 
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import iso, print_json, table, when
+from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -59,12 +60,15 @@ def agents(options: Options, as_json: bool) -> None:
 
 
 def _next_runs() -> dict[str, float]:
-    """When the running server runs each agent next; empty if none runs."""
-    from salmon_revsmtp.server.control import NoServer, ask
+    """When the running server runs each agent next; empty if none runs, or if it does not say."""
+    from salmon_revsmtp.server.control import GLANCE, NoServer, ask
 
     try:
-        [answer] = ask({"do": "state"})
-    except (NoServer, OSError, ValueError):
+        [answer] = ask({"do": "state"}, patience=GLANCE)
+    except NoServer:
+        return {}
+    except (OSError, ValueError) as error:
+        click.echo(f"warning: asking the running server: {printable(error)}", err=True)
         return {}
     return dict(answer.get("next", {}))
 

@@ -11,6 +11,7 @@ import click
 
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import in_a_thread, print_json
+from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent, Check
@@ -68,7 +69,7 @@ def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> lis
                 elif "agent" in answer:
                     progress.update(answer["agent"], answer["messages"], answer["bytes"])
                 elif "error" in answer:
-                    raise click.ClickException(answer["error"])
+                    raise click.ClickException(printable(answer["error"]))
                 ended = "end" in answer
     except NoServer:
         return None
@@ -117,15 +118,47 @@ def _collect(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @json_option
 @with_options
-def check(options: Options, name: str, as_json: bool) -> None:
-    """See whether a collection would work, without asking for mail.
+def check(options: Options, name: str | None, as_json: bool) -> None:
+    """See whether it would work, without asking for mail.
 
-    The agent connects, does TLS, greets the server and logs in. Then it says what the server offers
-    and what would fail.
+    With the NAME of an agent, that agent connects, does TLS, greets the server and logs in. Then it
+    says what the server offers and what would fail.
+
+    Without a NAME you see whether the server can start: the settings, the boot module and the
+    addresses to listen on. `salmon start` goes into the background before it looks at them, so it
+    cannot say on the terminal what is wrong with them.
     """
+    if name is None:
+        _check_start(options, as_json)
+    else:
+        _check_agent(options, name, as_json)
+
+
+def _check_start(options: Options, as_json: bool) -> None:
+    import asyncio
+
+    from salmon_revsmtp.server.control import running
+    from salmon_revsmtp.service.listening import address_problems
+
+    project, configuration = options.open()
+    runs = running()
+    options.boot_project(project, listen=not runs)
+    problems = [] if runs else asyncio.run(address_problems(configuration.services))
+    if as_json:
+        print_json({"ready": not problems, "running": runs, "problems": problems})
+    else:
+        for problem in problems:
+            click.echo(f"failed: {printable(problem)}")
+        if not problems:
+            click.echo("the server is running" if runs else "the server can start")
+    if problems:
+        sys.exit(ATTENTION)
+
+
+def _check_agent(options: Options, name: str, as_json: bool) -> None:
     import asyncio
 
     from salmon_revsmtp.customer.agent import Check
@@ -163,9 +196,9 @@ def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
         secured = f"by {result.tls}" if result.tls else "in the clear"
         login = f"logged in with {result.auth}" if result.auth else "not logged in"
         click.echo(f"{agent.title}: {agent.address} reached {secured}, {login}")
-        click.echo("it offers: " + ", ".join(sorted(result.offers)))
+        click.echo("it offers: " + printable(", ".join(sorted(result.offers))))
     for problem in result.problems:
-        click.echo(f"{outcome or 'warning'}: {problem}")
+        click.echo(f"{outcome or 'warning'}: {printable(problem)}")
     if not result.problems:
         click.echo("nothing found that would fail")
 
@@ -185,4 +218,4 @@ def run(options: Options) -> None:
     try:
         serve_in_foreground(configuration, plugins, lambda: project.settings.relay)
     except OSError as error:
-        raise click.ClickException(f"listening: {error}") from None
+        raise click.ClickException(error.strerror or str(error)) from None

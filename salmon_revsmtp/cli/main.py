@@ -6,6 +6,7 @@ usage and settings errors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import click
@@ -15,6 +16,7 @@ from salmon_revsmtp.cli.collect import check, collect, run
 from salmon_revsmtp.cli.demo import demo
 from salmon_revsmtp.cli.options import Options, with_options
 from salmon_revsmtp.cli.plugins import plugins
+from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
 __all__ = ["cli", "main"]
 
@@ -32,6 +34,8 @@ for _command in (agents, collect, check, enable, disable, history, run, plugins,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: plugins may add commands, then click takes over."""
+    for stream in (sys.stdout, sys.stderr):
+        escape_what_cannot_be_shown(stream)
     options = Options()
     options.log_to_terminal()
     loaded = options.load_plugins()

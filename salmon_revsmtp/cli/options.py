@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from salmon_revsmtp.foreign import printable, printable_lines
+
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
     from salmon_revsmtp.plugins.manager import Plugins
@@ -63,12 +65,12 @@ class Options:
         except SettingsError as error:
             raise stop(*error.problems) from None
 
-    def boot_project(self, project: Project) -> None:
-        """Import the boot module."""
+    def boot_project(self, project: Project, listen: bool = False) -> None:
+        """Import the boot module, whose receiver may ``listen`` or not."""
         from salmon_revsmtp.server.project import ProjectError
 
         try:
-            project.boot(self.boot)
+            project.boot(self.boot, listen)
         except ProjectError as error:
             raise stop(str(error)) from None
 
@@ -94,9 +96,9 @@ class _Line(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if self._verbose or not record.exc_info or record.exc_info[1] is None:
-            return super().format(record)
+            return printable_lines(super().format(record))
         error = record.exc_info[1]
-        return f"{record.getMessage()}: {type(error).__name__}: {error}"
+        return printable(f"{record.getMessage()}: {type(error).__name__}: {error}")
 
 
 class _Stop(click.ClickException):
@@ -104,7 +106,7 @@ class _Stop(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         for line in self.message.splitlines():
-            click.echo(f"error: {line}", err=True, file=file)
+            click.echo(f"error: {printable(line)}", err=True, file=file)
 
 
 def stop(*problems: str) -> _Stop:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from salmon_revsmtp.cli.options import ATTENTION
+from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
@@ -43,7 +44,7 @@ def table(
     does not fit, each row is a list of its cells.  ``remarks``: the last column holds sentences; on
     a terminal they stand below their rows.
     """
-    rows = [[_printable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *rows):
             click.echo("\t".join(row))
@@ -100,11 +101,6 @@ def _folded(text: str, width: int, indent: str = "") -> list[str]:
     """Lines of whole words; a word that is wider than a line is left to the terminal."""
     lines = textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False)
     return [indent + line for line in lines]
-
-
-def _printable(text: str) -> str:
-    """A server's words may hold what a terminal obeys."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def iso(seconds: float) -> str:

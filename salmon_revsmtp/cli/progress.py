@@ -26,6 +26,7 @@ class Progress:
         self._console = Console()
         self._running: dict[str, tuple[int, int]] = {}
         self._collections: dict[str, Collection] = {}
+        self._spinner = "dots" if self._console.encoding.startswith("utf") else "line"
         self._live: Live | None = None
         if live and sys.stdout.isatty():
             self._live = Live(
@@ -68,7 +69,7 @@ class Progress:
             self._running[name] = (one.tally.messages, one.tally.bytes)
         return Group(
             *(
-                Spinner("dots", Text(f"{name}: {counted(*counts)}"))
+                Spinner(self._spinner, Text(f"{name}: {counted(*counts)}"))
                 for name, counts in list(self._running.items())
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from salmon_revsmtp.foreign import printable
 from salmon_revsmtp.net.outcome import Outcome
 
 __all__ = ["Report", "counted"]
@@ -58,7 +59,7 @@ class Report:
             how = " ".join(word for word in (self.tls, self.auth) if word) or "in the clear"
             text += f" ({_number(self.sessions, 'session')}, {how}, {self.seconds:.1f} s)"
         details = [*self.answers, *([self.error] if self.error else [])]
-        return "\n  ".join((text, *details))
+        return "\n  ".join(printable(" ".join(one.split("\n"))) for one in (text, *details))
 
 
 def counted(messages: int, octets: int) -> str:

@@ -12,6 +12,7 @@ from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.net.outcome import CollectionError, Outcome
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["run"]
@@ -43,7 +44,9 @@ async def run(agent: Agent, collection: Collection) -> Report:
             report.outcome, report.error = Outcome.FAILED, "interrupted"
             raise
         except Exception as error:
-            log.exception("agent=%s the agent type has a bug", agent.name)
+            log_safely(
+                log, logging.ERROR, "agent=%s the agent type has a bug", agent.name, error=True
+            )
             report.outcome = Outcome.FAILED
             report.error = without_surrogates(
                 f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"

@@ -26,6 +26,7 @@ from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.attempts import Attempts
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -157,7 +158,7 @@ class QueueConsumer:
             reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
             self._journal.record(message, recipient or "", reply)
         if reply.transient:
-            log.info("queue=%s key=%s deferred: %s", self._folder, key, reply)
+            log_safely(log, logging.INFO, "queue=%s key=%s deferred: %s", self._folder, key, reply)
         else:
             try:
                 with suppress(KeyError, FileNotFoundError):  # it was taken away meanwhile

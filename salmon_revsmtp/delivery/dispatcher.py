@@ -30,6 +30,7 @@ from typing import Protocol
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
+from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import log_safely
@@ -251,9 +252,9 @@ class Dispatcher:
         log_safely(
             log,
             logging.WARNING,
-            "%s from=<%s> reply=%r %s",
+            "%s from=%s reply=%r %s",
             pending.origin.label,
-            pending.envelope.reverse_path,
+            angle(pending.envelope.reverse_path),
             str(late),
             "handler still running" if pending.begun else "not started",
         )
@@ -348,7 +349,12 @@ class Dispatcher:
         )
         if said is None or (isinstance(said, Reply) and (said.transient or said.permanent)):
             return said
-        log.error("hook=message_received returned %r, which refuses nothing; ignored", said)
+        log_safely(
+            log,
+            logging.ERROR,
+            "hook=message_received returned %r, which refuses nothing; ignored",
+            said,
+        )
         return None
 
     def _note(self, pending: PendingDelivery, recipient: str, reply: Reply, repeat: bool) -> None:
@@ -369,10 +375,10 @@ class Dispatcher:
             log_safely(
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
-                "%s from=<%s> to=<%s> bytes=%d reply=%r%s",
+                "%s from=%s to=%s bytes=%d reply=%r%s",
                 pending.origin.label,
-                pending.envelope.reverse_path,
-                recipient,
+                angle(pending.envelope.reverse_path),
+                angle(recipient),
                 pending.size,
                 str(reply),
                 " repeat" if repeat else "",

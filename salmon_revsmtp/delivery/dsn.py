@@ -17,6 +17,8 @@ from email.utils import formatdate, make_msgid
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.trace import header_end
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -59,10 +61,12 @@ class Notifier:
         try:
             self._outbox.put(envelope.reverse_path, message.as_bytes())
         except OSError as error:
-            log.error("to=<%s> the notification was not kept: %s", envelope.reverse_path, error)
+            to = angle(envelope.reverse_path)
+            log_safely(log, logging.ERROR, "to=%s the notification was not kept: %s", to, error)
             return disk_reply(error)
         self._outbox.send_soon()
-        log.info("to=<%s> is told of %d failed recipients", envelope.reverse_path, len(wanted))
+        to = angle(envelope.reverse_path)
+        log_safely(log, logging.INFO, "to=%s is told of %d failed recipients", to, len(wanted))
         return None
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from salmon import queue
 
-from salmon_revsmtp.files import sync_folder
+from salmon_revsmtp.files import give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["by_age", "disk_reply", "make_whole", "move_across", "open_queue", "push_safely"]
@@ -40,7 +40,7 @@ def open_queue(folder: str | Path) -> Any:
     What a process left under ``tmp/`` when it died goes when it is 36 hours old, as Maildir has it.
     """
     place = Path(folder).expanduser()  # mailbox does that, and Salmon does not
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(place.parent)
     opened = queue.Queue(str(place))
     # mailbox reads its folders anew if their times have changed since it looked last: with a clock
     # that was set back they have not.  A skew of any size has it read them always.
@@ -55,8 +55,13 @@ def make_whole(target: Any) -> None:
     """Make what is missing of a Salmon Queue: :mod:`mailbox` takes a folder that is there for a
     Maildir, also if a process died while it was making it.  Raises :class:`OSError`."""
     if type(target) is queue.Queue:
-        for part in target.mbox._paths.values():
-            Path(part).mkdir(mode=0o700, exist_ok=True)
+        _make_parts(target.mbox)
+
+
+def _make_parts(mbox: Any) -> None:
+    for part in map(Path, (mbox._path, *mbox._paths.values())):
+        make_folder(part)
+        give_to_owner(part)  # mailbox, or the boot module, may have made it
 
 
 def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
@@ -106,7 +111,14 @@ def _create(mbox: Any) -> Any:
     """A new file under ``tmp/``, with the name that the mailbox would give it."""
     for _ in range(CLASHES):
         try:
-            return mbox._create_tmp()
+            file = mbox._create_tmp()
+            os.fchmod(file.fileno(), 0o600)  # it has 0666 less the umask
+            give_to_owner(Path(file.name))
+            return file
+        except FileNotFoundError as gone:
+            # Someone has deleted the folder, or a part of it, since it was opened.
+            error: Exception = gone
+            _make_parts(mbox)
         except mailbox.ExternalClashError as clash:
             error = clash
     raise OSError(errno.EEXIST, str(error))

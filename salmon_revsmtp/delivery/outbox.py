@@ -22,6 +22,8 @@ from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
 from salmon_revsmtp.files import FolderLock
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.safelog import log_safely
 
 __all__ = ["UNSENT", "Outbox"]
 
@@ -70,19 +72,31 @@ class Outbox:
         with self._lock:
             self._again = True
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="notifications", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="notifications", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the machine has no thread to spare
+                    log.error("queue=%s notifications wait for now: %s", self._folder, error)
+                    return
+                self._thread = thread
 
     def _work(self) -> None:
-        while True:
+        try:
+            while self._asked_again():
+                self.send()
+        except BaseException:
             with self._lock:
-                if not self._again:
-                    self._thread = None
-                    return
-                self._again = False
-            self.send()
+                self._thread = None
+            raise
+
+    def _asked_again(self) -> bool:
+        """Whether :meth:`send_soon` was called since this was asked last; if not, the thread is
+        over, and the next call starts another."""
+        with self._lock:
+            again, self._again = self._again, False
+            if not again:
+                self._thread = None
+            return again
 
     def wait(self, seconds: float) -> None:
         """Wait until what :meth:`send_soon` has begun is done, but no longer than that."""
@@ -121,9 +135,9 @@ class Outbox:
                 self._relay().deliver(email.message_from_bytes(message), To=to, From="<>")
         except Exception as error:
             if _came_after(error):
-                log.info("to=<%s> the relay broke off after the notification", to)
+                self._say(logging.INFO, to, "the relay broke off after the notification")
             elif _for_good(error) or self._age(key) > GIVE_UP:
-                log.error("to=<%s> the notification cannot be sent, given up: %s", to, error)
+                self._say(logging.ERROR, to, f"the notification cannot be sent, given up: {error}")
                 undeliverable_queue().keep(stored)
                 waiting.remove(key)
                 return True
@@ -133,17 +147,15 @@ class Outbox:
         self._sent.add(key)
         waiting.remove(key)
         self._sent.discard(key)
-        log.info("to=<%s> the notification was sent", to)
+        self._say(logging.INFO, to, "the notification was sent")
         return True
 
     def _defer(self, to: str | None, error: Exception) -> bool:
         """Whether the next may be tried: what was said of this one may be otherwise for that."""
         down = isinstance(error, _DOWN) or not isinstance(error, smtplib.SMTPException)
         if not (down and self._down):
-            log.warning(
-                "to=<%s> the notification was not sent: %s: %s; it waits in %s",
-                *(to, type(error).__name__, error, self._folder),
-            )
+            reason = f"{type(error).__name__}: {error}; it waits in {self._folder}"
+            self._say(logging.WARNING, to, f"the notification was not sent: {reason}")
         self._down = down
         return not down
 
@@ -163,6 +175,9 @@ class Outbox:
         tried.unlink(missing_ok=True)  # it may be another user's
         tried.touch()
         os.utime(tried, (now, now))
+
+    def _say(self, level: int, to: str | None, what: str) -> None:
+        log_safely(log, level, "to=%s %s", angle(to), what)
 
     def _age(self, key: str) -> float:
         with contextlib.suppress(OSError):

@@ -7,6 +7,8 @@ from typing import Any
 
 from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import envelope_lines
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -37,6 +39,11 @@ class QueueDelivery:
                 self._queue = open_queue(self._folder)
             key = push_safely(self._queue, lines, trace, content, b"\n")
         except OSError as error:
-            log.error("queue=%s recipient=%s not stored: %s", self._folder, recipient, error)
+            log_safely(
+                log,
+                logging.ERROR,
+                "queue=%s recipient=%s not stored: %s",
+                *(self._folder, angle(recipient), error),
+            )
             return disk_reply(error)
         return Reply(250, f"queued as {key}", "2.6.0")

@@ -21,6 +21,8 @@ from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import envelope_lines, separator
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -54,7 +56,12 @@ class RouterDelivery:
             undeliverable = undeliverable_queue()
         except OSError as error:
             # Without a last safe place, what a handler raises on would be gone.
-            log.error("recipient=%s no undeliverable queue can be made: %s", recipient, error)
+            log_safely(
+                log,
+                logging.ERROR,
+                "recipient=%s no undeliverable queue can be made: %s",
+                *(angle(recipient), error),
+            )
             return disk_reply(error)
         message = b"".join((trace, content))
         with _Kept(undeliverable, envelope, recipient, message) as kept:
@@ -67,15 +74,19 @@ class RouterDelivery:
             except SMTPError as error:
                 return reply_to_error(error)
             except Exception:
-                log.exception("recipient=%s delivery raised", recipient)
+                self._log_raised("delivery raised", recipient)
                 if not kept.done:
                     kept.push_quietly()
             except SystemExit:
-                log.exception("recipient=%s a handler tried to end the process", recipient)
+                self._log_raised("a handler tried to end the process", recipient)
                 kept.push_quietly()
             if kept.failure is not None:
                 return disk_reply(kept.failure)
         return KEPT if kept.done else DELIVERED
+
+    @staticmethod
+    def _log_raised(what: str, recipient: str) -> None:
+        log_safely(log, logging.ERROR, "recipient=%s %s", *(angle(recipient), what), error=True)
 
 
 def reply_to_error(error: SMTPError) -> Reply:
@@ -87,7 +98,8 @@ def reply_to_error(error: SMTPError) -> Reply:
         code = 0
     if 200 <= code < 300 or 400 <= code < 600:
         return Reply(code, text)
-    log.error("a handler raised SMTPError(%r), which is no final reply; answered 451", error.code)
+    text_of = "a handler raised SMTPError(%r), which is no final reply; answered 451"
+    log_safely(log, logging.ERROR, text_of, error.code)
     return Reply(451, f"handler error: {text}", "4.3.0")
 
 
@@ -124,9 +136,11 @@ class _Kept:
             self.failure = error
             raise
         self.done, self.failure = True, None
-        log.error(
-            "from=<%s> to=<%s> undeliverable, kept with key %s; the log has the reason above",
-            *(self._envelope.reverse_path, self._recipient, key),
+        log_safely(
+            log,
+            logging.ERROR,
+            "from=%s to=%s undeliverable, kept with key %s; the log has the reason above",
+            *(angle(self._envelope.reverse_path), angle(self._recipient), key),
         )
         return key
 
@@ -134,7 +148,7 @@ class _Kept:
         try:
             self.push()
         except OSError as error:
-            log.error("undeliverable, and not kept either: %s", error)
+            log_safely(log, logging.ERROR, "undeliverable, and not kept either: %s", error)
 
 
 class _Undeliverable:

@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
+from salmon_revsmtp.journal.file import BUSY_TIMEOUT, DEFAULT_JOURNAL, JournalFile
 
 __all__ = ["AgentState", "Entry", "Journal"]
 
 # What is older goes, but never one of the last collections: the clock may have been set.
 KEEP_DAYS = 90
 KEEP_AT_LEAST = 10_000
+
+# Seconds that a reader waits for a process that has the whole file, and until the file is looked at
+# again after that; what it would have said is as if it said nothing.
+READ_PATIENCE = 1.0
+LOOK_AGAIN = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +71,7 @@ class Journal:
     def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
         self._file = JournalFile(path)
         self._warned = False
+        self._look_at = 0.0
 
     def record(self, entry: Entry, good: bool) -> None:
         """Note a collection's end, and since when its agent fails if it does."""
@@ -130,7 +136,7 @@ class Journal:
 
     def _write(self, work: Callable[[sqlite3.Connection], None]) -> bool:
         try:
-            with self._transaction() as database:
+            with self._transaction("IMMEDIATE", BUSY_TIMEOUT) as database:
                 work(database)
         except (sqlite3.Error, OSError, ValueError) as error:
             self._warn("written", error)
@@ -139,20 +145,25 @@ class Journal:
         return True
 
     def _read(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
-        if not self._file.path.exists():
+        if time.monotonic() < self._look_at:
             return otherwise
         try:
-            with self._transaction() as database:
+            if not self._file.path.exists():
+                return otherwise
+            with self._transaction("DEFERRED", READ_PATIENCE) as database:
                 return work(database)
         except (sqlite3.Error, OSError) as error:
+            self._look_at = time.monotonic() + LOOK_AGAIN
             self._warn("read", error)
             return otherwise
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        database = self._file.open()
+    def _transaction(self, kind: str, patience: float) -> Iterator[sqlite3.Connection]:
+        """``kind``: a reader in a write-ahead log waits for no one, one that is ``IMMEDIATE`` for
+        every writer."""
+        database = self._file.open(patience)
         try:
-            database.execute("BEGIN IMMEDIATE")
+            database.execute(f"BEGIN {kind}")
             yield database
             database.execute("COMMIT")
         finally:

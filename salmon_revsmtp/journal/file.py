@@ -10,7 +10,9 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-__all__ = ["DEFAULT_JOURNAL", "JournalFile"]
+from salmon_revsmtp.files import make_private_file
+
+__all__ = ["BUSY_TIMEOUT", "DEFAULT_JOURNAL", "JournalFile"]
 
 DEFAULT_JOURNAL = Path("run/revsmtp.sqlite3")
 
@@ -83,17 +85,18 @@ class JournalFile:
     def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
         self.path = path
 
-    def open(self) -> sqlite3.Connection:
+    def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:
         """A connection, its schema up to date, without transactions of Python's own.  It may be
-        used from several threads, not at the same time.
+        used from several threads, not at the same time.  It waits ``patience`` seconds for another
+        process.
 
         What is committed survives the death of the process.  With a write-ahead log it costs no
         sync unless the connection asks for that (``PRAGMA synchronous``).  Raises
         :class:`sqlite3.Error` and :class:`OSError`.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_file(self.path)  # SQLite gives its other files the same mode and owner
         database = sqlite3.connect(
-            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            self.path, timeout=patience, isolation_level=None, check_same_thread=False
         )
         try:
             # A file system without shared memory has no such log; then every commit is synced.

@@ -31,10 +31,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-__all__ = ["Driver", "Machine", "dialogue"]
+from salmon_revsmtp.net.trace import Trace, dialogue
 
-# -v shows it; its lines never hold a secret.
-dialogue = logging.getLogger("salmon_revsmtp.dialogue")
+__all__ = ["Driver", "Machine"]
 
 # Octets handed to the transport at a time.
 PIECE = 256 * 1024
@@ -120,7 +119,7 @@ class Driver(asyncio.Protocol):
         self._clock: asyncio.TimerHandle | None = None
         self._progressed_at = 0.0
         self._marks = (0, 0, 0)
-        self._trace = dialogue.isEnabledFor(logging.DEBUG)
+        self._trace = Trace() if dialogue.isEnabledFor(logging.DEBUG) else None
 
     # -- what a subclass says -------------------------------------------------------------------
 
@@ -162,10 +161,23 @@ class Driver(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._trace:
-            hidden = f"[{len(data)} octets]"
-            dialogue.debug("%s: %s", self.THEY, hidden if self.machine.secret else _shown(data))
-        self.happened(self.machine.receive_bytes(data))
+        if self._trace is None:
+            self.happened(self.machine.receive_bytes(data))
+            return
+        # A machine that answers is the server.
+        secret, answers, before = (
+            self.machine.secret,
+            self.machine.answers,
+            self.machine.content_octets,
+        )
+        events = self.machine.receive_bytes(data)
+        shown = f"[{len(data)} octets]"
+        if not secret:
+            content = self.machine.content_octets - before
+            shown = self._trace.client(data, content) if answers else self._trace.server(data)
+        if shown:
+            dialogue.debug("%s: %s", self.THEY, shown)
+        self.happened(events)
 
     def eof_received(self) -> bool:
         """The peer has no more to say; what it waits for is still answered (not under TLS, where a
@@ -230,8 +242,11 @@ class Driver(asyncio.Protocol):
 
     def _say(self, said: bytes | Sequence[bytes]) -> None:
         for data in (said,) if isinstance(said, bytes) else said:
-            if self._trace:
-                dialogue.debug("%s: %s", self.WE, _shown(data))
+            if self._trace is not None:
+                answers = self.machine.answers
+                shown = self._trace.server(data) if answers else self._trace.client(data)
+                if shown:
+                    dialogue.debug("%s: %s", self.WE, shown)
             self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -397,10 +412,3 @@ def _unread(transport: asyncio.Transport) -> int:
     below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
     size = transport.get_write_buffer_size()
     return size if below is None else size + int(below.get_write_buffer_size())
-
-
-def _shown(data: bytes) -> str:
-    """Wire bytes for a person: lines with / between them, and no more than a few."""
-    text = data[:300].decode("utf-8", "backslashreplace").replace("\r\n", " / ").rstrip(" /")
-    more = f" ... [{len(data)} octets]" if len(data) > 300 else ""
-    return "".join(char if char.isprintable() else "?" for char in text) + more

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import ssl
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Admit", "Listener"]
+__all__ = ["Admit", "Listener", "cannot_listen"]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,15 @@ _STOPPED = Reply(421, "shutting down, try again later", "4.3.2")
 #: Asked of a connection that has come: ``None`` lets it in, a reply is said to it instead of the
 #: greeting.
 Admit = Callable[[Driver], Reply | None]
+
+
+def cannot_listen(name: str, host: str, port: int, error: OSError) -> OSError:
+    """Which service cannot have its address, and why, as an error of the same kind."""
+    where = f"{name} cannot listen on {host or '*'}:{port}"
+    number = error.errno or errno.EADDRNOTAVAIL
+    # asyncio wraps the reason into a sentence of its own; a name that is not found has no number.
+    reason = os.strerror(number) if number > 0 else error.strerror
+    return OSError(number, f"{where}: {reason}")
 
 
 class Listener:
@@ -65,13 +76,21 @@ class Listener:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
-    async def start(self) -> None:
+    async def start(self, quietly: bool = False) -> None:
         """Listen; port 0 takes a free one.  Raises :class:`OSError` when the address cannot be
-        had."""
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: self._connect(self._admit), self._host or None, self._port, ssl=self._tls
-        )
-        log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
+        had.  ``quietly``: only to see whether it can; no connection is taken."""
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: self._connect(self._admit),
+                self._host or None,
+                self._port,
+                ssl=self._tls,
+                start_serving=not quietly,
+            )
+        except OSError as error:
+            raise cannot_listen(self.name, self._host, self._port, error) from None
+        if not quietly:
+            log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
 
     async def stop(self, grace: float) -> None:
         """Take no more connections; end each at its next message boundary, and break off what has

@@ -16,20 +16,26 @@ import os
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.configuration import Configuration, load
 from salmon_revsmtp.server.daemon import GRACE, Daemon
 from salmon_revsmtp.server.project import enable_logging
+from salmon_revsmtp.settings import SettingsError
 
 __all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
 
 log = logging.getLogger(__name__)
+
+# The status of a process that ends because something failed: systemd starts it again.
+FAILURE = 1
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -54,22 +60,49 @@ class AttachedReceiver:
         self._plugins = plugins
         self._relay = relay
         self._grace = grace
+        self._status = 0
 
     def start(self) -> None:
         """What ``salmon start`` calls, after it has daemonised and dropped its privileges.
 
         Does not return: the process ends when a signal has stopped the server.  (When Python's main
         thread ends, no other thread can hand work to a thread pool any more.)  Raises
-        :class:`OSError` when an address cannot be had.
+        :class:`OSError` when an address cannot be had.  Whatever else makes the server or Salmon's
+        receiver fail ends the process, with a status that is not 0.
         """
         enable_logging()
         listening: Future[None] = Future()
         signals = _heard_signals()
-        threading.Thread(target=self._serve, args=(listening, signals), name="revsmtp").start()
-        listening.result()
+        try:
+            threading.Thread(target=self._serve, args=(listening, signals), name="revsmtp").start()
+            listening.result()
+        except BaseException as error:
+            log_safely(log, logging.CRITICAL, "the server cannot start: %s", error)
+            raise
         if self.receiver is not None:
-            self.receiver.start()
+            try:
+                self._receive()
+            except BaseException:
+                self._failed("Salmon's receiver failed")
+                if signals is None:
+                    raise
+                signal.raise_signal(signal.SIGTERM)  # what is in hand is finished
         threading.Event().wait()
+
+    def _receive(self) -> None:
+        """Start Salmon's receiver, and stay while its thread runs, if it has one."""
+        self.receiver.start()
+        poller = getattr(self.receiver, "poller", None)
+        if isinstance(poller, threading.Thread):
+            poller.join()
+            raise RuntimeError("its thread has ended")
+
+    def _failed(self, what: str) -> None:
+        """Tell of the exception in hand, on stderr and in the log; the status will not be 0."""
+        self._status = FAILURE
+        log_safely(log, logging.CRITICAL, what, error=True)
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
 
     def _serve(self, listening: Future[None], signals: socket.socket | None) -> None:
         stopped_by = None
@@ -88,10 +121,10 @@ class AttachedReceiver:
             if not listening.done():
                 listening.set_exception(error)
                 return
-            log.exception("the server failed")
+            self._failed("the server failed")
         # `salmon stop` sends SIGHUP and deletes the PID file itself; it fails when that is gone
         # already, as it would be if python-daemon's exit function ran.
-        _end_process(exit_functions=stopped_by != signal.SIGHUP)
+        _end_process(self._status, exit_functions=stopped_by != signal.SIGHUP)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.receiver, name)
@@ -103,11 +136,17 @@ def attach(settings: ModuleType, receiver: Any = None) -> AttachedReceiver:
         settings.receiver = salmon_revsmtp.attach(settings, LMTPReceiver(...))
 
     ``attach(settings)`` alone does without one.  Raises
-    :class:`~salmon_revsmtp.SettingsError` with every problem that there is.
+    :class:`~salmon_revsmtp.SettingsError` with every problem that there is.  They are in the log,
+    too: `salmon start` has no terminal any more when it imports the boot module.
     """
     enable_logging()
     plugins = Plugins.load()
-    configuration = load(settings, plugins)
+    try:
+        configuration = load(settings, plugins)
+    except SettingsError as error:
+        for problem in error.problems:
+            log_safely(log, logging.CRITICAL, "the server cannot start: %s", problem)
+        raise
     return AttachedReceiver(configuration, plugins, lambda: settings.relay, receiver)
 
 
@@ -116,8 +155,19 @@ def serve_in_foreground(
 ) -> None:
     """Run the server in the main thread until a signal stops it.  Raises :class:`OSError`."""
     signals = _heard_signals()
-    asyncio.run(_serve(configuration, plugins, relay, GRACE, signals, lambda: None))
-    _end_process(exit_functions=True)
+    listening = threading.Event()
+    status = 0
+    try:
+        asyncio.run(_serve(configuration, plugins, relay, GRACE, signals, listening.set))
+    except BaseException:
+        if not listening.is_set():
+            raise
+        # A thread that a handler holds would keep the process.
+        status = FAILURE
+        log_safely(log, logging.CRITICAL, "the server failed", error=True)
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
+    _end_process(status, exit_functions=True)
 
 
 async def _serve(
@@ -164,13 +214,14 @@ def _heard_signals() -> socket.socket | None:
     return reading
 
 
-def _end_process(exit_functions: bool) -> None:
+def _end_process(status: int, exit_functions: bool) -> None:
     """Salmon's own threads run for ever: what is to happen at exit happens here, then it is over.
 
     A handler that is still running has not been answered 250; the provider keeps its message.
     """
-    logging.shutdown()
+    with contextlib.suppress(Exception):
+        logging.shutdown()
     if exit_functions:
         with contextlib.suppress(Exception):
             atexit._run_exitfuncs()
-    os._exit(0)
+    os._exit(status)

@@ -22,9 +22,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SOCKET", "Control", "NoServer", "ask"]
+from salmon_revsmtp.files import give_to_owner, make_folder
+from salmon_revsmtp.safelog import log_safely
+
+__all__ = ["GLANCE", "SOCKET", "Control", "NoServer", "ask", "running"]
 
 SOCKET = Path("run/revsmtp.sock")
+
+# Seconds that who asks waits for an answer.  While a server collects it says something every 0.2.
+PATIENCE = 10.0
+# The same for what is only shown beside other things.
+GLANCE = 2.0
+# Connections that wait to be taken.
+BACKLOG = 100
 
 log = logging.getLogger(__name__)
 
@@ -47,24 +57,23 @@ class Control:
     async def start(self) -> None:
         """Listen.  A socket that a dead process left is no obstacle; a live one is not taken away:
         then there is no control socket, and a warning."""
-        if _alive(self._path):
+        if running(self._path):
             log.warning("socket=%s another server has it; collect will ask that one", self._path)
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)
-        mask = os.umask(0o177)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, str(self._path))
+            make_folder(self._path.parent)
+            self._path.unlink(missing_ok=True)
+            listening = _private_socket(self._path)
+            self._server = await asyncio.start_unix_server(self._serve, sock=listening)
         except OSError as error:
             log.warning("socket=%s cannot be made: %s; collect will work alone", self._path, error)
-        finally:
-            os.umask(mask)
 
     async def stop(self) -> None:
         """Close the socket and remove it; who is still waiting gets no more answers."""
         if self._server is not None:
             self._server.close()
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
         for task in list(self._asking):
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
@@ -73,39 +82,91 @@ class Control:
         task = asyncio.current_task()
         assert task is not None
         self._asking.add(task)
-        with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-            request = json.loads(await reader.readline())
+        try:
+            with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
+                async for answer in self._answers(await reader.readline()):
+                    writer.write(json.dumps(answer).encode() + b"\n")
+                    await writer.drain()
+        finally:
+            self._asking.discard(task)
+            writer.close()
+
+    async def _answers(self, line: bytes) -> Answers:
+        """The answers to a request.  The last one says so if it was one too much for us: who asks
+        never waits in vain."""
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise ValueError("a request is a JSON object")
             async for answer in self._handle(request):
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
-        self._asking.discard(task)
-        writer.close()
+                yield answer
+        except Exception as error:
+            log_safely(log, logging.ERROR, "socket=%s a request failed", self._path, error=True)
+            yield {"error": f"the server could not do that: {type(error).__name__}: {error}"}
 
 
-def ask(request: dict[str, Any], path: Path = SOCKET) -> Iterator[dict[str, Any]]:
-    """Ask the server; yields its answers.  Blocks.  Raises :class:`NoServer` if there is none."""
-    connection = _connect(path)
+def ask(
+    request: dict[str, Any], path: Path = SOCKET, patience: float = PATIENCE
+) -> Iterator[dict[str, Any]]:
+    """Ask the server; yields its answers.  Blocks, but no longer than ``patience`` seconds for an
+    answer.  Raises :class:`NoServer` if there is none, and :class:`OSError`."""
+    connection = _connect(path, patience)
     if connection is None:
         raise NoServer
-    with connection, connection.makefile("rwb") as stream:
-        stream.write(json.dumps(request).encode() + b"\n")
-        stream.flush()
-        for line in stream:
-            yield json.loads(line)
+    try:
+        with connection, connection.makefile("rwb") as stream:
+            stream.write(json.dumps(request).encode() + b"\n")
+            stream.flush()
+            for line in stream:
+                yield json.loads(line)
+    except TimeoutError:
+        raise _not_answering(patience) from None
 
 
-def _connect(path: Path) -> socket.socket | None:
+def running(path: Path = SOCKET) -> bool:
+    """Whether a server has the control socket."""
+    try:
+        connection = _connect(path, PATIENCE)
+    except OSError:
+        return True
+    if connection is not None:
+        connection.close()
+    return connection is not None
+
+
+def _connect(path: Path, patience: float) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(patience)
     try:
         connection.connect(str(path))
+    except (BlockingIOError, TimeoutError):  # as many wait already as may
+        connection.close()
+        raise _not_answering(patience) from None
     except OSError:
         connection.close()
         return None
     return connection
 
 
-def _alive(path: Path) -> bool:
-    connection = _connect(path)
-    if connection is not None:
-        connection.close()
-    return connection is not None
+def _not_answering(patience: float) -> TimeoutError:
+    return TimeoutError(f"it has not answered in {patience:g} seconds; is it stopped or stuck?")
+
+
+def _private_socket(path: Path) -> socket.socket:
+    """A listening socket that only its owner may connect to, whatever the umask, which belongs to
+    all threads."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        beside.unlink(missing_ok=True)
+        listening.bind(str(beside))
+        beside.chmod(0o600)
+        give_to_owner(beside)
+        listening.listen(BACKLOG)
+        beside.rename(path)
+    except BaseException:
+        listening.close()
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    return listening

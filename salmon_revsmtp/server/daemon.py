@@ -20,8 +20,10 @@ from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
+from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["GRACE", "Daemon"]
 
@@ -122,7 +124,10 @@ class Daemon:
     def _send_waiting(self) -> None:
         if self._clock() >= self._notify_at:
             self._notify_at = self._clock() + NOTIFY_EVERY
-            self._collector.send_waiting()
+            try:
+                self._collector.send_waiting()
+            except Exception:
+                log_safely(log, logging.ERROR, "notifications were not sent", error=True)
 
     async def _sleep(self) -> None:
         self._wake.clear()
@@ -134,21 +139,21 @@ class Daemon:
             await asyncio.wait_for(self._wake.wait(), seconds)
 
     async def _on_schedule(self, agent: Agent) -> None:
+        may_run, good = True, False
         try:
-            if await self._may_run(agent):
-                self._schedule.finished(agent.name, await self._ended_well(agent), self._clock())
+            may_run = await self._may_run(agent)
+            if may_run:
+                good = (await self._collect(agent)).outcome.good
+        except Exception as error:
+            # Our own bug, or no thread to be had; the next run comes all the same.
+            log_safely(log, logging.ERROR, "agent=%s the collection broke", agent.name, error=True)
+            self._note(_broken(agent, error))
+        finally:
+            if may_run:
+                self._schedule.finished(agent.name, good, self._clock())
             else:
                 self._schedule.defer(agent.name, self._clock())
-        finally:
             self._wake.set()
-
-    async def _ended_well(self, agent: Agent) -> bool:
-        try:
-            return (await self._collect(agent)).outcome.good
-        except Exception:
-            # Our own bug; the next run comes all the same.
-            log.exception("agent=%s the collection broke", agent.name)
-            return False
 
     async def _may_run(self, agent: Agent) -> bool:
         if not await asyncio.to_thread(self._collector.enabled, agent):
@@ -157,7 +162,7 @@ class Daemon:
         if self._plugins.implemented("may_collect"):
             reason = await asyncio.to_thread(self._plugins.call, "may_collect", agent=agent)
         if reason and self._held.get(agent.name) != reason:
-            log.info("agent=%s held back: %s", agent.name, reason)
+            log_safely(log, logging.INFO, "agent=%s held back: %s", agent.name, reason)
         if not reason and self._held.get(agent.name):
             log.info("agent=%s is not held back any more", agent.name)
         self._held[agent.name] = reason or ""
@@ -194,7 +199,8 @@ class Daemon:
             log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
         elif not (report.outcome.good or since is not None or self._stop.is_set()):
             self._failing[report.agent] = time.time()
-            log.warning("agent=%s fails: %s: %s", report.agent, report.outcome, report.error)
+            reason = f"{report.outcome}: {report.error}"
+            log_safely(log, logging.WARNING, "agent=%s fails: %s", report.agent, reason)
 
     # -- the control socket ---------------------------------------------------------------------
 
@@ -213,17 +219,18 @@ class Daemon:
         unknown = [name for name in names if name not in self._agents]
         for name in unknown:
             yield {"error": f"the running server has no agent {name!r}; restart it"}
-        tasks = {
-            asyncio.get_running_loop().create_task(self._collect(self._agents[name]))
-            for name in names
-            if name not in unknown
+        agents = {
+            asyncio.get_running_loop().create_task(self._collect(self._agents[name])): agent
+            for name, agent in self._agents.items()
+            if name in names
         }
+        tasks = set(agents)
         while tasks:
             done, tasks = await asyncio.wait(
                 tasks, timeout=PROGRESS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in done:
-                yield {"report": task.result().as_dict()}
+                yield {"report": _report(agents[task], task).as_dict()}
             for name in names:
                 if running := self._running.get(name):
                     tally = running[0].tally
@@ -249,3 +256,15 @@ class Daemon:
         await asyncio.gather(*self._scheduled, return_exceptions=True)
         await self._control.stop()
         log.info("stopped")
+
+
+def _report(agent: Agent, task: asyncio.Task[Report]) -> Report:
+    """What a collection that has ended reports; also one that broke."""
+    error = task.exception()
+    return task.result() if error is None else _broken(agent, error)
+
+
+def _broken(agent: Agent, error: BaseException) -> Report:
+    """The report of a collection that broke before it could make one."""
+    text = without_surrogates(f"{type(error).__name__}: {error}")
+    return Report(agent.name, agent.protocol, Outcome.FAILED, error=text)

@@ -14,6 +14,9 @@ from types import ModuleType
 
 import dotenv
 
+from salmon_revsmtp.files import give_to_owner
+from salmon_revsmtp.foreign import escape_what_cannot_be_shown
+
 __all__ = ["Project", "ProjectError", "enable_logging"]
 
 DEFAULT_SETTINGS = "config.settings"
@@ -50,7 +53,8 @@ class Project:
         if str(here) not in sys.path:
             sys.path.insert(0, str(here))
         with _explained(".env"):
-            dotenv.load_dotenv(here / ".env")
+            # A password may have "${" in it.
+            dotenv.load_dotenv(here / ".env", interpolate=False)
         if settings:
             os.environ["SALMON_SETTINGS_MODULE"] = settings
         name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
@@ -58,28 +62,43 @@ class Project:
             module = importlib.import_module(name)
         return cls(here, module)
 
-    def boot(self, module: str | None = None) -> None:
+    def boot(self, module: str | None = None, listen: bool = False) -> None:
         """Import the boot module, with the settings in Salmon's hands: logging, relay, routes and
         handlers.
 
-        No receiver of the boot module listens: this process is not the server, which may be
-        running already on the same port.  Raises :class:`ProjectError`.
+        Unless it is to ``listen``, no receiver of the boot module does: this process is not the
+        server, which may be running already on the same port.  Raises :class:`ProjectError`.
         """
         from salmon import utils
 
         utils.import_settings(False)
         name = module or DEFAULT_BOOT
-        with _explained(name), _nothing_listens():
+        with _explained(name), contextlib.nullcontext() if listen else _nothing_listens():
             importlib.import_module(name)
         enable_logging()
+        _give_logs_to_owner()
 
 
 def enable_logging() -> None:
     """Salmon's ``logging.config.fileConfig`` disables every logger that it does not name; ours are
-    to be heard all the same."""
+    to be heard all the same, also where a log's encoding lacks a character."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.errors = "backslashreplace"  # for a file that is opened again
+        escape_what_cannot_be_shown(getattr(handler, "stream", None))
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "salmon_revsmtp" and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+def _give_logs_to_owner() -> None:
+    """A log that root's command has made must not keep the server from starting."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.FileHandler):
+                with contextlib.suppress(OSError):
+                    give_to_owner(Path(handler.baseFilename))
 
 
 @contextlib.contextmanager

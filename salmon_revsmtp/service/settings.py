@@ -96,7 +96,8 @@ class ServiceSettings(BaseModel):
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
     ] = None
-    """With a certificate, the listening service offers ``STARTTLS``."""
+    """With a certificate, the listening service offers ``STARTTLS``.  A file that changes is read
+    again, without a restart."""
     tls_key: Annotated[
         Path | None,
         Field(description="a PEM file: the key of tls_cert, if that lacks it"),

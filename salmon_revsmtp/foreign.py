@@ -1,0 +1,46 @@
+"""What strangers wrote, made harmless for a terminal and for a log.
+
+Addresses, replies, certificates and errors come from a peer.  A terminal obeys some characters of
+them (ESC, the C1 controls, those that turn the direction of writing), and a log reader takes others
+for the end of a line or of a field.  Everything that is shown goes through here.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+
+__all__ = ["angle", "escape_what_cannot_be_shown", "printable", "printable_lines"]
+
+# A log line's fields are separated by spaces, and an address ends at ">".
+_ENDS_A_FIELD = re.compile(r"[ <>\\]")
+
+
+def printable(text: object) -> str:
+    """``text`` with "?" for what no one can see: control and format characters, line separators,
+    lone surrogates."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def printable_lines(text: object) -> str:
+    """The same, but line feeds stay: of a text that has lines of ours."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def escape_what_cannot_be_shown(stream: object) -> None:
+    """Have a text stream write ``\\u20ac`` where its encoding lacks the character, and not fail."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def angle(address: str | None) -> str:
+    """An address in angle brackets as a value in a log line, in which it cannot end the field:
+    ``<"ann\\x20b\\x3e"@example.net>``."""
+    return f"<{_ENDS_A_FIELD.sub(_escaped, printable(address or ''))}>"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\x{ord(found[0]):02x}"

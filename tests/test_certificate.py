@@ -1,0 +1,87 @@
+"""A certificate that is replaced while the service runs."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from salmon_revsmtp.service.listening import Certificate
+from salmon_revsmtp.service.settings import ServiceSettings
+
+
+def write(folder: Path, ca: trustme.CA, name: str) -> None:
+    made = ca.issue_cert(name)
+    for path, blob in (
+        (folder / "cert.pem", b"".join(one.bytes() for one in made.cert_chain_pems)),
+        (folder / "key.pem", made.private_key_pem.bytes()),
+    ):
+        new = path.with_suffix(".new")
+        new.write_bytes(blob)
+        new.rename(path)
+
+
+def served(certificate: Certificate, ca: trustme.CA) -> str:
+    """The name in the certificate of a handshake."""
+    theirs = ssl.create_default_context()
+    theirs.check_hostname = False
+    ca.configure_trust(theirs)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = certificate.context()
+    assert ours is not None
+    server = ours.wrap_bio(to_server, to_client, server_side=True)
+    client = theirs.wrap_bio(to_client, to_server)
+    for one in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            one.do_handshake()
+    found: Any = client.getpeercert()
+    [(_, name)] = found["subjectAltName"]
+    return str(name)
+
+
+def test_a_new_certificate_is_served_from_the_next_handshake_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca = trustme.CA()
+    write(tmp_path, ca, "old.example.org")
+    settings = ServiceSettings(
+        listen="127.0.0.1:0", tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem"
+    )
+    certificate = Certificate("mx", settings)
+    assert served(certificate, ca) == "old.example.org"
+    unchanged = certificate.context()
+    assert certificate.context() is unchanged
+
+    (tmp_path / "cert.pem").write_text("no certificate")
+    assert served(certificate, ca) == "old.example.org"
+    assert served(certificate, ca) == "old.example.org"
+    assert caplog.text.count("the certificate of before is used") == 1
+
+    (tmp_path / "cert.pem").unlink()
+    assert served(certificate, ca) == "old.example.org"
+
+    write(tmp_path, ca, "new.example.org")
+    assert served(certificate, ca) == "new.example.org"
+
+
+def test_a_link_that_is_turned_is_a_new_certificate(tmp_path: Path) -> None:
+    """As certbot does it."""
+    ca = trustme.CA()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, ca, f"{name}.example.org")
+    (tmp_path / "live").symlink_to(tmp_path / "one")
+    live = tmp_path / "live"
+    settings = ServiceSettings(tls_cert=live / "cert.pem", tls_key=live / "key.pem")
+    certificate = Certificate("mx", settings)
+    assert served(certificate, ca) == "one.example.org"
+    live.unlink()
+    live.symlink_to(tmp_path / "two")
+    assert served(certificate, ca) == "two.example.org"
+    shutil.rmtree(tmp_path / "two")
+    assert served(certificate, ca) == "two.example.org"
