@@ -155,7 +155,8 @@ SOURCES = [*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst")]
 def test_files_targets_and_commands_that_a_page_names_exist(source: Path) -> None:
     text = source.read_text()
     files = re.findall(r"``((?:tests|benchmarks|config|docs)/[\w./-]+)``", text)
-    assert [one for one in files if not (ROOT / one).exists()] == []
+    made = {"docs/_build"}  # by `make docs`
+    assert [one for one in files if not (ROOT / one).exists() and one not in made] == []
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = re.findall(r"(?:``|^    )make ([a-z]+)", text, re.MULTILINE)
     assert [one for one in named if one not in targets] == []
