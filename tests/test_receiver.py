@@ -599,3 +599,34 @@ def test_no_row_of_the_table_passes_over_a_method_of_its_own(machine: type[Comma
         assert getattr(machine, verb.run.__name__) is verb.run
     for reader in machine.READERS.values():
         assert getattr(machine, reader.__name__) is reader
+
+
+@pytest.mark.parametrize(
+    "mail", [b"MAIL FROM:<a@example.com> SIZE=999999999\r\n", b"MAIL FROM:<a@example.com> X=1\r\n"]
+)
+@pytest.mark.parametrize("data", [b"DATA\r\n", b"BDAT 3 LAST\r\nx\r\n"])
+def test_what_was_sent_ahead_for_a_refused_sender_is_no_error(mail: bytes, data: bytes) -> None:
+    """RFC 2920 3.1: the client did not know yet.  The next message is taken."""
+    client = Client()
+    client.say(b"EHLO p\r\n")
+    client.say(mail + b"RCPT TO:<b@example.org>\r\n" * 200 + data)
+    client.begin()
+    assert client.say(b"BDAT 1 LAST\r\nx") == "250"
+    assert len(client.messages) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        b"MAIL FROM:<a@example.com> X=1\r\n",
+        b"MAIL FROM:a@example.com\r\n",
+        "MAIL FROM:<\xfc@example.com>\r\n".encode(),
+        b"MAIL FROM:<>\r\nRCPT TO:<b>\r\n",
+        b"MAIL FROM:<>\r\nRCPT TO:<b@example.org> X=1\r\n",
+    ],
+)
+def test_an_address_that_is_refused_for_its_form_counts_as_refused(command: bytes) -> None:
+    client = Client()
+    client.say(b"EHLO p\r\n" + command)
+    [event] = client.events
+    assert isinstance(event, Refused) and event.reply.permanent

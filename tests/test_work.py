@@ -195,3 +195,19 @@ def test_events_and_replies_of_a_message() -> None:
         assert isinstance(event, Transaction)
         receiver.answer(event, Reply(250, "ok"))
     assert receiver.data_to_send().count(b"\r\n") == 150
+
+
+def test_memory_of_a_message_with_bare_line_ends() -> None:
+    """They become CRLF, each twice as long, in a few copies."""
+    sender = Sender("h")
+    sender.receive_bytes(b"220 x\r\n250-x\r\n250-PIPELINING\r\n250 CHUNKING\r\n")
+    octets = 8 * 2**20
+    message = Outgoing(1, Envelope("a@example.net", ("b@example.org",)), b"\n" * octets)
+    tracemalloc.start()
+    try:
+        sender.send(message)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert b"\r\n" * octets in sender.data_to_send()
+    assert peak <= 4 * octets

@@ -335,6 +335,7 @@ class Commands:
     # -- commands ---------------------------------------------------------------------------
 
     def _command(self, line: bytes) -> None:
+        name = ""
         try:
             name, argument = _split(line)
             verb = self.VERBS.get(name)
@@ -345,7 +346,7 @@ class Commands:
                 raise CommandError(503, self.OUT_OF_ORDER[self._state], SEQUENCE)
             reply = verb.run(self, argument)
         except CommandError as error:
-            self._refuse_command(error.reply)
+            self._wrong(name, error.reply)
             return
         if verb.junk:
             reply = self._unproductive(reply)
@@ -353,6 +354,10 @@ class Commands:
             if reply.code < 400:
                 self._state = then
             self._reply(reply)
+
+    def _wrong(self, name: str, reply: Reply) -> None:
+        """A command that its client should not have sent, or not so."""
+        self._refuse_command(reply)
 
     def _keywords(self) -> Iterable[str]:
         """What EHLO lists."""

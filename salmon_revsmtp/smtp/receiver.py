@@ -125,6 +125,7 @@ _RCPT_PARAMETERS: Mapping[str, re.Pattern[str]] = {
 _END_OF_DATA = b"\r\n.\r\n"
 # RFC 5321 4.5.2: a dot that a line begins with is not content.
 _STUFFED = b"\r\n."
+_OF_A_TRANSACTION = frozenset({"RCPT", "DATA", "BDAT"})
 _NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
 
 
@@ -175,6 +176,7 @@ class Receiver(Commands):
         self._unanswered_messages = 0
         self._unanswered_octets = 0
         self._refusals = 0  # since a message was taken
+        self._mail_refused = False  # the last MAIL
 
         self._sender = ""
         self._recipients: list[str] = []
@@ -274,6 +276,19 @@ class Receiver(Commands):
             return None
         return reply
 
+    def _wrong(self, name: str, reply: Reply) -> None:
+        """After a MAIL that was refused, what a client has sent ahead for it is no error of the
+        client's (RFC 2920 3.1).  A sender or a recipient that is refused for its form is one, and a
+        refusal all the same."""
+        if self._mail_refused and name in _OF_A_TRANSACTION and reply.code == 503:
+            self._say(self._refuse((), reply))
+            return
+        if name == "MAIL" and reply.code != 503:
+            self._mail_refused = True
+        if name in ("MAIL", "RCPT") and reply.code != 503:
+            self._events.append(Refused((), reply))
+        self._refuse_command(reply)
+
     def _say(self, reply: Reply | None) -> None:
         """A reply to the end of content, unless the session has ended instead."""
         if reply is not None:
@@ -371,8 +386,10 @@ class Receiver(Commands):
             raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
         size = int(options.get("SIZE", "0"))
         if size > self.limits.message:
+            self._mail_refused = True
             return self._refuse((), self._too_big())  # RFC 1870 6.1
         self._sender, self._mail_options = mailbox, options
+        self._mail_refused = False
         return SENDER_OK
 
     def _on_rcpt(self, argument: str) -> Reply | None:
@@ -468,7 +485,7 @@ class Receiver(Commands):
 
     def _chunk_out_of_order(self) -> None:
         self._reset()
-        self._refuse_command(Reply(503, self.OUT_OF_ORDER[self._state], SEQUENCE))
+        self._wrong("BDAT", Reply(503, self.OUT_OF_ORDER[self._state], SEQUENCE))
 
     def _chunk_taken(self) -> None:
         self._reply(CHUNK_OK)

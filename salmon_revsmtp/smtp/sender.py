@@ -46,7 +46,6 @@ from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 
 __all__ = ["Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
 
-_LINE_END = re.compile(rb"\r\n|\r|\n")
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8.
 _WORD = re.compile(r"[A-Z]+=[^\x00-\x20=\x7f]+")
 
@@ -516,7 +515,9 @@ def _with_crlf(data: bytes) -> bytes:
     """The message with CRLF and no other CR or LF, its last line ended."""
     ends = data.count(b"\r\n")
     if data.count(b"\r") != ends or data.count(b"\n") != ends:
-        data = _LINE_END.sub(b"\r\n", data)
+        # Three passes over octets cost less than one over what a pattern finds: 50 MiB of bare LF
+        # were 4.5 GB.
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
     return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
 
 
