@@ -610,6 +610,7 @@ def test_what_was_sent_ahead_for_a_refused_sender_is_no_error(mail: bytes, data:
     client = Client()
     client.say(b"EHLO p\r\n")
     client.say(mail + b"RCPT TO:<b@example.org>\r\n" * 200 + data)
+    assert [type(event) for event in client.events] == [Refused], "it is refused once"
     client.begin()
     assert client.say(b"BDAT 1 LAST\r\nx") == "250"
     assert len(client.messages) == 1

@@ -268,6 +268,10 @@ class Receiver(Commands):
         """A refusal that is policy and not the client's error: the client knows more than before,
         and goes on with what else it has."""
         self._events.append(Refused(recipients, reply))
+        return self._go_on_with(reply)
+
+    def _go_on_with(self, reply: Reply) -> Reply | None:
+        """``reply``, unless there were enough refusals in a row."""
         self._junk = 0
         self._refusals += 1
         if self._refusals > self.limits.refusals:
@@ -281,7 +285,7 @@ class Receiver(Commands):
         client's (RFC 2920 3.1).  A sender or a recipient that is refused for its form is one, and a
         refusal all the same."""
         if self._mail_refused and name in _OF_A_TRANSACTION and reply.code == 503:
-            self._say(self._refuse((), reply))
+            self._say(self._go_on_with(reply))
             return
         if name == "MAIL" and reply.code != 503:
             self._mail_refused = True
