@@ -25,9 +25,11 @@ def log_safely(
         if not log.isEnabledFor(level):
             return
         line = printable(text % arguments if arguments else text)
-        where = log.findCaller(stacklevel=2)
+        caller = sys._getframe(1)
+        where = (caller.f_code.co_filename, caller.f_lineno)
         raised = sys.exc_info() if error else None
-        record = log.makeRecord(log.name, level, *where[:2], line, (), raised, where[2])
+        name = caller.f_code.co_name
+        record = log.makeRecord(log.name, level, *where, line, (), raised, name)
         if error:
             record.exc_text = printable_lines(traceback.format_exc().rstrip("\n"))
         log.handle(record)

@@ -22,7 +22,7 @@ import aiosmtplib
 from aiosmtplib.typing import Default
 from pydantic import SecretStr
 from scramp import ScramClient, ScramException
-from scramp.utils import saslprep
+from scramp.core import saslprep
 
 from salmon_revsmtp.net.dial import dial
 from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
