@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trustme
 
-from salmon_revsmtp.service.listening import Certificate
+from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.service.settings import ServiceSettings
 
 
@@ -52,7 +52,7 @@ def test_a_new_certificate_is_served_from_the_next_handshake_on(
     settings = ServiceSettings(
         listen="127.0.0.1:0", tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem"
     )
-    certificate = Certificate("mx", settings)
+    certificate = Certificate("service=mx", settings.tls_cert, settings.tls_key)
     assert served(certificate, ca) == "old.example.org"
     unchanged = certificate.context()
     assert certificate.context() is unchanged
@@ -78,7 +78,7 @@ def test_a_link_that_is_turned_is_a_new_certificate(tmp_path: Path) -> None:
     (tmp_path / "live").symlink_to(tmp_path / "one")
     live = tmp_path / "live"
     settings = ServiceSettings(tls_cert=live / "cert.pem", tls_key=live / "key.pem")
-    certificate = Certificate("mx", settings)
+    certificate = Certificate("service=mx", settings.tls_cert, settings.tls_key)
     assert served(certificate, ca) == "one.example.org"
     live.unlink()
     live.symlink_to(tmp_path / "two")

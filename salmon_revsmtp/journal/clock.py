@@ -13,7 +13,18 @@ import sqlite3
 import time
 from pathlib import Path
 
-__all__ = ["SteadyClock", "since_boot"]
+__all__ = ["CLOCK_TABLE", "SteadyClock", "since_boot"]
+
+#: What a database that keeps the clock needs.
+CLOCK_TABLE = """
+    CREATE TABLE clock (
+        id INTEGER PRIMARY KEY CHECK (id = 1),
+        now REAL NOT NULL,
+        boot TEXT NOT NULL,
+        since_boot REAL NOT NULL,
+        wall REAL NOT NULL
+    )
+    """
 
 # Seconds that may have passed from one boot to the next; more is not believed.
 LONGEST_PAUSE = 86400.0
@@ -38,6 +49,10 @@ class SteadyClock:
     def __init__(self) -> None:
         self.ahead = time.time() - since_boot()
         self.known = False
+
+    def now(self) -> float:
+        """Seconds since the epoch, more or less."""
+        return since_boot() + self.ahead
 
     def read(self, database: sqlite3.Connection) -> None:
         """Go on where the journal says."""

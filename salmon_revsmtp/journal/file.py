@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from salmon_revsmtp.files import make_private_file
+from salmon_revsmtp.journal.clock import CLOCK_TABLE
 
 __all__ = ["BUSY_TIMEOUT", "DEFAULT_JOURNAL", "JournalFile"]
 
@@ -67,23 +69,22 @@ MIGRATIONS = (
         PRIMARY KEY (queue, key)
     ) WITHOUT ROWID;
     """,
-    """
-    CREATE TABLE clock (
-        id INTEGER PRIMARY KEY CHECK (id = 1),
-        now REAL NOT NULL,
-        boot TEXT NOT NULL,
-        since_boot REAL NOT NULL,
-        wall REAL NOT NULL
-    )
-    """,
+    CLOCK_TABLE,
 )
 
 
 class JournalFile:
-    """The file, which is made when it is first opened."""
+    """The file, which is made when it is first opened.
 
-    def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
+    ``migrations``  what takes its schema from each version to the next; the journal's, or those of
+                    another database that is opened in the same way.
+    """
+
+    def __init__(
+        self, path: Path = DEFAULT_JOURNAL, migrations: Sequence[str] = MIGRATIONS
+    ) -> None:
         self.path = path
+        self._migrations = migrations
 
     def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:
         """A connection, its schema up to date, without transactions of Python's own.  It may be
@@ -102,7 +103,7 @@ class JournalFile:
             # A file system without shared memory has no such log; then every commit is synced.
             with contextlib.suppress(sqlite3.OperationalError):
                 database.execute("PRAGMA journal_mode = WAL")
-            if self._version(database) != len(MIGRATIONS):
+            if self._version(database) != len(self._migrations):
                 database.execute("BEGIN IMMEDIATE")
                 self._migrate(database)
                 database.execute("COMMIT")
@@ -118,11 +119,11 @@ class JournalFile:
 
     def _migrate(self, database: sqlite3.Connection) -> None:
         version = self._version(database)
-        if version > len(MIGRATIONS):
+        if version > len(self._migrations):
             raise sqlite3.DatabaseError(
                 f"its schema is version {version}, of a later salmon-revsmtp than this one"
             )
-        for number in range(version, len(MIGRATIONS)):
-            for statement in MIGRATIONS[number].split(";"):
+        for number in range(version, len(self._migrations)):
+            for statement in self._migrations[number].split(";"):
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {number + 1}")

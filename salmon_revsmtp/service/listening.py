@@ -5,13 +5,11 @@ What ETRN needs, for the server that was asked opens connections of its own.
 
 from __future__ import annotations
 
-import logging
-import ssl
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from salmon_revsmtp.delivery.dispatcher import Dispatcher
 from salmon_revsmtp.delivery.trace import Origin
+from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.listener import Admit, Listener
 from salmon_revsmtp.service.policy import Service
@@ -21,8 +19,6 @@ from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["address_problems", "listener"]
-
-log = logging.getLogger(__name__)
 
 _ACCESS_DENIED = Reply(554, "access denied", "5.7.1")
 
@@ -45,45 +41,6 @@ def _unconnected(admit: Admit) -> Driver:
     raise ConnectionAbortedError("nothing is served here yet")
 
 
-class Certificate:
-    """The certificate of a service, read again when a file of it has changed: a renewed one is
-    served from the next connection on."""
-
-    def __init__(self, name: str, settings: ServiceSettings) -> None:
-        self._name = name
-        self._settings = settings
-        self._seen = self._state()
-        self._context = settings.tls_context()
-
-    def context(self) -> ssl.SSLContext | None:
-        """What to do TLS with now; that of before while the new files are no good, as when only one
-        of them has been replaced."""
-        seen = self._state()
-        if seen != self._seen:
-            self._seen = seen
-            try:
-                self._context = self._settings.tls_context()
-            except (OSError, ssl.SSLError, ValueError) as error:
-                log.warning(
-                    "service=%s tls_cert, tls_key: %s; the certificate of before is used",
-                    *(self._name, error.strerror or error if isinstance(error, OSError) else error),
-                )
-            else:
-                log.info("service=%s the certificate was read again", self._name)
-        return self._context
-
-    def _state(self) -> list[tuple[int, ...] | None]:
-        return [_state(path) for path in (self._settings.tls_cert, self._settings.tls_key) if path]
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def listener(
     service: Service,
     policy: Callable[[str], Reply | None],
@@ -94,7 +51,8 @@ def listener(
 
     ``policy`` accepts or refuses a recipient.
     """
-    certificate = Certificate(service.name, service.settings)
+    settings = service.settings
+    certificate = Certificate(f"service={service.name}", settings.tls_cert, settings.tls_key)
 
     def connect(admit: Admit) -> Session:
         def admitted(driver: Driver) -> Reply | None:

@@ -7,29 +7,18 @@ its meaning, which the settings page of the documentation is made of.
 from __future__ import annotations
 
 import ipaddress
-import re
-import ssl
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from salmon_revsmtp.net.address import ADDRESS, host_and_port, host_name
+from salmon_revsmtp.net.certificate import certificate_problem
 from salmon_revsmtp.smtp.addresses import to_ascii
 
 __all__ = ["ANY_DOMAIN", "ServiceSettings"]
 
 ANY_DOMAIN = "*"
-
-_HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]*)):([0-9]{1,5})")
-
-
-def _address_literal(text: str) -> str:
-    """RFC 5321 4.1.3."""
-    found = re.fullmatch(r"\[(IPv6:)?([0-9A-Fa-f:.]+)\]", text, re.IGNORECASE)
-    if not found:
-        raise ValueError("that is no address in brackets")
-    kind = ipaddress.IPv6Address if found[1] else ipaddress.IPv4Address
-    return f"[{'IPv6:' if found[1] else ''}{kind(found[2])}]"
 
 
 class ServiceSettings(BaseModel):
@@ -89,9 +78,7 @@ class ServiceSettings(BaseModel):
     ] = 7
     """How long a delivery is remembered.  A message that is redelivered in this time is answered
     as before, and no handler sees it again."""
-    listen: Annotated[
-        str | None, Field(description="'host:port' such as '0.0.0.0:25' or '[::]:25', or None")
-    ] = None
+    listen: Annotated[str | None, Field(description=f"{ADDRESS}, or None")] = None
     """An address on which the service takes mail as well, while a server runs.  ETRN needs it."""
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
@@ -114,42 +101,20 @@ class ServiceSettings(BaseModel):
     @field_validator("hostname")
     @classmethod
     def _hostname(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        if value.startswith("["):
-            return _address_literal(value)
-        name = to_ascii(value)
-        # RFC 5321 4.1.2: unlike other names in DNS, those of hosts have no underscores.
-        if "_" in name or re.search(r"(?:^|[.])-|-(?:[.]|$)", name):
-            raise ValueError("a host name has letters, digits and hyphens, and dots between them")
-        if name.rpartition(".")[2].isdigit():
-            raise ValueError("an address stands in brackets")
-        return name
+        return value if value is None else host_name(value)
 
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str | None) -> str | None:
-        if value is not None and not _HOST_AND_PORT.fullmatch(value):
-            raise ValueError("that is not a host and a port")
+        if value is not None:
+            host_and_port(value)
         return value
 
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
-        if self.tls_cert is None and self.tls_key is not None:
-            raise ValueError("tls_key: it needs a tls_cert that it is the key of")
-        try:
-            self.tls_context()
-        except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"tls_cert, tls_key: {error.strerror or error}") from None
+        if problem := certificate_problem(self.tls_cert, self.tls_key):
+            raise ValueError(problem)
         return self
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        """What a listening service does TLS with, ``None`` without a certificate."""
-        if self.tls_cert is None:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.tls_cert, self.tls_key)
-        return context
 
     @property
     def repeat_seconds(self) -> float:
@@ -159,8 +124,7 @@ class ServiceSettings(BaseModel):
     @property
     def address(self) -> tuple[str, int]:
         """Host and port of ``listen``; the empty host is every address."""
-        found = _HOST_AND_PORT.fullmatch(self.listen or "")
-        return (found[1] or found[2], int(found[3])) if found else ("", 0)
+        return host_and_port(self.listen) if self.listen else ("", 0)
 
     @field_validator("domains")
     @classmethod

@@ -1,0 +1,73 @@
+"""The certificate of a server, read again when it has been renewed."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from pathlib import Path
+
+__all__ = ["Certificate", "certificate_problem"]
+
+log = logging.getLogger(__name__)
+
+
+def certificate_problem(certificate: Path | None, key: Path | None) -> str | None:
+    """What is wrong with the keys ``tls_cert`` and ``tls_key``, for a person."""
+    if certificate is None:
+        return "tls_key: it needs a tls_cert that it is the key of" if key is not None else None
+    try:
+        _context(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        return f"tls_cert, tls_key: {error.strerror or error}"
+    return None
+
+
+class Certificate:
+    """The certificate of a server, read again when a file of it has changed: a renewed one is
+    served from the next connection on.
+
+    ``name``  the server's, for the log.
+    """
+
+    def __init__(self, name: str, certificate: Path | None, key: Path | None) -> None:
+        self._name = name
+        self._files = (certificate, key)
+        self._seen = self._state()
+        self._context = None if certificate is None else _context(certificate, key)
+
+    def context(self) -> ssl.SSLContext | None:
+        """What to do TLS with now, ``None`` without a certificate; that of before while the new
+        files are no good, as when only one of them has been replaced."""
+        seen = self._state()
+        certificate, key = self._files
+        if certificate is not None and seen != self._seen:
+            self._seen = seen
+            try:
+                self._context = _context(certificate, key)
+            except (OSError, ssl.SSLError, ValueError) as error:
+                log.warning(
+                    "%s tls_cert, tls_key: %s; the certificate of before is used",
+                    *(self._name, error.strerror or error if isinstance(error, OSError) else error),
+                )
+            else:
+                log.info("%s the certificate was read again", self._name)
+        return self._context
+
+    def _state(self) -> list[tuple[int, ...] | None]:
+        return [_state(path) for path in self._files if path]
+
+
+def _context(certificate: Path, key: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    # RFC 8996; whatever the system's OpenSSL still allows.
+    context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
