@@ -15,9 +15,12 @@ from pathlib import Path
 from benchmarks.feeding import RECIPIENT, SENDER, message
 from benchmarks.processes import end_with_parent
 from benchmarks.project import ACCOUNT, DOMAIN, PASSWORD
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
+from salmon_revsmtp.provider.hold.store import Arrival
 from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.settings import AccountSettings
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__: list[str] = []
@@ -46,15 +49,21 @@ class _Clock(logging.Handler):
 
 async def main(messages: int, octets: int, folder: Path) -> None:
     """The process."""
-    queue = HoldQueue(folder)
+    store = EmbeddedStore(folder)
+    envelope = Envelope(SENDER, (RECIPIENT,))
     for number in range(messages):
-        queue.put(Envelope(SENDER, (RECIPIENT,)), b"".join(message(number, octets)))
+        store.put([Arrival(envelope, (ACCOUNT,), message(number, octets))])
     log = logging.getLogger("salmon_revsmtp.provider")
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(_Clock(messages))
-    accounts = Accounts([Account(ACCOUNT, PASSWORD, (DOMAIN,))])
-    async with Provider(accounts, queue, "provider.example.net") as provider:
+    account = AccountSettings.model_validate(
+        {"name": ACCOUNT, "password": PASSWORD, "domains": [DOMAIN]}
+    )
+    provider = Provider(
+        Accounts([account]), store, lambda *_: None, Plugins(), "provider.example.net"
+    )
+    async with provider:
         print(json.dumps({"port": provider.port}), flush=True)
         await asyncio.Event().wait()
 

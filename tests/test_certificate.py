@@ -50,7 +50,7 @@ def test_a_new_certificate_is_served_from_the_next_handshake_on(
     ca = trustme.CA()
     write(tmp_path, ca, "old.example.org")
     settings = ServiceSettings(
-        listen="127.0.0.1:0", tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem"
+        listen=("127.0.0.1:0",), tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem"
     )
     certificate = Certificate("service=mx", settings.tls_cert, settings.tls_key)
     assert served(certificate, ca) == "old.example.org"

@@ -24,6 +24,7 @@ from salmon_revsmtp.customer.etrn import EtrnSettings
 from salmon_revsmtp.customer.odmr import OdmrSettings
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.commands import Commands
 from salmon_revsmtp.smtp.receiver import Receiver
@@ -34,6 +35,8 @@ MODELS: dict[str, type[BaseModel]] = {
     "ODMR agents": OdmrSettings,
     "ETRN agents": EtrnSettings,
     "Services": ServiceSettings,
+    "Accounts": AccountSettings,
+    "The provider": ProviderSettings,
 }
 
 Pages = Callable[[str], nodes.document]

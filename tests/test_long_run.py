@@ -74,6 +74,7 @@ class World:
             for begin in [self._chance.uniform(5, 120) * HOUR]
         }
         self.configuration = SimpleNamespace(agents=agents)
+        self.providing = SimpleNamespace(provider=lambda: None)
         self.journal = SimpleNamespace(state=self._state)
         self.failing: dict[str, float] = {}
         self.failed: set[str] = set()

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert (settings.timeout, settings.parameters, settings.auth) == (60, None, None)
     service = configuration().services["default"]
     assert (service.max_message_size, service.max_recipients) == (50 * 2**20, 1000)
-    assert (service.delivery, service.queue, service.listen) == ("router", "run/inbound", None)
+    assert (service.delivery, service.queue, service.listen) == ("router", "run/inbound", ())
 
 
 def test_no_settings_at_all_are_no_agents() -> None:

@@ -63,6 +63,8 @@ def default(model: type[BaseModel], key: str) -> str:
         return "required"
     if isinstance(field.default, str):
         return f'``"{field.default}"``'
+    if isinstance(field.default, tuple) and field.default:
+        return f'``["{", ".join(field.default)}"]``'
     return f"``{WORDS.get(field.default, field.default)}``"
 
 

@@ -11,7 +11,7 @@ import asyncio
 from typing import Any, Protocol
 
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.delivery.dispatcher import Dispatcher, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import Deliverer, PendingDelivery, delivered
 from salmon_revsmtp.delivery.trace import Named, Origin
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.handover import Handover
@@ -50,14 +50,14 @@ class Collection:
         self,
         agent: Collecting,
         service: Service,
-        dispatcher: Dispatcher,
+        deliverer: Deliverer,
         plugins: HookCaller,
     ) -> None:
         self.agent = agent
         self.service = service
         self.report = Report(agent.name, agent.protocol)
         self.tally = Tally()
-        self._dispatcher = dispatcher
+        self._deliverer = deliverer
         self._plugins = plugins
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
@@ -71,7 +71,7 @@ class Collection:
         :class:`~salmon_revsmtp.Failed` when the transport cannot be had.
         """
         session = Session(
-            self.service, self._policy, self._dispatcher, self._origin(), self.tally, idle_timeout
+            self.service, self._policy, self._deliverer, self._origin(), self.tally, idle_timeout
         )
         # The hook comes before our 220: a session whose plugins are not ready has not begun.
         session.peer, session.tls = answer.peer, answer.tls
@@ -122,7 +122,7 @@ class Collection:
             )
             origin = self._origin(authenticated=False).over(peer, tls=False)
             pending = PendingDelivery(origin, accepted, data)
-            reply = await self._dispatcher.delivered(pending)
+            reply = await delivered(self._deliverer, pending)
             self.tally.add(pending)
             replies.update(zip(wanted, pending.replies, strict=True))
         return tuple(replies[one] or reply for one in envelope.recipients)

@@ -165,7 +165,7 @@ class EtrnAgent(Agent):
         result = Check(connection.tls, connection.auth, connection.extensions)
         if "ETRN" not in connection.extensions:
             result.problems.append(f"{self.address} does not offer ETRN")
-        if service.settings.listen is None:
+        if not service.settings.listen:
             result.problems.append(
                 f'service "{self.settings.service}" does not listen, and the server sends the mail '
                 "over a connection of its own; set listen, or have another MTA take it"

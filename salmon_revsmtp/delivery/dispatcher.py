@@ -37,7 +37,7 @@ from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Delivery", "Dispatcher", "PendingDelivery"]
+__all__ = ["Deliverer", "Delivery", "Dispatcher", "PendingDelivery", "delivered"]
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,24 @@ def _last_of_many(replies: Sequence[Reply]) -> Reply | None:
     return Reply(250, f"taken for {taken} of {len(replies)} recipients", "2.0.0") if taken else None
 
 
+class Deliverer(Protocol):
+    """What sessions give whole messages to."""
+
+    def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
+        """Have a message delivered, and call ``answered`` in the event loop when
+        ``pending.reply`` and ``pending.replies`` say what became of it."""
+
+
+async def delivered(deliverer: Deliverer, pending: PendingDelivery) -> Reply:
+    """Have a message delivered, and wait for that; returns the reply."""
+    done, data = asyncio.Event(), pending.data
+    deliverer.deliver(pending, done.set)
+    await done.wait()
+    pending.data = data  # which the caller has, too
+    assert pending.reply is not None
+    return pending.reply
+
+
 class Dispatcher:
     """Delivers the messages of one service, one after another, in the thread of ``worker``.
 
@@ -201,15 +219,6 @@ class Dispatcher:
         except RuntimeError:  # the thread is closed
             pending.abandon(STOPPED)
         self._look_soon()
-
-    async def delivered(self, pending: PendingDelivery) -> Reply:
-        """The same, to be awaited; returns the reply."""
-        done, data = asyncio.Event(), pending.data
-        self.deliver(pending, done.set)
-        await done.wait()
-        pending.data = data  # which the caller has, too
-        assert pending.reply is not None
-        return pending.reply
 
     def _look_soon(self) -> None:
         if not self._looking:

@@ -74,7 +74,8 @@ class Origin:
         return f"agent={self.agent.name}" if self.agent else f"service={self.service}"
 
     def received(self, envelope: Envelope, recipient: str) -> bytes:
-        """A whole ``Received:`` header with LF line ends."""
+        """A whole ``Received:`` header with LF line ends; ``recipient`` is empty where there are
+        several, who need not know of each other."""
         helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
         address = self.peer[0]
         client = f"IPv6:{address}" if ":" in address else address
@@ -83,11 +84,11 @@ class Origin:
         if envelope.esmtp:
             protocol = "UTF8SMTP" if envelope.smtputf8 else "ESMTP"
             protocol += ("S" if self.tls else "") + ("A" if self.authenticated else "")
+        whom = f"\n\tfor <{recipient}>" if recipient else ""
         return (
             f"Received: from {helo} ([{client}])\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.label.replace('=', ' ', 1)})\n"
-            f"\twith {protocol} id {secrets.token_hex(8)}\n"
-            f"\tfor <{recipient}>; {_date(int(time.time()))}\n"
+            f"\twith {protocol} id {secrets.token_hex(8)}{whom}; {_date(int(time.time()))}\n"
         ).encode()
 
 

@@ -10,33 +10,34 @@ import asyncio
 import logging
 import secrets
 import shutil
-import ssl
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.demo.samples import Sample, samples
 from salmon_revsmtp.hooks import hookimpl
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.hold.store import Arrival
 from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.configuration import load
+from salmon_revsmtp.server.configuration import Configuration, load
 from salmon_revsmtp.server.project import Project
+from salmon_revsmtp.server.providing import Providing
 
 __all__ = ["run"]
 
 HERE = Path(__file__).parent
 CERTIFICATE = HERE / "localhost-certificate.pem"
 PRIVATE_KEY = HERE / "localhost-key.pem"
+ACCOUNT = "acme"
 
 
 class Witness:
@@ -83,14 +84,13 @@ def run(plugins: Plugins) -> int:
     with tempfile.TemporaryDirectory(prefix="salmon-revsmtp-demo-") as name:
         folder = Path(name)
         project = _copy_project(folder / "project")
-        queue = HoldQueue(folder / "provider")
-        for sample in held:
-            queue.put(sample.envelope, sample.data)
         console.print(f"A provider on this machine holds {len(held)} messages for example.org.")
         console.print("The example project (config/, app/handlers/) collects them by ODMR:\n")
         witness = Witness()
         plugins.register(witness)
-        reports, left, seconds = asyncio.run(_collect(project, queue, plugins, witness))
+        reports, left, seconds = asyncio.run(
+            _collect(project, folder / "provider", held, plugins, witness)
+        )
     _show(console, held, witness)
     for report in reports:
         console.print(report.summary(), soft_wrap=True)
@@ -119,14 +119,42 @@ def _copy_project(target: Path) -> Path:
     return target
 
 
+def _provider_settings(folder: Path, password: str) -> Any:
+    """What the provider's own project would say."""
+    return SimpleNamespace(
+        customer_accounts=[
+            {"name": ACCOUNT, "password": password, "domains": ["example.org", "example.com"]}
+        ],
+        provider={
+            "hostname": "odmr.example.net",
+            "listen": "127.0.0.1:0",
+            "tls_cert": CERTIFICATE,
+            "tls_key": PRIVATE_KEY,
+            "hold": str(folder / "hold"),
+        },
+    )
+
+
+def _providing(configuration: Configuration, plugins: Plugins, folder: Path) -> Providing:
+    def no_relay() -> Any:
+        raise ConnectionError("the demo sends no mail to the world")
+
+    return Providing(configuration, plugins, Outbox(no_relay, folder / "unsent"))
+
+
 async def _collect(
-    folder: Path, queue: HoldQueue, plugins: Plugins, witness: Witness
+    folder: Path, provider_folder: Path, held: list[Sample], plugins: Plugins, witness: Witness
 ) -> tuple[list[Report], int, float]:
     password = secrets.token_urlsafe()
-    accounts = Accounts([Account("acme", password, ("example.org", "example.com"))])
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(CERTIFICATE, PRIVATE_KEY)
-    async with Provider(accounts, queue, "odmr.example.net", tls) as provider:
+    theirs = load(_provider_settings(provider_folder, password), plugins)
+    providing = _providing(theirs, plugins, provider_folder)
+    store = providing.store
+    for sample in held:
+        accounts = (ACCOUNT,) * len(sample.envelope.recipients)
+        store.put([Arrival(sample.envelope, accounts, [sample.data])])
+    provider = providing.provider()
+    assert provider is not None
+    async with provider:
         (folder / ".env").write_text(
             f"ISP_SERVER=127.0.0.1\nISP_PORT={provider.port}\n"
             f"ISP_CA_FILE={CERTIFICATE}\nISP_PASSWORD={password}\n"
@@ -140,7 +168,10 @@ async def _collect(
         with Collector(configuration, plugins, lambda: project.settings.relay) as collector:
             reports = await collector.collect(configuration.agents)
             reports += await collector.collect(configuration.agents)
-        return reports, len(queue), time.monotonic() - started
+        seconds = time.monotonic() - started
+    left = store.usage(ACCOUNT).messages
+    providing.close(wait=True)
+    return reports, left, seconds
 
 
 def _message_id(sample: Sample) -> str:

@@ -81,10 +81,10 @@ class JournalFile:
     """
 
     def __init__(
-        self, path: Path = DEFAULT_JOURNAL, migrations: Sequence[str] = MIGRATIONS
+        self, path: Path = DEFAULT_JOURNAL, migrations: Sequence[str] | None = None
     ) -> None:
         self.path = path
-        self._migrations = migrations
+        self._migrations = MIGRATIONS if migrations is None else migrations
 
     def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:
         """A connection, its schema up to date, without transactions of Python's own.  It may be

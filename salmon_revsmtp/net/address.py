@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from salmon_revsmtp.smtp.addresses import to_ascii
 
-__all__ = ["ADDRESS", "HostAndPort", "host_and_port", "host_name"]
+__all__ = ["ADDRESS", "ADDRESSES", "HostAndPort", "host_and_port", "host_name"]
 
 #: What is allowed, for a person.
-ADDRESS = "'host:port' such as '0.0.0.0:25' or '[::]:25'"
+ADDRESS = "'host:port' such as '192.0.2.1:25' or '[::]:25', or None"
+ADDRESSES = "'host:port' such as '0.0.0.0:25' or '[::]:25', a list of such, or None"
 
 _HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]*)):([0-9]{1,5})")
 

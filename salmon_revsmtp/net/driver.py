@@ -330,6 +330,32 @@ class Driver(asyncio.Protocol):
             return "read too little of what we sent"
         return "sent no whole command" if self.machine.pending else "said nothing"
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Change how long the peer may make no progress."""
+        if seconds != self._timeout:
+            self._timeout = seconds
+            self._stop_clock()
+            self._wind_up()
+
+    def keep_alive(self, silence: float) -> None:
+        """Have the system see, after so many seconds of silence, whether the peer is there, and end
+        the connection when it has not been for one and a half times as long again."""
+        connection = self._transport.get_extra_info("socket") if self._transport else None
+        if connection is None:
+            return
+        most = int(2500 * silence)  # milliseconds
+        options = {
+            "TCP_KEEPIDLE": max(1, int(silence)),
+            "TCP_KEEPINTVL": max(1, int(silence / 2)),
+            "TCP_KEEPCNT": 3,
+            "TCP_USER_TIMEOUT": most,
+        }
+        with contextlib.suppress(OSError):  # it is gone
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in options.items():
+                if (number := getattr(socket, name, None)) is not None:
+                    connection.setsockopt(socket.IPPROTO_TCP, number, value)
+
     def _stop_clock(self) -> None:
         if self._clock is not None:
             self._clock.cancel()

@@ -20,7 +20,7 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import Deliverer, Delivery, Dispatcher, PendingDelivery
 from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
@@ -34,9 +34,12 @@ from salmon_revsmtp.net import client as client
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.intake import Intake
 from salmon_revsmtp.server.configuration import Configuration
-from salmon_revsmtp.service.listening import listener
+from salmon_revsmtp.server.providing import Providing
+from salmon_revsmtp.service.listening import listeners
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Collector"]
 
@@ -62,6 +65,7 @@ class Collector:
         self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
         self._queueing: BatchWorker[PendingDelivery] = BatchWorker("queueing")
         self._outbox = Outbox(relay)
+        self.providing = Providing(configuration, plugins, self._outbox)
         self.interrupted = False
 
     def __enter__(self) -> Collector:
@@ -79,6 +83,7 @@ class Collector:
         """Deliver no more; ``wait`` for what is under way."""
         for worker in (self._handling, self._queueing):
             worker.close(wait)
+        self.providing.close(wait)
         if wait:
             self._outbox.wait(RELAY_PATIENCE)
             self._deliveries.close()
@@ -96,10 +101,12 @@ class Collector:
         }
 
     @cached_property
-    def _dispatchers(self) -> dict[str, Dispatcher]:
-        return {name: self._dispatcher(service) for name, service in self.services.items()}
+    def _deliverers(self) -> dict[str, Deliverer]:
+        return {name: self._deliverer(service) for name, service in self.services.items()}
 
-    def _dispatcher(self, service: Service) -> Dispatcher:
+    def _deliverer(self, service: Service) -> Deliverer:
+        if service.settings.delivery == "hold":
+            return self.providing.intake(service)
         delivery: Delivery = RouterDelivery()
         worker = self._handling
         if service.settings.delivery == "queue":
@@ -123,18 +130,25 @@ class Collector:
         for _, service in listening:
             await service.find_hostname()
         return [
-            listener(
-                service,
-                service.recipient_policy(self.configuration.asked_for(name)),
-                self._dispatchers[name],
-            )
+            one
             for name, service in listening
+            for one in listeners(service, self._policy(name), self._deliverers[name])
         ]
+
+    def _policy(self, name: str) -> Callable[[str], Reply | None]:
+        """Accepts or refuses the recipients of a listening service."""
+        deliverer, service = self._deliverers[name], self.services[name]
+        if not isinstance(deliverer, Intake):
+            return service.recipient_policy(self.configuration.asked_for(name))
+        if not service.settings.domains:
+            return deliverer.policy
+        ours = service.recipient_policy(())
+        return lambda mailbox: ours(mailbox) or deliverer.policy(mailbox)
 
     def collection(self, agent: Agent) -> Collection:
         """A new collection of an agent, to be run with ``customer.run.run``."""
         name = agent.settings.service
-        return Collection(agent, self.services[name], self._dispatchers[name], self._plugins)
+        return Collection(agent, self.services[name], self._deliverers[name], self._plugins)
 
     def enabled(self, agent: Agent) -> bool:
         """What ``enable`` or ``disable`` said, else what the settings say.  Reads the journal."""

@@ -1,4 +1,4 @@
-"""The settings of a Salmon project, read and validated: agents and services.
+"""The settings of a Salmon project, read and validated: agents, services, accounts, the provider.
 
 Every wrong setting is one sentence with the agent and the key; all of them are reported at once.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.settings import SettingsError, quote, validated, words_of
@@ -23,6 +24,7 @@ __all__ = ["Configuration", "load"]
 class Configuration:
     """Valid settings: agents in their order, services by name.
 
+    ``accounts``  the customers whose mail is held; ``provider``: how they reach us, if they do.
     ``written``  the domains of each service, and then those that its agents ask for, as a person
                  wrote them: handlers route by these.
     """
@@ -30,6 +32,15 @@ class Configuration:
     agents: tuple[Agent, ...]
     services: Mapping[str, ServiceSettings]
     written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    accounts: tuple[AccountSettings, ...] = ()
+    provider: ProviderSettings | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Mail is held here."""
+        return self.provider is not None or any(
+            one.delivery == "hold" for one in self.services.values()
+        )
 
     def asked_for(self, service: str) -> tuple[str, ...]:
         """The domains that the agents of a service ask for."""
@@ -42,7 +53,8 @@ class Configuration:
 
 
 def load(module: ModuleType, plugins: Plugins) -> Configuration:
-    """Read ``collection_agents`` and ``smtp_services`` of a settings module.
+    """Read ``collection_agents``, ``smtp_services``, ``customer_accounts`` and ``provider`` of a
+    settings module.
 
     Raises :class:`SettingsError` with every problem that there is.
     """
@@ -55,13 +67,25 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
             found = agent.problems(Service(agent.settings.service, settings))
             problems += [f'agent "{agent.name}": {problem}' for problem in found]
     written = {name: tuple(_written(module, name)) for name in services}
-    configuration = Configuration(tuple(agents), services, written)
+    accounts = _accounts(getattr(module, "customer_accounts", None), problems)
+    provider = getattr(module, "provider", None)
+    if provider is not None:
+        provider = validated(ProviderSettings, provider, "provider", problems)
+    configuration = Configuration(tuple(agents), services, written, accounts, provider)
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
         "recipient would be refused; name the domains"
         for name, settings in services.items()
-        if settings.listen and not settings.domains and not configuration.asked_for(name)
+        if settings.listen
+        and not settings.domains
+        and settings.delivery != "hold"
+        and not configuration.asked_for(name)
     ]
+    if configuration.holds and not getattr(module, "customer_accounts", None):
+        problems.append(
+            "customer_accounts: missing, so there is no one to hold mail for; allowed: a list of "
+            "dicts with name, password and domains"
+        )
     if problems:
         raise SettingsError(problems)
     return configuration
@@ -99,6 +123,35 @@ def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:
         if service := validated(ServiceSettings, keys, where, problems):
             services[name] = service
     return services
+
+
+def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]:
+    if found is None:
+        return ()
+    if isinstance(found, str | Mapping) or not isinstance(found, Sequence):
+        problems.append(f"customer_accounts: found {quote(found)}, allowed: a list of dicts")
+        return ()
+    accounts: list[AccountSettings] = []
+    names: set[str] = set()
+    owners: dict[str, str] = {}
+    for number, keys in enumerate(found, 1):
+        name = keys.get("name") if isinstance(keys, Mapping) else None
+        where = f'account "{name}"' if isinstance(name, str) and name else f"account {number}"
+        if isinstance(name, str) and name in names:
+            problems.append(f"{where}: name: found twice, allowed: a name of its own for each")
+        names.add(str(name))
+        account = validated(AccountSettings, keys, where, problems)
+        if account is None:
+            continue
+        accounts.append(account)
+        for domain in account.domains:
+            owner = owners.setdefault(domain, account.name)
+            if owner != account.name:
+                problems.append(
+                    f"{where}: domains: {quote(domain)} is that of account {quote(owner)}, "
+                    "allowed: a domain of one account only"
+                )
+    return tuple(accounts)
 
 
 def _agents(

@@ -20,6 +20,7 @@ from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
@@ -70,6 +71,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._listeners: list[Listener] = []
+        self._provider: Provider | None = None
         self._control = Control(self._answer)
         self._schedule = Schedule(
             {
@@ -96,6 +98,9 @@ class Daemon:
             for listener in await self._collector.listeners():
                 await listener.start()
                 self._listeners.append(listener)
+            self._provider = await asyncio.to_thread(self._collector.providing.provider)
+            if self._provider is not None:
+                await self._provider.start()
             await self._control.start()
             await self._recall()
             started()
@@ -246,6 +251,8 @@ class Daemon:
                 task.cancel()
         ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
         ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self._listeners]
+        if self._provider is not None:
+            ending.append(asyncio.ensure_future(self._provider.stop(self._grace)))
         if ending:
             _, late = await asyncio.wait(ending, timeout=self._grace)
             for one in late:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from salmon_revsmtp.delivery.dispatcher import Dispatcher
+from salmon_revsmtp.delivery.dispatcher import Deliverer
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.driver import Driver
@@ -18,7 +18,7 @@ from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["address_problems", "listener"]
+__all__ = ["address_problems", "listeners"]
 
 _ACCESS_DENIED = Reply(554, "access denied", "5.7.1")
 
@@ -27,8 +27,8 @@ async def address_problems(services: Mapping[str, ServiceSettings]) -> list[str]
     """Which addresses cannot be listened on now, each with the reason."""
     problems = []
     for name, settings in services.items():
-        if settings.listen:
-            unused = Listener(f"service={name}", _unconnected, *settings.address)
+        for address in settings.addresses:
+            unused = Listener(f"service={name}", _unconnected, *address)
             try:
                 await unused.start(quietly=True)
             except OSError as error:
@@ -41,13 +41,13 @@ def _unconnected(admit: Admit) -> Driver:
     raise ConnectionAbortedError("nothing is served here yet")
 
 
-def listener(
+def listeners(
     service: Service,
     policy: Callable[[str], Reply | None],
-    dispatcher: Dispatcher,
+    deliverer: Deliverer,
     idle_timeout: float = COMMAND_TIMEOUT,
-) -> Listener:
-    """The listener of a service on its ``listen`` address; not started.
+) -> list[Listener]:
+    """The listeners of a service, one for each ``listen`` address; not started.
 
     ``policy`` accepts or refuses a recipient.
     """
@@ -63,7 +63,7 @@ def listener(
         return Session(
             service,
             policy,
-            dispatcher,
+            deliverer,
             origin,
             Tally(),
             idle_timeout,
@@ -71,5 +71,5 @@ def listener(
             admit=admitted,
         )
 
-    host, port = service.settings.address
-    return Listener(f"service={service.name}", connect, host, port)
+    name = f"service={service.name}"
+    return [Listener(name, connect, *address) for address in settings.addresses]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from salmon_revsmtp.delivery.dispatcher import Dispatcher, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.service.policy import Service
@@ -99,7 +99,7 @@ class Session(Driver):
         self,
         service: Service,
         policy: Callable[[str], Reply | None],
-        dispatcher: Dispatcher,
+        deliverer: Deliverer,
         origin: Origin,
         tally: Tally,
         idle_timeout: float = COMMAND_TIMEOUT,
@@ -115,7 +115,7 @@ class Session(Driver):
         self.service = service
         self.origin = origin
         self.served = 0
-        self._dispatcher = dispatcher
+        self._deliverer = deliverer
         self._tally = tally
         self._starttls, self._admit = starttls, admit
         self._refusals = 0
@@ -176,7 +176,7 @@ class Session(Driver):
         pending = PendingDelivery(self.origin, transaction.envelope, transaction.data)
         self._deliveries[transaction] = pending
         pending.number = len(self._deliveries)
-        self._dispatcher.deliver(pending, functools.partial(self._delivered, transaction))
+        self._deliverer.deliver(pending, functools.partial(self._delivered, transaction))
 
     def _delivered(self, transaction: Transaction) -> None:
         """Only now is a message answered: 250 means safe."""

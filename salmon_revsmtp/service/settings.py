@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from salmon_revsmtp.net.address import ADDRESS, host_and_port, host_name
+from salmon_revsmtp.net.address import ADDRESSES, HostAndPort, host_and_port, host_name
 from salmon_revsmtp.net.certificate import certificate_problem
 from salmon_revsmtp.smtp.addresses import to_ascii
 
@@ -58,11 +58,12 @@ class ServiceSettings(BaseModel):
     max_recipients: Annotated[int, Field(gt=0, description="a whole number above 0")] = 1000
     """Recipients of one message.  Those above it are answered 452, and the sender sends them a
     second copy."""
-    delivery: Annotated[Literal["router", "queue"], Field(description="'router' or 'queue'")] = (
-        "router"
-    )
+    delivery: Annotated[
+        Literal["router", "queue", "hold"], Field(description="'router', 'queue' or 'hold'")
+    ] = "router"
     """``"router"`` runs your handlers before the 250.  ``"queue"`` stores the message in ``queue``
-    before the 250, and a ``QueueConsumer`` runs the handlers later."""
+    before the 250, and a ``QueueConsumer`` runs the handlers later.  ``"hold"`` holds it for the
+    account in ``customer_accounts`` that has the recipient's domain, before the 250."""
     queue: Annotated[str, Field(min_length=1, description="the folder of a Salmon Queue")] = (
         "run/inbound"
     )
@@ -78,8 +79,9 @@ class ServiceSettings(BaseModel):
     ] = 7
     """How long a delivery is remembered.  A message that is redelivered in this time is answered
     as before, and no handler sees it again."""
-    listen: Annotated[str | None, Field(description=f"{ADDRESS}, or None")] = None
-    """An address on which the service takes mail as well, while a server runs.  ETRN needs it."""
+    listen: Annotated[tuple[str, ...], Field(description=ADDRESSES)] = ()
+    """The addresses on which the service takes mail as well, while a server runs.  ETRN needs
+    one."""
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
     ] = None
@@ -103,11 +105,18 @@ class ServiceSettings(BaseModel):
     def _hostname(cls, value: str | None) -> str | None:
         return value if value is None else host_name(value)
 
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _addresses(cls, value: object) -> object:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("listen")
     @classmethod
-    def _listen(cls, value: str | None) -> str | None:
-        if value is not None:
-            host_and_port(value)
+    def _listen(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            host_and_port(one)
         return value
 
     @model_validator(mode="after")
@@ -122,9 +131,9 @@ class ServiceSettings(BaseModel):
         return self.repeat_window * 86400
 
     @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of ``listen``; the empty host is every address."""
-        return host_and_port(self.listen) if self.listen else ("", 0)
+    def addresses(self) -> tuple[HostAndPort, ...]:
+        """Hosts and ports of ``listen``."""
+        return tuple(map(host_and_port, self.listen))
 
     @field_validator("domains")
     @classmethod

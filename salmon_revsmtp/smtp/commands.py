@@ -63,6 +63,7 @@ class State(Enum):
     CHUNKS = auto()  #: at least one BDAT taken, LAST not yet
 
     LOGIN = auto()  #: lines are responses of an AUTH exchange
+    SLOWED = auto()  #: a login failed: bytes wait until the caller has the client hear of it
     CUSTOMER = auto()  #: logged in
     TURNING = auto()  #: after ATRN: bytes wait until the caller has answered it
 

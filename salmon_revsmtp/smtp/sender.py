@@ -93,9 +93,14 @@ class Closed:
 
 @dataclass(frozen=True)
 class Broken:
-    """The session cannot go on; messages without a :class:`Sent` were not taken."""
+    """The session cannot go on; messages without a :class:`Sent` were not taken.
+
+    ``reason``  a sentence's end.
+    ``said_so`` the peer closes with a 421: it is not that it cannot bear what we sent.
+    """
 
     reason: str
+    said_so: bool = False
 
 
 Event = Ready | Sent | Closed | Broken
@@ -131,6 +136,7 @@ REPLIES: Mapping[str, Expected] = {
     "BDAT": Expected({353} | _FINAL),
     "353": Expected(_FINAL),
     "RSET": Expected(_2YZ),
+    "NOOP": Expected(_FINAL),  # whatever it is, the peer is there
     "QUIT": Expected(_FINAL, wait=True),
 }
 
@@ -218,6 +224,16 @@ class Sender:
         """A part of a reply is here."""
         return not self._parser.idle
 
+    @property
+    def idle(self) -> bool:
+        """The peer has greeted, and nothing that was said waits for a reply."""
+        return self._ready and not (self._messages or self._under_way or self._expected)
+
+    def noop(self) -> list[Event]:
+        """See whether the peer is still there."""
+        self._command("NOOP", b"NOOP", self._on_noop)
+        return self.advance()
+
     def quit(self) -> list[Event]:
         """Say QUIT when everything queued has been sent."""
         self._quitting = True
@@ -247,7 +263,7 @@ class Sender:
     def _take(self, reply: Reply) -> None:
         if reply.code == 421:
             # RFC 5321 3.8: the peer is closing, whatever was asked.
-            self._break(f"the peer closes: {reply}")
+            self._break(f"the peer closes: {reply}", said_so=True)
         elif not self._expected:
             self._break(f"a reply to nothing: {reply}")
         else:
@@ -302,10 +318,10 @@ class Sender:
     def _has(self, keyword: str) -> bool:
         return keyword in self._extensions
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: str, said_so: bool = False) -> None:
         self._over = True
         self._commands.clear()
-        self._events.append(Broken(reason))
+        self._events.append(Broken(reason, said_so))
 
     # -- greeting -------------------------------------------------------------------------------
 
@@ -502,6 +518,9 @@ class Sender:
             recipients = range(len(transaction.message.envelope.recipients))
             replies = tuple(transaction.replies.get(number, _NO_REPLY) for number in recipients)
             self._events.append(Sent(transaction.message, replies))
+
+    def _on_noop(self, reply: Reply) -> None:
+        """It is."""
 
     def _on_rset(self, reply: Reply) -> None:
         """The peer is in no transaction any more."""

@@ -6,12 +6,18 @@ The caller owns the connection::
     for event in turn.receive_bytes(data):
         StartTls           -> send the replies, see that nothing is pending, do the handshake,
                               say tls_started() and advance()
+        LoggedIn(...)      -> so it is
+        LoginFailed(...)   -> wait a while, say refuse_login(reply or None) and advance()
         AtrnRequest(...)   -> look for mail, say answer(reply); after a 250 the session is over and
                               the customer is the server
         Quit               -> send the replies and close
 
 How it works: ``commands`` has the theory, and what all server roles share.  Here are the rows of
 the table for a customer, and the reader of AUTH's responses.
+
+``XHOLD`` is ours.  After AUTH the answer to EHLO lists it with a number of seconds; a customer that
+says it before ATRN wants the session to stay open when the mail that waits has been sent, so that
+what comes later goes down it at once.  Neither side is silent for longer than those seconds.
 """
 
 from __future__ import annotations
@@ -37,9 +43,18 @@ from salmon_revsmtp.smtp.commands import (
 )
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.replies import Reply
-from salmon_revsmtp.smtp.sasl import MECHANISMS, Exchange
+from salmon_revsmtp.smtp.sasl import MECHANISMS, Exchange, Secret
 
-__all__ = ["AtrnRequest", "Customers", "Event", "Quit", "StartTls", "Turn"]
+__all__ = [
+    "AtrnRequest",
+    "Customers",
+    "Event",
+    "LoggedIn",
+    "LoginFailed",
+    "Quit",
+    "StartTls",
+    "Turn",
+]
 
 # RFC 4954 4: a line of an AUTH exchange may have this many octets.
 AUTH_LINE = 12288
@@ -53,22 +68,49 @@ class Customers(Protocol):
     def mechanisms(self, tls: bool) -> tuple[str, ...]:
         """The names of the SASL mechanisms that are offered."""
 
-    def password(self, name: str) -> str | None:
-        """The password of an account, ``None`` if there is no such account."""
+    def secret(self, name: str) -> Secret:
+        """What proves that one is this account; one that nothing proves if there is none."""
 
     def domains(self, name: str) -> tuple[str, ...]:
         """The domains of an account, as IDNA A-labels."""
 
+    def keepalive(self, name: str) -> int | None:
+        """The longest silence in an account's push sessions in seconds; ``None`` if it has
+        none."""
+
 
 @dataclass(frozen=True)
 class AtrnRequest:
-    """The customer may have this mail: the name of its account, and the domains to send."""
+    """The customer may have this mail.
+
+    ``account``  the name of its account.
+    ``domains``  those to send.
+    ``push``     it has said XHOLD: the session stays open for what comes later.
+    """
 
     account: str
     domains: tuple[str, ...]
+    push: bool = False
 
 
-Event = StartTls | AtrnRequest | Quit
+@dataclass(frozen=True)
+class LoggedIn:
+    """The customer has proved to be ``account``, by ``mechanism``."""
+
+    account: str
+    mechanism: str
+
+
+@dataclass(frozen=True)
+class LoginFailed:
+    """It has not.  It waits for its answer: see :meth:`Turn.refuse_login`.  ``name`` is what it
+    called itself, as far as that is known; anyone may have written it."""
+
+    name: str
+    mechanism: str
+
+
+Event = StartTls | LoggedIn | LoginFailed | AtrnRequest | Quit
 
 _CONNECTED, _IDLE, _CUSTOMER = State.CONNECTED, State.IDLE, State.CUSTOMER
 _GREETED = (_IDLE, _CUSTOMER)
@@ -82,6 +124,7 @@ class Turn(Commands):
 
     ``customers``  who may log in.
     ``starttls``   STARTTLS can be done; ``tls``: the connection is encrypted already.
+    ``needs_tls``  AUTH and ATRN only under TLS.
     """
 
     secret: ClassVar[bool] = True
@@ -95,11 +138,12 @@ class Turn(Commands):
     ENDS: ClassVar[Mapping[str, Mapping[State, State]]] = {
         **Commands.ENDS,
         "235 to AUTH": {State.LOGIN: _CUSTOMER},
-        "any other end of AUTH": {State.LOGIN: _IDLE},
+        "any other end of AUTH": {State.LOGIN: _IDLE, State.SLOWED: _IDLE},
+        "a wrong password": {State.LOGIN: State.SLOWED},
         "250 to ATRN": {State.TURNING: State.CLOSED},
         "any other answer to ATRN": {State.TURNING: _CUSTOMER},
     }
-    NO_BOUNDARY: ClassVar[frozenset[State]] = frozenset({State.CLOSED, State.TURNING})
+    NO_BOUNDARY: ClassVar[frozenset[State]] = frozenset({State.CLOSED, State.TURNING, State.SLOWED})
 
     def __init__(
         self,
@@ -108,6 +152,7 @@ class Turn(Commands):
         *,
         starttls: bool = False,
         tls: bool = False,
+        needs_tls: bool = False,
     ) -> None:
         super().__init__(
             hostname,
@@ -116,9 +161,11 @@ class Turn(Commands):
             starttls=starttls and not tls,
         )
         self._customers = customers
-        self._tls = tls
+        self._tls, self._needs_tls = tls, needs_tls
         self._account: str | None = None
+        self._push = False
         self._exchange: Exchange | None = None
+        self._mechanism = self._asked = ""
         self._failed_logins = 0
 
     # -- what the caller sees ---------------------------------------------------------------
@@ -126,12 +173,22 @@ class Turn(Commands):
     @property
     def paused(self) -> bool:
         """A customer that has said ATRN waits for us: nothing is kept of what it says."""
-        return self._state is State.TURNING
+        return self._state in (State.TURNING, State.SLOWED)
 
     def tls_started(self) -> None:
         """As for every role; and a login in the clear is forgotten too."""
-        self._tls, self._account = True, None
+        self._tls, self._account, self._push = True, None, False
         super().tls_started()
+
+    def refuse_login(self, reply: Reply | None = None) -> None:
+        """Answer a login that failed: with 535, or with a 421 that ends the session.
+        :meth:`advance` then goes on with what has come since."""
+        if self._state is not State.SLOWED:
+            return
+        if reply is None and self._failed_logins < MAX_LOGINS:
+            self._cancel(Reply(535, "authentication credentials invalid", "5.7.8"))
+        else:
+            self._close(reply or Reply(421, "too many failed logins, closing", "4.7.0"))
 
     def answer(self, reply: Reply) -> None:
         """Answer ATRN.  After 250 the session is over; after anything else :meth:`advance` goes on
@@ -162,6 +219,7 @@ class Turn(Commands):
         **dict.fromkeys(_ANYWHERE, Commands._read_line),
         State.LOGIN: _read_response,
         State.HANDSHAKE: Commands._read_nothing,
+        State.SLOWED: Commands._read_nothing,
         State.TURNING: Commands._read_nothing,
         State.CLOSED: Commands._ignore,
     }
@@ -169,10 +227,20 @@ class Turn(Commands):
     # -- commands -------------------------------------------------------------------------------
 
     def _keywords(self) -> Iterable[str]:
-        mechanisms = " ".join(self._customers.mechanisms(self._tls))
-        return ("ENHANCEDSTATUSCODES", "ATRN", *super()._keywords(), f"AUTH {mechanisms}")
+        words = ["ENHANCEDSTATUSCODES", "ATRN", *super()._keywords()]
+        if not self._lacks_tls:
+            words.append(f"AUTH {' '.join(self._customers.mechanisms(self._tls))}")
+        if self._account is not None and (seconds := self._customers.keepalive(self._account)):
+            words.append(f"XHOLD {seconds}")
+        return words
+
+    @property
+    def _lacks_tls(self) -> bool:
+        return self._needs_tls and not self._tls
 
     def _on_auth(self, argument: str) -> Reply | None:
+        if self._lacks_tls:
+            raise CommandError(530, "send STARTTLS first", "5.7.0")  # RFC 3207 4
         name, _, initial = argument.partition(" ")
         if not name:
             raise CommandError(501, "AUTH takes a mechanism", SYNTAX)
@@ -186,12 +254,15 @@ class Turn(Commands):
             first = _decoded(b"" if initial == "=" else initial.encode())
             if first is None:
                 raise CommandError(501, "malformed base64", "5.5.2")
-        self._exchange = mechanism.begin(
-            name.upper(), self._customers.password, self.hostname, first
-        )
+        self._mechanism, self._asked = name.upper(), ""
+        self._exchange = mechanism.begin(self._mechanism, self._secret, self.hostname, first)
         self._state = State.LOGIN
         self._exchanged(None)
         return None
+
+    def _secret(self, name: str) -> Secret:
+        self._asked = name
+        return self._customers.secret(name)
 
     def _exchanged(self, response: bytes | None) -> None:
         """Go on with the exchange: a challenge, or its end."""
@@ -213,13 +284,22 @@ class Turn(Commands):
         if account is not None:
             self._account = account
             self._over("235 to AUTH")
+            self._events.append(LoggedIn(account, self._mechanism))
             self._reply(Reply(235, "welcome", "2.7.0"))
             return
         self._failed_logins += 1
-        if self._failed_logins >= MAX_LOGINS:
-            self._close(Reply(421, "too many failed logins, closing", "4.7.0"))
-        else:
-            self._cancel(Reply(535, "authentication credentials invalid", "5.7.8"))
+        self._over("a wrong password")
+        self._events.append(LoginFailed(self._asked, self._mechanism))
+
+    def _on_xhold(self, argument: str) -> Reply | None:
+        if argument:
+            raise CommandError(501, "XHOLD takes no argument", SYNTAX)
+        if self._account is None:
+            raise CommandError(530, "authentication required", "5.7.0")
+        if not self._customers.keepalive(self._account):
+            raise CommandError(*NOT_IMPLEMENTED)
+        self._push = True
+        return Reply(250, "the session will stay open after ATRN", "2.0.0")
 
     def _on_atrn(self, argument: str) -> Reply | None:
         if self._account is None:
@@ -233,7 +313,7 @@ class Turn(Commands):
         if not set(asked) <= set(theirs):
             return Reply(450, "not authorised for all of these domains", "4.7.1")
         self._state = State.TURNING
-        self._events.append(AtrnRequest(self._account, asked or theirs))
+        self._events.append(AtrnRequest(self._account, asked or theirs, self._push))
         return None
 
     # RFC 2645 4, RFC 4954 4.  A provider may refuse everything else before the reversal.
@@ -243,6 +323,7 @@ class Turn(Commands):
         "HELO": Verb(_GREETING, Commands._on_helo, junk=True),
         "STARTTLS": Verb(to(State.HANDSHAKE, _ANYWHERE), Commands._on_starttls),
         "AUTH": Verb(to(State.LOGIN, (_IDLE,)), _on_auth),
+        "XHOLD": Verb(stay(_ANYWHERE), _on_xhold, junk=True),
         "ATRN": Verb(to(State.TURNING, _ANYWHERE), _on_atrn),
         "NOOP": Verb(stay(_ANYWHERE), Commands._on_noop, junk=True),
         "RSET": Verb(stay(_ANYWHERE), Commands._on_rset, junk=True),

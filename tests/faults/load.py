@@ -28,13 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from salmon import mail, queue
 from salmon.routing import Router, route, stateless
-from support.configuration import PASSWORD, agent_keys, configuration
+from support.configuration import agent_keys, configuration
 from support.dialogue import Dialogue
+from support.holding import Holding, account
 
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
@@ -123,7 +121,7 @@ def message(number: int, octets: int) -> bytes:
     return head + lines * max(1, octets // len(lines)) + b"--b--\r\n"
 
 
-def account(number: int) -> str:
+def name(number: int) -> str:
     return f"acme{number}"
 
 
@@ -152,18 +150,23 @@ def messages(load: Load) -> Iterable[tuple[str, bytes]]:
             yield domain(agent), message(next(numbers), KIB)
 
 
+def holding(load: Load) -> Holding:
+    """The built-in provider's mail."""
+    accounts = [account(name(one), domains=[domain(one)]) for one in range(load.agents)]
+    return Holding(Path("provider"), *accounts)
+
+
 def hold(load: Load) -> None:
     """Fill the built-in provider's queue."""
-    held = HoldQueue(Path("provider"))
+    held = holding(load)
     for where, data in messages(load):
         held.put(Envelope("a@example.net", (f"b@{where}",)), data)
 
 
 async def provide_by_provider(load: Load) -> None:
-    held = HoldQueue(Path("provider"))
+    held = holding(load)
     before = memory("VmRSS")
-    accounts = [Account(account(one), PASSWORD, (domain(one),)) for one in range(load.agents)]
-    async with Provider(Accounts(accounts), held) as provider:
+    async with held.provider() as provider:
         tell(port=provider.port)
         await end_of_input()
         tell(left=len(held), heard={}, provider=memory("VmHWM") - before)
@@ -271,7 +274,7 @@ async def consume(load: Load, port: int) -> None:
             port,
             name=f"agent{one}",
             server="127.0.0.1",
-            account=account(one),
+            account=name(one),
             domains=[domain(one)],
             timeout=600,
         )

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.holding import Holding, account
 
 from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.journal.deliveries import MessageKey
 from salmon_revsmtp.net.driver import Driver
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Connection, Provider
+from salmon_revsmtp.provider.connection import Connection
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -24,7 +23,7 @@ from salmon_revsmtp.smtp.sender import Sender
 
 TIMEOUT = 300.0
 OK = Reply(250, "ok")
-ACME = Account("acme", "secret", ("example.org",))
+ACME = account(password="secret")
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -118,8 +117,8 @@ class ProviderWire(Wire):
     """The customer's end of a connection to the provider."""
 
     def connect(self) -> Driver:
-        provider = Provider(Accounts([ACME]), HoldQueue(Path("hold")), "h", timeout=TIMEOUT)
-        return Connection(provider, lambda driver: None)
+        provider = Holding(Path("hold"), ACME).provider("h", timeout=TIMEOUT)
+        return Connection(provider, lambda driver: None, implicit_tls=False)
 
 
 class Client(Driver):

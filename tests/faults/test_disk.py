@@ -8,7 +8,7 @@ import os
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from salmon import queue
 from salmon.mail import MailRequest
 from salmon.routing import Router
 from support.collecting import collect
-from support.configuration import PASSWORD, agent_keys
+from support.configuration import agent_keys
 from support.dialogue import Dialogue, no_more_mail, scripted
+from support.holding import Holding, NoHooks
 from support.messages import MESSAGE
 from support.salmon import Salmon, explodes, fails
 
@@ -28,9 +29,9 @@ from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.journal import connection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.net.outcome import Outcome
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider import settling
+from salmon_revsmtp.provider.hold.store import Settled
+from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -52,6 +53,9 @@ class Disk:
 
     def empty(self) -> None:
         self._ballast.unlink()
+
+    def grow(self, octets: int) -> None:
+        self._mount(f"remount,size={octets}")
 
     def read_only(self) -> None:
         self._mount("remount,ro")
@@ -91,18 +95,17 @@ def disk(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 class Held:
     """A provider that holds one message, from which is collected again and again."""
 
-    def __init__(self, salmon: Salmon, **service: Any) -> None:
+    def __init__(self, salmon: Salmon, mail: Holding | None = None, **service: Any) -> None:
         self._salmon = salmon
         self._service = {"hostname": "mail.example.org", **service}
-        self.queue = HoldQueue(salmon.folder / "provider")
+        self.queue = Holding(salmon.folder / "provider") if mail is None else mail
 
     def put(self, *recipients: str, data: bytes = MESSAGE) -> None:
         self.queue.put(Envelope("ann@example.net", recipients), data)
 
     def collect(self) -> Report:
         async def main() -> Report:
-            accounts = Accounts([Account("acme", PASSWORD, ("example.org",))])
-            async with Provider(accounts, self.queue, "odmr.example.net") as provider:
+            async with self.queue.provider() as provider:
                 keys = agent_keys(provider.port)
                 [report] = await collect(self._salmon, keys, default=self._service)
             return report
@@ -233,7 +236,8 @@ def test_a_notification_on_a_read_only_disk_is_not_sent_again_and_again(
 
 def test_a_read_only_disk(salmon: Salmon, disk: Disk) -> None:
     salmon.handle(".*")
-    queued, routed = Held(salmon, delivery="queue"), Held(salmon)
+    queued = Held(salmon, delivery="queue")
+    routed = Held(salmon, queued.queue)
     queued.put("b@example.org")
     disk.read_only()
     report = queued.collect()
@@ -345,38 +349,6 @@ def folders_cannot_be_synced(fsync: Callable[[int], None]) -> Callable[[int], No
     return broken
 
 
-def test_the_provider_takes_back_what_it_cannot_sync(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = HoldQueue(tmp_path)
-    ok, no = Reply(250, "ok"), Reply(550, "no")
-    first, second, third = (
-        held.put(Envelope("", ("b@example.org", "c@example.org")), b"%d" % n) for n in range(3)
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", folders_cannot_be_synced(os.fsync))
-        with pytest.raises(OSError, match="Input/output error"):
-            held.put(Envelope("", ("b@example.org",)), MESSAGE)
-        assert held.waiting(["example.org"]) == [first, second, third]
-        # What the customer took is not sent again; what it refused is, for it is kept nowhere else.
-        with pytest.raises(OSError, match="Input/output error"):
-            held.settle_all(
-                [
-                    (first, {"b@example.org": ok, "c@example.org": no}),
-                    (second, {"b@example.org": ok}),
-                    (third, {"b@example.org": ok, "c@example.org": ok}),
-                ]
-            )
-    assert held.waiting(["example.org"]) == [first, second]
-    for key in (first, second):
-        loaded = held.load(key, ["example.org"])
-        assert loaded is not None and loaded[0].recipients == ("c@example.org",)
-    held.settle_all([(first, {"c@example.org": no}), (second, {"c@example.org": ok})])
-    assert len(held) == 0
-    [refused] = (tmp_path / "refused").iterdir()
-    assert refused.name == first
-
-
 def test_the_consumer_on_a_full_disk_keeps_what_it_cannot_set_aside(
     salmon: Salmon, disk: Disk
 ) -> None:
@@ -412,11 +384,51 @@ def test_the_consumer_of_a_queue_on_a_read_only_disk_handles_nothing(
     assert inbound() == []
 
 
-def test_the_providers_own_disk_is_full(salmon: Salmon, disk: Disk) -> None:
-    held = HoldQueue(disk.folder / "provider")
+@pytest.mark.parametrize("octets", [0, 200_000])
+def test_the_providers_own_disk_is_full(disk: Disk, octets: int) -> None:
+    """What comes is refused and leaves nothing; what was held is still there, and what its customer
+    answers is settled when there is room."""
+    disk.grow(1024 * 1024)
+    held = Holding(disk.folder / "provider")
     key = held.put(Envelope("", ("b@example.org",)), MESSAGE)
     disk.fill()
-    with pytest.raises(OSError, match="No space left"):
-        held.put(Envelope("", ("c@example.org",)), MESSAGE)
-    assert held.waiting(["example.org"]) == [key]
+    with pytest.raises(OSError, match=r"No space left|full"):
+        for _ in range(100):  # there may be room in what the database has already
+            held.put(Envelope("", ("c@example.org",)), MESSAGE + b"x" * octets)
+    assert held.waiting()[0].key == key
+    assert len(held) == len(held.waiting())
     assert disk.litter() == []
+    disk.empty()
+    held.store.settle([Settled(one.key, one.envelope.recipients) for one in held.waiting()])
+    assert len(held) == 0
+
+
+def test_an_answer_that_is_heard_on_a_full_disk_is_settled_when_there_is_room(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "RETRY", 0.05)
+    disk.grow(1024 * 1024)
+    held = Holding(disk.folder / "provider")
+    key = held.put(Envelope("a@example.net", ("b@example.org",)), MESSAGE)
+    [one] = held.waiting()
+    broken = threading.Event()
+    settle = held.store.settle
+
+    def full(done: Sequence[Settled]) -> None:
+        if not broken.is_set():
+            broken.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        settle(done)
+
+    monkeypatch.setattr(held.store, "settle", full)
+
+    async def main() -> None:
+        settler = Settler(held.store, held.notify, NoHooks())
+        settler.settle(Answered(one, [Reply(550, "no")]))
+        await asyncio.to_thread(broken.wait)
+        assert [one.key for one in held.waiting()] == [key]
+        await settler.finish(20)
+
+    asyncio.run(main())
+    assert len(held) == 0
+    assert len(held.told) == 1, "its sender is told once"

@@ -27,17 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.configuration import PASSWORD, agent_keys
+from support.configuration import agent_keys
+from support.holding import Holding
 from support.processes import LONG, KillableProcess
 from support.sample import amount, chance, positions
 
 from salmon_revsmtp.delivery.maildir import open_queue
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.smtp.envelope import Envelope
-
-ACCOUNTS = Accounts([Account("acme", PASSWORD, ("example.org",))])
 
 # Recipients by what their handlers do; "boom" raises, "never" refuses.
 CASTS = (("ann",), ("ann", "bob"), ("boom",), ("ann", "never"), ("never", "boom", "bob"))
@@ -51,12 +48,12 @@ Record = tuple[str, str, str]
 
 
 @contextlib.contextmanager
-def serving(held: HoldQueue) -> Iterator[Provider]:
+def serving(held: Holding) -> Iterator[Provider]:
     """The built-in provider in a thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    provider = Provider(ACCOUNTS, held, "odmr.example.net")
+    provider = held.provider()
 
     def do(work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, loop).result(LONG)
@@ -78,9 +75,9 @@ class Ledger:
     def __init__(self, folder: Path, delivery: str) -> None:
         self.folder = folder
         self.queued = delivery == "queue"
-        self.held = HoldQueue(folder / "provider")
-        self.sent: dict[Delivery, str] = {}
-        self.keys: dict[str, str] = {}
+        self.held = Holding(folder / "provider")
+        self.sent: dict[Delivery, int] = {}
+        self.keys: dict[int, str] = {}
         self.digests: dict[str, str] = {}
         self.begun: Counter[Delivery] = Counter()
         self.ended: Counter[Delivery] = Counter()
@@ -177,10 +174,9 @@ class Ledger:
         }
 
     def _waiting(self) -> Iterator[Delivery]:
-        for key in self.held.waiting(["example.org"]):
-            loaded = self.held.load(key, ["example.org"])
-            for recipient in loaded[0].recipients if loaded else ():
-                yield self.keys[key], recipient
+        for held in self.held.waiting():
+            for recipient in held.envelope.recipients:
+                yield self.keys[held.key], recipient
 
     def _in_queue(self) -> set[Delivery]:
         return {_delivery(stored) for _, stored in self._queue("run/inbound")}

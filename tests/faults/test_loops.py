@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from salmon.mail import MailRequest
-from support.configuration import PASSWORD, agent_keys, configuration
+from support.configuration import agent_keys, configuration
+from support.holding import Holding
 from support.messages import MESSAGE
 from support.salmon import Salmon, fails
 
@@ -18,9 +19,6 @@ from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.trace import MAX_HOPS
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
@@ -30,7 +28,7 @@ class World:
 
     def __init__(self, salmon: Salmon) -> None:
         self.salmon = salmon
-        self.held = HoldQueue(salmon.folder / "provider")
+        self.held = Holding(salmon.folder / "provider")
         self.mailed: list[tuple[str, str]] = []
         salmon.relay = SimpleNamespace(deliver=self._relay)
 
@@ -43,9 +41,8 @@ class World:
 
     def collect(self) -> Report:
         async def main() -> Report:
-            accounts = Accounts([Account("acme", PASSWORD, ("example.org",))])
             plugins = Plugins.load()
-            async with Provider(accounts, self.held, "odmr.example.net") as provider:
+            async with self.held.provider() as provider:
                 valid = configuration(agent_keys(provider.port), plugins=plugins)
                 with Collector(valid, plugins, lambda: self.salmon.relay) as collector:
                     [report] = await collector.collect(valid.agents)

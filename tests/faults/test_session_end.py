@@ -6,8 +6,9 @@ import asyncio
 import threading
 
 import pytest
-from support.configuration import PASSWORD, agent_keys, configuration
+from support.configuration import agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
+from support.holding import Holding
 from support.messages import MESSAGE
 from support.processes import KillableProcess
 from support.salmon import Salmon, waits_for
@@ -15,9 +16,7 @@ from support.salmon import Salmon, waits_for
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 
@@ -179,33 +178,38 @@ def test_a_provider_that_ends_its_side_within_the_data(salmon: Salmon) -> None:
 def test_a_provider_that_dies_before_it_has_struck_the_message_off(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 250 has arrived, and the crash comes before the file is removed: it comes again."""
+    """The 250 has arrived, and the crash comes before it is settled: it comes again."""
     salmon.handle(".*")
-    crashed = threading.Event()
 
-    def crash(self: HoldQueue, *arguments: object) -> None:
-        crashed.set()
-        raise ConnectionError("it has crashed")
+    def crash(self: EmbeddedStore, *arguments: object) -> None:
+        raise OSError("it has crashed")
 
     async def main() -> None:
-        queue = HoldQueue(salmon.folder / "provider")
-        accounts = Accounts([Account("acme", PASSWORD, ("example.org",))])
-        queue.put(Envelope("a@example.net", ("a@example.org", "b@example.org")), MESSAGE)
         plugins = Plugins.load()
-        async with Provider(accounts, queue) as provider:
-            port = provider.port
-            valid = configuration(agent_keys(port, server="127.0.0.1"), plugins=plugins)
+
+        async def collection(held: Holding) -> Report:
+            provider = held.provider()
+            await provider.start()
+            valid = configuration(agent_keys(provider.port, server="127.0.0.1"), plugins=plugins)
             with Collector(valid, plugins, lambda: salmon.relay) as collector:
-                with monkeypatch.context() as patch:
-                    patch.setattr(HoldQueue, "settle_all", crash)
-                    [first] = await collector.collect(valid.agents)
-                assert crashed.is_set()
-                # The third time that the same message comes, it brings no one forward.
-                assert (first.outcome, first.messages) == (Outcome.FAILED, 1)
-                assert len(queue) == 1
-                [second] = await collector.collect(valid.agents)
+                [report] = await collector.collect(valid.agents)
+            await provider.stop(grace=0.1)
+            held.close()
+            return report
+
+        held = Holding(salmon.folder / "provider")
+        held.put(Envelope("a@example.net", ("a@example.org", "b@example.org")), MESSAGE)
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddedStore, "settle", crash)
+            first = await collection(held)
+        assert (first.outcome, first.messages) == (Outcome.COLLECTED, 1)
+        held = Holding(salmon.folder / "provider")
+        assert len(held) == 1
+        second = await collection(held)
         assert (second.outcome, second.messages) == (Outcome.COLLECTED, 0)
-        assert len(queue) == 0
+        held = Holding(salmon.folder / "provider")
+        assert len(held) == 0
+        held.close()
 
     asyncio.run(main())
     assert sorted(message.To for message in salmon.handled) == ["a@example.org", "b@example.org"]

@@ -24,7 +24,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from salmon_revsmtp.provider.accounts import Account, Accounts
+from support.holding import account
+
+from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.smtp import replies as reply_limits
 from salmon_revsmtp.smtp import turn
 from salmon_revsmtp.smtp.addresses import domain_of, parse_path
@@ -829,8 +831,8 @@ def _is_mailbox(mailbox: str, reverse: bool) -> bool:
 
 ACCOUNTS = Accounts(
     [
-        Account("customer", "secret", ("example.org", "b\u00fccher.example")),
-        Account("other", "secret", ("example.net",)),
+        account("customer", "secret", ["example.org", "b\u00fccher.example"]),
+        account("other", "secret", ["example.net"]),
     ]
 )
 _CHALLENGE = re.compile(rb"^334 .*\r\n", re.MULTILINE)
@@ -887,6 +889,11 @@ class _Reversed:
                 self.over = self.over or code == 250
             elif isinstance(event, turn.StartTls):
                 self.handshake = True
+            elif isinstance(event, turn.LoginFailed):
+                self.machine.refuse_login()
+                self._hear(self.machine.advance())
+            elif isinstance(event, turn.LoggedIn):
+                continue
             else:
                 self.over = True
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,19 +18,17 @@ from typing import Any
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.holdqueue import HoldQueue
-from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
-from support.configuration import PASSWORD, agent_keys, configuration
+from support.configuration import agent_keys, configuration
+from support.holding import Holding
 from support.proxy import Fault, Proxy
 from support.salmon import Salmon
-from support.tls import CERTIFICATE, server_tls
+from support.tls import CERTIFICATE
 
 __all__ = ["BOTH", "Rig", "one_message", "with_rig"]
 
-ACME = Account("acme", PASSWORD, ("example.org",))
 BOTH = ("ann@example.org", "bob@example.org")
 # What is waited for here takes milliseconds; this is for a machine that does much else.
 PATIENCE = 60
@@ -47,10 +44,8 @@ class QuickLogin(Accounts):
 class Rig:
     """What a test works with; :func:`with_rig` makes it."""
 
-    def __init__(
-        self, salmon: Salmon, provider: Provider, proxy: Proxy, collector: Collector
-    ) -> None:
-        self.queue, self.proxy = provider.queue, proxy
+    def __init__(self, salmon: Salmon, held: Holding, proxy: Proxy, collector: Collector) -> None:
+        self.queue, self.proxy = held, proxy
         self._salmon, self._collector = salmon, collector
         self._numbers = itertools.count()
         self._sent: Counter[tuple[str, bytes]] = Counter()
@@ -116,27 +111,19 @@ def with_rig(
 ) -> None:
     """Run ``work`` on a rig; ``keys`` are the agent's.  At the end nothing is open."""
     salmon.handle(".*")
-    context: ssl.SSLContext | None = None if tls == "none" else server_tls()
     trust = {} if tls == "none" else {"ca_file": str(CERTIFICATE)}
     keys = {"server": "127.0.0.1", "tls": tls, **trust, **keys}
 
     async def main() -> None:
-        queue = HoldQueue(salmon.folder / "provider")
+        held = Holding(salmon.folder / "provider", kind=QuickLogin)
         async with (
-            Provider(
-                QuickLogin([ACME]),
-                queue,
-                "odmr",
-                tls=context,
-                implicit_tls=tls == "implicit",
-                timeout=provider_timeout,
-            ) as provider,
+            held.provider("odmr", tls, timeout=provider_timeout) as provider,
             Proxy(provider.port) as proxy,
         ):
             plugins = Plugins.load()
             valid = configuration(agent_keys(proxy.port, **keys), plugins=plugins)
             with Collector(valid, plugins, lambda: salmon.relay) as collector:
-                rig = Rig(salmon, provider, proxy, collector)
+                rig = Rig(salmon, held, proxy, collector)
                 rig.put()
                 await rig.collect()  # what is made once has been made
                 before = _open_files()

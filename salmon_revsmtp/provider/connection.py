@@ -1,0 +1,404 @@
+"""A customer's connection, through both of its halves.
+
+Before the reversal ``smtp.turn`` speaks, after it ``smtp.sender``; a connection moves messages from
+a feed of the hold store to the customer, and its answers to the settler.  What every connection
+needs is in ``net.driver``.
+
+After the reversal several messages are under way where the customer lets us.  What the customer has
+answered is settled also when the connection breaks or is dropped, and what it has not is still
+held.  When the session breaks over a message it gets a strike, and goes alone the next time, so
+that it is known which of those under way is the one; after some strikes it is set aside.
+
+A session that its customer wants to keep (XHOLD) goes on when all has been sent: it waits for the
+store to tell of more, and says NOOP when it was silent for long.  What the customer deferred is
+tried again in it after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.listener import Admit
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore
+from salmon_revsmtp.provider.logins import LoginGuard
+from salmon_revsmtp.provider.settling import Answered, Settler
+from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
+from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, StartTls, Turn
+
+__all__ = ["Connection", "Host"]
+
+log = logging.getLogger(__name__)
+
+# Messages and octets that are read from the store at a time.
+PAGE = 256
+PAGE_OCTETS = 1024 * 1024
+# A session that broke so often over a message is not the reason: the message is set aside.
+MOST_STRIKES = 5
+# Seconds until what was deferred is tried again in the same session: the first time, and, each time
+# twice as long, at the most.
+AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
+# Either side drops a push session in which it hears nothing for so many times the silence that was
+# agreed.
+DEAD_AFTER = 2.5
+# A session that is replaced by a newer one may finish what is under way for so many seconds.
+REPLACED_GRACE = 5.0
+
+# RFC 2645 5.2.1.
+NO_MAIL = Reply(453, "you have no mail", "4.2.0")
+UNAVAILABLE = Reply(451, "your mail cannot be read now, try again later", "4.3.0")
+
+
+class Host(Protocol):
+    """The provider, as a connection sees it."""
+
+    accounts: Accounts
+    store: HoldStore
+    settler: Settler
+    logins: LoginGuard
+    hostname: str
+    needs_tls: bool
+    timeout: float
+    keepalive: float
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What to do TLS with."""
+
+    async def take_over(self, connection: Connection, account: Account) -> None:
+        """The account's mail goes down this connection from now on: older ones end."""
+
+
+class Connection(Driver):
+    """A customer's connection.
+
+    ``account``   who it is, once that is known.
+    ``push``      it stays open for what comes later.
+    ``reversed_at``  since when it is reversed, on the event loop's clock; ``None`` before.
+    ``sent``      messages that the customer has answered.
+    """
+
+    WE, THEY = "provider", "customer"
+
+    def __init__(self, provider: Host, admit: Admit, implicit_tls: bool) -> None:
+        starttls = not implicit_tls and provider.tls() is not None
+        self._turn = Turn(
+            provider.hostname,
+            provider.accounts,
+            starttls=starttls,
+            tls=implicit_tls,
+            needs_tls=provider.needs_tls,
+        )
+        super().__init__(self._turn, provider.timeout)
+        self.account: Account | None = None
+        self.push = False
+        self.reversed_at: float | None = None
+        self.sent = 0
+        self._provider, self._admit = provider, admit
+        self._sender: Sender | None = None
+        self._feed: Feed | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._waiting = False  # the customer does, for us
+        self._replaced = False
+        self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
+        self._more = False  # there may be mail that the feed has not shown
+        self._under_way: deque[Held] = deque()  # in the order in which they are answered
+        self._broken_by: Held | None = None
+        self._deferred = False
+        self._again_in, self._again_at = AGAIN_FIRST, 0.0
+        self._heard_at = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self._waiting
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._work)
+
+    def connected(self) -> None:
+        refusal = self._provider.logins.refusal(self.peer[0])
+        if refusal := self._admit(self) or refusal:
+            self._turn.refuse_session(refusal)
+
+    def encrypted(self) -> None:
+        self._turn.tls_started()
+
+    def disconnected(self) -> None:
+        self._news.set()
+
+    def end_soon(self) -> None:
+        """What was answered is settled; what was not is still held."""
+        for task in self._work:
+            task.cancel()
+        self.abort("the provider is shutting down")
+
+    def replace(self) -> None:
+        """A newer session has this one's place: end when what is under way is answered, or soon."""
+        self._replaced = True
+        self._news.set()
+        asyncio.get_running_loop().call_later(
+            REPLACED_GRACE, self.abort, "a newer session of the account takes its place"
+        )
+
+    def wake(self) -> None:
+        """Mail has come."""
+        self._more = True
+        self._news.set()
+
+    def start_over(self) -> None:
+        """Mail that was another session's may be anyone's now."""
+        if self._feed is not None:
+            self._feed.start_over()
+        self.wake()
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        super().data_received(data)
+
+    def handle(self, event: object) -> None:
+        if isinstance(event, StartTls):
+            context = self._provider.tls()
+            assert context is not None
+            self.start_tls(context)
+        elif isinstance(event, LoggedIn):
+            log_safely(
+                log,
+                logging.INFO,
+                "account=%s peer=%s mechanism=%s tls=%s logged in",
+                *(event.account, self.peer[0], event.mechanism, self.tls),
+            )
+        elif isinstance(event, LoginFailed):
+            self._waiting = True
+            self._start(self._refuse_login(event))
+        elif isinstance(event, AtrnRequest):
+            self._waiting = True
+            self._start(self._atrn(event))
+        elif isinstance(event, Ready):
+            self._news.set()
+        elif isinstance(event, Sent):
+            self._answered(event)
+        elif isinstance(event, Broken):
+            if self._under_way and not event.said_so:
+                self._broken_by = self._under_way[0]
+            self.broken = self.broken or event.reason
+            self._news.set()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._worked)
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            if not isinstance(error, ConnectionError):
+                log_safely(log, logging.ERROR, "a hand-over failed: %s", error, error=True)
+            self.abort(f"handing over: {error}")
+        self.finish()
+
+    async def _refuse_login(self, failed: LoginFailed) -> None:
+        guard = self._provider.logins
+        await asyncio.sleep(guard.failed(self.peer[0], failed.name, failed.mechanism))
+        self._waiting = False
+        self._turn.refuse_login(guard.refusal(self.peer[0]))
+        self.advance()
+
+    # -- the reversal ---------------------------------------------------------------------------
+
+    async def _atrn(self, request: AtrnRequest) -> None:
+        provider = self._provider
+        account = provider.accounts.find(request.account)
+        assert account is not None
+        self.account = account
+        push = account.settings.push
+        self.push = push == "always" or (request.push and bool(push))
+        domains = None if set(request.domains) == set(account.domains) else request.domains
+        try:
+            await provider.take_over(self, account)
+            self._feed = await asyncio.to_thread(provider.store.feed, account.name, domains)
+            try:
+                first = await self._next_page()
+            except OSError as error:
+                log_safely(log, logging.ERROR, "account=%s %s", account.name, error)
+                self._refuse_atrn(UNAVAILABLE)
+                return
+            if not first and not self.push:
+                self._refuse_atrn(NO_MAIL)
+                return
+            self._reverse(account)
+            await self._hand_over(first)
+            if self.broken is None and self._sender is not None:
+                self.happened(self._sender.quit())
+        finally:
+            await self._give_up_feed()
+
+    def _refuse_atrn(self, reply: Reply) -> None:
+        self._waiting = False
+        self._turn.answer(reply)
+        self.advance()
+
+    def _reverse(self, account: Account) -> None:
+        log_safely(
+            log,
+            logging.INFO,
+            "account=%s peer=%s push=%s the connection is reversed",
+            *(account.name, self.peer[0], self.push),
+        )
+        loop = asyncio.get_running_loop()
+        self._waiting = False
+        self.reversed_at = self._heard_at = loop.time()
+        self._sender = Sender(self._provider.hostname)
+        self._turn.answer(Reply(250, "now reversing the connection", "2.0.0"))
+        if self.push:
+            self.keep_alive(self._provider.keepalive)
+        self.change_roles(self._sender)
+        self._be_patient()
+
+    async def _give_up_feed(self) -> None:
+        """What was answered is settled, what was not is anyone's."""
+        if self._feed is None:
+            return
+        if (held := self._broken_by) is not None:
+            reason = f"the session broke over it: {self.broken}"
+            try:
+                struck = await asyncio.to_thread(
+                    self._provider.store.strike, held.key, MOST_STRIKES, reason
+                )
+            except OSError as error:
+                log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
+            else:
+                if struck is not None and struck.state:
+                    log_safely(
+                        log,
+                        logging.ERROR,
+                        "account=%s key=%d is set aside, %d sessions broke over it; see "
+                        "`salmon-revsmtp provider held`",
+                        *(held.account, held.key, struck.strikes),
+                    )
+        await asyncio.to_thread(self._feed.close)
+        self._feed = None
+
+    # -- the hand-over --------------------------------------------------------------------------
+
+    async def _next_page(self) -> list[tuple[Held, bytes]]:
+        """The next messages of the feed, and their octets."""
+        feed, store = self._feed, self._provider.store
+        assert feed is not None
+
+        def read() -> list[tuple[Held, bytes]]:
+            page = feed.take(PAGE, PAGE_OCTETS)
+            found = store.load([held.key for held in page]) if page else {}
+            return [(held, found[held.key]) for held in page if held.key in found]
+
+        self._more = False
+        return await asyncio.to_thread(read)
+
+    async def _hand_over(self, page: list[tuple[Held, bytes]]) -> None:
+        """Send what there is, and, in a push session, what comes.  Raises
+        :class:`ConnectionError` when the session breaks."""
+        while True:
+            for held, content in page:
+                await self._until(lambda: self._may_send)
+                if self._replaced:
+                    break
+                await self._send(held, content)
+            if not self._replaced:
+                page = await self._next_page()
+                if page:
+                    continue
+                if self.push:
+                    await self._until_more()
+                    if not self._replaced:
+                        page = await self._next_page()
+                        continue
+            await self._until(lambda: not self._under_way)
+            return
+
+    def _be_patient(self) -> None:
+        """How long the customer may be silent: for the answer to a message RFC 5321 4.5.3.2.6 has
+        10 minutes."""
+        if self.push and not self._under_way:
+            self.wait_at_most(DEAD_AFTER * self._provider.keepalive)
+        else:
+            self.wait_at_most(max(self._provider.timeout, DEAD_AFTER * self._provider.keepalive))
+
+    @property
+    def _may_send(self) -> bool:
+        return self._replaced or (self._sender is not None and self._sender.room)
+
+    async def _send(self, held: Held, content: bytes) -> None:
+        """Send a message; one over which a session broke goes alone."""
+        if held.strikes:
+            await self._until(lambda: not self._under_way)
+        assert self._sender is not None
+        self._under_way.append(held)
+        self._be_patient()
+        self.happened(self._sender.send(Outgoing(held, held.envelope, content)))
+        if held.strikes:
+            await self._until(lambda: not self._under_way)
+
+    async def _until(self, so: Callable[[], bool]) -> None:
+        """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
+        while not so():
+            if self.broken is not None:
+                raise ConnectionError(self.broken)
+            self._news.clear()
+            await self._news.wait()
+
+    async def _until_more(self) -> None:
+        """Wait for mail, and see now and then whether the customer is still there."""
+        loop = asyncio.get_running_loop()
+        assert self._sender is not None and self._feed is not None
+        while not (self._more or self._replaced):
+            if self.broken is not None:
+                raise ConnectionError(self.broken)
+            now = loop.time()
+            if self._deferred and not self._under_way and now >= self._again_at:
+                self._deferred = False
+                self._again_in = min(2 * self._again_in, AGAIN_LAST)
+                self._feed.start_over()
+                return
+            if now >= self._heard_at + self._provider.keepalive and self._sender.idle:
+                self.happened(self._sender.noop())
+            self._news.clear()
+            await self._sleep(loop.time())
+
+    async def _sleep(self, now: float) -> None:
+        """Until there is news, or it is time for a NOOP or for what was deferred."""
+        until = max(self._heard_at + self._provider.keepalive, now + 1.0)
+        if self._deferred:
+            until = min(until, max(self._again_at, now + 0.01))
+        waiting = asyncio.get_running_loop().call_at(until, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            waiting.cancel()
+
+    # -- answers --------------------------------------------------------------------------------
+
+    def _answered(self, sent: Sent) -> None:
+        held = sent.message.key
+        assert isinstance(held, Held) and self._feed is not None
+        self._under_way.remove(held)
+        self.sent += 1
+        if any(reply.transient for reply in sent.replies):
+            if not self._deferred:
+                self._again_at = asyncio.get_running_loop().time() + self._again_in
+            self._deferred = True
+        elif not self._deferred:
+            self._again_in = AGAIN_FIRST
+        self._feed.leave([held.key])
+        self._provider.settler.settle(Answered(held, sent.replies))
+        if not self._under_way:
+            self._be_patient()
+        self._news.set()

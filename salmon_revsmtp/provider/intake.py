@@ -1,0 +1,223 @@
+"""What the world sends for the accounts, on its way into the hold store.
+
+An :class:`Intake` stands where a service has its dispatcher: sessions give it whole messages, and
+hear when they are safe.  Those that wait at the same time are made safe together, in one thread.
+
+A domain that no account has is refused: this host relays for no one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from salmon_revsmtp.delivery.batches import BatchWorker
+from salmon_revsmtp.delivery.dispatcher import BUG, LOOP, STOPPED, PendingDelivery
+from salmon_revsmtp.delivery.maildir import disk_reply
+from salmon_revsmtp.delivery.trace import MAX_HOPS, hops, separator
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.hold.store import Arrival, HoldStore
+from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Intake"]
+
+log = logging.getLogger(__name__)
+
+NOT_OURS = Reply(550, "we do not take mail for this domain", "5.7.1")
+OVER_QUOTA = Reply(452, "too much mail waits for this domain, try again later", "4.2.2")
+
+# Seconds between two log lines about one account's quota.
+SAY_AGAIN = 3600.0
+
+
+class Intake:
+    """Takes messages into ``store``, for ``accounts``.
+
+    ``hostname``  asked for our name: mail for its postmaster is mail for that of the host.
+    """
+
+    def __init__(
+        self,
+        accounts: Accounts,
+        store: HoldStore,
+        hooks: HookCaller,
+        hostname: Callable[[], str],
+        worker: BatchWorker[PendingDelivery],
+    ) -> None:
+        self._accounts, self._store, self._hooks = accounts, store, hooks
+        self._hostname = hostname
+        self._worker = worker
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._said: dict[str, float] = {}  # when it was, that an account has no room
+        # Of the batch in hand, in the thread.
+        self._arrivals: list[tuple[PendingDelivery, Arrival]] = []
+
+    # -- in the event loop ----------------------------------------------------------------------
+
+    def policy(self, mailbox: str) -> Reply | None:
+        """Accepts (``None``) or refuses a recipient."""
+        account = self._account(mailbox)
+        if account is None:
+            return NOT_OURS
+        used, settings = self._store.usage(account.name), account.settings
+        if used.messages < settings.quota_messages and used.octets < settings.quota_bytes:
+            return None
+        self._say_full(account, used.messages, used.octets)
+        return OVER_QUOTA
+
+    def _account(self, mailbox: str) -> Account | None:
+        """Whose mail it is.  RFC 5321 4.5.1: "postmaster" without a domain is our own."""
+        domain = domain_of(mailbox)
+        if mailbox.lower() == "postmaster":
+            domain = domain_of(f"postmaster@{self._hostname()}")
+        return self._accounts.of_domain(domain)
+
+    def _say_full(self, account: Account, messages: int, octets: int) -> None:
+        now = time.monotonic()
+        if now - self._said.get(account.name, -SAY_AGAIN) >= SAY_AGAIN:
+            self._said[account.name] = now
+            log_safely(
+                log,
+                logging.WARNING,
+                "account=%s messages=%d octets=%d its quota is used up; senders hear 452 and keep "
+                "their mail",
+                *(account.name, messages, octets),
+            )
+            if self._hooks.implemented("quota_exceeded"):
+                asyncio.get_running_loop().run_in_executor(
+                    None,
+                    functools.partial(
+                        self._hooks.call,
+                        "quota_exceeded",
+                        account=account.name,
+                        messages=messages,
+                        octets=octets,
+                    ),
+                )
+
+    def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
+        """Make a message safe, and call ``answered`` in the event loop when it is, or cannot be:
+        ``pending.reply`` and ``pending.replies`` say which."""
+        self._loop = asyncio.get_running_loop()
+        pending.size = len(pending.data)
+        pending.answered = answered
+        pending.since = self._loop.time()
+        try:
+            self._worker.submit(self, pending)
+        except RuntimeError:  # the thread is closed
+            pending.abandon(STOPPED)
+            self._loop.call_soon(self._answer, [pending])
+
+    def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
+        for pending in deliveries:
+            answered, pending.answered = pending.answered, None
+            if answered is not None and pending.reply is not None:
+                try:
+                    answered()
+                except Exception:  # the others have nothing to do with it
+                    log_safely(log, logging.ERROR, "answering failed", error=True)
+                pending.data = b""
+
+    # -- in the thread --------------------------------------------------------------------------
+
+    def begin(self, items: Sequence[PendingDelivery]) -> None:
+        """A batch."""
+        self._arrivals = []
+
+    def do(self, item: PendingDelivery) -> None:
+        """Get one message ready."""
+        try:
+            self._prepare(item)
+        except BaseException:  # a hook may even try to end the process
+            item.abandon(BUG)
+            log_safely(log, logging.ERROR, "%s a message failed", item.origin.label, error=True)
+
+    def end(self, items: Sequence[PendingDelivery]) -> None:
+        """Make all of a batch safe, and answer them."""
+        arrivals, self._arrivals = self._arrivals, []
+        if arrivals:
+            self._keep(arrivals)
+        for pending in items:
+            if pending.reply is None:
+                pending.abandon(BUG)
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
+            self._loop.call_soon_threadsafe(self._answer, items)
+
+    def _prepare(self, pending: PendingDelivery) -> None:
+        envelope, data = pending.envelope, pending.data
+        head = _head(data)
+        accounts = [self._account(one) for one in envelope.recipients]
+        refusal = LOOP if hops(head) >= MAX_HOPS else None
+        if refusal is None and not all(accounts):
+            refusal = NOT_OURS  # it was accepted, and the account is gone since
+        one, *others = envelope.recipients
+        trace = pending.origin.received(envelope, "" if others else one) + separator(head)
+        if refusal is None and self._hooks.implemented("message_received"):
+            refusal = self._refusal(pending, trace + data.replace(b"\r\n", b"\n"))
+        if refusal is not None:
+            self._settle(pending, refusal)
+            return
+        content = (trace.replace(b"\n", b"\r\n"), data)
+        names = tuple(account.name for account in accounts if account is not None)
+        self._arrivals.append((pending, Arrival(envelope, names, content)))
+
+    def _refusal(self, pending: PendingDelivery, message: bytes) -> Reply | None:
+        """Whether a plugin refuses the message."""
+        said = self._hooks.call(
+            "message_received", agent=None, envelope=pending.envelope, message=message
+        )
+        return said if isinstance(said, Reply) and not said.positive else None
+
+    def _keep(self, arrivals: Sequence[tuple[PendingDelivery, Arrival]]) -> None:
+        try:
+            keys = self._store.put([arrival for _, arrival in arrivals])
+        except Exception as error:
+            reply = disk_reply(error) if isinstance(error, OSError) else BUG
+            log_safely(log, logging.ERROR, "messages=%d not held: %s", len(arrivals), error)
+            for pending, _ in arrivals:
+                self._settle(pending, reply)
+            return
+        for (pending, arrival), held in zip(arrivals, keys, strict=True):
+            self._settle(pending, Reply(250, f"held as {held[0]}", "2.6.0"), arrival, held)
+
+    def _settle(
+        self,
+        pending: PendingDelivery,
+        reply: Reply,
+        arrival: Arrival | None = None,
+        keys: Sequence[int] = (),
+    ) -> None:
+        """Log a message, tell the plugins, and note its reply."""
+        envelope = pending.envelope
+        for recipient in envelope.recipients:
+            pending.add(reply, repeat=False)
+            log_safely(
+                log,
+                logging.INFO if reply.positive else logging.WARNING,
+                "%s from=%s to=%s bytes=%d reply=%r",
+                pending.origin.label,
+                angle(envelope.reverse_path),
+                angle(recipient),
+                pending.size,
+                str(reply),
+            )
+        if arrival is not None and self._hooks.implemented("message_held"):
+            for account, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
+                self._hooks.call("message_held", account=account, envelope=envelope, key=key)
+        pending.settle(reply)
+
+
+def _head(data: bytes) -> bytes:
+    """What may be the header, with LF line ends: a message may be large."""
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[: end + 2]
+    return head.replace(b"\r\n", b"\n") + (b"" if end < 0 else b"\n")

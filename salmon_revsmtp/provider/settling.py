@@ -1,0 +1,161 @@
+"""Customers' answers, on their way into the hold store.
+
+An answer that was heard is never lost: what cannot be settled now, as on a full disk, is settled
+when it can be, and until then no one is sent that message again.  The answers of all sessions that
+come at the same time are settled together.
+
+The order for a recipient that was refused: its sender's notification is safe on disk, then the
+recipient is struck off.  A crash between the two tells a sender twice, and loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.provider.hold.store import Held, HoldStore, Settled
+from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Answered", "Notify", "Settler"]
+
+log = logging.getLogger(__name__)
+
+# Seconds until a hold store that could not settle is tried again.
+RETRY = 5.0
+
+#: Tells a message's sender of recipients that have not got it: its envelope, the replies by
+#: recipient, its octets.  ``None`` when that is safe on disk, or none is owed; else why not.
+Notify = Callable[[Envelope, dict[str, Reply], bytes], Reply | None]
+
+
+@dataclass(eq=False)
+class Answered:
+    """What the customer said of a held message.
+
+    ``replies``  one per recipient, in order.
+    ``told``     the sender has been told of those that refused.
+    """
+
+    held: Held
+    replies: Sequence[Reply]
+    told: bool = False
+
+    @property
+    def by_recipient(self) -> dict[str, Reply]:
+        """The replies by recipient."""
+        return dict(zip(self.held.envelope.recipients, self.replies, strict=True))
+
+
+class Settler:
+    """Settles answers in ``store``; ``notify`` tells senders of those that refuse."""
+
+    def __init__(self, store: HoldStore, notify: Notify, hooks: HookCaller) -> None:
+        self._store, self._notify, self._hooks = store, notify, hooks
+        self._waiting: list[Answered] = []
+        self._task: asyncio.Task[None] | None = None
+        self._failing = False
+
+    def settle(self, answered: Answered) -> None:
+        """Have an answer settled."""
+        self._waiting.append(answered)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for what is to be settled, but no longer than that."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=seconds)
+        if self._waiting:
+            log.error(
+                "answers=%d could not be settled; these messages go out again", len(self._waiting)
+            )
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                left = await asyncio.to_thread(self._settle_all, batch)
+                self._waiting = left + self._waiting
+                if left:
+                    await asyncio.sleep(RETRY)
+        finally:
+            self._task = None
+
+    # -- in a thread ----------------------------------------------------------------------------
+
+    def _settle_all(self, answers: Sequence[Answered]) -> list[Answered]:
+        """Returns those that could not be settled."""
+        failed: dict[Answered, Exception] = {}
+        for one in answers:
+            try:
+                self._notify_of(one)
+            except Exception as error:
+                failed[one] = error
+        done = [one for one in answers if one not in failed]
+        try:
+            self._store.settle([_settled(one) for one in done])
+        except Exception as error:
+            failed.update(dict.fromkeys(done, error))
+            done = []
+        for one in done:
+            self._tell(one)
+        self._log_failure(next(iter(failed.values()), None))
+        return [one for one in answers if one in failed]
+
+    def _notify_of(self, answered: Answered) -> None:
+        """Have the sender told of those that refused."""
+        held = answered.held
+        refused = {one: reply for one, reply in answered.by_recipient.items() if reply.permanent}
+        if refused and not answered.told:
+            content = self._store.load([held.key]).get(held.key)
+            if content is not None and (failure := self._notify(held.envelope, refused, content)):
+                sender = angle(held.envelope.reverse_path)
+                raise OSError(f"the notification for {sender}: {failure}")
+            answered.told = True
+
+    def _log_failure(self, error: Exception | None) -> None:
+        if error is not None and not self._failing:
+            text = "answers cannot be settled, tried again until they can: %s"
+            log_safely(log, logging.ERROR, text, error)
+        if error is None and self._failing:
+            log.warning("answers can be settled again")
+        self._failing = error is not None
+
+    def _tell(self, answered: Answered) -> None:
+        held = answered.held
+        for recipient, reply in answered.by_recipient.items():
+            log_safely(
+                log,
+                logging.INFO if reply.positive else logging.WARNING,
+                "account=%s key=%d from=%s to=%s bytes=%d reply=%r",
+                held.account,
+                held.key,
+                angle(held.envelope.reverse_path),
+                angle(recipient),
+                held.size,
+                str(reply),
+            )
+            if self._hooks.implemented("message_handed_over"):
+                self._hooks.call(
+                    "message_handed_over",
+                    account=held.account,
+                    envelope=held.envelope,
+                    recipient=recipient,
+                    reply=reply,
+                )
+
+
+def _settled(answered: Answered) -> Settled:
+    """What an answer comes to: 2yz and 5yz are done with, 4yz stays."""
+    replies = answered.by_recipient
+    later = [reply for reply in replies.values() if reply.transient]
+    done = [one for one, reply in replies.items() if not reply.transient]
+    return Settled(answered.held.key, done, f"the customer says {later[-1]}" if later else "")

@@ -1,0 +1,91 @@
+"""The provider's side of a process: the hold store, what fills it, and what hands it over."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from salmon_revsmtp.delivery.batches import BatchWorker
+from salmon_revsmtp.delivery.dispatcher import PendingDelivery
+from salmon_revsmtp.delivery.dsn import Notifier
+from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.hostname import machine_name
+from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
+from salmon_revsmtp.provider.hold.store import HoldStore
+from salmon_revsmtp.provider.intake import Intake
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.settings import ProviderSettings
+from salmon_revsmtp.server.configuration import Configuration
+from salmon_revsmtp.service.policy import Service
+
+__all__ = ["Providing"]
+
+
+class Providing:
+    """What a process needs to be a provider; everything is made when it is first asked for.
+
+    ``outbox``  where notifications wait for the relay.
+    """
+
+    def __init__(self, configuration: Configuration, plugins: HookCaller, outbox: Outbox) -> None:
+        self._configuration = configuration
+        self._plugins, self._outbox = plugins, outbox
+        self._worker: BatchWorker[PendingDelivery] = BatchWorker("holding")
+
+    @cached_property
+    def settings(self) -> ProviderSettings:
+        """Those of the project; the defaults where it has none, and no customers call."""
+        return self._configuration.provider or ProviderSettings()
+
+    @cached_property
+    def accounts(self) -> Accounts:
+        """The customers."""
+        return Accounts(self._configuration.accounts, self.settings.keepalive)
+
+    @cached_property
+    def store(self) -> HoldStore:
+        """The hold store.  Raises :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
+        return EmbeddedStore(Path(self.settings.hold))
+
+    @cached_property
+    def hostname(self) -> str:
+        """What the provider calls itself.  May ask DNS, and block."""
+        return self.settings.hostname or machine_name()
+
+    def intake(self, service: Service) -> Intake:
+        """What a service with ``delivery: "hold"`` gives its messages to."""
+        return Intake(
+            self.accounts, self.store, self._plugins, lambda: service.hostname, self._worker
+        )
+
+    def provider(self) -> Provider | None:
+        """What customers call; ``None`` where the settings have none.  Blocks."""
+        settings = self._configuration.provider
+        if settings is None:
+            return None
+        certificate = None
+        if settings.tls_cert is not None:
+            certificate = Certificate("provider", settings.tls_cert, settings.tls_key)
+        notifier = Notifier(lambda: self.hostname, self._outbox)
+        return Provider(
+            self.accounts,
+            self.store,
+            notifier.notify,
+            self._plugins,
+            self.hostname,
+            certificate=certificate,
+            needs_tls=settings.needs_tls,
+            addresses=settings.addresses,
+            keepalive=settings.keepalive,
+            max_sessions=settings.max_sessions,
+            max_sessions_per_address=settings.max_sessions_per_address,
+        )
+
+    def close(self, wait: bool) -> None:
+        """Take no more; ``wait`` for what is under way."""
+        self._worker.close(wait)
+        if wait and "store" in self.__dict__:
+            self.store.close()
