@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import iso, print_json, table, when
+from salmon_revsmtp.cli.output import print_json, table, when
+from salmon_revsmtp.customer.report import iso
 from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
@@ -32,11 +34,12 @@ def agents(options: Options, as_json: bool) -> None:
     _, configuration = options.open()
     journal = Journal()
     rows = [_agent_row(agent, journal) for agent in configuration.agents]
-    next_runs = _next_runs()
+    next_runs, pushing = _running_state()
     if as_json:
         for row in rows:
-            if row["enabled"] and row["agent"] in next_runs:
-                row["next"] = iso(next_runs[str(row["agent"])])
+            name = str(row["agent"])
+            row["next"] = iso(next_runs[name]) if row["enabled"] and name in next_runs else None
+            row["push"] = iso(pushing[name]) if name in pushing else None
             print_json(row)
         return
     if not configuration.agents:
@@ -52,25 +55,34 @@ def agents(options: Options, as_json: bool) -> None:
                 agent.address,
                 _schedule(agent),
                 str(row["outcome"] or "-"),
-                when(next_runs[agent.name]) if row["enabled"] and agent.name in next_runs else "-",
+                _next_run(agent.name, bool(row["enabled"]), next_runs, pushing),
             )
             for agent, row in zip(configuration.agents, rows, strict=True)
         ],
     )
 
 
-def _next_runs() -> dict[str, float]:
-    """When the running server runs each agent next; empty if none runs, or if it does not say."""
+def _next_run(
+    name: str, enabled: bool, next_runs: Mapping[str, float], pushing: Mapping[str, float]
+) -> str:
+    if name in pushing:
+        return f"push since {when(pushing[name])}"
+    return when(next_runs[name]) if enabled and name in next_runs else "-"
+
+
+def _running_state() -> tuple[dict[str, float], dict[str, float]]:
+    """When the running server runs each agent next, and since when it has a push session with
+    those that have one; empty if none runs, or if it does not say."""
     from salmon_revsmtp.server.control import GLANCE, NoServer, ask
 
     try:
         [answer] = ask({"do": "state"}, patience=GLANCE)
     except NoServer:
-        return {}
+        return {}, {}
     except (OSError, ValueError) as error:
         click.echo(f"warning: asking the running server: {printable(error)}", err=True)
-        return {}
-    return dict(answer.get("next", {}))
+        return {}, {}
+    return dict(answer.get("next", {})), dict(answer.get("push", {}))
 
 
 def _agent_row(agent: Agent, journal: Journal) -> dict[str, object]:
@@ -88,6 +100,7 @@ def _agent_row(agent: Agent, journal: Journal) -> dict[str, object]:
         "outcome": last[0].outcome if last else None,
         "ended": iso(last[0].ended) if last else None,
         "next": None,
+        "push": None,
     }
 
 

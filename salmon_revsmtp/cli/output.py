@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import click
 
 from salmon_revsmtp.cli.options import ATTENTION
+from salmon_revsmtp.customer.report import iso
 from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
 
-__all__ = ["in_a_thread", "iso", "print_json", "table", "when"]
+__all__ = ["in_a_thread", "print_json", "table", "when"]
 
 # Seconds that what is being written has after ctrl-c.
 LAST_WORDS = 1.0
@@ -101,11 +102,6 @@ def _folded(text: str, width: int, indent: str = "") -> list[str]:
     """Lines of whole words; a word that is wider than a line is left to the terminal."""
     lines = textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False)
     return [indent + line for line in lines]
-
-
-def iso(seconds: float) -> str:
-    """A time since the epoch, in the local zone, as ISO 8601 has it."""
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def when(seconds: float) -> str:

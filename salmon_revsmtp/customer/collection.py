@@ -8,13 +8,19 @@ policy and delivery are the same, and the counts go into the same report.
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+from dataclasses import replace
 from typing import Any, Protocol
 
-from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.customer.report import Report, iso
 from salmon_revsmtp.delivery.dispatcher import Deliverer, PendingDelivery, delivered
 from salmon_revsmtp.delivery.trace import Named, Origin
 from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.net.driver import DEAD_AFTER
 from salmon_revsmtp.net.handover import Handover
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -22,6 +28,8 @@ from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 __all__ = ["Collecting", "Collection"]
+
+log = logging.getLogger(__name__)
 
 
 class Collecting(Named, Protocol):
@@ -44,6 +52,9 @@ class Collection:
     ``report``   the report in the making.  The agent sets ``sessions``, ``tls`` and ``auth``.
     ``tally``    the counts, live.
     ``stopping`` a stop was asked for: an agent begins nothing new.
+    ``may_push`` someone is there to keep a push session open; otherwise the collection has to end.
+    ``push_since``  when its push session began, in seconds since the epoch, if it had one.
+    ``pushing``  that is open now.
     """
 
     def __init__(
@@ -62,12 +73,20 @@ class Collection:
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
         self.stopping = False
+        self.may_push = False
+        self.push_since: float | None = None
 
-    async def receive(self, answer: Handover, idle_timeout: float = COMMAND_TIMEOUT) -> Session:
+    async def receive(
+        self,
+        answer: Handover,
+        idle_timeout: float = COMMAND_TIMEOUT,
+        silence: float | None = None,
+    ) -> Session:
         """Reverse the roles: be the SMTP server on the transport that ``answer`` waits on, until
         the connection ends.
 
-        ``idle_timeout`` in seconds.  Returns the ended session.  Raises
+        ``idle_timeout`` in seconds; after ``silence``, if given, the system sees whether the
+        provider is there.  Returns the ended session.  Raises
         :class:`~salmon_revsmtp.Failed` when the transport cannot be had.
         """
         session = Session(
@@ -77,6 +96,8 @@ class Collection:
         session.peer, session.tls = answer.peer, answer.tls
         await self.call("connection_reversed", session=session)
         answer.hand_over(session)
+        if silence is not None:
+            session.keep_alive(silence)
         self._session = session
         try:
             await session.ended
@@ -86,6 +107,40 @@ class Collection:
         finally:
             self._session = None
         return session
+
+    async def receive_pushed(self, answer: Handover, silence: float) -> Session:
+        """:meth:`receive`, in a session that stays open when the mail that waits has come: the
+        provider says something every ``silence`` seconds at least."""
+        self.push_since = time.time()
+        session = await self.receive(answer, DEAD_AFTER * silence, silence)
+        minutes = (time.time() - self.push_since) / 60
+        if not self.stopping:
+            log_safely(
+                log,
+                logging.INFO,
+                "agent=%s the push session ended after %.1f minutes and %d messages: %s",
+                *(self.agent.name, minutes, self.tally.messages, session.broken or "by QUIT"),
+            )
+        return session
+
+    @property
+    def pushing(self) -> bool:
+        """A push session is open."""
+        return self.push_since is not None and self._session is not None
+
+    def so_far(self) -> Report:
+        """What a push session has brought up to now."""
+        tally = self.tally
+        return replace(
+            self.report,
+            outcome=Outcome.COLLECTED if tally.messages else Outcome.NO_MAIL,
+            messages=tally.messages,
+            recipients=tally.recipients,
+            bytes=tally.bytes,
+            refused=tally.refused,
+            seconds=time.time() - (self.push_since or time.time()),
+            push=None if self.push_since is None else iso(self.push_since),
+        )
 
     def stop(self) -> bool:
         """End at the next message boundary: the message in hand is answered, a new one gets 421.

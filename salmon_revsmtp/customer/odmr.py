@@ -8,6 +8,7 @@ What only a collection needs is imported by it, so that a list of the agents is 
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, SecretStr, field_validator
@@ -45,6 +46,9 @@ MAX_COMMAND = 510
 # wait for the next collection.
 MAX_SESSIONS = 1000
 
+# Seconds of silence in a push session that a provider may offer.
+LEAST_SILENCE, MOST_SILENCE = 1.0, 3600.0
+
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +65,11 @@ class OdmrSettings(ServerSettings):
     ] = None
     """Sent after ``ATRN`` instead of ``domains``, for a provider that wants something else
     there.  Words that are no domain names are hidden wherever the password is."""
+
+    push: Annotated[bool, Field(description="True or False")] = True
+    """Keep the session open where the provider offers that (``XHOLD``): mail comes down it the
+    moment that the provider has it.  Otherwise, or while there is no such session, the agent
+    collects ``every`` minutes.  Only a running server does that."""
 
     @field_validator("domains")
     @classmethod
@@ -134,6 +143,8 @@ class OdmrAgent(Agent):
         tally = collection.tally
         if tally.accepted:
             return Outcome.COLLECTED
+        if collection.push_since is not None and tally.deferred is None:
+            return Outcome.NO_MAIL
         if tally.deferred is not None:
             raise Failed(
                 f"receiving from {self.address}: all that came was deferred, the last with "
@@ -152,7 +163,7 @@ class OdmrAgent(Agent):
                     raise
                 log.warning("agent=%s after the mail: %s", self.name, error)
                 return False
-            if collection.stopping:
+            if collection.stopping or collection.push_since is not None:
                 return False
             if session is None:
                 return True
@@ -183,10 +194,13 @@ class OdmrAgent(Agent):
             except Failed:
                 await connection.quit()
                 raise
+            silence = await self._ask_for_push(collection, connection)
             reply, answer = await connection.last_command(
                 command, max(ATRN_TIMEOUT, settings.timeout)
             )
             if reply.code == 250:
+                if silence is not None:
+                    return await collection.receive_pushed(answer, silence)
                 return await collection.receive(answer, settings.idle_timeout(COMMAND_TIMEOUT))
             await connection.say_goodbye(answer)
             if reply.code == NO_MAIL:
@@ -194,6 +208,20 @@ class OdmrAgent(Agent):
             raise self._atrn_error(connection.hide(command), reply)
         finally:
             connection.close()
+
+    async def _ask_for_push(self, collection: Collection, connection: Connection) -> float | None:
+        """Ask for a session that stays open, where that is wanted and offered; returns the longest
+        silence in it in seconds, ``None``: it will be a session as any other."""
+        offered = connection.extensions.get("XHOLD")
+        wanted = collection.may_push and self.settings.push and len(self.commands) == 1
+        if offered is None or not wanted:
+            return None
+        silence = float(offered) if re.fullmatch(r"[0-9]{1,5}", offered) else 0.0
+        if not LEAST_SILENCE <= silence <= MOST_SILENCE:
+            log.warning("agent=%s the provider offers XHOLD %.40r: no time", self.name, offered)
+            return None
+        reply = await connection.command("XHOLD")
+        return silence if reply.positive else None
 
     def _admit(self, service: Service, connection: Connection) -> None:
         if rule := service.refuses_client(connection.peer[0]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 
 from salmon_revsmtp.foreign import printable
 from salmon_revsmtp.net.outcome import Outcome
 
-__all__ = ["Report", "counted"]
+__all__ = ["Report", "counted", "iso"]
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Report:
     ``tls``         the TLS version of the last session, ``None`` without TLS.
     ``auth``        the SASL mechanism of the last session, ``None`` without.
     ``error``       a sentence for a person: what was being done, what came back, what to try.
+    ``push``        since when a push session is open (ISO 8601); ``None``: there is none.
     ``answers``     what the server said to each request, for agent types that make several.
     """
 
@@ -38,6 +40,7 @@ class Report:
     tls: str | None = None
     auth: str | None = None
     error: str | None = None
+    push: str | None = None
     answers: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
@@ -58,8 +61,15 @@ class Report:
         if self.sessions:
             how = " ".join(word for word in (self.tls, self.auth) if word) or "in the clear"
             text += f" ({_number(self.sessions, 'session')}, {how}, {self.seconds:.1f} s)"
+        if self.push is not None:
+            text += f"; a push session is open since {self.push}"
         details = [*self.answers, *([self.error] if self.error else [])]
         return "\n  ".join(printable(" ".join(one.split("\n"))) for one in (text, *details))
+
+
+def iso(seconds: float) -> str:
+    """A time since the epoch, in the local zone, as ISO 8601 has it."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def counted(messages: int, octets: int) -> str:

@@ -18,6 +18,11 @@ FIRST = 1.0
 SPREAD = 1.0
 # After a failure: this, doubled at each further one, never more than the agent's own interval.
 RETRY = 60.0
+# After a push session has ended: at once, varied over this; after one that did not last: doubled at
+# each further one, never more than the agent's own interval.
+DIAL_AGAIN = 2.0
+# A push session that lasts so long did.
+LASTING = 60.0
 # An agent that is held back (by a plugin, or disabled) is looked at again after this.
 LOOK_AGAIN = 60.0
 
@@ -29,6 +34,7 @@ class _Agent:
     started: float = 0.0
     running: bool = False
     failures: int = 0
+    drops: int = 0
 
 
 class Schedule:
@@ -86,6 +92,15 @@ class Schedule:
         else:
             wait = RETRY * 2.0 ** min(agent.failures - 1, 30)
             agent.due = now + min(self._jitter(min(wait, agent.every)), agent.every)
+
+    def dropped(self, name: str, lasted: float, now: float) -> None:
+        """A run has ended with its push session, which lasted so many seconds: the next comes at
+        once, unless it does not help."""
+        agent = self._agents[name]
+        agent.running, agent.failures = False, 0
+        agent.drops = 0 if lasted >= LASTING else agent.drops + 1
+        wait = DIAL_AGAIN * 2.0 ** min(max(agent.drops - 1, 0), 30)
+        agent.due = now + min(self._jitter(min(wait, agent.every)), agent.every)
 
     def defer(self, name: str, now: float) -> None:
         """An agent that was due did not run; it is looked at again soon."""

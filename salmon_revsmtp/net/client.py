@@ -49,7 +49,7 @@ TRY_ANOTHER = (504, 534, 538)
 
 
 # The EHLO keywords that something depends on.
-OURS = ("ATRN", "AUTH", "ETRN", "STARTTLS")
+OURS = ("ATRN", "AUTH", "ETRN", "STARTTLS", "XHOLD")
 
 # What EHLO may be answered if the name in it is not good enough.
 NOT_THIS_NAME = (501, 504, 550, 553, 554)

@@ -33,7 +33,7 @@ from typing import Protocol
 
 from salmon_revsmtp.net.trace import Trace, dialogue
 
-__all__ = ["Driver", "Machine"]
+__all__ = ["DEAD_AFTER", "Driver", "Machine"]
 
 # Octets handed to the transport at a time.
 PIECE = 256 * 1024
@@ -41,6 +41,11 @@ PIECE = 256 * 1024
 # Octets a second, on an average over one timeout, that count as progress.  A tenth of what a 9,600
 # baud line brings: a message of the largest size would take for ever if each octet did.
 LEAST_RATE = 100
+
+
+# Either side drops a session that is kept open when it has heard nothing for so many times the
+# longest silence that was agreed: one sign of life may be lost on the way.
+DEAD_AFTER = 2.5
 
 
 class Machine(Protocol):
@@ -343,7 +348,7 @@ class Driver(asyncio.Protocol):
         connection = self._transport.get_extra_info("socket") if self._transport else None
         if connection is None:
             return
-        most = int(2500 * silence)  # milliseconds
+        most = int(1000 * DEAD_AFTER * silence)  # milliseconds
         options = {
             "TCP_KEEPIDLE": max(1, int(silence)),
             "TCP_KEEPINTVL": max(1, int(silence / 2)),

@@ -23,10 +23,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.net.listener import Admit
 from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore
+from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
 from salmon_revsmtp.provider.logins import LoginGuard
 from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.safelog import log_safely
@@ -46,9 +46,6 @@ MOST_STRIKES = 5
 # Seconds until what was deferred is tried again in the same session: the first time, and, each time
 # twice as long, at the most.
 AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
-# Either side drops a push session in which it hears nothing for so many times the silence that was
-# agreed.
-DEAD_AFTER = 2.5
 # A session that is replaced by a newer one may finish what is under way for so many seconds.
 REPLACED_GRACE = 5.0
 
@@ -110,7 +107,7 @@ class Connection(Driver):
         self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
         self._more = False  # there may be mail that the feed has not shown
         self._under_way: deque[Held] = deque()  # in the order in which they are answered
-        self._broken_by: Held | None = None
+        self._excused = False  # if the session breaks, it is not over what is under way
         self._deferred = False
         self._again_in, self._again_at = AGAIN_FIRST, 0.0
         self._heard_at = 0.0
@@ -136,13 +133,14 @@ class Connection(Driver):
 
     def end_soon(self) -> None:
         """What was answered is settled; what was not is still held."""
+        self._excused = True
         for task in self._work:
             task.cancel()
         self.abort("the provider is shutting down")
 
     def replace(self) -> None:
         """A newer session has this one's place: end when what is under way is answered, or soon."""
-        self._replaced = True
+        self._replaced = self._excused = True
         self._news.set()
         asyncio.get_running_loop().call_later(
             REPLACED_GRACE, self.abort, "a newer session of the account takes its place"
@@ -188,8 +186,7 @@ class Connection(Driver):
         elif isinstance(event, Sent):
             self._answered(event)
         elif isinstance(event, Broken):
-            if self._under_way and not event.said_so:
-                self._broken_by = self._under_way[0]
+            self._excused = self._excused or event.said_so
             self.broken = self.broken or event.reason
             self._news.set()
 
@@ -268,25 +265,28 @@ class Connection(Driver):
         """What was answered is settled, what was not is anyone's."""
         if self._feed is None:
             return
-        if (held := self._broken_by) is not None:
-            reason = f"the session broke over it: {self.broken}"
-            try:
-                struck = await asyncio.to_thread(
-                    self._provider.store.strike, held.key, MOST_STRIKES, reason
-                )
-            except OSError as error:
-                log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
-            else:
-                if struck is not None and struck.state:
-                    log_safely(
-                        log,
-                        logging.ERROR,
-                        "account=%s key=%d is set aside, %d sessions broke over it; see "
-                        "`salmon-revsmtp provider held`",
-                        *(held.account, held.key, struck.strikes),
-                    )
+        if self._under_way and not self._excused:
+            await self._strike(self._under_way[0])
         await asyncio.to_thread(self._feed.close)
         self._feed = None
+
+    async def _strike(self, held: Held) -> None:
+        """The session broke, and this is the message that the customer was answering."""
+        reason = f"the session broke over it: {self.broken}"
+        store = self._provider.store
+        try:
+            struck = await asyncio.to_thread(store.strike, held.key, MOST_STRIKES, reason)
+        except OSError as error:
+            log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
+            return
+        if struck is not None and struck.state is State.ASIDE:
+            log_safely(
+                log,
+                logging.ERROR,
+                "account=%s key=%d is set aside, %d sessions broke over it; see "
+                "`salmon-revsmtp provider held`",
+                *(held.account, held.key, struck.strikes),
+            )
 
     # -- the hand-over --------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, 
         {"report": {...}}                                   one per agent
         {"end": true}
     {"do": "state"}
-        {"next": {"isp": 1795498202.5}}                     seconds since the epoch
+        {"next": {"isp": 1795498202.5}, "push": {}}         seconds since the epoch
 """
 
 from __future__ import annotations

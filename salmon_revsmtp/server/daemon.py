@@ -107,6 +107,7 @@ class Daemon:
             while not self._stop.is_set():
                 self._start_due()
                 self._send_waiting()
+                await self._end_disabled()
                 await self._sleep()
         finally:
             await self._shut_down()
@@ -134,6 +135,17 @@ class Daemon:
             except Exception:
                 log_safely(log, logging.ERROR, "notifications were not sent", error=True)
 
+    async def _end_disabled(self) -> None:
+        """Close the push sessions of agents that someone has disabled since."""
+        for name, collection in self._pushing():
+            if not await asyncio.to_thread(self._collector.enabled, self._agents[name]):
+                log.info("agent=%s it is disabled, its push session ends", name)
+                collection.stop()
+
+    def _pushing(self) -> list[tuple[str, Collection]]:
+        """Agents with a push session that is open."""
+        return [(name, one) for name, (one, _) in self._running.items() if one.pushing]
+
     async def _sleep(self) -> None:
         self._wake.clear()
         if self._stop.is_set():
@@ -145,16 +157,21 @@ class Daemon:
 
     async def _on_schedule(self, agent: Agent) -> None:
         may_run, good = True, False
+        collection = self._collector.collection(agent)
+        collection.may_push = True
+        began = self._clock()
         try:
             may_run = await self._may_run(agent)
             if may_run:
-                good = (await self._collect(agent)).outcome.good
+                good = (await self._collect(agent, collection)).outcome.good
         except Exception as error:
             # Our own bug, or no thread to be had; the next run comes all the same.
             log_safely(log, logging.ERROR, "agent=%s the collection broke", agent.name, error=True)
             self._note(_broken(agent, error))
         finally:
-            if may_run:
+            if may_run and collection.push_since is not None:
+                self._schedule.dropped(agent.name, self._clock() - began, self._clock())
+            elif may_run:
                 self._schedule.finished(agent.name, good, self._clock())
             else:
                 self._schedule.defer(agent.name, self._clock())
@@ -175,11 +192,14 @@ class Daemon:
 
     # -- collections ----------------------------------------------------------------------------
 
-    async def _collect(self, agent: Agent) -> Report:
+    async def _collect(self, agent: Agent, collection: Collection | None = None) -> Report:
         """Run an agent now; ``busy`` if it is running."""
-        if agent.name in self._running:
+        if running := self._running.get(agent.name):
+            if running[0].pushing:
+                return running[0].so_far()
             return Report(agent.name, agent.protocol, Outcome.BUSY, error="it is running already")
-        collection = self._collector.collection(agent)
+        if collection is None:
+            collection = self._collector.collection(agent)
         task = asyncio.get_running_loop().create_task(self._collector.run(agent, collection))
         self._running[agent.name] = (collection, task)
         try:
@@ -213,7 +233,10 @@ class Daemon:
         if request.get("do") == "state":
             ahead = time.time() - self._clock()
             times = {name: self._schedule.next_run(name) for name in self._agents}
-            yield {"next": {name: at + ahead for name, at in times.items() if at is not None}}
+            yield {
+                "next": {name: at + ahead for name, at in times.items() if at is not None},
+                "push": {name: one.push_since for name, one in self._pushing()},
+            }
         elif request.get("do") == "collect":
             async for answer in self._answer_collect(request.get("agents", [])):
                 yield answer

@@ -42,6 +42,13 @@ AHEAD_LEAST = 16
 TLS_RECORD = b"\x17\x03"
 
 
+# A NOOP now and then is how a peer sees whether we are there.  Unproductive commands count as in a
+# row only where there was no silence of so many seconds between them.
+CALM = 0.5
+
+# Messages of which a collection remembers that they were taken.
+KEPT = 10_000
+
 #: A message as the provider sees it: digest, reverse-path, recipients.
 _Message = tuple[bytes, str, tuple[str, ...]]
 
@@ -82,6 +89,8 @@ class Tally:
             return False
         seen = (delivery.key.digest, delivery.envelope.reverse_path, delivery.envelope.recipients)
         self.accepted[seen] += 1
+        if len(self.accepted) > KEPT:  # a session may stay open for months
+            del self.accepted[next(iter(self.accepted))]
         return self.accepted[seen] <= 2
 
 
@@ -121,6 +130,7 @@ class Session(Driver):
         self._refusals = 0
         self._deliveries: dict[Transaction, PendingDelivery] = {}
         self._answering = False  # soon
+        self._heard_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -144,6 +154,13 @@ class Session(Driver):
     def disconnected(self) -> None:
         if self._refusals > LOGGED_REFUSALS:
             log.warning("peer=%s %d more refused", self.peer, self._refusals - LOGGED_REFUSALS)
+
+    def data_received(self, data: bytes) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._heard_at >= CALM:
+            self._receiver.forgive()
+        self._heard_at = now
+        super().data_received(data)
 
     # -- events -----------------------------------------------------------------------------------
 

@@ -243,6 +243,10 @@ class Commands:
         self._state = State.CLOSED
         self._reply(reply)
 
+    def forgive(self) -> None:
+        """A while has passed: unproductive commands do not count as in a row with those before."""
+        self._junk = 0
+
     # -- replies ------------------------------------------------------------------------------
 
     def _reply(self, reply: Reply) -> None:

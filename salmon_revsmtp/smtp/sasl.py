@@ -17,12 +17,15 @@ from dataclasses import dataclass
 
 from scramp import ScramException, ScramMechanism
 
-from salmon_revsmtp.smtp.verifier import ITERATIONS, SHA_256, Verifier
+from salmon_revsmtp.smtp.verifier import LEAST_ITERATIONS, SHA_256, Verifier
 
 __all__ = ["MECHANISMS", "Exchange", "Mechanism", "Secret", "Secrets", "offered"]
 
 #: Challenges out, responses in; at the end the name, or ``None`` if the login failed.
 Exchange = Generator[bytes, bytes, str | None]
+
+# Of verifiers that are made here.
+ITERATIONS = LEAST_ITERATIONS
 
 # Salts of names that there are not are the same each time one asks, as the others are.
 _MADE_UP = secrets.token_bytes(32)
@@ -80,10 +83,11 @@ class Secret:
 
 
 def _verifier(
-    mechanism: str, password: str, iterations: int = ITERATIONS, salt: bytes | None = None
+    mechanism: str, password: str, iterations: int | None = None, salt: bytes | None = None
 ) -> Verifier:
     scram = ScramMechanism(mechanism)
-    return Verifier(*scram.make_auth_info(password, iteration_count=iterations, salt=salt))
+    rounds = iterations or ITERATIONS
+    return Verifier(*scram.make_auth_info(password, iteration_count=rounds, salt=salt))
 
 
 def _made_up(mechanism: str, name: str) -> Verifier:

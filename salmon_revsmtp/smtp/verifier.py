@@ -7,10 +7,10 @@ import binascii
 import re
 from typing import NamedTuple
 
-__all__ = ["ITERATIONS", "SHA_256", "Verifier"]
+__all__ = ["LEAST_ITERATIONS", "SHA_256", "Verifier"]
 
 # RFC 7677 4: at least this many.
-ITERATIONS = 4096
+LEAST_ITERATIONS = 4096
 # More than this would keep the event loop for half a second at a login.
 MOST_ITERATIONS = 1_000_000
 
@@ -44,9 +44,9 @@ class Verifier(NamedTuple):
         except binascii.Error:
             raise ValueError("a part of it is no base64") from None
         iterations = int(found[1])
-        if not ITERATIONS <= iterations <= MOST_ITERATIONS:
+        if not LEAST_ITERATIONS <= iterations <= MOST_ITERATIONS:
             raise ValueError(
-                f"{iterations} iterations; {ITERATIONS} to {MOST_ITERATIONS} are taken"
+                f"{iterations} iterations; {LEAST_ITERATIONS} to {MOST_ITERATIONS} are taken"
             )
         if len(stored) != 32 or len(server) != 32:
             raise ValueError("its keys are no SHA-256")

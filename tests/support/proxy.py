@@ -69,6 +69,11 @@ class Proxy:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
+    def stall(self, direction: Direction) -> None:
+        """From now on nothing gets through in this direction, and nothing is closed."""
+        for end in self._ends:
+            end.stall(direction)
+
     async def quiet(self) -> None:
         """Wait until every connection is closed at both ends."""
         await self._quiet.wait()
@@ -168,6 +173,9 @@ class _End(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def stall(self, direction: Direction) -> None:
+        self._deaf = self._deaf or self._direction is direction
 
     # -- octets ---------------------------------------------------------------------------------
 
