@@ -31,6 +31,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class EmbeddedStore:
         now = self._clock.now()
         for account in accounts:
             theirs = [
-                [one, envelope.rcpt_options.get(one, {})]
+                [one, envelope.rcpt_options.get(one)]
                 for one, whose in zip(envelope.recipients, arrival.accounts, strict=True)
                 if whose == account
             ]
@@ -493,17 +494,7 @@ class _Feed:
             return held
         if not recipients:
             return None
-        options = {one: envelope.rcpt_options.get(one, {}) for one in recipients}
-        return Held(
-            held.key,
-            held.account,
-            _envelope(envelope.reverse_path, _said(envelope), list(options.items())),
-            held.size,
-            held.arrived,
-            held.state,
-            held.strikes,
-            held.reason,
-        )
+        return replace(held, envelope=replace(envelope, recipients=recipients))
 
     def leave(self, keys: Iterable[int]) -> None:
         self._ours.difference_update(keys)
@@ -524,7 +515,8 @@ def _said(envelope: Envelope) -> str:
 def _envelope(sender: str, said: str, recipients: Sequence[tuple[str, Any]]) -> Envelope:
     options, helo, esmtp = json.loads(said)
     names = tuple(one for one, _ in recipients)
-    return Envelope(sender, names, options, dict(recipients), helo, esmtp)
+    each = {one: said for one, said in recipients if said is not None}
+    return Envelope(sender, names, options, each, helo, esmtp)
 
 
 def _held(row: Sequence[Any]) -> Held:

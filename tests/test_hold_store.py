@@ -1,0 +1,342 @@
+"""What every hold store must do: a third party's passes the same tests.
+
+To try another store, give ``STORES`` a function that opens one in a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import pytest
+from support.messages import MESSAGE
+
+from salmon_revsmtp.provider.hold import embedded
+from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
+from salmon_revsmtp.provider.hold.store import (
+    Arrival,
+    HoldStore,
+    HoldStoreError,
+    Settled,
+    State,
+    Usage,
+)
+from salmon_revsmtp.smtp.envelope import Envelope
+
+STORES: dict[str, Callable[[Path], HoldStore]] = {"embedded": EmbeddedStore}
+LARGE = b"Subject: large\r\n\r\n" + b"x" * embedded.LARGE
+
+
+@pytest.fixture(params=STORES)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], HoldStore]]:
+    """Opens the store, again and again; what was open is closed before."""
+    opened: list[HoldStore] = []
+
+    def open_again() -> HoldStore:
+        for one in opened:
+            one.close()
+        opened[:] = [STORES[request.param](tmp_path / "hold")]
+        return opened[0]
+
+    yield open_again
+    for one in opened:
+        one.close()
+
+
+def arrival(*recipients: str, data: bytes = MESSAGE, **envelope: object) -> Arrival:
+    """A message; the account of a recipient is its domain's first label."""
+    accounts = tuple(one.partition("@")[2].partition(".")[0] for one in recipients)
+    fields: dict[str, object] = {"reverse_path": "a@example.net", **envelope}
+    return Arrival(Envelope(recipients=recipients, **fields), accounts, [data])  # type: ignore[arg-type]
+
+
+def take(store: HoldStore, account: str, **limits: int) -> list[int]:
+    limits = {"messages": 1000, "octets": 1 << 40, **limits}
+    return [one.key for one in store.feed(account).take(**limits)]
+
+
+def test_mail_is_there_when_the_store_is_opened_again(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    envelope = Envelope(
+        "a@example.net",
+        ("b@acme.example", "c@acme.example"),
+        {"ENVID": "x+2By", "SMTPUTF8": ""},
+        {"b@acme.example": {"NOTIFY": "NEVER"}, "c@acme.example": {}},
+        "client.example.net",
+        False,
+    )
+    [[key]] = open_store().put(
+        [Arrival(envelope, ("acme", "acme"), [b"Received: us\r\n", MESSAGE])]
+    )
+    for _ in range(2):
+        one = open_store()
+        found = one.find(key)
+        assert found is not None and found.envelope == envelope
+        assert (found.account, found.state, found.strikes) == ("acme", State.WAITING, 0)
+        assert found.size == len(MESSAGE) + 14
+        assert one.load([key]) == {key: b"Received: us\r\n" + MESSAGE}
+        assert one.usage("acme") == Usage(1, len(MESSAGE) + 14)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\n", bytes(range(256)), b"no end", LARGE])
+def test_content_is_kept_octet_for_octet(open_store: Callable[[], HoldStore], data: bytes) -> None:
+    [[key]] = open_store().put([arrival("b@acme.example", data=data)])
+    assert open_store().load([key]) == {key: data}
+
+
+def test_the_null_sender_and_addresses_in_utf_8(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    sent = [
+        arrival("b@acme.example", reverse_path=""),
+        arrival("b\u00fccher@acme.example", reverse_path='"a b\u2028"@x.example'),
+    ]
+    keys = [key for [key] in store.put(sent)]
+    found = [store.find(key) for key in keys]
+    assert [one.envelope for one in found if one] == [one.envelope for one in sent]
+
+
+def test_a_feed_has_each_message_once_the_oldest_first(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    keys = [key for [key] in store.put([arrival("b@acme.example") for _ in range(5)])]
+    assert keys == sorted(keys)
+    feed = store.feed("acme")
+    assert [one.key for one in feed.take(2, 1 << 40)] == keys[:2]
+    assert [one.key for one in feed.take(1000, 1 << 40)] == keys[2:]
+    assert feed.take(1000, 1 << 40) == []
+    [[later]] = store.put([arrival("b@acme.example")])
+    assert [one.key for one in feed.take(1000, 1 << 40)] == [later]
+
+
+def test_a_feed_gives_no_more_octets_than_one_message_too_many(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    keys = [key for [key] in store.put([arrival("b@acme.example", data=b"x" * 100)] * 5)]
+    assert take(store, "acme", octets=250) == keys[:3]
+
+
+def test_two_feeds_never_have_the_same_message(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    keys = [key for [key] in store.put([arrival("b@acme.example") for _ in range(4)])]
+    one, other = store.feed("acme"), store.feed("acme")
+    assert [held.key for held in one.take(2, 1 << 40)] == keys[:2]
+    assert [held.key for held in other.take(1000, 1 << 40)] == keys[2:]
+    one.close()  # what it had is anyone's
+    other.start_over()
+    assert [held.key for held in other.take(1000, 1 << 40)] == keys[:2]
+
+
+def test_what_is_answered_is_no_ones_until_it_is_settled(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    [[key]] = store.put([arrival("b@acme.example", "c@acme.example")])
+    feed = store.feed("acme")
+    assert len(feed.take(10, 1 << 40)) == 1
+    feed.leave([key])
+    feed.close()
+    assert take(store, "acme") == []
+    store.settle([Settled(key, ["b@acme.example"], "later")])
+    [left] = store.feed("acme").take(10, 1 << 40)
+    assert (left.envelope.recipients, left.reason) == (("c@acme.example",), "later")
+
+
+def test_a_message_goes_with_its_last_recipient(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    [[key]] = store.put([arrival("b@acme.example", "c@acme.example", data=LARGE)])
+    store.settle([Settled(key, ["b@acme.example"])])
+    assert store.load([key]) == {key: LARGE}
+    assert store.usage("acme") == Usage(1, len(LARGE))
+    store.settle([Settled(key, ["c@acme.example"]), Settled(key, ["c@acme.example"])])
+    assert (store.load([key]), store.find(key)) == ({}, None)
+    assert store.usage("acme") == Usage()
+    assert open_store().usages() == {}
+
+
+@pytest.mark.parametrize("data", [MESSAGE, LARGE])
+def test_a_message_for_several_accounts_is_each_ones_own(
+    open_store: Callable[[], HoldStore], data: bytes
+) -> None:
+    store = open_store()
+    [[first, second]] = store.put(
+        [arrival("b@acme.example", "x@other.example", "c@acme.example", data=data)]
+    )
+    assert store.usages() == {name: Usage(1, len(data)) for name in ("acme", "other")}
+    [held] = store.feed("acme").take(10, 1 << 40)
+    assert held.envelope.recipients == ("b@acme.example", "c@acme.example")
+    store.settle([Settled(first, held.envelope.recipients)])
+    assert store.load([first, second]) == {second: data}
+    [other] = store.feed("other").take(10, 1 << 40)
+    assert other.envelope.recipients == ("x@other.example",)
+    store.settle([Settled(second, other.envelope.recipients)])
+    assert store.load([second]) == {}
+
+
+def test_a_feed_of_some_domains(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    mixed = Envelope("", ("a@x.example", "b@y.example"))
+    only = Envelope("", ("c@y.example",))
+    keys = store.put(
+        [Arrival(one, ("acme",) * len(one.recipients), [b"x"]) for one in (mixed, only)]
+    )
+    [held] = store.feed("acme", ["x.example"]).take(10, 1 << 40)
+    assert held.envelope.recipients == ("a@x.example",)
+    store.settle([Settled(held.key, held.envelope.recipients)])
+    rest = store.feed("acme").take(10, 1 << 40)
+    assert [(one.key, *one.envelope.recipients) for one in rest] == [
+        (keys[0][0], "b@y.example"),
+        (keys[1][0], "c@y.example"),
+    ]
+
+
+def test_what_breaks_sessions_is_set_aside_until_someone_says_otherwise(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    [[bad], [good]] = store.put([arrival("b@acme.example"), arrival("b@acme.example")])
+    for strikes in range(1, 4):
+        found = store.strike(bad, 3, "it broke")
+        assert found is not None and (found.strikes, found.reason) == (strikes, "it broke")
+    assert found is not None and found.state is State.ASIDE
+    assert store.strike(999_999, 3, "it broke") is None
+    feed = store.feed("acme")
+    assert [one.key for one in feed.take(10, 1 << 40)] == [good]
+    assert [one.key for one in store.listing("acme")] == [bad, good]
+    woken: list[Collection[str]] = []
+    store.watch(woken.append)
+    assert store.retry([bad, good, 999_999]) == 2
+    assert [set(one) for one in woken] == [{"acme"}]
+    assert [one.key for one in feed.take(10, 1 << 40)] == [bad]
+
+
+def test_whoever_watches_hears_of_mail_once_it_is_safe(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    seen: list[tuple[set[str], int]] = []
+    store.watch(lambda names: seen.append((set(names), len(take(store, "acme")))))
+    store.put([arrival("b@acme.example", "b@other.example"), arrival("c@acme.example")])
+    assert seen == [({"acme", "other"}, 2)]
+
+
+def test_the_listing_goes_on_after_a_key(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    names = ("acme", "other", "acme")
+    keys = [key for [key] in store.put([arrival(f"b@{name}.example") for name in names])]
+    assert [one.key for one in store.listing()] == keys
+    assert [one.key for one in store.listing(after=keys[0], messages=1)] == keys[1:2]
+    assert [one.key for one in store.listing("acme", after=keys[0])] == keys[2:]
+
+
+def test_from_several_threads_at_once(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        feed = store.feed(f"a{number}")
+        for _ in range(20):
+            [[key]] = store.put([arrival(f"b@a{number}.example")])
+            [held] = feed.take(10, 1 << 40)
+            assert held.key == key and store.load([key])
+            store.settle([Settled(key, held.envelope.recipients)])
+        done.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert sorted(done) == [0, 1, 2, 3]
+    assert store.usages() == {}
+
+
+# -- the embedded store ----------------------------------------------------------------------------
+
+
+def test_a_second_process_is_told_who_has_the_store(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path / "hold")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from salmon_revsmtp.provider.hold.embedded import EmbeddedStore\n"
+        "EmbeddedStore(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "hold")]
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode != 0
+    assert f"process {os.getpid()} has it" in second.stderr
+    store.close()
+    assert subprocess.run(command).returncode == 0
+
+
+def test_no_one_else_can_read_what_is_held(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        store = EmbeddedStore(tmp_path / "hold")
+        store.put([arrival("b@acme.example"), arrival("b@acme.example", data=LARGE)])
+        paths = [tmp_path / "hold", *(tmp_path / "hold").rglob("*")]
+        assert [one for one in paths if one.stat().st_mode & 0o077] == []
+        store.close()
+    finally:
+        os.umask(before)
+
+
+def test_what_a_crash_left_goes_when_the_store_is_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "hold"
+    store = EmbeddedStore(folder)
+    [[key]] = store.put([arrival("b@acme.example", data=LARGE)])
+    store.close()
+    for place in ("tmp", "bodies"):
+        (folder / place / "left").write_bytes(b"x")
+    store = EmbeddedStore(folder)
+    assert store.load([key]) == {key: LARGE}
+    assert [one.name for one in folder.glob("*/left")] == []
+    store.close()
+
+
+def test_a_file_that_cannot_be_synced_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = EmbeddedStore(tmp_path / "hold")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: exec("raise OSError(5, 'Input/output error')"))
+        with pytest.raises(OSError, match="Input/output error"):
+            store.put([arrival("b@acme.example"), arrival("b@acme.example", data=LARGE)])
+    assert store.usages() == {}
+    assert store.listing() == []
+    assert list((tmp_path / "hold").glob("*/*-*")) == []
+    store.close()
+
+
+def test_what_cannot_be_committed_is_not_held(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path / "hold")
+    [[first]] = store.put([arrival("b@acme.example")])
+    other = sqlite3.connect(tmp_path / "hold/index.sqlite3", isolation_level=None)
+    other.execute("CREATE TRIGGER no BEFORE INSERT ON held BEGIN SELECT RAISE(ABORT, 'no'); END")
+    with pytest.raises(OSError, match=r"hold.*no"):
+        store.put([arrival("b@acme.example"), arrival("b@other.example", data=LARGE)])
+    other.execute("DROP TRIGGER no")
+    other.close()
+    assert store.usages() == {"acme": Usage(1, len(MESSAGE))}
+    assert [one.key for one in store.listing()] == [first]
+    assert list((tmp_path / "hold/bodies").iterdir()) == []
+    store.put([arrival("b@acme.example")])
+    assert store.usage("acme").messages == 2
+    store.close()
+
+
+def test_a_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "hold").mkdir()
+    (tmp_path / "hold/index.sqlite3").write_bytes(b"this is no database" * 100)
+    with pytest.raises(HoldStoreError, match=r"opening the hold store .*not a database"):
+        EmbeddedStore(tmp_path / "hold")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HoldStoreError, match="opening the hold store"):
+        EmbeddedStore(tmp_path / "file")
