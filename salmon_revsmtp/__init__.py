@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp.net.client import Connection
     from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Outcome, Refused
     from salmon_revsmtp.server.attach import attach
+    from salmon_revsmtp.server.holding import hold
     from salmon_revsmtp.settings import SettingsError
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
@@ -40,6 +41,7 @@ __all__ = [
     "ServerSettings",
     "SettingsError",
     "attach",
+    "hold",
     "hookimpl",
 ]
 
@@ -63,6 +65,7 @@ _HOME = {
     "ServerSettings": "customer.settings",
     "SettingsError": "settings",
     "attach": "server.attach",
+    "hold": "server.holding",
     "hookimpl": "hooks",
 }
 

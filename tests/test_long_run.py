@@ -73,7 +73,7 @@ class World:
             for agent in agents[::2]
             for begin in [self._chance.uniform(5, 120) * HOUR]
         }
-        self.configuration = SimpleNamespace(agents=agents)
+        self.configuration = SimpleNamespace(agents=agents, holds=False)
         self.providing = SimpleNamespace(provider=lambda: None)
         self.journal = SimpleNamespace(state=self._state)
         self.failing: dict[str, float] = {}
@@ -99,7 +99,14 @@ class World:
     def collection(self, agent: Any) -> Any:
         tally = SimpleNamespace(messages=0, bytes=0)
         report = Report(agent.name, agent.protocol)
-        return SimpleNamespace(agent=agent, tally=tally, report=report, stop=lambda: False)
+        return SimpleNamespace(
+            agent=agent,
+            tally=tally,
+            report=report,
+            stop=lambda: False,
+            pushing=False,
+            push_since=None,
+        )
 
     async def run(self, agent: Any, collection: Any) -> Report:
         name = collection.agent.name

@@ -26,7 +26,7 @@ from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["DEFAULT_UNDELIVERABLE", "RouterDelivery", "undeliverable_queue"]
+__all__ = ["DEFAULT_UNDELIVERABLE", "RouterDelivery", "envelope_of", "undeliverable_queue"]
 
 DEFAULT_UNDELIVERABLE = "run/undeliverable"
 
@@ -116,7 +116,7 @@ class _Kept:
         self.done = False
         self.failure: OSError | None = None
         self._before = before
-        self._envelope, self._recipient, self._message = envelope, recipient, message
+        self.envelope, self._recipient, self._message = envelope, recipient, message
 
     def __enter__(self) -> _Kept:
         self._before.delivering.kept = self
@@ -128,7 +128,7 @@ class _Kept:
     def push(self) -> str:
         if self.done:
             return ""
-        lines = envelope_lines(self._envelope.reverse_path, self._recipient)
+        lines = envelope_lines(self.envelope.reverse_path, self._recipient)
         try:
             between = separator(self._message)
             key = push_safely(self._before.original, lines, between, self._message)
@@ -140,7 +140,7 @@ class _Kept:
             log,
             logging.ERROR,
             "from=%s to=%s undeliverable, kept with key %s; the log has the reason above",
-            *(angle(self._envelope.reverse_path), angle(self._recipient), key),
+            *(angle(self.envelope.reverse_path), angle(self._recipient), key),
         )
         return key
 
@@ -173,6 +173,13 @@ class _Undeliverable:
     def keep(self, stored: bytes) -> str:
         """Store a message as it is, synced.  Raises :class:`OSError`."""
         return push_safely(self.original, stored)
+
+
+def envelope_of(message: Any) -> Envelope | None:
+    """The envelope of the message that this thread is delivering, if it is this one."""
+    current = Router.UNDELIVERABLE_QUEUE
+    kept = getattr(getattr(current, "delivering", None), "kept", None)
+    return kept.envelope if kept is not None and kept.request is message else None
 
 
 _wrapping = threading.Lock()

@@ -70,5 +70,28 @@ def message_delivered(
 
 
 @hookspec
+def message_held(account: str, envelope: Envelope, key: int) -> None:
+    """At a provider: a message is held for ``account``, and safe; ``key`` is its number there."""
+
+
+@hookspec
+def message_handed_over(account: str, envelope: Envelope, recipient: str, reply: Reply) -> None:
+    """At a provider, after each recipient: what the customer answered.  2yz: it has the message
+    now; 4yz: it is still held; 5yz: its sender has been told."""
+
+
+@hookspec
+def message_expired(account: str, envelope: Envelope, key: int) -> None:
+    """At a provider: a message was held for as long as the account has it, and is gone; its sender
+    has been told."""
+
+
+@hookspec
+def quota_exceeded(account: str, messages: int, octets: int) -> None:
+    """At a provider: senders hear 452, because so much is held for ``account``.  Once an hour at
+    most."""
+
+
+@hookspec
 def register_commands(cli: click.Group) -> None:
     """Add click commands to ``salmon-revsmtp``: ``cli.add_command(...)``."""

@@ -12,19 +12,21 @@ import asyncio
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import BUG, LOOP, STOPPED, PendingDelivery
 from salmon_revsmtp.delivery.maildir import disk_reply
-from salmon_revsmtp.delivery.trace import MAX_HOPS, hops, separator
+from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.hold.store import Arrival, HoldStore
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Intake"]
@@ -92,16 +94,9 @@ class Intake:
                 *(account.name, messages, octets),
             )
             if self._hooks.implemented("quota_exceeded"):
-                asyncio.get_running_loop().run_in_executor(
-                    None,
-                    functools.partial(
-                        self._hooks.call,
-                        "quota_exceeded",
-                        account=account.name,
-                        messages=messages,
-                        octets=octets,
-                    ),
-                )
+                arguments = {"account": account.name, "messages": messages, "octets": octets}
+                call = functools.partial(self._hooks.call, "quota_exceeded", **arguments)
+                threading.Thread(target=call, name="hook", daemon=True).start()
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Make a message safe, and call ``answered`` in the event loop when it is, or cannot be:
@@ -125,6 +120,19 @@ class Intake:
                 except Exception:  # the others have nothing to do with it
                     log_safely(log, logging.ERROR, "answering failed", error=True)
                 pending.data = b""
+
+    # -- for a handler --------------------------------------------------------------------------
+
+    def hold(self, envelope: Envelope, data: bytes) -> Reply:
+        """Hold a message for its one recipient, as it is; returns 250 when it is safe.  Blocks."""
+        [recipient] = envelope.recipients
+        account = self._account(recipient)
+        if (refusal := self.policy(recipient)) or account is None:
+            return refusal or NOT_OURS
+        pending = PendingDelivery(Origin("hold", self._hostname()), envelope, data, size=len(data))
+        self._keep([(pending, Arrival(envelope, (account.name,), [data]))])
+        assert pending.reply is not None
+        return pending.reply
 
     # -- in the thread --------------------------------------------------------------------------
 

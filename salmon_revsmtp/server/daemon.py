@@ -24,6 +24,7 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
+from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["GRACE", "Daemon"]
@@ -91,10 +92,12 @@ class Daemon:
     async def run(self, started: Callable[[], None] = lambda: None) -> None:
         """Listen, collect on schedule and answer the control socket, until :meth:`stop`.
 
-        ``started`` is called when everything listens.  Raises :class:`OSError` when an address
-        cannot be had.
+        ``started`` is called when everything listens.  Raises :class:`OSError` when an address or
+        the hold store cannot be had.
         """
         try:
+            if self._collector.configuration.holds:
+                await asyncio.to_thread(provide, self._collector.providing)
             for listener in await self._collector.listeners():
                 await listener.start()
                 self._listeners.append(listener)
@@ -237,6 +240,8 @@ class Daemon:
                 "next": {name: at + ahead for name, at in times.items() if at is not None},
                 "push": {name: one.push_since for name, one in self._pushing()},
             }
+        elif request.get("do") == "hold" and self._collector.configuration.holds:
+            yield await asyncio.to_thread(Holder(self._collector.providing).take, request)
         elif request.get("do") == "collect":
             async for answer in self._answer_collect(request.get("agents", [])):
                 yield answer
@@ -285,6 +290,7 @@ class Daemon:
             waiting.cancel()
         await asyncio.gather(*self._scheduled, return_exceptions=True)
         await self._control.stop()
+        provide(None)
         log.info("stopped")
 
 

@@ -20,6 +20,8 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import ProviderSettings
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Providing"]
 
@@ -83,6 +85,18 @@ class Providing:
             max_sessions=settings.max_sessions,
             max_sessions_per_address=settings.max_sessions_per_address,
         )
+
+    @property
+    def incoming(self) -> Path:
+        """Where other processes put what they want held."""
+        return Path("run/incoming")
+
+    def hold(self, envelope: Envelope, data: bytes) -> Reply:
+        """Hold a message for one recipient; returns 250 when it is safe on disk.  Blocks."""
+        intake = Intake(
+            self.accounts, self.store, self._plugins, lambda: self.hostname, self._worker
+        )
+        return intake.hold(envelope, data)
 
     def close(self, wait: bool) -> None:
         """Take no more; ``wait`` for what is under way."""

@@ -22,7 +22,8 @@ async def collect(
     **services: dict[str, Any],
 ) -> list[Report]:
     plugins = plugins or Plugins.load()
-    valid = configuration(*agents, plugins=plugins, **services)
+    given: dict[str, Any] = services
+    valid = configuration(*agents, plugins=plugins, **given)
     with Collector(valid, plugins, lambda: salmon.relay) as collector:
         return await collector.collect(valid.agents)
 

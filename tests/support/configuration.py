@@ -34,8 +34,17 @@ def etrn_keys(port: int, *domains: str) -> dict[str, Any]:
 
 
 def configuration(
-    *agents: dict[str, Any], plugins: Plugins | None = None, **services: dict[str, Any]
+    *agents: dict[str, Any],
+    plugins: Plugins | None = None,
+    accounts: list[dict[str, Any]] | None = None,
+    provider: dict[str, Any] | None = None,
+    **services: dict[str, Any],
 ) -> Configuration:
     services.setdefault("default", DEFAULT)
-    module: Any = SimpleNamespace(collection_agents=list(agents), smtp_services=services)
+    module: Any = SimpleNamespace(
+        collection_agents=list(agents),
+        smtp_services=services,
+        customer_accounts=accounts,
+        provider=provider,
+    )
     return load(module, plugins or Plugins.load())

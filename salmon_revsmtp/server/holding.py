@@ -1,0 +1,189 @@
+"""``hold``: a handler has a message held for a customer, after whatever filtering it likes.
+
+The hold store belongs to one process.  In that one, the message goes into it; in another, such as
+the consumer of a queue, the running server is asked by its control socket to take a file; where
+none runs, the store is opened for the one message.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from salmon import encoding
+from salmon.server import SMTPError
+
+from salmon_revsmtp.delivery.maildir import disk_reply
+from salmon_revsmtp.delivery.router import envelope_of
+from salmon_revsmtp.delivery.trace import separator
+from salmon_revsmtp.files import make_folder
+from salmon_revsmtp.server.control import NoServer, ask
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply, without_surrogates
+
+if TYPE_CHECKING:
+    from salmon.mail import MailRequest
+
+    from salmon_revsmtp.server.providing import Providing
+
+__all__ = ["Holder", "hold", "provide"]
+
+# Seconds to wait for a running server: its disk may be slow.
+PATIENCE = 60.0
+
+# What holds mail in this process.
+_here: list[Providing] = []
+
+
+def provide(providing: Providing | None) -> None:
+    """This process holds mail by ``providing`` from now on; ``None``: no more.  Opens the store,
+    and blocks.  Raises :class:`OSError`."""
+    if providing is not None:
+        _ = providing.store
+    _here[:] = [] if providing is None else [providing]
+
+
+def hold(message: MailRequest, *, sender: str | None = None, recipient: str | None = None) -> None:
+    """Hold a message for the account that has its recipient's domain; it is safe on disk when this
+    returns.  For handlers at a provider::
+
+        @route(".*")
+        @stateless
+        def START(message):
+            salmon_revsmtp.hold(message)
+
+    ``sender`` and ``recipient`` are those of the envelope if they are not given.  The octets are
+    those that came; header fields that were added to ``message`` go on top of them, and where
+    others were changed or deleted the header is written anew.
+
+    Raises :class:`salmon.server.SMTPError`: 550 for a domain that no account has, 452 over quota
+    or on a full disk, 451 where it cannot be held now.  Let it pass, and the client hears it.
+    """
+    reply = _held(_envelope(message, sender, recipient), _octets(message))
+    if not reply.positive:
+        raise SMTPError(reply.code, f"{reply.status} {reply.message}")
+
+
+def _held(envelope: Envelope, data: bytes) -> Reply:
+    if _here:
+        return _here[0].hold(envelope, data)
+    try:
+        return _ask_server(envelope, data)
+    except NoServer:
+        return _alone(envelope, data)
+    except OSError as error:
+        return Reply(451, f"asking the running server: {error}", "4.3.0")
+
+
+class Holder:
+    """The server's end of :func:`hold` in another process."""
+
+    def __init__(self, providing: Providing) -> None:
+        self._providing = providing
+
+    def take(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Hold the message in the file that a request names; returns the reply.  Blocks."""
+        folder = self._providing.incoming
+        name = str(request.get("file"))
+        if "/" in name or not name or name.startswith("."):
+            return {"error": "no such file"}
+        envelope = Envelope(str(request.get("sender")), (str(request.get("recipient")),))
+        reply = self._providing.hold(envelope, (folder / name).read_bytes())
+        return {"code": reply.code, "text": reply.message, "status": reply.status}
+
+
+def _ask_server(envelope: Envelope, data: bytes) -> Reply:
+    """Have the running server hold it.  Raises :class:`NoServer` and :class:`OSError`."""
+    folder = _configured().incoming
+    make_folder(folder)
+    path = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        request = {
+            "do": "hold",
+            "file": path.name,
+            "sender": envelope.reverse_path,
+            "recipient": envelope.recipients[0],
+        }
+        for answer in ask(request, patience=PATIENCE):
+            if "code" in answer:
+                return Reply(answer["code"], answer["text"], answer["status"])
+            return Reply(451, f"the running server: {answer.get('error')}", "4.3.0")
+        return Reply(451, "the running server ended", "4.3.0")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _alone(envelope: Envelope, data: bytes) -> Reply:
+    """No server runs: open the store for this one message."""
+    providing = _configured()
+    try:
+        return providing.hold(envelope, data)
+    except OSError as error:
+        return disk_reply(error)
+    finally:
+        providing.close(wait=True)
+
+
+def _configured() -> Providing:
+    """What holds mail by this project's settings."""
+    import importlib
+
+    from salmon_revsmtp.delivery.outbox import Outbox
+    from salmon_revsmtp.plugins.manager import Plugins
+    from salmon_revsmtp.server.configuration import load
+    from salmon_revsmtp.server.project import DEFAULT_SETTINGS
+    from salmon_revsmtp.server.providing import Providing
+
+    name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
+    settings = importlib.import_module(name)
+    plugins = Plugins.load()
+    return Providing(load(settings, plugins), plugins, Outbox(lambda: settings.relay))
+
+
+# -- what a handler has -------------------------------------------------------------------------
+
+
+def _envelope(message: MailRequest, sender: str | None, recipient: str | None) -> Envelope:
+    """That of a message of ours if it is one, else what Salmon makes of it."""
+    to = recipient or without_surrogates(str(message.To))
+    came = envelope_of(message)
+    if came is None:
+        return Envelope(_sender(message) if sender is None else sender, (to,))
+    options = {to: came.rcpt_options.get(to, {})}
+    path = came.reverse_path if sender is None else sender
+    return replace(came, reverse_path=path, recipients=(to,), rcpt_options=options)
+
+
+def _sender(message: MailRequest) -> str:
+    """The envelope's sender.  Salmon puts the header's in its place where it is null."""
+    said = without_surrogates(str(message.From or ""))
+    address = email.utils.parseaddr(said)[1]
+    written_out = said.strip() not in (address, f"<{address}>")
+    return "" if said in ("", "<>") or written_out else address
+
+
+def _octets(message: MailRequest) -> bytes:
+    """The message as it came, with what the handler has done to its header."""
+    data = message.Data if isinstance(message.Data, bytes) else str(message.Data).encode()
+    now, came = list(message.items()), list(encoding.from_string(message.Data).items())
+    added = [one for one in now if one not in came]
+    kept = [one for one in now if one in came]
+    # Salmon adds these itself where a message lacks them.
+    had = {name.lower() for name, _ in came}
+    added = [one for one in added if one[0].lower() not in {"from", "to"} - had]
+    if kept == came and not {name.lower() for name, _ in added} & had:
+        head = b"".join(f"{name}: {_one_line(value)}\n".encode() for name, value in added)
+    else:
+        head, data = b"", str(message).encode("utf-8", "surrogateescape")
+    between = separator(data) if head else b""
+    return (head + between + data).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())

@@ -1,0 +1,420 @@
+"""What the world sends for the accounts: what is held, what is refused, and what senders hear."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import smtplib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiosmtplib
+import pytest
+from salmon.mail import MailRequest
+from salmon.server import SMTPError
+from support.configuration import PASSWORD, agent_keys, configuration
+from support.messages import MESSAGE
+from support.salmon import Salmon
+
+from salmon_revsmtp import Reply, SettingsError, hold, hookimpl
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.hold.store import Held, HoldStore
+from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.daemon import Daemon
+
+ACME = {"name": "acme", "password": PASSWORD, "domains": ["example.org", "b\u00fccher.example"]}
+OTHER = {"name": "other", "password": PASSWORD, "domains": ["example.com"]}
+
+
+class World:
+    """A server that is a provider, and the ports that it listens on."""
+
+    def __init__(self, collector: Collector, daemon: Daemon) -> None:
+        self.collector, self.daemon = collector, daemon
+
+    @property
+    def store(self) -> HoldStore:
+        return self.collector.providing.store
+
+    @property
+    def mx(self) -> int:
+        return self.daemon._listeners[0].port
+
+    @property
+    def odmr(self) -> int:
+        assert self.daemon._provider is not None
+        return self.daemon._provider.port
+
+    def held(self, name: str = "acme") -> list[Held]:
+        return list(self.store.listing(name))
+
+    async def send(
+        self, *recipients: str, data: bytes = MESSAGE, sender: str = "a@example.net"
+    ) -> dict[str, tuple[int, str]]:
+        """Send a message as any mail server does; returns the recipients that were refused."""
+        async with aiosmtplib.SMTP(hostname="127.0.0.1", port=self.mx, start_tls=False) as client:
+            refused, _ = await client.sendmail(sender, list(recipients), data)
+        return dict(refused)
+
+
+@contextlib.asynccontextmanager
+async def world(
+    salmon: Salmon,
+    plugins: Plugins | None = None,
+    accounts: list[dict[str, Any]] | None = None,
+    **service: Any,
+) -> AsyncIterator[World]:
+    plugins = plugins or Plugins.load()
+    mx = {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold", **service}
+    valid = configuration(
+        plugins=plugins,
+        accounts=accounts or [ACME, OTHER],
+        provider={"hostname": "mx.example.net", "listen": "127.0.0.1:0"},
+        mx=mx,
+    )
+    with Collector(valid, plugins, lambda: salmon.relay) as collector:
+        daemon = Daemon(collector, plugins)
+        listening = asyncio.Event()
+        running = asyncio.create_task(daemon.run(listening.set))
+        waiting = asyncio.create_task(listening.wait())
+        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+        try:
+            yield World(collector, daemon)
+        finally:
+            waiting.cancel()
+            daemon.stop()
+            await asyncio.wait_for(running, 60)
+
+
+def in_the_world(salmon: Salmon, work: Callable[[World], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with world(salmon, **options) as here:
+            await work(here)
+
+    asyncio.run(main())
+
+
+def test_mail_for_an_account_is_held_with_our_received_line(salmon: Salmon) -> None:
+    async def work(here: World) -> None:
+        assert await here.send("b@EXAMPLE.org") == {}
+        [held] = here.held()
+        assert held.envelope.recipients == ("b@EXAMPLE.org",)
+        assert held.envelope.reverse_path == "a@example.net"
+        data = here.store.load([held.key])[held.key]
+        assert data.startswith(b"Received: from ") and data.endswith(MESSAGE)
+        assert b"by mx.example.net" in data and b"for <b@EXAMPLE.org>" in data
+        assert b"\r\n" in data and b"\n" not in data.replace(b"\r\n", b"")
+
+    in_the_world(salmon, work)
+
+
+def test_recipients_of_several_accounts_are_each_ones_own(salmon: Salmon) -> None:
+    async def work(here: World) -> None:
+        await here.send("b@example.org", "x@example.com", "c@example.org")
+        assert [one.envelope.recipients for one in here.held()] == [
+            ("b@example.org", "c@example.org")
+        ]
+        [other] = here.held("other")
+        assert other.envelope.recipients == ("x@example.com",)
+        data = here.store.load([other.key])[other.key]
+        assert b"b@example.org" not in data, "they need not know of each other"
+
+    in_the_world(salmon, work)
+
+
+STRANGERS = (
+    "b@example.net",
+    "b@sub.example.org",
+    "b@example.org.example.net",
+    "b%example.net@mx.example.net",
+    "example.net!b@mx.example.net",
+    "@example.org:b@example.net",
+    '"b@example.org"@example.net',
+    "b@[127.0.0.1]",
+    "b@[192.0.2.1]",
+    "b@xn--bcher-kva.example.net",
+    "b@example.org@example.net",
+)
+
+
+@pytest.mark.parametrize("recipient", STRANGERS)
+def test_this_host_relays_for_no_one(salmon: Salmon, recipient: str) -> None:
+    async def work(here: World) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.mx)
+        said = f"EHLO x\r\nMAIL FROM:<a@example.org>\r\nRCPT TO:<{recipient}>\r\nQUIT\r\n"
+        writer.write(said.encode())
+        heard = (await asyncio.wait_for(reader.read(), 60)).decode()
+        writer.close()
+        assert heard.splitlines()[-2][:4] in ("550 ", "501 "), heard
+        assert here.store.usages() == {}
+
+    in_the_world(salmon, work)
+
+
+def test_a_postmaster_without_a_domain_is_that_of_our_own_name(salmon: Salmon) -> None:
+    async def refused(here: World) -> None:
+        assert await postmaster(here) == "550"
+
+    async def taken(here: World) -> None:
+        assert await postmaster(here) == "250"
+
+    async def postmaster(here: World) -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.mx)
+        writer.write(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<Postmaster>\r\nQUIT\r\n")
+        heard = (await asyncio.wait_for(reader.read(), 60)).decode()
+        writer.close()
+        return heard.splitlines()[-2][:3]
+
+    in_the_world(salmon, refused)
+    ours = {**OTHER, "domains": ["mx.example.net"]}
+    in_the_world(salmon, taken, accounts=[ACME, ours])
+
+
+@pytest.mark.parametrize("quota", [{"quota_messages": 2}, {"quota_bytes": 400}])
+def test_over_its_quota_senders_keep_an_accounts_mail(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture, quota: dict[str, int]
+) -> None:
+    told: list[str] = []
+
+    class Watcher:
+        @hookimpl
+        def quota_exceeded(self, account: str, messages: int, octets: int) -> None:
+            told.append(account)
+
+    plugins = Plugins.load()
+    plugins.register(Watcher())
+
+    async def work(here: World) -> None:
+        for _ in range(2):
+            await here.send("b@example.org")
+        for _ in range(3):
+            with pytest.raises(aiosmtplib.SMTPRecipientsRefused) as refused:
+                await here.send("b@example.org")
+            [one] = refused.value.recipients
+            assert (one.code, one.message[:5]) == (452, "4.2.2")
+        assert await here.send("b@example.org", "x@example.com") != {}
+        assert (len(here.held()), len(here.held("other"))) == (2, 1)
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    in_the_world(salmon, work, plugins=plugins, accounts=[{**ACME, **quota}, OTHER])
+    assert told == ["acme"]
+    assert caplog.text.count("its quota is used up") == 1
+
+
+def test_a_message_that_goes_in_circles_is_refused(salmon: Salmon) -> None:
+    async def work(here: World) -> None:
+        data = b"Received: from x\r\n" * 100 + MESSAGE
+        with pytest.raises(aiosmtplib.SMTPDataError) as refused:
+            await here.send("b@example.org", data=data)
+        assert (refused.value.code, refused.value.message[:5]) == (554, "5.4.6")
+        assert here.store.usages() == {}
+
+    in_the_world(salmon, work)
+
+
+@pytest.mark.parametrize("first", [b"no field\r\n", b" folded\r\n", b"\r\n"])
+def test_nothing_of_a_message_becomes_part_of_our_line(salmon: Salmon, first: bytes) -> None:
+    async def work(here: World) -> None:
+        await here.send("b@example.org", data=first + b"the rest\r\n")
+        [held] = here.held()
+        head, _, body = here.store.load([held.key])[held.key].partition(b"\r\n\r\n")
+        assert head.startswith(b"Received: ") and b"the rest" not in head
+        assert first.strip() in body
+
+    in_the_world(salmon, work)
+
+
+def test_a_plugin_sees_what_is_held_and_may_refuse(salmon: Salmon) -> None:
+    seen: list[Any] = []
+
+    class Filter:
+        @hookimpl
+        def message_received(self, agent: Any, envelope: Any, message: bytes) -> Reply | None:
+            seen.append(message)
+            spam = envelope.recipients[0].startswith("spam")
+            return Reply(550, "5.7.1 we do not like it") if spam else None
+
+        @hookimpl
+        def message_held(self, account: str, envelope: Any, key: int) -> None:
+            seen.append((account, envelope.recipients, key))
+
+    plugins = Plugins.load()
+    plugins.register(Filter())
+
+    async def work(here: World) -> None:
+        await here.send("b@example.org")
+        with pytest.raises(aiosmtplib.SMTPDataError, match="we do not like it"):
+            await here.send("spam@example.org")
+        [held] = here.held()
+        assert seen[1] == ("acme", ("b@example.org",), held.key)
+        assert seen[0].startswith(b"Received: ") and b"\r\n" not in seen[0]
+        assert len(seen) == 3
+
+    in_the_world(salmon, work, plugins=plugins)
+
+
+def test_what_is_held_is_collected_by_a_customer_in_the_same_process(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def work(here: World) -> None:
+        await here.send("b@example.org", sender="")
+        plugins = Plugins.load()
+        valid = configuration(agent_keys(here.odmr), plugins=plugins)
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            [report] = await collector.collect(valid.agents)
+        assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+        assert here.store.usages() == {}
+
+    in_the_world(salmon, work)
+    [message] = salmon.handled
+    assert message.Data.count(b"Received: ") == 2
+
+
+# -- hold, from a handler --------------------------------------------------------------------------
+
+
+def request(
+    data: bytes = b"Subject: x\n\nhello\n", sender: str = "a@example.net", to: str = "b@example.org"
+) -> MailRequest:
+    return MailRequest(("192.0.2.1", 25), sender, to, data)
+
+
+def test_a_handler_has_a_message_held(salmon: Salmon) -> None:
+    async def work(here: World) -> None:
+        await asyncio.to_thread(hold, request())
+        [held] = here.held()
+        assert held.envelope.reverse_path == "a@example.net"
+        assert here.store.load([held.key]) == {held.key: b"Subject: x\r\n\r\nhello\r\n"}
+        for to, code in (("b@example.net", 550), ("b@sub.example.org", 550)):
+            with pytest.raises(SMTPError) as refused:
+                await asyncio.to_thread(hold, request(to=to))
+            assert refused.value.code == code
+        assert len(here.held()) == 1
+
+    in_the_world(salmon, work)
+
+
+def test_what_a_handler_adds_goes_on_top_and_the_octets_stay(salmon: Salmon) -> None:
+    """So a signature over them stays valid."""
+    data = b"Subject:  odd   spaces \nX-Odd: =?utf-8?q?=FC?=\n\n\xff\xfe body\n"
+
+    async def work(here: World) -> None:
+        message = request(data)
+        message["X-Spam-Score"] = "5\nBcc: evil@example.net"
+        await asyncio.to_thread(hold, message)
+        changed = request(b"Subject: x\nX-Y: z\n\nhello\n")
+        changed["Subject"] = "changed"
+        await asyncio.to_thread(hold, changed)
+        first, second = (here.store.load([one.key])[one.key] for one in here.held())
+        assert first == (
+            b"X-Spam-Score: 5 Bcc: evil@example.net\r\n" + data.replace(b"\n", b"\r\n")
+        )
+        assert b"Subject: changed\r\n" in second and b"Subject: x" not in second
+
+    in_the_world(salmon, work)
+
+
+@pytest.mark.parametrize(
+    ("sender", "data", "expected"),
+    [
+        ("<>", b"From: Mailer <a@example.net>\n\nx\n", ""),
+        ("", b"From: Mailer <a@example.net>\n\nx\n", ""),
+        ("a@example.net", b"From: Ann <ann@example.net>\n\nx\n", "a@example.net"),
+    ],
+)
+def test_the_null_sender_stays_null(
+    salmon: Salmon, sender: str, data: bytes, expected: str
+) -> None:
+    async def work(here: World) -> None:
+        await asyncio.to_thread(hold, request(data, sender))
+        assert here.held()[0].envelope.reverse_path == expected
+
+    in_the_world(salmon, work)
+
+
+def test_a_handler_of_a_service_of_ours_has_the_envelope_as_it_came(salmon: Salmon) -> None:
+    """Salmon puts the header's From in the place of the null sender."""
+    salmon.handle(".*", hold)
+
+    async def work(here: World) -> None:
+        data = b"From: a@example.net\r\nSubject: x\r\n\r\nhello\r\n"
+        async with aiosmtplib.SMTP(hostname="127.0.0.1", port=here.mx, start_tls=False) as client:
+            await client.sendmail("", ["b@example.org"], data)
+        [held] = here.held()
+        assert (held.envelope.reverse_path, held.envelope.recipients) == ("", ("b@example.org",))
+        assert held.envelope.helo
+
+    in_the_world(salmon, work, delivery="router", domains=["example.org"])
+
+
+def test_another_process_has_the_server_hold_it(salmon: Salmon, tmp_path: Path) -> None:
+    from salmon_revsmtp.server import holding
+
+    async def work(here: World) -> None:
+        holding._here.clear()  # as it is in another process
+        await asyncio.to_thread(hold, request())
+        assert len(here.held()) == 1
+        with pytest.raises(SMTPError) as refused:
+            await asyncio.to_thread(hold, request(to="b@example.net"))
+        assert refused.value.code == 550
+        assert list(here.collector.providing.incoming.iterdir()) == []
+
+    (salmon.folder / "ourconfig.py").write_text(
+        f"customer_accounts = [{ACME!r}]\nprovider = {{}}\nrelay = None\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SALMON_SETTINGS_MODULE", "ourconfig")
+        patch.syspath_prepend(str(salmon.folder))
+        in_the_world(salmon, work)
+        hold(request())  # and no server runs any more
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"accounts": []}, "customer_accounts: missing"),
+        ({"accounts": "acme"}, "customer_accounts: found 'acme', allowed: a list of dicts"),
+        ({"accounts": [ACME, ACME]}, 'account "acme": name: found twice'),
+        ({"accounts": [{**ACME, "domains": []}]}, 'account "acme": domains: found'),
+        ({"accounts": [{**ACME, "password": ""}]}, "password: found that value"),
+        (
+            {"accounts": [ACME, {**OTHER, "domains": ["EXAMPLE.org"]}]},
+            "'example.org' is that of account 'acme'",
+        ),
+        ({"accounts": [{**ACME, "password": "SCRAM-SHA-256$x"}]}, "password: found that value"),
+        ({"accounts": [{**ACME, "quota": 5}]}, "did you mean quota_bytes?"),
+        ({"accounts": [{**ACME, "push": "sometimes"}]}, "True, False or 'always'"),
+        ({"provider": {"listen": "366"}}, "provider: listen: found"),
+        ({"provider": {"listen_implicit": "[::]:367"}}, "it needs a tls_cert"),
+        ({"provider": {"listen": None}}, "name an address"),
+        ({"provider": {"tls_cert": "/nosuch.pem"}}, "No such file"),
+        ({"provider": {"keepalive": 0}}, "seconds, 1 to 3600"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_sentence(keys: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {"accounts": [ACME], "provider": {}, **keys}
+    with pytest.raises(SettingsError) as error:
+        configuration(**given)
+    [problem] = error.value.problems
+    assert said in problem
+    assert PASSWORD not in str(error.value)
+
+
+def test_smtplib_can_send_here_too(salmon: Salmon) -> None:
+    def send(port: int) -> None:
+        with smtplib.SMTP("127.0.0.1", port, local_hostname="client.example.net") as client:
+            client.sendmail("a@example.net", ["b@xn--bcher-kva.example"], MESSAGE)
+
+    async def work(here: World) -> None:
+        await asyncio.to_thread(send, here.mx)
+        assert [one.envelope.recipients for one in here.held()] == [("b@xn--bcher-kva.example",)]
+
+    in_the_world(salmon, work)
