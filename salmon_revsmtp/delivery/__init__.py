@@ -5,7 +5,8 @@
 ``router``      one recipient, through Salmon's Router and the project's handlers
 ``queue``       one recipient, into a Salmon Queue; ``consumer`` takes it from there
 ``trace``       where a message came from, and the header lines that we add
-``dsn``         the delivery status notification for a recipient that failed beside others
+``notifier``    tells a sender of recipients that failed beside others
+``dsn``         the delivery status notification itself
 ``outbox``      notifications on their way to the relay
 ``maildir``     Salmon Queues, written and read so that nothing is lost
 

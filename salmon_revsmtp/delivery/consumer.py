@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, open_queue
+from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import split_envelope

@@ -21,7 +21,7 @@ from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, PendingDelivery
-from salmon_revsmtp.delivery.dsn import Notifier
+from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
 from salmon_revsmtp.delivery.router import RouterDelivery
