@@ -20,8 +20,9 @@ from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, ope
 from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
-from salmon_revsmtp.delivery.trace import split_envelope
+from salmon_revsmtp.delivery.trace import unpack
 from salmon_revsmtp.files import FolderLock
+from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.attempts import Attempts
 from salmon_revsmtp.journal.connection import JournalConnection
@@ -143,10 +144,11 @@ class QueueConsumer:
         except OSError as error:
             log.error("queue=%s key=%s cannot be read: %s", self._folder, key, error)
             return disk_reply(error)
-        reverse_path, recipient, content = split_envelope(stored)
+        envelope, content = unpack(stored)
+        [recipient] = envelope.recipients
         # By its key: two files with the same octets are two messages.
-        message = MessageKey.of(f"queue {self._name} {key}", reverse_path or "", stored)
-        known = self._journal.known(message).get(recipient or "")
+        message = MessageKey.of(f"queue {self._name} {key}", envelope.reverse_path, stored)
+        known = self._journal.known(message).get(recipient)
         if known is not None:
             reply = known.reply
         elif self._attempts.begin(key) > CRASHES:
@@ -154,9 +156,8 @@ class QueueConsumer:
             if reply.transient:
                 return reply  # and its crashes are not forgotten
         else:
-            envelope = Envelope(reverse_path or "", (recipient or "",))
-            reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
-            self._journal.record(message, recipient or "", reply)
+            reply = self._handle(envelope, recipient, content.removesuffix(b"\n"))
+            self._journal.record(message, recipient, reply)
         if reply.transient:
             log_safely(log, logging.INFO, "queue=%s key=%s deferred: %s", self._folder, key, reply)
         else:
@@ -183,6 +184,12 @@ class QueueConsumer:
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
         reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)
         if reply.permanent:
+            log_safely(
+                log,
+                logging.WARNING,
+                "queue=%s from=%s to=%s reply=%r",
+                *(self._folder, angle(envelope.reverse_path), angle(recipient), str(reply)),
+            )
             return self._notifier.notify(envelope, {recipient: reply}, content) or reply
         return reply
 

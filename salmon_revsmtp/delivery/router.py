@@ -20,7 +20,7 @@ from salmon.routing import Router
 from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import envelope_lines, separator
+from salmon_revsmtp.delivery.trace import separator, stored_envelope
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -128,7 +128,7 @@ class _Kept:
     def push(self) -> str:
         if self.done:
             return ""
-        lines = envelope_lines(self._envelope.reverse_path, self._recipient)
+        lines = stored_envelope(self._envelope, self._recipient)
         try:
             between = separator(self._message)
             key = push_safely(self._before.original, lines, between, self._message)
