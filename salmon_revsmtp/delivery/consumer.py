@@ -19,6 +19,8 @@ from typing import Any
 from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, open_queue
 from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.rates import RateLimit
+from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
 from salmon_revsmtp.delivery.trace import unpack
 from salmon_revsmtp.files import FolderLock
@@ -26,6 +28,7 @@ from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.attempts import Attempts
 from salmon_revsmtp.journal.connection import JournalConnection
+from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -65,6 +68,9 @@ class QueueConsumer:
     ``hostname``: our name in notifications; this machine's if there is none.
 
     ``relay``: asked for the relay when a notification goes out; that of the settings by default.
+
+    ``notifications``: tell the sender of what a handler refuses.  ``False``: it is kept in the
+    undeliverable queue instead.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class QueueConsumer:
         sleep: float = 10,
         hostname: str | None = None,
         relay: Callable[[], Any] = _settings_relay,
+        notifications: bool = True,
     ) -> None:
         self.queue = open_queue(folder)
         self._folder = folder
@@ -86,7 +93,9 @@ class QueueConsumer:
         self._journal = DeliveryJournal(connection)
         self._attempts = Attempts(connection, name)
         self._outbox = Outbox(relay)
-        self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
+        rates = RateLimit(CountJournal(connection))
+        reporter = Reporter(lambda: hostname or machine_name(), rates, enabled=notifications)
+        self._notifier = Notifier(reporter, self._outbox)
         self._stopped = threading.Event()
         self._stuck = False  # the last message that should have been deleted could not be
 

@@ -170,9 +170,9 @@ class _Undeliverable:
             return kept.push()
         return self.original.push(message)
 
-    def keep(self, stored: bytes) -> str:
+    def keep(self, *pieces: bytes) -> str:
         """Store a message as it is, synced.  Raises :class:`OSError`."""
-        return push_safely(self.original, stored)
+        return push_safely(self.original, *pieces)
 
 
 _wrapping = threading.Lock()

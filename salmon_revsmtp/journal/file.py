@@ -76,6 +76,15 @@ MIGRATIONS = (
         wall REAL NOT NULL
     )
     """,
+    """
+    CREATE TABLE counts (
+        name TEXT PRIMARY KEY,
+        began REAL NOT NULL,
+        messages INTEGER NOT NULL,
+        octets INTEGER NOT NULL,
+        suppressed INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
 )
 
 

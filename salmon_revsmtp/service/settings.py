@@ -89,6 +89,9 @@ class ServiceSettings(BaseModel):
     ] = 7
     """How long a delivery is remembered.  A message that is redelivered in this time is answered
     as before, and no handler sees it again."""
+    notifications: Annotated[bool, Field(strict=True, description="True or False")] = True
+    """Whether a sender is told of recipients that failed when the provider has heard 250.  If not,
+    the message is kept in the undeliverable queue for them, and the log says so."""
     listen: Annotated[
         str | None, Field(description="'host:port' such as '0.0.0.0:25' or '[::]:25', or None")
     ] = None
