@@ -35,6 +35,7 @@ REPORT_KEYS = [
     "tls",
     "auth",
     "error",
+    "push",
 ]
 
 

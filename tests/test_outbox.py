@@ -17,6 +17,7 @@ from salmon import queue
 from salmon.server import Relay as SalmonRelay
 from support.salmon import Salmon
 
+from salmon_revsmtp.delivery.maildir import by_age
 from salmon_revsmtp.delivery.outbox import GIVE_UP, Outbox
 from salmon_revsmtp.files import FolderLock
 
@@ -130,7 +131,7 @@ def test_one_that_has_waited_too_long_is_given_up(salmon: Salmon, relay: Relay) 
     outbox = Outbox(lambda: relay)
     put(outbox, "ann@example.net", "bob@example.net")
     relay.fails["*"] = ConnectionRefusedError("no relay")
-    old = Path("run/unsent/new", sorted(keys())[0])
+    old = Path("run/unsent/new", by_age(keys())[0])
     os.utime(old, (time.time() - GIVE_UP - 60,) * 2)
     outbox.send()
     assert len(keys()) == 1

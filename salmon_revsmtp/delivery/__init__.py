@@ -5,7 +5,11 @@
 ``router``      one recipient, through Salmon's Router and the project's handlers
 ``queue``       one recipient, into a Salmon Queue; ``consumer`` takes it from there
 ``trace``       where a message came from, and the header lines that we add
-``dsn``         the delivery status notification for a recipient that failed beside others
+``notifier``    tells a sender of recipients that failed beside others, or keeps the message
+``reporter``    whether a sender is told, and of what
+``dsn``         the delivery status notification itself
+``automatic``   what mail is told of nothing
+``rates``       how many notifications go out
 ``outbox``      notifications on their way to the relay
 ``maildir``     Salmon Queues, written and read so that nothing is lost
 

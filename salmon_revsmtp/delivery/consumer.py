@@ -16,15 +16,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, open_queue
+from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.rates import RateLimit
+from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
-from salmon_revsmtp.delivery.trace import split_envelope
+from salmon_revsmtp.delivery.trace import unpack
 from salmon_revsmtp.files import FolderLock
+from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.attempts import Attempts
 from salmon_revsmtp.journal.connection import JournalConnection
+from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -64,6 +68,9 @@ class QueueConsumer:
     ``hostname``: our name in notifications; this machine's if there is none.
 
     ``relay``: asked for the relay when a notification goes out; that of the settings by default.
+
+    ``notifications``: tell the sender of what a handler refuses.  ``False``: it is kept in the
+    undeliverable queue instead.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class QueueConsumer:
         sleep: float = 10,
         hostname: str | None = None,
         relay: Callable[[], Any] = _settings_relay,
+        notifications: bool = True,
     ) -> None:
         self.queue = open_queue(folder)
         self._folder = folder
@@ -85,7 +93,9 @@ class QueueConsumer:
         self._journal = DeliveryJournal(connection)
         self._attempts = Attempts(connection, name)
         self._outbox = Outbox(relay)
-        self._notifier = Notifier(lambda: hostname or machine_name(), self._outbox)
+        rates = RateLimit(CountJournal(connection))
+        reporter = Reporter(lambda: hostname or machine_name(), rates, enabled=notifications)
+        self._notifier = Notifier(reporter, self._outbox)
         self._stopped = threading.Event()
         self._stuck = False  # the last message that should have been deleted could not be
 
@@ -143,10 +153,11 @@ class QueueConsumer:
         except OSError as error:
             log.error("queue=%s key=%s cannot be read: %s", self._folder, key, error)
             return disk_reply(error)
-        reverse_path, recipient, content = split_envelope(stored)
+        envelope, content = unpack(stored)
+        [recipient] = envelope.recipients
         # By its key: two files with the same octets are two messages.
-        message = MessageKey.of(f"queue {self._name} {key}", reverse_path or "", stored)
-        known = self._journal.known(message).get(recipient or "")
+        message = MessageKey.of(f"queue {self._name} {key}", envelope.reverse_path, stored)
+        known = self._journal.known(message).get(recipient)
         if known is not None:
             reply = known.reply
         elif self._attempts.begin(key) > CRASHES:
@@ -154,9 +165,8 @@ class QueueConsumer:
             if reply.transient:
                 return reply  # and its crashes are not forgotten
         else:
-            envelope = Envelope(reverse_path or "", (recipient or "",))
-            reply = self._handle(envelope, recipient or "", content.removesuffix(b"\n"))
-            self._journal.record(message, recipient or "", reply)
+            reply = self._handle(envelope, recipient, content.removesuffix(b"\n"))
+            self._journal.record(message, recipient, reply)
         if reply.transient:
             log_safely(log, logging.INFO, "queue=%s key=%s deferred: %s", self._folder, key, reply)
         else:
@@ -183,6 +193,12 @@ class QueueConsumer:
     def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
         reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)
         if reply.permanent:
+            log_safely(
+                log,
+                logging.WARNING,
+                "queue=%s from=%s to=%s reply=%r",
+                *(self._folder, angle(envelope.reverse_path), angle(recipient), str(reply)),
+            )
             return self._notifier.notify(envelope, {recipient: reply}, content) or reply
         return reply
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dsn import Notifier
+from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller

@@ -7,7 +7,6 @@ between sent and deleted sends one twice, and loses none.
 from __future__ import annotations
 
 import contextlib
-import email
 import logging
 import os
 import smtplib
@@ -15,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from email.parser import BytesHeaderParser
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,10 @@ class Outbox:
         _, to, message = split_envelope(stored)
         try:
             if key not in self._sent:
-                self._relay().deliver(email.message_from_bytes(message), To=to, From="<>")
+                # The header only: what follows is sent as it is, and no part of it, which a
+                # stranger may have written, is parsed.
+                parsed = BytesHeaderParser().parsebytes(message)
+                self._relay().deliver(parsed, To=to, From="<>")
         except Exception as error:
             if _came_after(error):
                 self._say(logging.INFO, to, "the relay broke off after the notification")

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import envelope_lines
+from salmon_revsmtp.delivery.trace import stored_envelope
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -33,7 +33,7 @@ class QueueDelivery:
         content: bytes | memoryview,
     ) -> Reply:
         """Store a message (bytes, LF line ends) for one recipient, synced to disk."""
-        lines = envelope_lines(envelope.reverse_path, recipient)
+        lines = stored_envelope(envelope, recipient)
         try:
             if self._queue is None:
                 self._queue = open_queue(self._folder)

@@ -20,7 +20,7 @@ from salmon.routing import Router
 from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import envelope_lines, separator
+from salmon_revsmtp.delivery.trace import separator, stored_envelope
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -128,7 +128,7 @@ class _Kept:
     def push(self) -> str:
         if self.done:
             return ""
-        lines = envelope_lines(self.envelope.reverse_path, self._recipient)
+        lines = stored_envelope(self.envelope, self._recipient)
         try:
             between = separator(self._message)
             key = push_safely(self._before.original, lines, between, self._message)
@@ -170,9 +170,9 @@ class _Undeliverable:
             return kept.push()
         return self.original.push(message)
 
-    def keep(self, stored: bytes) -> str:
+    def keep(self, *pieces: bytes) -> str:
         """Store a message as it is, synced.  Raises :class:`OSError`."""
-        return push_safely(self.original, stored)
+        return push_safely(self.original, *pieces)
 
 
 def envelope_of(message: Any) -> Envelope | None:

@@ -6,6 +6,7 @@ import functools
 import re
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Protocol
@@ -21,6 +22,8 @@ __all__ = [
     "hops",
     "separator",
     "split_envelope",
+    "stored_envelope",
+    "unpack",
 ]
 
 # RFC 5321 6.3: that many Received lines are a loop.
@@ -32,6 +35,10 @@ _FIELD_NAME = rb"[!-9;-~]+[ \t]*:"
 _FIRST_LINE = re.compile(_FIELD_NAME)
 _AFTER_HEADER = re.compile(rb"\n(?![ \t]|" + _FIELD_NAME + rb")")
 _RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
+# What a sender says of notifications, on disk; the values as RFC 3461 4 has them on the wire.
+_OF_MAIL = ("SMTPUTF8", "RET", "ENVID")
+_OF_RCPT = ("NOTIFY", "ORCPT")
+_WORD = re.compile(r"[A-Z0-9]+(?:=[^\x00-\x20=\x7f]+)?")
 _FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
 
 # Around a field's value.  Not what Unicode calls a space: a mailbox may begin with one (RFC 6531).
@@ -129,17 +136,74 @@ def envelope_lines(reverse_path: str, recipient: str) -> bytes:
     return f"Return-Path: <{reverse_path}>\nDelivered-To: {recipient}\n".encode()
 
 
-def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
-    """What :func:`envelope_lines` stands on top of: reverse-path, recipient, message.
+def stored_envelope(envelope: Envelope, recipient: str) -> bytes:
+    """:func:`envelope_lines` for one recipient, and a third line with what the sender says of
+    notifications, if anything: ``X-Envelope-Parameters: MAIL ENVID=7 RCPT NOTIFY=NEVER``."""
+    lines = envelope_lines(envelope.reverse_path, recipient)
+    # RFC 6531 3.4: what such an address needs, need not be said beside it.
+    keys = _OF_MAIL if lines.isascii() else tuple(key for key in _OF_MAIL if key != "SMTPUTF8")
+    of_mail = _words(envelope.mail_options, keys)
+    of_rcpt = _words(envelope.rcpt_options.get(recipient, {}), _OF_RCPT)
+    if not of_mail and not of_rcpt:
+        return lines
+    words = " ".join(("MAIL", *of_mail, "RCPT", *of_rcpt))
+    return lines + f"X-Envelope-Parameters: {words}\n".encode("utf-8", "replace")
 
-    ``None`` for what the first lines do not have.
+
+def _words(options: Mapping[str, str], keys: Sequence[str]) -> list[str]:
+    """``KEY=VALUE``; what would not be a word by itself is left out."""
+    said = (f"{key}={options[key]}".removesuffix("=") for key in keys if key in options)
+    return [word for word in said if _WORD.fullmatch(word)]
+
+
+def unpack(stored: bytes) -> tuple[Envelope, bytes]:
+    """What :func:`stored_envelope` stands on top of: the envelope, and the message.
+
+    The reverse-path or the recipient is empty where the first lines do not have it.
     """
+    reverse_path, recipient, parameters, message = _split(stored)
+    of_mail, of_rcpt = _options(parameters)
+    reverse_path, recipient = reverse_path or "", recipient or ""
+    if not (reverse_path + recipient).isascii():
+        of_mail = {**of_mail, "SMTPUTF8": ""}
+    return Envelope(reverse_path, (recipient,), of_mail, {recipient: of_rcpt}), message
+
+
+def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
+    """The same as reverse-path, recipient and message; ``None`` for what the first lines do not
+    have."""
+    reverse_path, recipient, _, message = _split(stored)
+    return reverse_path, recipient, message
+
+
+def _split(stored: bytes) -> tuple[str | None, str | None, str, bytes]:
     reverse_path = recipient = None
-    if (found := _FIELD.match(stored)) and found[1].lower() == b"return-path":
-        reverse_path = found[2].decode("utf-8", "replace").strip(_BLANK).removeprefix("<")
-        reverse_path = reverse_path.removesuffix(">")
-        stored = stored[found.end() :]
-    if (found := _FIELD.match(stored)) and found[1].lower() == b"delivered-to":
-        recipient = found[2].decode("utf-8", "replace").strip(_BLANK)
-        stored = stored[found.end() :]
-    return reverse_path, recipient, stored
+    parameters, end = "", 0
+    if value := _first_line(stored, end, b"return-path"):
+        reverse_path, end = value
+        reverse_path = reverse_path.removeprefix("<").removesuffix(">")
+    if value := _first_line(stored, end, b"delivered-to"):
+        recipient, end = value
+        if value := _first_line(stored, end, b"x-envelope-parameters"):
+            parameters, end = value
+    return reverse_path, recipient, parameters, stored[end:]
+
+
+def _first_line(stored: bytes, start: int, name: bytes) -> tuple[str, int] | None:
+    """The value of the field that begins there, if it has this name, and where it ends."""
+    found = _FIELD.match(stored, start)
+    if not found or found[1].lower() != name:
+        return None
+    return found[2].decode("utf-8", "replace").strip(_BLANK), found.end()
+
+
+def _options(parameters: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """``MAIL word... RCPT word...`` as the options of each."""
+    words = parameters.split(" ")
+    middle = words.index("RCPT") if "RCPT" in words else len(words)
+    return _named(words[:middle], _OF_MAIL), _named(words[middle:], _OF_RCPT)
+
+
+def _named(words: Sequence[str], keys: Sequence[str]) -> Mapping[str, str]:
+    pairs = (word.partition("=") for word in words)
+    return {key: value for key, _, value in pairs if key in keys}

@@ -23,8 +23,11 @@ from rich.table import Table
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.demo.samples import Sample, samples
 from salmon_revsmtp.hooks import hookimpl
+from salmon_revsmtp.journal.connection import JournalConnection
+from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.hold.store import Arrival
 from salmon_revsmtp.server.collector import Collector
@@ -139,7 +142,8 @@ def _providing(configuration: Configuration, plugins: Plugins, folder: Path) -> 
     def no_relay() -> Any:
         raise ConnectionError("the demo sends no mail to the world")
 
-    return Providing(configuration, plugins, Outbox(no_relay, folder / "unsent"))
+    rates = RateLimit(CountJournal(JournalConnection(folder / "journal")))
+    return Providing(configuration, plugins, Outbox(no_relay, folder / "unsent"), rates)
 
 
 async def _collect(

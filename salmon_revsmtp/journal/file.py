@@ -70,6 +70,15 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     """,
     CLOCK_TABLE,
+    """
+    CREATE TABLE counts (
+        name TEXT PRIMARY KEY,
+        began REAL NOT NULL,
+        messages INTEGER NOT NULL,
+        octets INTEGER NOT NULL,
+        suppressed INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
 )
 
 

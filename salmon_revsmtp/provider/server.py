@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 IDLE_TIMEOUT = 600.0
 # Seconds that a stop waits for answers that were heard to be settled.
 GRACE = 10.0
+# Seconds without a session after which an account that has mail is named in the log.
+UNSEEN = 86400.0
 
 
 class Provider:
@@ -69,6 +71,8 @@ class Provider:
         self._listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions: dict[str, list[Connection]] = {}
+        self._seen: dict[str, float] = {}  # when an account had a session the last time
+        self._said: dict[str, float] = {}  # after how many seconds its absence was logged
         store.watch(self._woken)
 
     @property
@@ -124,6 +128,7 @@ class Provider:
 
     async def take_over(self, connection: Connection, account: Account) -> None:
         """A connection takes its place among the sessions of its account: the newest win."""
+        self._note_seen(account.name)
         sessions = self._sessions.setdefault(account.name, [])
         too_many = sessions[: len(sessions) + 1 - account.settings.sessions]
         sessions.append(connection)
@@ -140,7 +145,12 @@ class Provider:
             # What they have under way is not "no mail".
             await asyncio.wait([one.ended for one in too_many], timeout=2 * REPLACED_GRACE)
 
+    def _note_seen(self, name: str) -> None:
+        self._seen[name] = asyncio.get_running_loop().time()
+        self._said.pop(name, None)
+
     def _ended(self, connection: Connection, account: Account) -> None:
+        self._note_seen(account.name)
         sessions = self._sessions.get(account.name, [])
         if connection in sessions:
             sessions.remove(connection)
@@ -149,6 +159,20 @@ class Provider:
         # What it had under way is anyone's now.
         for one in sessions:
             one.start_over()
+
+    def name_the_unseen(self) -> None:
+        """Log, once a day, which accounts have mail and have not called for a day."""
+        now = asyncio.get_running_loop().time()
+        for name, used in self.store.usages().items():
+            since = self._seen.setdefault(name, now)
+            if name not in self._sessions and now - since >= UNSEEN + self._said.get(name, 0.0):
+                self._said[name] = now - since
+                log_safely(
+                    log,
+                    logging.WARNING,
+                    "account=%s messages=%d octets=%d it has not called for %.0f hours",
+                    *(name, used.messages, used.octets, (now - since) / 3600),
+                )
 
     def _woken(self, accounts: Collection[str]) -> None:
         """In any thread: mail has come."""

@@ -21,11 +21,14 @@ from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import Deliverer, Delivery, Dispatcher, PendingDelivery
-from salmon_revsmtp.delivery.dsn import Notifier
+from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
+from salmon_revsmtp.delivery.rates import RateLimit
+from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.delivery.router import RouterDelivery
 from salmon_revsmtp.journal.collections import Entry, Journal
+from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
 
 # The client is loaded now: at the first collection the process may have dropped its privileges, or
@@ -65,7 +68,9 @@ class Collector:
         self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
         self._queueing: BatchWorker[PendingDelivery] = BatchWorker("queueing")
         self._outbox = Outbox(relay)
-        self.providing = Providing(configuration, plugins, self._outbox)
+        self._counts = CountJournal()
+        self._rates = RateLimit(self._counts)
+        self.providing = Providing(configuration, plugins, self._outbox, self._rates)
         self.interrupted = False
 
     def __enter__(self) -> Collector:
@@ -87,6 +92,7 @@ class Collector:
         if wait:
             self._outbox.wait(RELAY_PATIENCE)
             self._deliveries.close()
+            self._counts.close()
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""
@@ -111,13 +117,14 @@ class Collector:
         worker = self._handling
         if service.settings.delivery == "queue":
             delivery, worker = QueueDelivery(service.settings.queue), self._queueing
-        notifier = Notifier(lambda: service.hostname, self._outbox)
+        told = service.settings.notifications
+        reporter = Reporter(lambda: service.hostname, self._rates, enabled=told)
         return Dispatcher(
             service.name,
             delivery,
             self._deliveries,
             self._plugins,
-            notifier,
+            Notifier(reporter, self._outbox),
             worker,
             spell=service.spell,
             handler_timeout=service.settings.handler_timeout,

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent
@@ -20,6 +20,7 @@ from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.expiry import CHECK_EVERY
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import Collector
@@ -68,7 +69,7 @@ class Daemon:
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
         self._failing: dict[str, float] = {}
-        self._notify_at = clock()
+        self._notify_at = self._expire_at = clock()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._listeners: list[Listener] = []
@@ -111,6 +112,7 @@ class Daemon:
                 self._start_due()
                 self._send_waiting()
                 await self._end_disabled()
+                self._give_up_old_mail()
                 await self._sleep()
         finally:
             await self._shut_down()
@@ -126,9 +128,7 @@ class Daemon:
 
     def _start_due(self) -> None:
         while name := self._schedule.due(self._clock()):
-            task = asyncio.get_running_loop().create_task(self._on_schedule(self._agents[name]))
-            self._scheduled.add(task)
-            task.add_done_callback(self._scheduled.discard)
+            self._spawn(self._on_schedule(self._agents[name]))
 
     def _send_waiting(self) -> None:
         if self._clock() >= self._notify_at:
@@ -145,6 +145,20 @@ class Daemon:
                 log.info("agent=%s it is disabled, its push session ends", name)
                 collection.stop()
 
+    def _give_up_old_mail(self) -> None:
+        """At a provider, and who has not called for long."""
+        if self._collector.configuration.holds and self._clock() >= self._expire_at:
+            self._expire_at = self._clock() + CHECK_EVERY
+            check = asyncio.to_thread(self._collector.providing.expiry.check)
+            self._spawn(check)
+            if self._provider is not None:
+                self._provider.name_the_unseen()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._scheduled.add(task)
+        task.add_done_callback(self._scheduled.discard)
+
     def _pushing(self) -> list[tuple[str, Collection]]:
         """Agents with a push session that is open."""
         return [(name, one) for name, (one, _) in self._running.items() if one.pushing]
@@ -159,20 +173,19 @@ class Daemon:
             await asyncio.wait_for(self._wake.wait(), seconds)
 
     async def _on_schedule(self, agent: Agent) -> None:
-        may_run, good = True, False
-        collection = self._collector.collection(agent)
-        collection.may_push = True
-        began = self._clock()
+        may_run, good, collection, began = True, False, None, self._clock()
         try:
             may_run = await self._may_run(agent)
             if may_run:
+                collection = self._collector.collection(agent)
+                collection.may_push = True
                 good = (await self._collect(agent, collection)).outcome.good
         except Exception as error:
             # Our own bug, or no thread to be had; the next run comes all the same.
             log_safely(log, logging.ERROR, "agent=%s the collection broke", agent.name, error=True)
             self._note(_broken(agent, error))
         finally:
-            if may_run and collection.push_since is not None:
+            if collection is not None and collection.push_since is not None:
                 self._schedule.dropped(agent.name, self._clock() - began, self._clock())
             elif may_run:
                 self._schedule.finished(agent.name, good, self._clock())

@@ -135,6 +135,8 @@ def _configured() -> Providing:
     import importlib
 
     from salmon_revsmtp.delivery.outbox import Outbox
+    from salmon_revsmtp.delivery.rates import RateLimit
+    from salmon_revsmtp.journal.counts import CountJournal
     from salmon_revsmtp.plugins.manager import Plugins
     from salmon_revsmtp.server.configuration import load
     from salmon_revsmtp.server.project import DEFAULT_SETTINGS
@@ -143,7 +145,8 @@ def _configured() -> Providing:
     name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
     settings = importlib.import_module(name)
     plugins = Plugins.load()
-    return Providing(load(settings, plugins), plugins, Outbox(lambda: settings.relay))
+    outbox = Outbox(lambda: settings.relay)
+    return Providing(load(settings, plugins), plugins, outbox, RateLimit(CountJournal()))
 
 
 # -- what a handler has -------------------------------------------------------------------------

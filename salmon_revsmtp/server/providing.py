@@ -7,15 +7,18 @@ from pathlib import Path
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import PendingDelivery
-from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.rates import RateLimit
+from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.expiry import Expiry
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.intake import Intake
+from salmon_revsmtp.provider.notices import Notices
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import ProviderSettings
 from salmon_revsmtp.server.configuration import Configuration
@@ -30,11 +33,18 @@ class Providing:
     """What a process needs to be a provider; everything is made when it is first asked for.
 
     ``outbox``  where notifications wait for the relay.
+    ``rates``   how many of them there may be.
     """
 
-    def __init__(self, configuration: Configuration, plugins: HookCaller, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        plugins: HookCaller,
+        outbox: Outbox,
+        rates: RateLimit,
+    ) -> None:
         self._configuration = configuration
-        self._plugins, self._outbox = plugins, outbox
+        self._plugins, self._outbox, self._rates = plugins, outbox, rates
         self._worker: BatchWorker[PendingDelivery] = BatchWorker("holding")
 
     @cached_property
@@ -57,6 +67,16 @@ class Providing:
         """What the provider calls itself.  May ask DNS, and block."""
         return self.settings.hostname or machine_name()
 
+    @cached_property
+    def notices(self) -> Notices:
+        """What tells senders of mail that does not get home."""
+        return Notices(Reporter(lambda: self.hostname, self._rates), self._outbox)
+
+    @cached_property
+    def expiry(self) -> Expiry:
+        """What gives up mail that waits for too long."""
+        return Expiry(self.accounts, self.store, self.notices, self._plugins)
+
     def intake(self, service: Service) -> Intake:
         """What a service with ``delivery: "hold"`` gives its messages to."""
         return Intake(
@@ -71,11 +91,10 @@ class Providing:
         certificate = None
         if settings.tls_cert is not None:
             certificate = Certificate("provider", settings.tls_cert, settings.tls_key)
-        notifier = Notifier(lambda: self.hostname, self._outbox)
         return Provider(
             self.accounts,
             self.store,
-            notifier.notify,
+            self.notices.refused,
             self._plugins,
             self.hostname,
             certificate=certificate,

@@ -42,8 +42,9 @@ AHEAD_LEAST = 16
 TLS_RECORD = b"\x17\x03"
 
 
-# A NOOP now and then is how a peer sees whether we are there.  Unproductive commands count as in a
-# row only where there was no silence of so many seconds between them.
+# A NOOP now and then is how a provider sees whether we are there.  On a reversed session
+# unproductive commands count as in a row only where there was no silence of so many seconds between
+# them.
 CALM = 0.5
 
 # Messages of which a collection remembers that they were taken.
@@ -157,7 +158,7 @@ class Session(Driver):
 
     def data_received(self, data: bytes) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._heard_at >= CALM:
+        if self.origin.agent is not None and now - self._heard_at >= CALM:
             self._receiver.forgive()
         self._heard_at = now
         super().data_received(data)

@@ -79,6 +79,9 @@ class ServiceSettings(BaseModel):
     ] = 7
     """How long a delivery is remembered.  A message that is redelivered in this time is answered
     as before, and no handler sees it again."""
+    notifications: Annotated[bool, Field(strict=True, description="True or False")] = True
+    """Whether a sender is told of recipients that failed when the provider has heard 250.  If not,
+    the message is kept in the undeliverable queue for them, and the log says so."""
     listen: Annotated[tuple[str, ...], Field(description=ADDRESSES)] = ()
     """The addresses on which the service takes mail as well, while a server runs.  ETRN needs
     one."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from salmon_revsmtp.smtp.xtext import decode_utf8_address, decode_xtext
+
 __all__ = ["Envelope"]
 
 
@@ -34,6 +36,37 @@ class Envelope:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prdr", "PRDR" in self.mail_options)
         object.__setattr__(self, "smtputf8", "SMTPUTF8" in self.mail_options)
+
+    @property
+    def envelope_id(self) -> str | None:
+        """ENVID as the sender means it (RFC 3461 4.4), ``None`` without."""
+        envid = self.mail_options.get("ENVID")
+        return None if envid is None else decode_xtext(envid)
+
+    @property
+    def returns_full(self) -> bool:
+        """RET=FULL: a sender who is told of a failure wants the whole message back (RFC 3461
+        4.3)."""
+        return self.mail_options.get("RET", "").upper() == "FULL"
+
+    def original_recipient(self, recipient: str) -> tuple[str, str] | None:
+        """ORCPT of a recipient as type and address (RFC 3461 4.2), ``None`` without."""
+        kind, colon, address = self.rcpt_options.get(recipient, {}).get("ORCPT", "").partition(";")
+        if not colon:
+            return None
+        address = decode_xtext(address)
+        kind = kind.lower()
+        return kind, decode_utf8_address(address) if kind == "utf-8" else address
+
+    def wants(self, recipient: str, action: str) -> bool:
+        """Whether the sender is to be told what became of a recipient (RFC 3461 4.1).
+
+        ``action``  ``"failed"``, ``"delayed"``, or one of those that are no failure.  Without
+                    NOTIFY, failures and delays are told.
+        """
+        asked = self.rcpt_options.get(recipient, {}).get("NOTIFY", "FAILURE,DELAY")
+        word = {"failed": "FAILURE", "delayed": "DELAY"}.get(action, "SUCCESS")
+        return word in asked.upper().split(",")
 
     def spelled(self, spell: Callable[[str], str]) -> Envelope:
         """The same with each recipient as ``spell`` has it."""

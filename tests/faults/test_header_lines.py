@@ -4,6 +4,7 @@ none keeps the mail from being delivered."""
 from __future__ import annotations
 
 import email
+import quopri
 import re
 import time
 from email import policy
@@ -20,7 +21,7 @@ from support.messages import MESSAGE
 from support.salmon import Salmon
 
 from salmon_revsmtp import QueueConsumer
-from salmon_revsmtp.delivery.dsn import MAX_HEADERS, notification
+from salmon_revsmtp.delivery.dsn import MAX_HEADERS, RecipientStatus, notification
 from salmon_revsmtp.delivery.trace import (
     Origin,
     envelope_lines,
@@ -149,10 +150,9 @@ def test_any_mailbox_that_is_taken_makes_two_lines(one: str, other: str) -> None
     kept = envelope_lines(sender, recipient) + received + content
     assert names(kept) == KEPT
     assert split_envelope(kept) == (sender, recipient, received + content)
-    report = notification(
-        "h", Envelope(sender, (recipient,)), {recipient: Reply(550, other)}, content
-    )
-    _, about = parts_of(report.as_bytes())
+    envelope = Envelope(sender, (recipient,))
+    refused = [RecipientStatus.failed(recipient, Reply(550, other))]
+    _, about = parts_of(notification("h", envelope, refused, content))
     assert about.keys() == ["Final-Recipient", "Action", "Status", "Diagnostic-Code"]
 
 
@@ -173,7 +173,13 @@ def parts_of(report: bytes) -> list[Message]:
     assert names(report) == NOTIFICATION
     whole = email.message_from_bytes(report)
     [_, status, _] = parts(whole)
-    return parts(status)
+    if status.get_content_type() == "message/delivery-status":
+        return parts(status)
+    # Python reads it as one message, and not what its encoding stands for.
+    assert status.get_content_type() == "message/global-delivery-status"
+    assert status["Content-Transfer-Encoding"] == "quoted-printable"
+    text = quopri.decodestring(parts(status)[0].as_bytes())
+    return [email.message_from_bytes(block) for block in text.strip(b"\n").split(b"\n\n")]
 
 
 def parts(message: Message) -> list[Message]:
@@ -201,7 +207,7 @@ def test_a_notification_has_our_header_lines_only(salmon: Salmon) -> None:
     [(_, to, report)] = salmon.relayed
     assert to == ODD_SENDER
     whole, *each = parts_of(report.encode())
-    assert whole.keys() == ["Reporting-MTA", "Original-Envelope-Id"]
+    assert whole.keys() == ["Original-Envelope-Id", "Reporting-MTA"]
     assert len(each) == len(RECIPIENTS)
     for one in each:
         assert one.keys() == [
@@ -226,12 +232,14 @@ def test_a_notification_has_our_header_lines_only(salmon: Salmon) -> None:
 def test_a_notification_of_any_text(text: str) -> None:
     """As bytes, as text, and written anew by each policy."""
     envelope = Envelope("a@example.net", ("b@example.org",), {"ENVID": text})
-    report = notification("h", envelope, {"b@example.org": Reply(550, text)}, MESSAGE)
-    for written in (report.as_bytes(), report.as_string().encode(), *(
+    refused = [RecipientStatus.failed("b@example.org", Reply(550, text))]
+    octets = notification("h", envelope, refused, MESSAGE)
+    report = email.message_from_bytes(octets)
+    for written in (octets, report.as_bytes(), report.as_string().encode(), *(
         report.as_bytes(policy=one) for one in POLICIES
     )):  # fmt: skip
         whole, one = parts_of(written)
-        assert whole.keys() == ["Reporting-MTA", "Original-Envelope-Id"]
+        assert whole.keys() == ["Original-Envelope-Id", "Reporting-MTA"]
         assert one.keys() == ["Final-Recipient", "Action", "Status", "Diagnostic-Code"]
 
 
@@ -333,9 +341,8 @@ def test_what_lies_in_the_queue_without_a_header_is_kept_below_the_envelope(
 def test_a_notification_sends_no_body_back_as_headers(salmon: Salmon, body: bytes) -> None:
     salmon.handle("good@example.org")
     envelope = Envelope("a@example.net", ("b@example.org",))
-    report = email.message_from_bytes(
-        notification("h", envelope, {"b@example.org": Reply(550, "no")}, body).as_bytes()
-    )
+    refused = [RecipientStatus.failed("b@example.org", Reply(550, "no"))]
+    report = email.message_from_bytes(notification("h", envelope, refused, body))
     headers = parts(report)[2].get_payload(decode=True)
     assert headers == b"\n"
 
@@ -361,5 +368,5 @@ def test_the_end_of_a_header_is_found_in_linear_time() -> None:
             header_end(content)
             separator(content)
             hops(content)
-            notification("h", Envelope("a@b.example", ()), {}, content[: 2 * MAX_HEADERS])
+            notification("h", Envelope("a@b.example", ()), [], content[: 2 * MAX_HEADERS])
             assert time.process_time() - began < 5, piece

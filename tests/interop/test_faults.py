@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email
 import json
 import random
 import sqlite3
@@ -22,6 +23,9 @@ from support.processes import KillableProcess
 from support.salmon import Salmon, fails
 from support.servers import ACCOUNTS, Exim, Postfix, Server, free_port, until
 
+from salmon_revsmtp import Envelope, Reply
+from salmon_revsmtp.delivery.dsn import RecipientStatus, notification
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
 
@@ -144,3 +148,49 @@ def test_a_notification_waits_for_the_relay_and_goes_out_by_postfix(
         shown = postfix.inside("postcat", "-c", f"{postfix.place}/conf", "-q", waiting["queue_id"])
         assert "Content-Type: multipart/report" in shown
         assert "Diagnostic-Code: smtp; 550 5.1.1 no b here" in shown
+
+
+class StrictPostfix(Postfix):
+    """Takes no mail whose MIME structure is wrong, or that says less than it is."""
+
+    def configure(self) -> None:
+        super().configure()
+        with (self.folder / "conf/main.cf").open("a") as conf:
+            for key in ("strict_mime_encoding_domain", "strict_7bit_headers", "strict_8bitmime"):
+                conf.write(f"{key} = yes\n")
+
+
+def test_every_kind_of_notification_passes_a_strict_postfix_as_it_is(
+    salmon: Salmon, chroot: Roots
+) -> None:
+    sender, bob = "sender@example.org", "b@example.org"
+    refused = RecipientStatus.failed(bob, Reply(550, "5.1.1 " + "no caf\u00e9 here " * 30))
+    greek = RecipientStatus.failed("\u03b4@example.org", Reply(550, "no"))
+    utf8 = {"SMTPUTF8": ""}
+    odd = b"Subject: caf\xe9 \xff = \x00\n" + b"X: " + b"x" * 2000 + b"\n\nbody\n"
+    reports = [
+        notification("mx.example.org", Envelope(sender, (), said), [about], message)
+        for said, about, message in (
+            ({"ENVID": "QQ+2B1"}, refused, MESSAGE),
+            ({"RET": "FULL"}, refused, MESSAGE),
+            ({}, refused, odd),
+            ({"RET": "FULL"}, refused, odd),
+            ({**utf8, "RET": "FULL"}, greek, "Subject: δ\n\nbody\n".encode()),
+            (utf8, greek, "Subject: \u03b4\n\nbody\n".encode()),
+        )
+    ]
+    with StrictPostfix(chroot("postfix"), next_hop=free_port()) as postfix:
+        outbox = Outbox(lambda: Relay(host="127.0.0.1", port=postfix.port))
+        for report in reports:
+            outbox.put(sender, report)
+        outbox.send()
+        assert salmon.undeliverable() == []
+        listing = postfix.inside("postqueue", "-c", f"{postfix.place}/conf", "-j")
+        found = []
+        for line in listing.splitlines():
+            key = json.loads(line)["queue_id"]
+            shown = postfix.inside("postcat", "-c", f"{postfix.place}/conf", "-hbq", key)
+            found.append(shown.partition("Content-Type: ")[2])
+    expected = [one.decode().partition("Content-Type: ")[2] for one in reports]
+    assert sorted(found) == sorted(expected)
+    assert all(not email.message_from_string("Content-Type: " + one).defects for one in found)

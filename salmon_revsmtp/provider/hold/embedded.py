@@ -83,7 +83,8 @@ MIGRATIONS = (
         arrived REAL NOT NULL,
         state INTEGER NOT NULL DEFAULT 0,
         strikes INTEGER NOT NULL DEFAULT 0,
-        reason TEXT NOT NULL DEFAULT ''
+        reason TEXT NOT NULL DEFAULT '',
+        warned INTEGER NOT NULL DEFAULT 0
     );
     CREATE INDEX held_by_account ON held (account, state, id);
     CREATE TABLE usage (
@@ -96,8 +97,8 @@ MIGRATIONS = (
 )
 
 _HELD = (
-    "SELECT held.id, account, sender, said, recipients, held.size, arrived, state, strikes, reason "
-    "FROM held JOIN messages ON messages.id = message "
+    "SELECT held.id, account, sender, said, recipients, held.size, arrived, state, strikes, "
+    "reason, warned FROM held JOIN messages ON messages.id = message "
 )
 _USED = (
     "INSERT INTO usage (account, messages, octets) VALUES (?, ?, ?) ON CONFLICT (account) "
@@ -328,6 +329,10 @@ class EmbeddedStore:
             )
         return self.find(key)
 
+    def note_warned(self, key: int) -> None:
+        with self._transaction() as database:
+            database.execute("UPDATE held SET warned = 1 WHERE id = ?", (key,))
+
     def retry(self, keys: Iterable[int]) -> int:
         with self._transaction(synced=False) as database:
             found = [
@@ -520,9 +525,10 @@ def _envelope(sender: str, said: str, recipients: Sequence[tuple[str, Any]]) -> 
 
 
 def _held(row: Sequence[Any]) -> Held:
-    key, account, sender, said, recipients, size, arrived, state, strikes, reason = row
+    key, account, sender, said, recipients, size, arrived, state, strikes, reason, warned = row
     envelope = _envelope(sender, said, [(one, options) for one, options in json.loads(recipients)])
-    return Held(key, account, envelope, size, arrived, State(state), strikes, reason)
+    numbers = (size, arrived, State(state), strikes)
+    return Held(key, account, envelope, *numbers, reason, bool(warned))
 
 
 def _write_private(path: Path, *pieces: bytes) -> None:

@@ -77,6 +77,7 @@ class Held:
     ``arrived``   seconds since the epoch, on the store's clock.
     ``strikes``   how often the session broke over it.
     ``reason``    why it was set aside or did not go out the last time; for a person.
+    ``warned``    its sender has been told that it is delayed.
     """
 
     key: int
@@ -87,6 +88,7 @@ class Held:
     state: State = State.WAITING
     strikes: int = 0
     reason: str = ""
+    warned: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,9 @@ class HoldStore(Protocol):
 
     def retry(self, keys: Iterable[int]) -> int:
         """What was set aside waits again; returns how many there were."""
+
+    def note_warned(self, key: int) -> None:
+        """The sender of this message has been told that it is delayed."""
 
     def find(self, key: int) -> Held | None:
         """One message that is held, whatever its state."""

@@ -1,0 +1,89 @@
+"""What senders are told of held mail: refused by the customer, delayed, or given up.
+
+A sender that is owed nothing (RFC 3461 4.1), or that is a machine (RFC 3834), or one of too many,
+is not told; the log says so.  Its message is not kept for that: the customer has refused it, or has
+not come for it in all the time that there was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from salmon_revsmtp.delivery.dsn import Action, RecipientStatus
+from salmon_revsmtp.delivery.maildir import disk_reply
+from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.reporter import Reporter
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.provider.hold.store import Held
+from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
+
+__all__ = ["Notices"]
+
+log = logging.getLogger(__name__)
+
+
+class Notices:
+    """Has senders told.  Its methods block; each returns ``None`` when the notification is safe on
+    disk, or there is to be none, else the 4yz that says why not.
+
+    ``reporter``  makes notifications.
+    ``outbox``    where they wait until the relay takes them.
+    """
+
+    def __init__(self, reporter: Reporter, outbox: Outbox) -> None:
+        self._reporter, self._outbox = reporter, outbox
+
+    def refused(
+        self, envelope: Envelope, refused: Mapping[str, Reply], content: bytes
+    ) -> Reply | None:
+        """The customer has refused a message for these recipients."""
+        statuses = [RecipientStatus.failed(*one) for one in refused.items()]
+        return self._tell(envelope, statuses, content)
+
+    def expired(self, held: Held, content: bytes, days: float) -> Reply | None:
+        """The customer has not come for a message."""
+        why = f"it was held for {days:g} days, and its recipient's host did not collect it"
+        return self._tell(held.envelope, _each(held, "failed", "5.4.7", why), content, held.arrived)
+
+    def delayed(self, held: Held, content: bytes, until: float) -> Reply | None:
+        """It has not come for so long that the sender may want to know; ``until`` is when it will
+        be given up (seconds since the epoch)."""
+        why = "its recipient's host has not collected it yet; it is still held"
+        statuses = _each(held, "delayed", "4.4.7", why, until)
+        return self._tell(held.envelope, statuses, content, held.arrived)
+
+    def _tell(
+        self,
+        envelope: Envelope,
+        statuses: Sequence[RecipientStatus],
+        content: bytes,
+        arrived: float | None = None,
+    ) -> Reply | None:
+        notice = self._reporter.report(envelope, statuses, content, arrived=arrived)
+        to = angle(envelope.reverse_path)
+        if notice.message is None:
+            why = notice.why_not or "it is not wanted"
+            log_safely(log, logging.INFO, "to=%s no notification: %s", to, why)
+            return None
+        try:
+            self._outbox.put(envelope.reverse_path, notice.message)
+        except OSError as error:
+            log_safely(log, logging.ERROR, "to=%s the notification was not kept: %s", to, error)
+            return disk_reply(error)
+        self._outbox.send_soon()
+        what = statuses[0].action
+        log_safely(log, logging.INFO, "to=%s is told of %d %s", to, len(notice.about), what)
+        return None
+
+
+def _each(
+    held: Held, action: Action, status: str, why: str, until: float | None = None
+) -> list[RecipientStatus]:
+    """The same of all recipients, said by ourselves."""
+    return [
+        RecipientStatus(one, action, status, why, "x-salmon-revsmtp", retry_until=until)
+        for one in held.envelope.recipients
+    ]
