@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -22,8 +22,6 @@ __all__ = ["held"]
 
 # The largest number that a store has for a message.
 LARGEST_KEY = 2**63 - 1
-# Keys in one request: a line of no more than 64 KiB has so many, however long they are.
-AT_ONCE = 1000
 # Recipients that a row of the list names.
 NAMED = 3
 
@@ -276,13 +274,21 @@ def _choose(
         rows = [answer["held"] for answer in desk.ask("held", account=account, state=state)]
     else:
         wanted = list(dict.fromkeys(keys))
-        parts = (wanted[start : start + AT_ONCE] for start in range(0, len(wanted), AT_ONCE))
-        rows = [answer["held"] for part in parts for answer in desk.ask("held", keys=part)]
+        asked = (desk.ask("held", keys=part) for part in _requests(wanted))
+        rows = [answer["held"] for answers in asked for answer in answers]
         found = {row["key"] for row in rows}
         if missing := [str(key) for key in wanted if key not in found]:
             which = "keys" if len(missing) > 1 else "key"
             raise stop(f"no message is held with the {which} {', '.join(missing)}; nothing is done")
     return [Message(row["key"], row["account"], row["size"]) for row in rows]
+
+
+def _requests(keys: Sequence[int]) -> Iterator[Sequence[int]]:
+    """As many keys at a time as may be in a request."""
+    from salmon_revsmtp.server.control import MOST_KEYS
+
+    for start in range(0, len(keys), MOST_KEYS):
+        yield keys[start : start + MOST_KEYS]
 
 
 def _described(chosen: Sequence[Message]) -> str:
@@ -313,10 +319,10 @@ def _act(desk: Desk, action: str, chosen: Sequence[Message], done: str, as_json:
     """Do it, and say what became of each that is not simply done."""
     desk.prepare_to_act()
     treated: list[Message] = []
-    for start in range(0, len(chosen), AT_ONCE):
-        some = {one.key: one for one in chosen[start : start + AT_ONCE]}
-        for answer in desk.ask(action, keys=list(some)):
-            one = some[answer["key"]]
+    messages = {one.key: one for one in chosen}
+    for some in _requests(list(messages)):
+        for answer in desk.ask(action, keys=some):
+            one = messages[answer["key"]]
             if answer["done"]:
                 treated.append(one)
             if as_json:

@@ -25,7 +25,7 @@ from typing import Any
 from salmon_revsmtp.files import give_to_owner, make_folder
 from salmon_revsmtp.safelog import log_safely
 
-__all__ = ["GLANCE", "SOCKET", "Control", "NoServer", "ask", "running"]
+__all__ = ["GLANCE", "MOST_KEYS", "SOCKET", "Control", "NoServer", "ask", "running"]
 
 SOCKET = Path("run/revsmtp.sock")
 
@@ -35,6 +35,8 @@ PATIENCE = 10.0
 GLANCE = 2.0
 # Connections that wait to be taken.
 BACKLOG = 100
+# Keys of messages in one request, which is a line of no more than 64 KiB.
+MOST_KEYS = 1000
 
 log = logging.getLogger(__name__)
 

@@ -33,17 +33,15 @@ from salmon_revsmtp.provider.accounts import Account
 from salmon_revsmtp.provider.hold.store import Held, State
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.upkeep import Treated, Upkeep
-from salmon_revsmtp.server.control import Answers
+from salmon_revsmtp.server.control import MOST_KEYS, Answers
 from salmon_revsmtp.server.providing import Providing
 
-__all__ = ["MOST_KEYS", "ProviderRequests"]
+__all__ = ["ProviderRequests"]
 
 # Rows that are read at a time, and messages that are treated at a time: a bounce takes a sync or
 # two, and who asked waits 10 seconds for a sign.
 PAGE = 200
 AT_ONCE = 20
-# Keys in one request, which is a line of no more than 64 KiB.
-MOST_KEYS = 1000
 # Octets in an answer, before base64; and what is shown of a header, which may be a whole message.
 PIECE = 48 * 1024
 MOST_HEADER = 64 * 1024
