@@ -8,6 +8,7 @@ import selectors
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,7 @@ class World:
             for begin in [self._chance.uniform(5, 120) * HOUR]
         }
         self.configuration = SimpleNamespace(agents=agents)
+        self.project = Path.cwd()
         self.journal = SimpleNamespace(state=self._state)
         self.failing: dict[str, float] = {}
         self.failed: set[str] = set()

@@ -19,17 +19,16 @@ __all__ = ["run"]
 
 log = logging.getLogger(__name__)
 
-LOCKS = Path("run")
 
-
-async def run(agent: Agent, collection: Collection) -> Report:
+async def run(agent: Agent, collection: Collection, locks: Path) -> Report:
     """Run a collection of ``agent`` to its end; returns the report, whatever happens.
 
     Two collections of one agent never run at once, in whatever process: the second is ``busy``.
+    ``locks`` is the folder of the locks.
     """
     report = collection.report
     started = time.monotonic()
-    with exclusive_lock(LOCKS / f"agent-{agent.name}.lock") as ours:
+    with exclusive_lock(locks / f"agent-{agent.name}.lock") as ours:
         if not ours:
             report.outcome = Outcome.BUSY
             report.error = "another collection of this agent is running; wait for it to end"

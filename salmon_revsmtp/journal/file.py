@@ -83,7 +83,7 @@ class JournalFile:
     """The file, which is made when it is first opened."""
 
     def __init__(self, path: Path = DEFAULT_JOURNAL) -> None:
-        self.path = path
+        self.path = path.absolute()  # a handler may change the folder of the process
 
     def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:
         """A connection, its schema up to date, without transactions of Python's own.  It may be

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.plugins import hookspecs
 
 if TYPE_CHECKING:
@@ -143,8 +145,12 @@ def _who(entry: Plugin) -> tuple[str, str]:
 def _guarded(function: Callable[..., Any], hook: str, plugin: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*arguments: Any) -> Any:
+        process = os.getpid()
         try:
-            return function(*arguments)
+            try:
+                return function(*arguments)
+            finally:
+                end_child_of(process)
         except Exception:
             log.exception("plugin=%s hook=%s raised; it is left out this time", plugin, hook)
             return None

@@ -44,6 +44,7 @@ class HoldQueue:
     """Messages that wait below a folder, which is made if it is not there.  Its methods block."""
 
     def __init__(self, folder: Path) -> None:
+        folder = folder.absolute()
         self._tmp, self._hold = folder / "tmp", folder / "hold"
         self._refused, self._broken = folder / "refused", folder / "broken"
         for one in (self._tmp, self._hold, self._refused, self._broken):

@@ -4,14 +4,18 @@ Handlers run in one delivery thread, because Salmon wants that: ``Router.RELOAD`
 handlers at each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not
 thread safe.  Queue mode, which runs no handlers, has a thread of its own, and so have
 notifications, for a relay may take its time.  The event loop never waits for any of them.
+
+Every path is absolute from the start, for a handler may change the folder of the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,11 +26,17 @@ from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, PendingDelivery
 from salmon_revsmtp.delivery.dsn import Notifier
-from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.outbox import UNSENT, Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
-from salmon_revsmtp.delivery.router import RouterDelivery
+from salmon_revsmtp.delivery.router import (
+    DEFAULT_UNDELIVERABLE,
+    RouterDelivery,
+    undeliverable_queue,
+)
 from salmon_revsmtp.journal.collections import Entry, Journal
+from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
+from salmon_revsmtp.journal.file import DEFAULT_JOURNAL
 
 # The client is loaded now: at the first collection the process may have dropped its privileges, or
 # another version may have been installed.
@@ -40,6 +50,9 @@ from salmon_revsmtp.service.policy import Service
 
 __all__ = ["Collector"]
 
+# Where the agents' locks are.
+LOCKS = "run"
+
 # Seconds that a command waits at its end for the relay to take notifications; what it has not taken
 # by then goes out another time.
 RELAY_PATIENCE = 60.0
@@ -49,20 +62,28 @@ class Collector:
     """Runs collections of a configuration; a context manager that waits for its threads.
 
     ``relay``        asked for Salmon's relay when a notification has to go out.
+    ``project``      the folder that relative paths are below; the current one by default.
     ``interrupted``  a signal has ended :meth:`collect`.
     """
 
     def __init__(
-        self, configuration: Configuration, plugins: Plugins, relay: Callable[[], Any]
+        self,
+        configuration: Configuration,
+        plugins: Plugins,
+        relay: Callable[[], Any],
+        project: Path | None = None,
     ) -> None:
         self.configuration = configuration
+        self.project = project or Path.cwd()
         self._plugins = plugins
-        self.journal = Journal()
-        self._deliveries = DeliveryJournal()
+        self.journal = Journal(self.project / DEFAULT_JOURNAL)
+        self._deliveries = DeliveryJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
         self._queueing: BatchWorker[PendingDelivery] = BatchWorker("queueing")
-        self._outbox = Outbox(relay)
+        self._outbox = Outbox(relay, self.project / UNSENT)
         self.interrupted = False
+        with contextlib.suppress(OSError):  # it is tried again with each message
+            undeliverable_queue(self.project / DEFAULT_UNDELIVERABLE)
 
     def __enter__(self) -> Collector:
         return self
@@ -100,10 +121,11 @@ class Collector:
         return {name: self._dispatcher(service) for name, service in self.services.items()}
 
     def _dispatcher(self, service: Service) -> Dispatcher:
-        delivery: Delivery = RouterDelivery()
+        delivery: Delivery = RouterDelivery(self.project)
         worker = self._handling
         if service.settings.delivery == "queue":
-            delivery, worker = QueueDelivery(service.settings.queue), self._queueing
+            delivery = QueueDelivery(service.settings.queue, self.project)
+            worker = self._queueing
         notifier = Notifier(lambda: service.hostname, self._outbox)
         return Dispatcher(
             service.name,
@@ -147,7 +169,7 @@ class Collector:
         if not await asyncio.to_thread(self.enabled, agent):
             current.report.outcome = Outcome.DISABLED
             return current.report
-        report = await run.run(agent, current)
+        report = await run.run(agent, current, self.project / LOCKS)
         if report.outcome is not Outcome.BUSY:
             good = report.outcome.good
             await asyncio.to_thread(self.journal.record, _entry(report, started), good)

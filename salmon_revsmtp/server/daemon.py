@@ -22,7 +22,7 @@ from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.control import Answers, Control
+from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["GRACE", "Daemon"]
@@ -70,7 +70,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._listeners: list[Listener] = []
-        self._control = Control(self._answer)
+        self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
                 name: agent.settings.every * 60

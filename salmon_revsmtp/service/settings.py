@@ -133,6 +133,12 @@ class ServiceSettings(BaseModel):
             raise ValueError("that is not a host and a port")
         return value
 
+    @field_validator("tls_cert", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # The files are read again, and a handler may have changed the folder of the process.
+        return value.absolute() if value is not None else None
+
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
         if self.tls_cert is None and self.tls_key is not None:
