@@ -7,7 +7,6 @@ a batch by itself and waits for nothing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -43,6 +42,10 @@ class BatchHandler(Protocol[Item_contra]):
     def end(self, items: Sequence[Item_contra]) -> None:
         """These have been done."""
 
+    def drop(self, item: Item_contra) -> None:
+        """This one will not be done: it was withdrawn, the thread was closed, or its batch failed.
+        The one call that may come in another thread."""
+
 
 class BatchWorker(Generic[Item]):
     """Works off what several handlers have, in the order in which it came, in one thread.
@@ -70,14 +73,21 @@ class BatchWorker(Generic[Item]):
 
     def withdraw(self, handler: BatchHandler[Item], item: Item) -> None:
         """Forget an item whose turn has not come."""
-        with self._lock, contextlib.suppress(ValueError):
-            self._waiting.remove((handler, item))
+        try:
+            with self._lock:
+                self._waiting.remove((handler, item))
+        except ValueError:
+            return
+        handler.drop(item)
 
     def close(self, wait: bool) -> None:
         """Begin nothing more; ``wait`` for the item in hand."""
         with self._lock:
             self._closed = True
+            dropped = list(self._waiting)
             self._waiting.clear()
+        for handler, item in dropped:
+            handler.drop(item)
         self._executor.shutdown(wait=wait, cancel_futures=True)
 
     # -- in the thread ----------------------------------------------------------------------------
@@ -90,10 +100,15 @@ class BatchWorker(Generic[Item]):
             except BaseException:
                 # A bug.  What hears no answer is deferred when its time is up.
                 log_safely(log, logging.ERROR, "a batch of deliveries failed", error=True)
+                for item in items:
+                    handler.drop(item)
                 continue
             with self._lock:
-                if not self._closed:
+                closed = self._closed
+                if not closed:
                     self._waiting.extendleft((handler, item) for item in reversed(left))
+            for item in left if closed else ():
+                handler.drop(item)
 
     def _next(self) -> tuple[BatchHandler[Item], list[Item]] | None:
         """The next batch, which is of one handler; ``None``: there is no work."""

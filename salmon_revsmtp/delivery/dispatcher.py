@@ -32,6 +32,7 @@ from salmon_revsmtp.delivery.dsn import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.journal.claims import Claims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -46,6 +47,7 @@ LOOK_EVERY = 0.05
 
 BUG = Reply(451, "internal error, try again later", "4.3.0")
 STOPPED = Reply(451, "shutting down, try again later", "4.3.2")
+ELSEWHERE = Reply(451, "it is being handled elsewhere, try again later", "4.3.0")
 LOOP = Reply(554, f"mail loop detected: {MAX_HOPS} Received headers", "5.4.6")
 
 
@@ -69,6 +71,10 @@ class Delivery(Protocol):
         the reply that says why not."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(eq=False)
 class PendingDelivery:
     """A message on its way to its recipients, how far that is, and what its client is to hear.
@@ -84,6 +90,7 @@ class PendingDelivery:
     ``answered``   called in the event loop once ``reply`` is there.
     ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
     ``number``     its place among those of its session when it came.
+    ``over``       called when nothing will be done for it any more, from whatever thread.
     """
 
     origin: Origin
@@ -97,6 +104,7 @@ class PendingDelivery:
     since: float = 0.0
     until: float = 0.0
     number: int = 1
+    over: Callable[[], None] = _nothing
     begun: bool = False
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -139,12 +147,15 @@ def _last_of_many(replies: Sequence[Reply]) -> Reply | None:
 
 
 class Dispatcher:
-    """Delivers the messages of one service, one after another, in the thread of ``worker``.
+    """Delivers messages of one service, one after another, in the thread of ``worker``.
 
     ``service``          its name.
+    ``claims``           what this dispatcher is delivering.
     ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
     ``repeat_seconds``   how long a message that is redelivered is known.
+    ``share``            asked for an agent when a message of it comes; what it returns is called
+                         when nothing will be done for that message any more.
     """
 
     def __init__(
@@ -152,6 +163,7 @@ class Dispatcher:
         service: str,
         delivery: Delivery,
         journal: DeliveryJournal,
+        claims: Claims,
         plugins: HookCaller,
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
@@ -159,12 +171,15 @@ class Dispatcher:
         spell: Callable[[str], str],
         handler_timeout: float,
         repeat_seconds: float,
+        share: Callable[[str], Callable[[], None]] = lambda agent: _nothing,
     ) -> None:
         self._service = service
         self._spell = spell
+        self._share = share
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
         self._journal = journal
+        self._claims = claims
         self._plugins = plugins
         self._notifier = notifier
         self._worker = worker
@@ -173,6 +188,7 @@ class Dispatcher:
         self._looking = False  # soon
         # Of the batch in hand, in the thread.
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
+        self._elsewhere: set[MessageKey] = set()
         self._lines: deque[tuple[PendingDelivery, str, Reply, bool]] = deque()
         self._log_at = 0.0
 
@@ -196,10 +212,13 @@ class Dispatcher:
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
         self._waiting.append(pending)
+        if pending.origin.agent is not None:
+            pending.over = self._share(pending.origin.agent.name)
         try:
             self._worker.submit(self, pending)
         except RuntimeError:  # the thread is closed
             pending.abandon(STOPPED)
+            pending.over()
         self._look_soon()
 
     async def delivered(self, pending: PendingDelivery) -> Reply:
@@ -271,21 +290,30 @@ class Dispatcher:
                 pending.key = MessageKey.of(self._service, sender, pending.data)
             keys.append(pending.key)
         self._log_at = time.monotonic() + LOOK_EVERY
+        # First claimed, then looked up: what another process has in hand may be recorded between.
+        self._elsewhere = self._claims.claim(keys)
         self._known = self._journal.known_all(keys, self._repeat_seconds)
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
         lines = item.begin()
-        if lines is None:
-            return
         try:
-            self._deliver(item, lines)
+            if lines is not None:
+                self._deliver(item, lines)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
+        finally:
+            self.drop(item)
+
+    def drop(self, item: PendingDelivery) -> None:
+        """Nothing more will be done for it."""
+        over, item.over = item.over, _nothing
+        over()
 
     def end(self, items: Sequence[PendingDelivery]) -> None:
         """Log those of a batch, and answer them."""
+        self._claims.release(self._known)
         self._log_lines()
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
@@ -294,10 +322,13 @@ class Dispatcher:
     def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
         key = pending.key
         assert key is not None
-        if hops(lines) >= MAX_HOPS:
+        refusal = LOOP if hops(lines) >= MAX_HOPS else None
+        if key in self._elsewhere:
+            refusal = ELSEWHERE
+        if refusal is not None:
             for recipient in pending.envelope.recipients:
-                self._note(pending, recipient, LOOP, repeat=False)
-            pending.settle(LOOP)
+                self._note(pending, recipient, refusal, repeat=False)
+            pending.settle(refusal)
             return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]

@@ -22,6 +22,7 @@ from typing import Any
 from salmon_revsmtp.customer import run
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
+from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import Delivery, Dispatcher, PendingDelivery
@@ -33,6 +34,7 @@ from salmon_revsmtp.delivery.router import (
     RouterDelivery,
     undeliverable_queue,
 )
+from salmon_revsmtp.journal.claims import CLAIMS, Claims
 from salmon_revsmtp.journal.collections import Entry, Journal
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
@@ -76,6 +78,7 @@ class Collector:
         self.configuration = configuration
         self.project = project or Path.cwd()
         self._plugins = plugins
+        self._locks = AgentLocks(self.project / LOCKS)
         self.journal = Journal(self.project / DEFAULT_JOURNAL)
         self._deliveries = DeliveryJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
@@ -103,6 +106,7 @@ class Collector:
         if wait:
             self._outbox.wait(RELAY_PATIENCE)
             self._deliveries.close()
+            Claims(self.project / CLAIMS).close()
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""
@@ -131,12 +135,14 @@ class Collector:
             service.name,
             delivery,
             self._deliveries,
+            Claims(self.project / CLAIMS),
             self._plugins,
             notifier,
             worker,
             spell=service.spell,
             handler_timeout=service.settings.handler_timeout,
             repeat_seconds=service.settings.repeat_seconds,
+            share=self._locks.share,
         )
 
     async def listeners(self) -> list[Listener]:
@@ -169,7 +175,7 @@ class Collector:
         if not await asyncio.to_thread(self.enabled, agent):
             current.report.outcome = Outcome.DISABLED
             return current.report
-        report = await run.run(agent, current, self.project / LOCKS)
+        report = await run.run(agent, current, self._locks)
         if report.outcome is not Outcome.BUSY:
             good = report.outcome.good
             await asyncio.to_thread(self.journal.record, _entry(report, started), good)
