@@ -57,7 +57,8 @@ class Gate:
 def worker() -> Iterator[BatchWorker[str]]:
     worker = BatchWorker[str]("worker")
     yield worker
-    worker.close(wait=True)
+    worker.close()
+    assert worker.wait(LONG)
 
 
 @pytest.fixture
@@ -138,11 +139,11 @@ def test_closed_it_ends_behind_the_piece_in_hand(endless: None) -> None:
         worker.submit(handler, piece)
     first.opened.set()
     assert second.reached.wait(LONG)
-    worker.close(wait=False)
+    worker.close()
     with pytest.raises(RuntimeError):
         worker.submit(handler, "e")
     second.opened.set()
-    worker.close(wait=True)
+    assert worker.wait(LONG)
     assert handler.record[3:] == ["begin b c d", "b", "end b", "drop c", "drop d"]
     with pytest.raises(RuntimeError):
         worker.submit(handler, "e")

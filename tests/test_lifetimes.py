@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.journal.claims import CLAIMS, Claims
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server import collector as module
 from salmon_revsmtp.server.collector import Collector
 
 SLOW = """
@@ -161,6 +163,63 @@ def quick(salmon: Salmon, port: int) -> Collector:
     service = {"hostname": "mail.example.org", "handler_timeout": 0.5}
     valid = configuration(agent_keys(port), plugins=plugins, default=service)
     return Collector(valid, plugins, lambda: salmon.relay)
+
+
+def test_a_signal_while_a_late_handler_is_waited_for_gives_it_the_grace(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRACE", 0.1)
+    handler = Handler()
+    salmon.handle(".*", handler)
+
+    async def main() -> Collector:
+        async with scripted(message(451)) as port:
+            collector = quick(salmon, port)
+            await collector.collect(collector.configuration.agents, signals=[signal.SIGUSR1])
+        return collector
+
+    collector = asyncio.run(main())
+    assert handler.begun.wait(LONG)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with collector:
+            pass
+        assert collector.interrupted
+        assert not handler.go.is_set()
+    finally:
+        handler.go.set()
+
+
+def test_a_signal_while_a_message_is_being_handled_gives_it_the_grace(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRACE", 0.1)
+    handler = Handler()
+    salmon.handle(".*", handler)
+
+    async def unanswered(provider: Dialogue) -> None:
+        await provider.reverse()
+        with pytest.raises((ConnectionError, AssertionError)):
+            await provider.send(MESSAGE)
+
+    async def main() -> Collector:
+        async with scripted(unanswered) as port:
+            valid = configuration(agent_keys(port))
+            collector = Collector(valid, Plugins.load(), lambda: salmon.relay)
+            collecting = asyncio.create_task(
+                collector.collect(valid.agents, signals=[signal.SIGUSR1])
+            )
+            await asyncio.to_thread(handler.begun.wait, LONG)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.wait_for(collecting, LONG)
+        return collector
+
+    try:
+        with asyncio.run(main()) as collector:
+            assert collector.interrupted
+        assert not handler.go.is_set()
+    finally:
+        handler.go.set()
 
 
 def test_an_agents_lock_lives_as_long_as_its_last_share(tmp_path: Path) -> None:

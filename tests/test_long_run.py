@@ -76,7 +76,6 @@ class World:
         }
         self.configuration = SimpleNamespace(agents=agents)
         self.project = Path.cwd()
-        self.journal = SimpleNamespace(state=self._state)
         self.failing: dict[str, float] = {}
         self.failed: set[str] = set()
         self.sent_waiting: list[float] = []
@@ -88,10 +87,10 @@ class World:
         """As CLOCK_BOOTTIME: it goes on while the machine sleeps, and timers do not."""
         return self._loop.time() + self.slept
 
-    def _state(self, name: str) -> AgentState:
+    async def state(self, name: str) -> AgentState:
         return AgentState(None, self.failing.get(name))
 
-    def enabled(self, agent: Any) -> bool:
+    async def enabled(self, agent: Any) -> bool:
         return True
 
     async def listeners(self) -> list[Any]:

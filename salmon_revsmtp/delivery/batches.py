@@ -12,10 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Generic, Protocol, TypeVar
 
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.threads import Threads
 
 __all__ = ["BatchHandler", "BatchWorker"]
 
@@ -54,7 +55,8 @@ class BatchWorker(Generic[Item]):
     """
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = Threads(name, 1)
+        self._work_under_way: Future[None] | None = None
         self._lock = threading.Lock()
         self._waiting: deque[tuple[BatchHandler[Item], Item]] = deque()
         self._most = BATCH_SIZE  # in the next batch
@@ -67,7 +69,7 @@ class BatchWorker(Generic[Item]):
             if self._closed:
                 raise RuntimeError("the thread of deliveries is closed")
             if not self._at_work:
-                self._executor.submit(self._work)
+                self._work_under_way = self._thread.submit(self._work)
                 self._at_work = True
             self._waiting.append((handler, item))
 
@@ -80,15 +82,20 @@ class BatchWorker(Generic[Item]):
             return
         handler.drop(item)
 
-    def close(self, wait: bool) -> None:
-        """Begin nothing more; ``wait`` for the item in hand."""
+    def close(self) -> None:
+        """Begin nothing more."""
         with self._lock:
             self._closed = True
             dropped = list(self._waiting)
             self._waiting.clear()
+        self._thread.close()
         for handler, item in dropped:
             handler.drop(item)
-        self._executor.shutdown(wait=wait, cancel_futures=True)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the item in hand, for so long at most; whether none is left in hand."""
+        under_way = self._work_under_way
+        return under_way is None or not wait([under_way], seconds).not_done
 
     # -- in the thread ----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -151,6 +152,7 @@ class Dispatcher:
 
     ``service``          its name.
     ``claims``           what this dispatcher is delivering.
+    ``turn``             held while ``delivery`` is at work, which others may not be then.
     ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
     ``repeat_seconds``   how long a message that is redelivered is known.
@@ -168,6 +170,7 @@ class Dispatcher:
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
         *,
+        turn: AbstractContextManager[object],
         spell: Callable[[str], str],
         handler_timeout: float,
         repeat_seconds: float,
@@ -180,6 +183,7 @@ class Dispatcher:
         self._delivery = delivery
         self._journal = journal
         self._claims = claims
+        self._turn = turn
         self._plugins = plugins
         self._notifier = notifier
         self._worker = worker
@@ -341,6 +345,8 @@ class Dispatcher:
                 self._note(pending, recipient, record.reply, repeat=True)
                 continue
             record = self._hand_over(pending, key, recipient, content)
+            if record is None:
+                return
             (deferred if record.reply.transient else known)[recipient] = record
             self._note(pending, recipient, record.reply, repeat=False)
             if self._plugins.implemented("message_delivered"):
@@ -350,15 +356,18 @@ class Dispatcher:
 
     def _hand_over(
         self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
-    ) -> DeliveryRecord:
-        """Handled, and recorded."""
+    ) -> DeliveryRecord | None:
+        """Handled, and recorded; ``None`` if no one waits for that any more."""
         envelope, origin = pending.envelope, pending.origin
         trace = origin.received(envelope, recipient) + separator(content)
         reply = None
         if self._plugins.implemented("message_received"):
             reply = self._refusal(origin, envelope, trace, content)
         if reply is None:
-            reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
+            with self._turn:
+                if pending.abandoned:
+                    return None
+                reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,12 +28,13 @@ from typing import Any
 from salmon_revsmtp.forks import ours_alone
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.configuration import Configuration, load
-from salmon_revsmtp.server.daemon import GRACE, Daemon
+from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.server.eventloop import run
 from salmon_revsmtp.server.project import enable_logging
 from salmon_revsmtp.settings import SettingsError
+from salmon_revsmtp.threads import apart
 
 __all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
 
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 
 # The status of a process that ends because something failed: systemd starts it again.
 FAILURE = 1
+
+# Seconds for what is to happen when the process ends.
+LAST_WORDS = 5.0
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -197,7 +201,7 @@ async def _serve(
     try:
         await daemon.run(started)
     finally:
-        collector.close(wait=False)
+        collector.close()
     return stopped_by
 
 
@@ -223,14 +227,20 @@ def _salmons_descriptors() -> Iterable[int]:
 
 def _end_process(status: int, project: Path, exit_functions: bool) -> None:
     """Salmon's own threads run for ever: what is to happen at exit happens here, then it is over.
+    It is other people's code, too, and has :data:`LAST_WORDS` seconds.
 
     A handler that is still running has not been answered 250; the provider keeps its message.
     """
-    with contextlib.suppress(Exception):
-        os.chdir(project)  # as for python-daemon, which deletes its PID file by its name
-    with contextlib.suppress(Exception):
-        logging.shutdown()
-    if exit_functions:
+
+    def end() -> None:
         with contextlib.suppress(Exception):
-            atexit._run_exitfuncs()
+            os.chdir(project)  # as for python-daemon, which deletes its PID file by its name
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+        if exit_functions:
+            with contextlib.suppress(Exception):
+                atexit._run_exitfuncs()
+
+    with contextlib.suppress(RuntimeError):
+        wait([apart("exit", end)], LAST_WORDS)
     os._exit(status)

@@ -21,16 +21,14 @@ from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.smtp.replies import without_surrogates
 
-__all__ = ["GRACE", "Daemon"]
+__all__ = ["Daemon"]
 
 log = logging.getLogger(__name__)
 
-# Seconds that a stop waits for the messages in hand.
-GRACE = 10.0
 # The schedule is looked at this often at least: a machine that slept is noticed that soon.
 TICK = 15.0
 # And no oftener than this, however near the next time is.
@@ -111,7 +109,7 @@ class Daemon:
     async def _recall(self) -> None:
         """Who was failing when the last process ended: its recovery is news."""
         for name in self._agents:
-            state = await asyncio.to_thread(self._collector.journal.state, name)
+            state = await self._collector.state(name)
             if state.failing_since is not None:
                 self._failing[name] = state.failing_since
 
@@ -156,11 +154,9 @@ class Daemon:
             self._wake.set()
 
     async def _may_run(self, agent: Agent) -> bool:
-        if not await asyncio.to_thread(self._collector.enabled, agent):
+        if not await self._collector.enabled(agent):
             return False
-        reason = None
-        if self._plugins.implemented("may_collect"):
-            reason = await asyncio.to_thread(self._plugins.call, "may_collect", agent=agent)
+        reason = await self._plugins.call_apart("may_collect", agent)
         if reason and self._held.get(agent.name) != reason:
             log_safely(log, logging.INFO, "agent=%s held back: %s", agent.name, reason)
         if not reason and self._held.get(agent.name):

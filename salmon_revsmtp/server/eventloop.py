@@ -7,20 +7,26 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from salmon_revsmtp.forks import ours_alone
+from salmon_revsmtp.threads import LoopThreads
 
 __all__ = ["run"]
+
+# Threads of the loop, in which names are looked up and agent types may do what blocks.  asyncio has
+# six of them on two cores, which as many dead name servers would hold.
+MOST_THREADS = 64
 
 Result = TypeVar("Result")
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """As :func:`asyncio.run`; but a child that a handler forks keeps nothing open that the loop
-    has."""
+    """As :func:`asyncio.run`; but its end waits for no thread, and a child that a handler forks
+    keeps nothing open that the loop has."""
     return asyncio.run(_prepared(main))
 
 
 async def _prepared(main: Coroutine[Any, Any, Result]) -> Result:
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(LoopThreads("eventloop", MOST_THREADS))
     with ours_alone(lambda: _descriptors(loop)):
         return await main
 
