@@ -369,6 +369,7 @@ def test_another_process_has_the_server_hold_it(salmon: Salmon, tmp_path: Path) 
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SALMON_SETTINGS_MODULE", "ourconfig")
+        patch.setattr(holding, "PROJECT", salmon.folder)
         patch.syspath_prepend(str(salmon.folder))
         in_the_world(salmon, work)
         hold(request())  # and no server runs any more

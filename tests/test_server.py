@@ -12,8 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from support.dialogue import Dialogue, no_more_mail
 from support.messages import MESSAGE
 from support.project import Project, isp, one_message, provider
 from support.servers import free_port
+from support.serving import RUN, START, answers, ended_with, server, wait_for
 
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.server.control import ask
@@ -34,62 +33,6 @@ def project(tmp_path: Path) -> Project:
     # Salmon's own receiver must not meet that of another test.
     made.receiver_port = free_port()
     return made
-
-
-def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
-    """Until something that another process does can be seen."""
-    give_up = time.monotonic() + 20
-    while not what():
-        assert process is None or process.poll() is None, "the server has ended"
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.02)
-
-
-START = [sys.executable, "-c", "from salmon.commands import main; main()", "start", "--no-daemon"]
-RUN = [sys.executable, "-m", "salmon_revsmtp", "run"]
-
-
-@contextlib.contextmanager
-def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that answers on its control socket."""
-    settings = project.folder / "config/settings.py"
-    text = settings.read_text()
-    settings.write_text(
-        text + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
-    )
-    environment = {**os.environ, "ISP_PASSWORD": "correct horse battery"}
-    log_file = project.folder / "server.log"
-    log = log_file.open("wb")
-    process = subprocess.Popen(
-        command, cwd=project.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-    )
-    try:
-        wait_for(lambda: answers(project), process)
-        yield process
-    except BaseException:
-        print(log_file.read_text())
-        raise
-    finally:
-        # Coverage has what it ran only if it may end by itself.
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            process.kill()
-            process.wait()
-            log.close()
-
-
-def answers(project: Project) -> bool:
-    """Whether a server answers on the project's control socket."""
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(project.folder / "run/revsmtp.sock")) == 0
-
-
-def ended_with(project: Project, process: subprocess.Popen[bytes]) -> int:
-    code = process.wait(20)
-    assert not (project.folder / "run/revsmtp.sock").exists()
-    return code
 
 
 @pytest.mark.parametrize("command", [START, [*START[:-1], "--debug"], RUN])

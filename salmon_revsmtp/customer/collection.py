@@ -197,5 +197,4 @@ class Collection:
 
     async def call(self, hook: str, **arguments: Any) -> None:
         """A hook, in a thread of its own: it may block, and only this collection waits."""
-        if self._plugins.implemented(hook):
-            await asyncio.to_thread(self._plugins.call, hook, agent=self.agent, **arguments)
+        await self._plugins.call_apart(hook, self.agent, **arguments)

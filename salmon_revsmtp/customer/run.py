@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from pathlib import Path
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
+from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.net.outcome import CollectionError, Outcome
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import without_surrogates
@@ -19,20 +18,24 @@ __all__ = ["run"]
 
 log = logging.getLogger(__name__)
 
-LOCKS = Path("run")
+BUSY = (
+    "another collection of this agent is running, or a handler that one has started; wait for it "
+    "to end"
+)
 
 
-async def run(agent: Agent, collection: Collection) -> Report:
+async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report:
     """Run a collection of ``agent`` to its end; returns the report, whatever happens.
 
     Two collections of one agent never run at once, in whatever process: the second is ``busy``.
+    So is one in another process while a handler that this one has started still runs.
     """
     report = collection.report
     started = time.monotonic()
-    with exclusive_lock(LOCKS / f"agent-{agent.name}.lock") as ours:
+    with locks.collecting(agent.name) as ours:
         if not ours:
             report.outcome = Outcome.BUSY
-            report.error = "another collection of this agent is running; wait for it to end"
+            report.error = BUSY
             return report
         await collection.service.find_hostname()
         await collection.call("collection_started")

@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +33,7 @@ from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.journal.claims import Claims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -46,6 +48,7 @@ LOOK_EVERY = 0.05
 
 BUG = Reply(451, "internal error, try again later", "4.3.0")
 STOPPED = Reply(451, "shutting down, try again later", "4.3.2")
+ELSEWHERE = Reply(451, "it is being handled elsewhere, try again later", "4.3.0")
 LOOP = Reply(554, f"mail loop detected: {MAX_HOPS} Received headers", "5.4.6")
 
 
@@ -69,6 +72,10 @@ class Delivery(Protocol):
         the reply that says why not."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(eq=False)
 class PendingDelivery:
     """A message on its way to its recipients, how far that is, and what its client is to hear.
@@ -84,6 +91,7 @@ class PendingDelivery:
     ``answered``   called in the event loop once ``reply`` is there.
     ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
     ``number``     its place among those of its session when it came.
+    ``over``       called when nothing will be done for it any more, from whatever thread.
     """
 
     origin: Origin
@@ -97,6 +105,7 @@ class PendingDelivery:
     since: float = 0.0
     until: float = 0.0
     number: int = 1
+    over: Callable[[], None] = _nothing
     begun: bool = False
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -157,12 +166,16 @@ async def delivered(deliverer: Deliverer, pending: PendingDelivery) -> Reply:
 
 
 class Dispatcher:
-    """Delivers the messages of one service, one after another, in the thread of ``worker``.
+    """Delivers messages of one service, one after another, in the thread of ``worker``.
 
     ``service``          its name.
+    ``claims``           what this dispatcher is delivering.
+    ``turn``             held while ``delivery`` is at work, which others may not be then.
     ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
     ``repeat_seconds``   how long a message that is redelivered is known.
+    ``share``            asked for an agent when a message of it comes; what it returns is called
+                         when nothing will be done for that message any more.
     """
 
     def __init__(
@@ -170,19 +183,25 @@ class Dispatcher:
         service: str,
         delivery: Delivery,
         journal: DeliveryJournal,
+        claims: Claims,
         plugins: HookCaller,
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
         *,
+        turn: AbstractContextManager[object],
         spell: Callable[[str], str],
         handler_timeout: float,
         repeat_seconds: float,
+        share: Callable[[str], Callable[[], None]] = lambda agent: _nothing,
     ) -> None:
         self._service = service
         self._spell = spell
+        self._share = share
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
         self._journal = journal
+        self._claims = claims
+        self._turn = turn
         self._plugins = plugins
         self._notifier = notifier
         self._worker = worker
@@ -191,6 +210,7 @@ class Dispatcher:
         self._looking = False  # soon
         # Of the batch in hand, in the thread.
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
+        self._elsewhere: set[MessageKey] = set()
         self._lines: deque[tuple[PendingDelivery, str, Reply, bool]] = deque()
         self._log_at = 0.0
 
@@ -214,10 +234,13 @@ class Dispatcher:
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
         self._waiting.append(pending)
+        if pending.origin.agent is not None:
+            pending.over = self._share(pending.origin.agent.name)
         try:
             self._worker.submit(self, pending)
         except RuntimeError:  # the thread is closed
             pending.abandon(STOPPED)
+            pending.over()
         self._look_soon()
 
     def _look_soon(self) -> None:
@@ -280,21 +303,30 @@ class Dispatcher:
                 pending.key = MessageKey.of(self._service, sender, pending.data)
             keys.append(pending.key)
         self._log_at = time.monotonic() + LOOK_EVERY
+        # First claimed, then looked up: what another process has in hand may be recorded between.
+        self._elsewhere = self._claims.claim(keys)
         self._known = self._journal.known_all(keys, self._repeat_seconds)
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
         lines = item.begin()
-        if lines is None:
-            return
         try:
-            self._deliver(item, lines)
+            if lines is not None:
+                self._deliver(item, lines)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
+        finally:
+            self.drop(item)
+
+    def drop(self, item: PendingDelivery) -> None:
+        """Nothing more will be done for it."""
+        over, item.over = item.over, _nothing
+        over()
 
     def end(self, items: Sequence[PendingDelivery]) -> None:
         """Log those of a batch, and answer them."""
+        self._claims.release(self._known)
         self._log_lines()
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
@@ -303,10 +335,13 @@ class Dispatcher:
     def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
         key = pending.key
         assert key is not None
-        if hops(lines) >= MAX_HOPS:
+        refusal = LOOP if hops(lines) >= MAX_HOPS else None
+        if key in self._elsewhere:
+            refusal = ELSEWHERE
+        if refusal is not None:
             for recipient in pending.envelope.recipients:
-                self._note(pending, recipient, LOOP, repeat=False)
-            pending.settle(LOOP)
+                self._note(pending, recipient, refusal, repeat=False)
+            pending.settle(refusal)
             return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]
@@ -319,6 +354,8 @@ class Dispatcher:
                 self._note(pending, recipient, record.reply, repeat=True)
                 continue
             record = self._hand_over(pending, key, recipient, content)
+            if record is None:
+                return
             (deferred if record.reply.transient else known)[recipient] = record
             self._note(pending, recipient, record.reply, repeat=False)
             if self._plugins.implemented("message_delivered"):
@@ -328,15 +365,18 @@ class Dispatcher:
 
     def _hand_over(
         self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
-    ) -> DeliveryRecord:
-        """Handled, and recorded."""
+    ) -> DeliveryRecord | None:
+        """Handled, and recorded; ``None`` if no one waits for that any more."""
         envelope, origin = pending.envelope, pending.origin
         trace = origin.received(envelope, recipient) + separator(content)
         reply = None
         if self._plugins.implemented("message_received"):
             reply = self._refusal(origin, envelope, trace, content)
         if reply is None:
-            reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
+            with self._turn:
+                if pending.abandoned:
+                    return None
+                reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:

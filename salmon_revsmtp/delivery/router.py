@@ -12,7 +12,9 @@ once, synced to disk.  Every other push goes through as it was.
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 from salmon import mail
@@ -22,6 +24,7 @@ from salmon.server import SMTPError
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import separator, stored_envelope
 from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
@@ -37,7 +40,15 @@ log = logging.getLogger(__name__)
 
 
 class RouterDelivery:
-    """Runs handlers before the 250."""
+    """Runs handlers before the 250.
+
+    ``project``  the folder in which an undeliverable queue is made if there is none; the current
+                 one by default.
+    """
+
+    def __init__(self, project: Path | None = None) -> None:
+        # A handler may change the folder of the process.
+        self._place = Path(project or Path.cwd(), DEFAULT_UNDELIVERABLE)
 
     def deliver(
         self,
@@ -53,7 +64,7 @@ class RouterDelivery:
         handler's ``SMTPError`` as its reply; 452 or 451 when the message could be kept nowhere.
         """
         try:
-            undeliverable = undeliverable_queue()
+            undeliverable = undeliverable_queue(self._place)
         except OSError as error:
             # Without a last safe place, what a handler raises on would be gone.
             log_safely(
@@ -70,7 +81,10 @@ class RouterDelivery:
                 if recipient:  # Salmon takes the To header where it cannot read the envelope
                     request.To = recipient.lower()
                 kept.request = request
-                Router.deliver(request)
+                try:
+                    Router.deliver(request)
+                finally:
+                    end_child_of(kept.process)
             except SMTPError as error:
                 return reply_to_error(error)
             except Exception:
@@ -116,6 +130,7 @@ class _Kept:
         self.done = False
         self.failure: OSError | None = None
         self._before = before
+        self.process = os.getpid()
         self.envelope, self._recipient, self._message = envelope, recipient, message
 
     def __enter__(self) -> _Kept:
@@ -126,6 +141,8 @@ class _Kept:
         self._before.delivering.kept = None
 
     def push(self) -> str:
+        if os.getpid() != self.process:
+            os._exit(1)  # a child in which the handler raised; its parent has the message
         if self.done:
             return ""
         lines = stored_envelope(self.envelope, self._recipient)
@@ -185,14 +202,14 @@ def envelope_of(message: Any) -> Envelope | None:
 _wrapping = threading.Lock()
 
 
-def undeliverable_queue() -> _Undeliverable:
-    """The Router's undeliverable queue, made and wrapped where it is not yet.  Raises
+def undeliverable_queue(place: Path = Path(DEFAULT_UNDELIVERABLE)) -> _Undeliverable:
+    """The Router's undeliverable queue, made in ``place`` and wrapped where it is not yet.  Raises
     :class:`OSError`."""
     with _wrapping:
         current = Router.UNDELIVERABLE_QUEUE
         if not isinstance(current, _Undeliverable):
             if current is None:
-                current = open_queue(DEFAULT_UNDELIVERABLE)
+                current = open_queue(place)
             make_whole(current)
             current = Router.UNDELIVERABLE_QUEUE = _Undeliverable(current)
         return current

@@ -143,7 +143,7 @@ def _providing(configuration: Configuration, plugins: Plugins, folder: Path) -> 
         raise ConnectionError("the demo sends no mail to the world")
 
     rates = RateLimit(CountJournal(JournalConnection(folder / "journal")))
-    return Providing(configuration, plugins, Outbox(no_relay, folder / "unsent"), rates)
+    return Providing(configuration, plugins, Outbox(no_relay, folder / "unsent"), rates, folder)
 
 
 async def _collect(
@@ -174,7 +174,8 @@ async def _collect(
             reports += await collector.collect(configuration.agents)
         seconds = time.monotonic() - started
     left = store.usage(ACCOUNT).messages
-    providing.close(wait=True)
+    providing.close()
+    providing.close_store()
     return reports, left, seconds
 
 

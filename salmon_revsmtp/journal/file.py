@@ -92,7 +92,7 @@ class JournalFile:
     def __init__(
         self, path: Path = DEFAULT_JOURNAL, migrations: Sequence[str] | None = None
     ) -> None:
-        self.path = path
+        self.path = path.absolute()  # a handler may change the folder of the process
         self._migrations = MIGRATIONS if migrations is None else migrations
 
     def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:

@@ -160,6 +160,13 @@ class Intake:
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
 
+    def drop(self, item: PendingDelivery) -> None:
+        """The thread is closed, or our own bug: whoever waits tries again."""
+        item.abandon(STOPPED)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
+                self._loop.call_soon_threadsafe(self._answer, [item])
+
     def _prepare(self, pending: PendingDelivery) -> None:
         envelope, data = pending.envelope, pending.data
         head = _head(data)

@@ -23,17 +23,15 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.expiry import CHECK_EVERY
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.control import Answers, Control
+from salmon_revsmtp.server.collector import GRACE, Collector
+from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.smtp.replies import without_surrogates
 
-__all__ = ["GRACE", "Daemon"]
+__all__ = ["Daemon"]
 
 log = logging.getLogger(__name__)
 
-# Seconds that a stop waits for the messages in hand.
-GRACE = 10.0
 # The schedule is looked at this often at least: a machine that slept is noticed that soon.
 TICK = 15.0
 # And no oftener than this, however near the next time is.
@@ -74,7 +72,7 @@ class Daemon:
         self._wake = asyncio.Event()
         self._listeners: list[Listener] = []
         self._provider: Provider | None = None
-        self._control = Control(self._answer)
+        self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
                 name: agent.settings.every * 60
@@ -122,7 +120,7 @@ class Daemon:
     async def _recall(self) -> None:
         """Who was failing when the last process ended: its recovery is news."""
         for name in self._agents:
-            state = await asyncio.to_thread(self._collector.journal.state, name)
+            state = await self._collector.state(name)
             if state.failing_since is not None:
                 self._failing[name] = state.failing_since
 
@@ -141,7 +139,7 @@ class Daemon:
     async def _end_disabled(self) -> None:
         """Close the push sessions of agents that someone has disabled since."""
         for name, collection in self._pushing():
-            if not await asyncio.to_thread(self._collector.enabled, self._agents[name]):
+            if not await self._collector.enabled(self._agents[name]):
                 log.info("agent=%s it is disabled, its push session ends", name)
                 collection.stop()
 
@@ -194,11 +192,9 @@ class Daemon:
             self._wake.set()
 
     async def _may_run(self, agent: Agent) -> bool:
-        if not await asyncio.to_thread(self._collector.enabled, agent):
+        if not await self._collector.enabled(agent):
             return False
-        reason = None
-        if self._plugins.implemented("may_collect"):
-            reason = await asyncio.to_thread(self._plugins.call, "may_collect", agent=agent)
+        reason = await self._plugins.call_apart("may_collect", agent)
         if reason and self._held.get(agent.name) != reason:
             log_safely(log, logging.INFO, "agent=%s held back: %s", agent.name, reason)
         if not reason and self._held.get(agent.name):

@@ -122,6 +122,12 @@ class ServiceSettings(BaseModel):
             host_and_port(one)
         return value
 
+    @field_validator("tls_cert", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # The files are read again, and a handler may have changed the folder of the process.
+        return value.absolute() if value is not None else None
+
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
         if problem := certificate_problem(self.tls_cert, self.tls_key):

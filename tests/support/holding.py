@@ -41,6 +41,9 @@ class NoHooks:
     def call(self, hook: str, **arguments: Any) -> Any:
         raise AssertionError(hook)
 
+    async def call_apart(self, hook: str, agent: Any, **arguments: Any) -> Any:
+        raise AssertionError(hook)
+
     def implemented(self, hook: str) -> bool:
         return False
 
