@@ -146,7 +146,7 @@ class QueueConsumer:
         reverse_path, recipient, content = split_envelope(stored)
         # By its key: two files with the same octets are two messages.
         message = MessageKey.of(f"queue {self._name} {key}", reverse_path or "", stored)
-        known = self._journal.known(message).get(recipient or "")
+        known = self._journal.known(message, (recipient or "",)).get(recipient or "")
         if known is not None:
             reply = known.reply
         elif self._attempts.begin(key) > CRASHES:

@@ -76,6 +76,7 @@ MIGRATIONS = (
         wall REAL NOT NULL
     )
     """,
+    "CREATE INDEX deliveries_by_expiry ON deliveries (expires)",
 )
 
 
