@@ -8,6 +8,7 @@ policy and delivery are the same, and the counts go into the same report.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Protocol
 
 from salmon_revsmtp.customer.report import Report
@@ -15,6 +16,7 @@ from salmon_revsmtp.delivery.dispatcher import Dispatcher, PendingDelivery
 from salmon_revsmtp.delivery.trace import Named, Origin
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.handover import Handover
+from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -22,6 +24,8 @@ from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 __all__ = ["Collecting", "Collection"]
+
+log = logging.getLogger(__name__)
 
 
 class Collecting(Named, Protocol):
@@ -61,6 +65,7 @@ class Collection:
         self._plugins = plugins
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
+        self._log = LogBudget()
         self.stopping = False
 
     async def receive(self, answer: Handover, idle_timeout: float = COMMAND_TIMEOUT) -> Session:
@@ -71,7 +76,13 @@ class Collection:
         :class:`~salmon_revsmtp.Failed` when the transport cannot be had.
         """
         session = Session(
-            self.service, self._policy, self._dispatcher, self._origin(), self.tally, idle_timeout
+            self.service,
+            self._policy,
+            self._dispatcher,
+            self._origin(),
+            self.tally,
+            idle_timeout,
+            log=self._log,
         )
         # The hook comes before our 220: a session whose plugins are not ready has not begun.
         session.peer, session.tls = answer.peer, answer.tls
@@ -85,6 +96,7 @@ class Collection:
             raise
         finally:
             self._session = None
+            self._log.close(log)
         return session
 
     def stop(self) -> bool:
@@ -121,7 +133,7 @@ class Collection:
                 envelope.esmtp,
             )
             origin = self._origin(authenticated=False).over(peer, tls=False)
-            pending = PendingDelivery(origin, accepted, data)
+            pending = PendingDelivery(origin, accepted, data, log=self._log)
             reply = await self._dispatcher.delivered(pending)
             self.tally.add(pending)
             replies.update(zip(wanted, pending.replies, strict=True))

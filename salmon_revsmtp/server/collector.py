@@ -91,9 +91,16 @@ class Collector:
     def services(self) -> dict[str, Service]:
         """The inbound services by name."""
         return {
-            name: Service(name, settings, self.configuration.written.get(name, ()))
+            name: Service(
+                name, settings, self.configuration.written.get(name, ()), self._senders(name)
+            )
             for name, settings in self.configuration.services.items()
         }
+
+    def _senders(self, service: str) -> list[str]:
+        """The hosts from which a service's agents have mail sent to it."""
+        agents = self.configuration.agents
+        return [host for one in agents if one.settings.service == service for host in one.senders]
 
     @cached_property
     def _dispatchers(self) -> dict[str, Dispatcher]:

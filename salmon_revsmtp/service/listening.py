@@ -14,6 +14,7 @@ from salmon_revsmtp.delivery.dispatcher import Dispatcher
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.listener import Admit, Listener
+from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -96,10 +97,16 @@ def listener(
     """
     certificate = Certificate(service.name, service.settings)
 
+    lines = LogBudget()
+
+    def refuse(address: str) -> Reply | None:
+        return _ACCESS_DENIED if service.refuses_client(address) else None
+
     def connect(admit: Admit) -> Session:
-        def admitted(driver: Driver) -> Reply | None:
-            too_many = admit(driver)
-            return _ACCESS_DENIED if service.refuses_client(driver.peer[0]) else too_many
+        def admitted(session: Session) -> Reply | None:
+            expected = session.peer[0] in service.expected
+            session.memory = service.memory if expected else service.strangers
+            return admit(session)
 
         origin = Origin(service.name, service.hostname)
         return Session(
@@ -111,7 +118,17 @@ def listener(
             idle_timeout,
             starttls=certificate.context(),
             admit=admitted,
+            log=lines,
         )
 
-    host, port = service.settings.address
-    return Listener(f"service={service.name}", connect, host, port)
+    service.expected.look_up()
+    listening = Listener(
+        f"service={service.name}",
+        connect,
+        *service.settings.address,
+        max_connections=service.settings.max_connections,
+        expected=service.expected,
+        refuse=refuse,
+    )
+    service.memory.short = service.strangers.short = listening.hurry
+    return listening
