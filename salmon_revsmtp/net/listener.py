@@ -11,6 +11,7 @@ from collections.abc import Callable, Container
 
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.places import Places
+from salmon_revsmtp.net.vestibule import Vestibule
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Admit", "Listener", "cannot_listen"]
@@ -75,6 +76,7 @@ class Listener:
         self._server: asyncio.Server | None = None
         self._stopping = False
         self._connections: set[Driver] = set()
+        self._shaking_hands: set[Vestibule] = set()
 
     @property
     def port(self) -> int:
@@ -87,10 +89,9 @@ class Listener:
         had.  ``quietly``: only to see whether it can; no connection is taken."""
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: self._connect(self._admit),
+                self._accept,
                 self._host or None,
                 self._port,
-                ssl=self._tls,
                 start_serving=not quietly,
             )
         except OSError as error:
@@ -104,6 +105,8 @@ class Listener:
         self._stopping = True
         if self._server is not None:
             self._server.close()
+        for shaking in list(self._shaking_hands):
+            shaking.abort()
         connections = list(self._connections)
         for one in connections:
             one.shut_down()
@@ -112,9 +115,24 @@ class Listener:
             for one in connections if late else ():
                 one.abort("the server is shutting down")
 
+    def _accept(self) -> asyncio.Protocol:
+        if self._tls is None:
+            return self._connect(self._admit)
+        return Vestibule(
+            self._tls, lambda: self._connect(self._admit), self._arrived, self._went_on
+        )
+
+    def _arrived(self, shaking: Vestibule) -> bool:
+        self._shaking_hands.add(shaking)
+        address = shaking.peer[0]
+        return not (self._stopping or self._refuse(address) or self._places.admit(shaking))
+
+    def _went_on(self, shaking: Vestibule) -> None:
+        self._shaking_hands.discard(shaking)
+        self._places.leave(shaking)
+
     def _admit(self, driver: Driver) -> Reply | None:
-        """Count a connection from when it is there: one whose TLS handshake fails never is, and its
-        driver does not hear of that."""
+        """Give a connection a place from when it is there."""
         driver.ended.add_done_callback(lambda _: self._ended(driver))
         self._connections.add(driver)
         if self._stopping:  # its handshake took that long

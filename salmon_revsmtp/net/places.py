@@ -6,7 +6,7 @@ of those the one that has been idle longest.  A crowd from a few networks thus d
 For those that are expected (an agent's server) there is always a place: a stranger that is idle
 gives way at once, and if there is none, one more is let in.
 
-This knows connections (``net.driver``) and addresses, and neither services nor customers.
+This knows connections and addresses, and neither services nor customers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import asyncio
 import ipaddress
 from collections import Counter
 from collections.abc import Container
+from typing import Protocol
 
-from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.expected import address_of
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -40,6 +40,26 @@ HASTE = 20_000
 START = 10.0
 
 
+class Client(Protocol):
+    """A connection, as places know it; :class:`~salmon_revsmtp.net.driver.Driver` says more."""
+
+    peer: tuple[str, int]
+
+    @property
+    def waits_since(self) -> float | None:
+        """Since when it has brought nothing forward; ``None`` while it waits for us."""
+
+    @property
+    def at_boundary(self) -> bool:
+        """Nothing is under way."""
+
+    def slower_than(self, rate: int, after: float) -> bool:
+        """What is under way comes slowly."""
+
+    def send_away(self, reply: Reply) -> None:
+        """End it."""
+
+
 class Places:
     """``most`` connections, ``most_per_network`` of them from one network (a /24, of IPv6 a /64).
     ``expected``: addresses that have a place also when there is none left, as long as they have not
@@ -51,15 +71,15 @@ class Places:
     ) -> None:
         self._most, self._most_per_network = most, most_per_network
         self._expected = expected
-        self._networks: dict[Driver, str] = {}
+        self._networks: dict[Client, str] = {}
         self._crowds: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._networks)
 
-    def admit(self, driver: Driver) -> Reply | None:
+    def admit(self, client: Client) -> Reply | None:
         """Give a connection a place until :meth:`leave`; or the reply that turns it away."""
-        address = driver.peer[0]
+        address = client.peer[0]
         expected = address in self._expected
         network = EXPECTED if expected else _network(address)
         most, idle = (self._most, 0.0) if expected else (self._most_per_network, IDLE)
@@ -67,13 +87,13 @@ class Places:
             return TOO_MANY
         if len(self._networks) >= self._most and not self._make_room_for(network) and not expected:
             return TOO_MANY
-        self._networks[driver] = network
+        self._networks[client] = network
         self._crowds[network] += 1
         return None
 
-    def leave(self, driver: Driver) -> None:
+    def leave(self, client: Client) -> None:
         """The connection is over, or will be soon."""
-        network = self._networks.pop(driver, None)
+        network = self._networks.pop(client, None)
         if network is not None:
             self._crowds[network] -= 1
             if not self._crowds[network]:
@@ -81,8 +101,8 @@ class Places:
 
     def hurry(self) -> None:
         """Memory is short: send those away whose message comes too slowly for that."""
-        for driver in [one for one in self._networks if one.slower_than(HASTE, START)]:
-            self._send_away(driver, TOO_SLOW)
+        for client in [one for one in self._networks if one.slower_than(HASTE, START)]:
+            self._send_away(client, TOO_SLOW)
 
     def _make_room(self, network: str, idle: float) -> bool:
         """Have the connection of a network that is idle longest give way, if it is so long."""
@@ -98,27 +118,27 @@ class Places:
         stranger; for a stranger one of a larger crowd, or one that is idle for long."""
         crowd = self._crowds[network] + 1
         found = []
-        for driver, of in self._networks.items():
+        for client, of in self._networks.items():
             least = 0.0 if network == EXPECTED or self._crowds[of] > crowd else IDLE
-            if of != EXPECTED and (idle := _idle(driver)) >= least:
-                found.append((self._crowds[of], idle, driver))
+            if of != EXPECTED and (idle := _idle(client)) >= least:
+                found.append((self._crowds[of], idle, client))
         if not found:
             return False
         *_, longest = max(found, key=lambda one: one[:2])
         self._send_away(longest, GIVE_WAY)
         return True
 
-    def _send_away(self, driver: Driver, reply: Reply) -> None:
-        self.leave(driver)
-        driver.send_away(reply)
+    def _send_away(self, client: Client, reply: Reply) -> None:
+        self.leave(client)
+        client.send_away(reply)
 
 
-def _idle(driver: Driver) -> float:
+def _idle(client: Client) -> float:
     """For how many seconds a connection has been idle; less than 0 if it is not."""
-    if (since := driver.waits_since) is None:
+    if (since := client.waits_since) is None:
         return -1.0
     seconds = asyncio.get_running_loop().time() - since
-    return seconds if driver.at_boundary or seconds >= STALLED else -1.0
+    return seconds if client.at_boundary or seconds >= STALLED else -1.0
 
 
 def _network(text: str) -> str:
