@@ -74,6 +74,11 @@ class LogBudget:
             with contextlib.suppress(Exception):
                 traceback.print_exc()
 
+    def take(self, characters: int) -> bool:
+        """Whether there is room for so many."""
+        with self._lock:
+            return self._take(characters) is not None
+
     def settle(self, log: logging.Logger) -> None:
         """Tell of the lines that were left out, if there is room; who shares this may go on."""
         with self._lock:
@@ -134,5 +139,18 @@ def _write(
         log.name, level, code.co_filename, number, line, (), raised, code.co_name
     )
     if error:
-        record.exc_text = shortened(printable_lines(traceback.format_exc().rstrip("\n")), TRACEBACK)
+        record.exc_text = _traceback()
     log.handle(record)
+
+
+def _traceback() -> str:
+    """That of the exception in hand; of too many in a short time its last line, for whoever sends
+    what a handler raises on may send it again and again."""
+    text = shortened(printable_lines(traceback.format_exc().rstrip("\n")), TRACEBACK)
+    if _tracebacks.take(len(text)):
+        return text
+    return shortened(text.rpartition("\n")[2], VALUE) + " (the traceback is left out: too many)"
+
+
+# Of the whole process.
+_tracebacks = LogBudget(BURST / 4)

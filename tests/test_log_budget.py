@@ -12,6 +12,7 @@ from support.dialogue import Dialogue
 from support.listener import listener
 from support.salmon import Salmon, fails
 
+from salmon_revsmtp import safelog
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.safelog import LogBudget, log_safely
@@ -73,6 +74,19 @@ def test_a_traceback_is_cut(caplog: pytest.LogCaptureFixture) -> None:
         log_safely(log, logging.ERROR, "it raised", error=True)
     assert len(caplog.text) < 30_000
     assert "Traceback" in caplog.text
+
+
+def test_the_same_failure_again_and_again_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safelog, "_tracebacks", LogBudget(burst=5000, refill=0))
+    for number in range(100):
+        try:
+            raise ValueError(f"failure {number}")
+        except ValueError:
+            log_safely(log, logging.ERROR, "it raised", error=True)
+    assert 5 <= caplog.text.count("Traceback") <= 30
+    assert "failure 0" in caplog.text and "failure 99" in caplog.text
 
 
 # -- what a peer says ------------------------------------------------------------------------------

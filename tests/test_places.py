@@ -30,6 +30,9 @@ class Peer:
     def send_away(self, reply: object) -> None:
         self.heard = str(reply)
 
+    def slower_than(self, rate: int, after: float) -> bool:
+        return self.waits_since == 0.0
+
 
 def at(now: float, work: Callable[[], None]) -> None:
     """Run ``work`` when the event loop's clock shows this."""
@@ -122,6 +125,18 @@ def test_strangers_do_not_displace_those_that_are_expected() -> None:
         admit(some, expected, Peer("192.0.2.1", since=99.0))
         assert admit(some, Peer("198.51.100.1")) == ["421"]
         assert expected.heard == ""
+
+    at(100.0, work)
+
+
+def test_where_memory_is_short_slow_strangers_give_way_and_no_one_else() -> None:
+    def work() -> None:
+        some = Places(9, 9, Expected(["203.0.113.0/24"]))
+        slow, quick, expected = Peer("192.0.2.1"), Peer("192.0.2.2", 99.0), Peer("203.0.113.1")
+        admit(some, slow, quick, expected)
+        some.hurry()
+        assert [one.heard[:9] for one in (slow, quick, expected)] == ["421 4.3.1", "", ""]
+        assert len(some) == 2
 
     at(100.0, work)
 

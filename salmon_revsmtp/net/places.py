@@ -100,9 +100,11 @@ class Places:
                 del self._crowds[network]
 
     def hurry(self) -> None:
-        """Memory is short: send those away whose message comes too slowly for that."""
-        for client in [one for one in self._networks if one.slower_than(HASTE, START)]:
-            self._send_away(client, TOO_SLOW)
+        """Memory is short: send those strangers away whose message comes too slowly for that."""
+        strangers = [one for one, network in self._networks.items() if network != EXPECTED]
+        for client in strangers:
+            if client.slower_than(HASTE, START):
+                self._send_away(client, TOO_SLOW)
 
     def _make_room(self, network: str, idle: float) -> bool:
         """Have the connection of a network that is idle longest give way, if it is so long."""
