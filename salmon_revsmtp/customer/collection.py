@@ -20,9 +20,9 @@ from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.driver import DEAD_AFTER
 from salmon_revsmtp.net.handover import Handover
 from salmon_revsmtp.net.outcome import Outcome
-from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.session import Session, Tally
+from salmon_revsmtp.service.session import PATIENCE, Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
@@ -72,6 +72,7 @@ class Collection:
         self._plugins = plugins
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
+        self._log = LogBudget()
         self.stopping = False
         self.may_push = False
         self.push_since: float | None = None
@@ -90,7 +91,14 @@ class Collection:
         :class:`~salmon_revsmtp.Failed` when the transport cannot be had.
         """
         session = Session(
-            self.service, self._policy, self._deliverer, self._origin(), self.tally, idle_timeout
+            self.service,
+            self._policy,
+            self._deliverer,
+            self._origin(),
+            self.tally,
+            idle_timeout,
+            log=self._log,
+            patience=PATIENCE if silence is None else None,
         )
         # The hook comes before our 220: a session whose plugins are not ready has not begun.
         session.peer, session.tls = answer.peer, answer.tls
@@ -106,6 +114,7 @@ class Collection:
             raise
         finally:
             self._session = None
+            self._log.close(log)
         return session
 
     async def receive_pushed(self, answer: Handover, silence: float) -> Session:
@@ -176,7 +185,7 @@ class Collection:
                 envelope.esmtp,
             )
             origin = self._origin(authenticated=False).over(peer, tls=False)
-            pending = PendingDelivery(origin, accepted, data)
+            pending = PendingDelivery(origin, accepted, data, log=self._log)
             reply = await delivered(self._deliverer, pending)
             self.tally.add(pending)
             replies.update(zip(wanted, pending.replies, strict=True))

@@ -10,6 +10,7 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.outcome import CollectionError, Outcome
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import without_surrogates
@@ -59,6 +60,8 @@ async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report
             report.messages, report.recipients = tally.messages, tally.recipients
             report.bytes, report.refused = tally.bytes, tally.refused
             report.seconds = time.monotonic() - started
+            if report.error:  # which may quote all that a server said
+                report.error = shortened(report.error)
             quiet = report.outcome in (Outcome.NO_MAIL, Outcome.BUSY) or not report.outcome.good
             level = logging.DEBUG if quiet else logging.INFO
             log.log(level, "agent=%s %s", agent.name, _line(report))

@@ -157,7 +157,7 @@ class QueueConsumer:
         [recipient] = envelope.recipients
         # By its key: two files with the same octets are two messages.
         message = MessageKey.of(f"queue {self._name} {key}", envelope.reverse_path, stored)
-        known = self._journal.known(message).get(recipient)
+        known = self._journal.known(message, (recipient,)).get(recipient)
         if known is not None:
             reply = known.reply
         elif self._attempts.begin(key) > CRASHES:

@@ -23,7 +23,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -35,7 +35,7 @@ from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.claims import Claims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
-from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -46,7 +46,12 @@ log = logging.getLogger(__name__)
 # Seconds between two looks of the event loop at what has been delivered and not been answered.
 LOOK_EVERY = 0.05
 
+# Recipients that are looked up together: of a batch of messages for one each all, of messages for
+# a thousand one.
+LOOK_UP = 256
+
 BUG = Reply(451, "internal error, try again later", "4.3.0")
+GONE = Reply(451, "the connection is gone", "4.4.2")
 STOPPED = Reply(451, "shutting down, try again later", "4.3.2")
 ELSEWHERE = Reply(451, "it is being handled elsewhere, try again later", "4.3.0")
 LOOP = Reply(554, f"mail loop detected: {MAX_HOPS} Received headers", "5.4.6")
@@ -92,6 +97,7 @@ class PendingDelivery:
     ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
     ``number``     its place among those of its session when it came.
     ``over``       called when nothing will be done for it any more, from whatever thread.
+    ``log``        what its lines are written with: all that its client can make us log is bounded.
     """
 
     origin: Origin
@@ -106,6 +112,7 @@ class PendingDelivery:
     until: float = 0.0
     number: int = 1
     over: Callable[[], None] = _nothing
+    log: LogBudget = field(default_factory=LogBudget)
     begun: bool = False
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -131,14 +138,18 @@ class PendingDelivery:
             if not self.abandoned:
                 self.reply = reply
 
-    def abandon(self, reply: Reply) -> None:
-        """Wait no longer: ``reply`` goes to whoever has not been served so far."""
+    def abandon(self, reply: Reply, *, if_not_begun: bool = False) -> bool:
+        """Wait no longer: ``reply`` goes to whoever has not been served so far.  Returns whether no
+        one waits for the rest of it from now on."""
         with self.lock:
+            if self.begun and if_not_begun:
+                return False
             if self.reply is None:
                 self.abandoned = True
                 self.replies += [reply] * (len(self.envelope.recipients) - len(self.replies))
                 last = _last_of_many(self.replies) if self.envelope.prdr else None
                 self.reply = last or reply
+            return True
 
 
 def _last_of_many(replies: Sequence[Reply]) -> Reply | None:
@@ -153,6 +164,9 @@ class Deliverer(Protocol):
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Have a message delivered, and call ``answered`` in the event loop when
         ``pending.reply`` and ``pending.replies`` say what became of it."""
+
+    def let_go(self, pending: PendingDelivery) -> bool:
+        """No one will hear the answer to this message.  Whether it is forgotten."""
 
 
 async def delivered(deliverer: Deliverer, pending: PendingDelivery) -> Reply:
@@ -211,6 +225,7 @@ class Dispatcher:
         # Of the batch in hand, in the thread.
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
         self._elsewhere: set[MessageKey] = set()
+        self._looked_up: list[PendingDelivery] = []
         self._lines: deque[tuple[PendingDelivery, str, Reply, bool]] = deque()
         self._log_at = 0.0
 
@@ -242,6 +257,17 @@ class Dispatcher:
             pending.abandon(STOPPED)
             pending.over()
         self._look_soon()
+
+    def let_go(self, pending: PendingDelivery) -> bool:
+        """No one will hear the answer to this message.  If its handling has not begun it is
+        forgotten, and its client, which has no 250, keeps it; else ``False``: it goes on to its
+        end, so that it is recorded for the client's next try."""
+        forgotten = pending.abandon(GONE, if_not_begun=True)
+        if forgotten:
+            pending.answered = None
+            self._worker.withdraw(self, pending)
+        pending.data = b""  # a handler has its own
+        return forgotten
 
     def _look_soon(self) -> None:
         if not self._looking:
@@ -281,7 +307,7 @@ class Dispatcher:
         late = Reply(451, text, "4.3.0")
         pending.abandon(late)
         self._worker.withdraw(self, pending)
-        log_safely(
+        pending.log.log(
             log,
             logging.WARNING,
             "%s from=%s reply=%r %s",
@@ -295,17 +321,29 @@ class Dispatcher:
 
     def begin(self, items: Sequence[PendingDelivery]) -> None:
         """A batch: see which of them have been delivered before."""
-        keys = []
+        self._log_at = time.monotonic() + LOOK_EVERY
+        self._look_up(pending for pending in items if not pending.abandoned)
+
+    def _look_up(self, items: Iterable[PendingDelivery]) -> None:
+        """See what the journal knows of the first of these: as many as have a few hundred
+        recipients together, and one at least, for a batch may end before the others' turn."""
+        wanted: dict[MessageKey, list[str]] = {}
+        recipients, self._looked_up = 0, []
         for pending in items:
             if pending.key is None:
-                # Of one that has been abandoned it may be of no data; that one is not begun.
+                # Of one that is abandoned meanwhile it may be of no data; that one is not begun.
                 sender = pending.envelope.reverse_path
                 pending.key = MessageKey.of(self._service, sender, pending.data)
-            keys.append(pending.key)
-        self._log_at = time.monotonic() + LOOK_EVERY
-        # First claimed, then looked up: what another process has in hand may be recorded between.
-        self._elsewhere = self._claims.claim(keys)
-        self._known = self._journal.known_all(keys, self._repeat_seconds)
+            wanted.setdefault(pending.key, []).extend(pending.envelope.recipients)
+            recipients += len(pending.envelope.recipients)
+            self._looked_up.append(pending)
+            if recipients >= LOOK_UP:
+                break
+        # Those before have been delivered.  First claimed, then looked up: what another process has
+        # in hand may be recorded between.
+        self._claims.release(self._known)
+        self._elsewhere = self._claims.claim(wanted)
+        self._known = self._journal.known_all(wanted, self._repeat_seconds)
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
@@ -333,6 +371,8 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(self._answer, items)
 
     def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
+        if pending not in self._looked_up:
+            self._look_up([pending])
         key = pending.key
         assert key is not None
         refusal = LOOP if hops(lines) >= MAX_HOPS else None
@@ -421,7 +461,7 @@ class Dispatcher:
             while True:
                 lines.append(self._lines.popleft())
         for pending, recipient, reply, repeat in lines:
-            log_safely(
+            pending.log.log(
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r%s",
@@ -464,9 +504,9 @@ class Dispatcher:
         """Have the sender told of the failures that it has not been told of; ``None`` when that is
         safe, else the 4yz for the message."""
         failed = {
-            recipient: record
-            for recipient, record in known.items()
-            if record.reply.permanent and not record.notified and recipient in envelope.recipients
+            recipient: known[recipient]
+            for recipient in envelope.recipients
+            if known[recipient].reply.permanent and not known[recipient].notified
         }
         if not failed:
             return None

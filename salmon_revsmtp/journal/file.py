@@ -79,6 +79,7 @@ MIGRATIONS = (
         suppressed INTEGER NOT NULL
     ) WITHOUT ROWID
     """,
+    "CREATE INDEX deliveries_by_expiry ON deliveries (expires)",
 )
 
 

@@ -15,7 +15,9 @@ reply keeps it.)
 
 The clock.  A peer that has the word has ``timeout`` seconds to bring the session forward: a command
 or a reply that became whole (RFC 5321 4.5.3.2), enough content, or enough of ours read.  An octet
-now and then is none of these.
+now and then is none of these.  A command now and then is, so where it has ``patience`` a second
+clock runs: from when the peer was given the word until it gives us something to do.  Only content
+that comes, or ours that is read, gives it more time, at the least rate.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from salmon_revsmtp.net.trace import Trace, dialogue
+from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["DEAD_AFTER", "Driver", "Machine"]
 
@@ -41,6 +44,9 @@ PIECE = 256 * 1024
 # Octets a second, on an average over one timeout, that count as progress.  A tenth of what a 9,600
 # baud line brings: a message of the largest size would take for ever if each octet did.
 LEAST_RATE = 100
+
+# Seconds that a peer that was sent away has to read why.
+GOODBYE = 5.0
 
 
 # Either side drops a session that is kept open when it has heard nothing for so many times the
@@ -101,12 +107,15 @@ class Driver(asyncio.Protocol):
     ``broken``   what broke it, if anything did; a sentence's end.
     ``ended``    a future: done when the connection is over and nothing of it is under way.
     ``machine``  speaks the protocol; a subclass may change it at a turn of roles.
+
+    ``timeout``   seconds in which the peer has to bring the session forward.
+    ``patience``  seconds in which it has to give us something to do; ``None``: no limit.
     """
 
     #: Who we are and who they are, in messages for a person.
     WE, THEY = "server", "client"
 
-    def __init__(self, machine: Machine, timeout: float) -> None:
+    def __init__(self, machine: Machine, timeout: float, patience: float | None = None) -> None:
         self.machine = machine
         self.clean = False
         self.peer: tuple[str, int] = ("", 0)
@@ -114,6 +123,7 @@ class Driver(asyncio.Protocol):
         self.broken: str | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._timeout = timeout
+        self._patience = patience
         self._transport: asyncio.Transport | None = None
         self._outgoing: deque[memoryview] = deque()
         self._written = 0  # octets
@@ -124,6 +134,9 @@ class Driver(asyncio.Protocol):
         self._clock: asyncio.TimerHandle | None = None
         self._progressed_at = 0.0
         self._marks = (0, 0, 0)
+        # When the peer was given the word, and the octets that had gone either way; when it began
+        # what is under way, and the octets of content.
+        self._word = self._begun = (0.0, 0)
         self._trace = Trace() if dialogue.isEnabledFor(logging.DEBUG) else None
 
     # -- what a subclass says -------------------------------------------------------------------
@@ -299,9 +312,13 @@ class Driver(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         if self._clock is None:
             self._progressed_at, self._marks = loop.time(), self._now()
-            self._clock = loop.call_at(self._progressed_at + self._timeout, self._look)
+            self._word = (self._progressed_at, self._marks[1] + self._marks[2])
+            self._begun = (self._progressed_at, self._marks[1])
+            self._clock = loop.call_at(self._until(), self._look)
         elif self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
+        if self.at_boundary:
+            self._begun = (loop.time(), self.machine.content_octets)
 
     def _now(self) -> tuple[int, int, int]:
         unread = 0
@@ -320,12 +337,40 @@ class Driver(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         if self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
-        until = self._progressed_at + self._timeout
-        if until > loop.time():
-            self._clock = loop.call_at(until, self._look)
-        else:
-            self._clock = None
+        if self._until() > loop.time():
+            self._clock = loop.call_at(self._until(), self._look)
+            return
+        self._clock = None
+        if self._progressed_at + self._timeout <= loop.time():
             self.abort(f"the {self.THEY} {self._did()} in {self._timeout:g} seconds")
+        else:
+            seconds = loop.time() - self._word[0]
+            text = f"no message came to its end in {seconds:.0f} seconds, closing"
+            self.send_away(Reply(421, text, "4.4.2"))
+
+    def _until(self) -> float:
+        """When the first of the two clocks will have run down."""
+        until = self._progressed_at + self._timeout
+        if self._patience is None:
+            return until
+        since, before = self._word
+        _, content, read = self._now()
+        return min(until, since + self._patience + (content + read - before) / LEAST_RATE)
+
+    @property
+    def waits_since(self) -> float | None:
+        """Since when the peer has brought nothing forward, on the event loop's clock; ``None``
+        while we have the word, or something of it is under way."""
+        return None if self.busy or self.unfinished or self._lost else self._progressed_at
+
+    def slower_than(self, rate: int, after: float) -> bool:
+        """What the peer has under way came with less than ``rate`` octets a second so far; of the
+        first ``after`` seconds that is not said."""
+        if self.busy or self.at_boundary or self._lost:
+            return False
+        since, before = self._begun
+        seconds = asyncio.get_running_loop().time() - since
+        return seconds >= after and self.machine.content_octets - before < rate * seconds
 
     def _did(self) -> str:
         came = self.machine.content_octets - self._marks[1]
@@ -411,6 +456,15 @@ class Driver(asyncio.Protocol):
     def end_soon(self) -> None:
         """What a machine does when its side shuts down."""
         self.abort("we are shutting down")
+
+    def send_away(self, reply: Reply) -> None:
+        """End it now, whatever is under way; ``reply`` (421) says why, where the role has that."""
+        self.abort(str(reply))
+
+    def abort_soon(self) -> None:
+        """Do not wait any longer than a moment for what was said last to be read."""
+        if self._transport is not None:
+            asyncio.get_running_loop().call_later(GOODBYE, self._transport.abort)
 
     def reset_at_end(self, on: bool) -> None:
         """Whether this connection ends with a reset, whatever ends it."""

@@ -38,6 +38,8 @@ __all__ = ["Connection", "Host"]
 
 log = logging.getLogger(__name__)
 
+# Seconds until a customer has to have said ATRN, whatever else it says.
+LOGIN_PATIENCE = 180.0
 # Messages and octets that are read from the store at a time.
 PAGE = 256
 PAGE_OCTETS = 1024 * 1024
@@ -93,7 +95,7 @@ class Connection(Driver):
             tls=implicit_tls,
             needs_tls=provider.needs_tls,
         )
-        super().__init__(self._turn, provider.timeout)
+        super().__init__(self._turn, provider.timeout, LOGIN_PATIENCE)
         self.account: Account | None = None
         self.push = False
         self.reversed_at: float | None = None
@@ -137,6 +139,14 @@ class Connection(Driver):
         for task in self._work:
             task.cancel()
         self.abort("the provider is shutting down")
+
+    def send_away(self, reply: Reply) -> None:
+        """Before the reversal it hears why."""
+        if self._sender is not None:
+            super().send_away(reply)
+            return
+        self._turn.send_away(reply)
+        self.flush()
 
     def replace(self) -> None:
         """A newer session has this one's place: end when what is under way is answered, or soon."""
@@ -252,7 +262,7 @@ class Connection(Driver):
             *(account.name, self.peer[0], self.push),
         )
         loop = asyncio.get_running_loop()
-        self._waiting = False
+        self._waiting, self._patience = False, None
         self.reversed_at = self._heard_at = loop.time()
         self._sender = Sender(self._provider.hostname)
         self._turn.answer(Reply(250, "now reversing the connection", "2.0.0"))
@@ -308,7 +318,7 @@ class Connection(Driver):
         :class:`ConnectionError` when the session breaks."""
         while True:
             for held, content in page:
-                await self._until(lambda: self._may_send)
+                await self._wait_until(lambda: self._may_send)
                 if self._replaced:
                     break
                 await self._send(held, content)
@@ -321,7 +331,7 @@ class Connection(Driver):
                     if not self._replaced:
                         page = await self._next_page()
                         continue
-            await self._until(lambda: not self._under_way)
+            await self._wait_until(lambda: not self._under_way)
             return
 
     def _be_patient(self) -> None:
@@ -339,15 +349,15 @@ class Connection(Driver):
     async def _send(self, held: Held, content: bytes) -> None:
         """Send a message; one over which a session broke goes alone."""
         if held.strikes:
-            await self._until(lambda: not self._under_way)
+            await self._wait_until(lambda: not self._under_way)
         assert self._sender is not None
         self._under_way.append(held)
         self._be_patient()
         self.happened(self._sender.send(Outgoing(held, held.envelope, content)))
         if held.strikes:
-            await self._until(lambda: not self._under_way)
+            await self._wait_until(lambda: not self._under_way)
 
-    async def _until(self, so: Callable[[], bool]) -> None:
+    async def _wait_until(self, so: Callable[[], bool]) -> None:
         """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
         while not so():
             if self.broken is not None:

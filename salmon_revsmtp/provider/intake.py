@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dispatcher import BUG, LOOP, STOPPED, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import BUG, GONE, LOOP, STOPPED, PendingDelivery
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
@@ -111,6 +111,15 @@ class Intake:
             pending.abandon(STOPPED)
             self._loop.call_soon(self._answer, [pending])
 
+    def let_go(self, pending: PendingDelivery) -> bool:
+        """No one will hear the answer: what has not begun is forgotten, and its client keeps it."""
+        forgotten = pending.abandon(GONE, if_not_begun=True)
+        if forgotten:
+            pending.answered = None
+            self._worker.withdraw(self, pending)
+            pending.data = b""
+        return forgotten
+
     def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
         for pending in deliveries:
             answered, pending.answered = pending.answered, None
@@ -168,6 +177,10 @@ class Intake:
                 self._loop.call_soon_threadsafe(self._answer, [item])
 
     def _prepare(self, pending: PendingDelivery) -> None:
+        with pending.lock:
+            if pending.abandoned:
+                return
+            pending.begun = True
         envelope, data = pending.envelope, pending.data
         head = _head(data)
         accounts = [self._account(one) for one in envelope.recipients]
@@ -215,7 +228,7 @@ class Intake:
         envelope = pending.envelope
         for recipient in envelope.recipients:
             pending.add(reply, repeat=False)
-            log_safely(
+            pending.log.log(
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r",

@@ -186,7 +186,9 @@ class Collector:
     def services(self) -> dict[str, Service]:
         """The inbound services by name."""
         return {
-            name: Service(name, settings, self.configuration.written.get(name, ()))
+            name: Service(
+                name, settings, self.configuration.written.get(name, ()), self._senders(name)
+            )
             for name, settings in self.configuration.services.items()
         }
 
@@ -196,6 +198,11 @@ class Collector:
         if self.services[name].settings.delivery == "hold":
             return self._intake(name)
         return self._dispatcher(name, agent)
+
+    def _senders(self, service: str) -> list[str]:
+        """The hosts from which a service's agents have mail sent to it."""
+        agents = self.configuration.agents
+        return [host for one in agents if one.settings.service == service for host in one.senders]
 
     def _intake(self, name: str) -> Intake:
         if name not in self._intakes:

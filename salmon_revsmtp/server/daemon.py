@@ -17,6 +17,7 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.customer.schedule import Schedule
+from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
@@ -311,5 +312,5 @@ def _report(agent: Agent, task: asyncio.Task[Report]) -> Report:
 
 def _broken(agent: Agent, error: BaseException) -> Report:
     """The report of a collection that broke before it could make one."""
-    text = without_surrogates(f"{type(error).__name__}: {error}")
+    text = shortened(without_surrogates(f"{type(error).__name__}: {error}"))
     return Report(agent.name, agent.protocol, Outcome.FAILED, error=text)

@@ -247,6 +247,12 @@ class Commands:
         """A while has passed: unproductive commands do not count as in a row with those before."""
         self._junk = 0
 
+    def send_away(self, reply: Reply) -> None:
+        """End the session with this 421 now, whatever is under way (RFC 5321 3.8).  A message that
+        is not whole was never answered, and stays with the client."""
+        if self._state is not State.CLOSED:
+            self._close(reply)
+
     # -- replies ------------------------------------------------------------------------------
 
     def _reply(self, reply: Reply) -> None:

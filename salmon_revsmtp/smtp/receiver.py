@@ -27,8 +27,10 @@ it said, also when the command is refused (RFC 3030 4.2); what becomes of them i
 command comes.
 
 What it costs.  Content is searched and cut in blocks; each octet is copied into the input buffer,
-into the message, and out of it, whatever the pieces it came in.  Memory is bounded by
-:class:`~salmon_revsmtp.smtp.limits.Limits`.
+into the message, and out of it, whatever the pieces it came in.  The memory of a session is bounded
+by :class:`~salmon_revsmtp.smtp.limits.Limits`, that of many together by the
+:class:`~salmon_revsmtp.smtp.budget.Budget` from which each takes what its messages need.  Where
+that has no more the client hears 452, and comes again later.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from salmon_revsmtp.smtp.addresses import AddressError, parse_path
+from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.commands import (
     SEQUENCE,
     SYNTAX,
@@ -53,7 +56,7 @@ from salmon_revsmtp.smtp.commands import (
     to,
 )
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.limits import Limits
+from salmon_revsmtp.smtp.limits import RECIPIENT_COST, Limits
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
@@ -66,10 +69,12 @@ class Transaction:
     ``envelope``  its accepted sender and recipients.
     ``data``      its octets as the client meant them: dots unstuffed, line ends as they came
                   (CRLF, and bare CR or LF where there were any).
+    ``held``      octets of the session's memory that it takes until it is answered.
     """
 
     envelope: Envelope
     data: bytes
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,9 @@ _END_OF_DATA = b"\r\n.\r\n"
 _STUFFED = b"\r\n."
 _OF_A_TRANSACTION = frozenset({"RCPT", "DATA", "BDAT"})
 _NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
+_TOO_MANY_RECIPIENTS = Reply(452, "too many recipients, send the rest again", "4.5.3")
+# RFC 3463 3.4: mail system full.  RFC 1870 6.1: the sender tries again later.
+_NO_MEMORY = Reply(452, "no memory for more messages now, try again later", "4.3.1")
 
 
 class Receiver(Commands):
@@ -140,6 +148,8 @@ class Receiver(Commands):
 
     ``ahead``: the whole messages that are read ahead.  The caller may make it less than the limits
     have, where messages are delivered slowly.
+
+    ``memory``: what its messages are counted in.  It may be changed before the first of them.
     """
 
     OUT_OF_ORDER: ClassVar[Mapping[State, str]] = {
@@ -167,10 +177,12 @@ class Receiver(Commands):
         accept_recipient: Callable[[str], Reply | None] = lambda mailbox: None,
         *,
         starttls: bool = False,
+        memory: Budget | None = None,
     ) -> None:
         limits = limits or Limits()
         self._accept_recipient = accept_recipient
         self.ahead = limits.unanswered_messages
+        self.memory = memory or Budget()
         # In the order of the commands: transactions without an answer, and replies after them.
         self._waiting: deque[Transaction | bytearray] = deque()
         self._unanswered_messages = 0
@@ -183,6 +195,9 @@ class Receiver(Commands):
         self._mail_options: dict[str, str] = {}
         self._rcpt_options: dict[str, dict[str, str]] = {}
         self._content = bytearray()
+        self._envelope = 0  # octets that it costs
+        self._held = 0  # octets of memory that the transaction takes
+        self._no_memory = False  # for its content
         # Octets of content (RFC 1870 4: without stuffed dots), also those that were thrown away.
         self._size = 0
         self._chunks = 0
@@ -199,7 +214,15 @@ class Receiver(Commands):
         self._mail_options = {}
         self._rcpt_options = {}
         self._content = bytearray()
-        self._size = self._chunks = 0
+        self._envelope = self._size = self._chunks = 0
+        self._no_memory = False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the transaction's memory back."""
+        if self._held:
+            self.memory.give(self._held)
+            self._held = 0
 
     # -- what the caller sees ---------------------------------------------------------------
 
@@ -240,7 +263,8 @@ class Receiver(Commands):
             answer = bytearray(b"".join(one.encode() for one in replies))
         waiting[place] = answer
         self._unanswered_messages -= 1
-        self._unanswered_octets += len(answer) - len(transaction.data)
+        self._unanswered_octets += len(answer) - transaction.held
+        self.memory.give(transaction.held)
         while waiting and isinstance(data := waiting[0], bytearray):
             waiting.popleft()
             self._unanswered_octets -= len(data)
@@ -263,6 +287,14 @@ class Receiver(Commands):
     def _close(self, reply: Reply) -> None:
         self._reset()
         super()._close(reply)
+
+    def lost(self) -> None:
+        """The connection is gone: no reply will be heard, and a message that was not whole is none.
+        What waits for its answer still does."""
+        self._state = State.CLOSED
+        self._buffer.clear()
+        self._ready.clear()
+        self._reset()
 
     def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply | None:
         """A refusal that is policy and not the client's error: the client knows more than before,
@@ -313,8 +345,9 @@ class Receiver(Commands):
             stuffed = self._content.count(_STUFFED, start, max(start, len(self._content) - 2))
             self._size += len(self._content) - old - stuffed
             # Surely too big, whatever part of this is the end of data already.
-            if self._size > self.limits.message + len(_END_OF_DATA):
+            if self._size > self.limits.message + len(_END_OF_DATA) or not self._room():
                 del self._content[:-4]
+                self._let_go()
             if self._size > self._read_through + len(_END_OF_DATA):
                 self._close(self._far_too_big())
             return False
@@ -327,7 +360,7 @@ class Receiver(Commands):
             self._close(self._far_too_big())
             return True
         content = b""
-        if self._size <= self.limits.message:
+        if self._size <= self.limits.message and self._room():
             content = bytes(self._content)
             self._content.clear()  # a large message is here twice at most
             content = content.replace(_STUFFED, b"\r\n")
@@ -336,10 +369,26 @@ class Receiver(Commands):
         self._finish(content)
         return True
 
+    def _room(self) -> bool:
+        """There is memory for what has come of the message.  Once there was none it is lost,
+        whatever is given back later."""
+        if self._no_memory:
+            return False
+        more = self._envelope + len(self._content) - self._held
+        if more > 0 and not self.memory.take(more):
+            self._no_memory = True
+            return False
+        self._held += max(more, 0)
+        return True
+
     def _read_chunk(self) -> bool:
         take = min(self._chunk_left, len(self._buffer))
         if self._keep_chunk:
             self._content += memoryview(self._buffer)[:take]
+            self._keep_chunk = self._room()
+            if not self._keep_chunk:
+                self._content.clear()
+                self._let_go()
         del self._buffer[:take]
         self.content_octets += take
         self._chunk_left -= take
@@ -392,6 +441,10 @@ class Receiver(Commands):
         if size > self.limits.message:
             self._mail_refused = True
             return self._refuse((), self._too_big())  # RFC 1870 6.1
+        if not self.memory.room_for(len(argument) + max(size, 1)):
+            self._mail_refused = True
+            return self._refuse((), _NO_MEMORY)
+        self._envelope = len(argument)
         self._sender, self._mail_options = mailbox, options
         self._mail_refused = False
         return SENDER_OK
@@ -403,10 +456,13 @@ class Receiver(Commands):
         if not mailbox.isascii() and "SMTPUTF8" not in self._mail_options:
             raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
         if len(self._recipients) >= self.limits.recipients:
-            reply = Reply(452, "too many recipients, send the rest again", "4.5.3")
-            return self._refuse((mailbox,), reply)
+            return self._refuse((mailbox,), _TOO_MANY_RECIPIENTS)
         if refusal := self._accept_recipient(mailbox):
             return self._refuse((mailbox,), refusal)
+        envelope = self._envelope + len(argument) + RECIPIENT_COST
+        if self._recipients and envelope > self.limits.envelope:
+            return self._refuse((mailbox,), _TOO_MANY_RECIPIENTS)
+        self._envelope = envelope
         self._recipients.append(mailbox)
         self._rcpt_options[mailbox] = options
         return RECIPIENT_OK
@@ -440,6 +496,8 @@ class Receiver(Commands):
             raise CommandError(501, "DATA takes no argument", SYNTAX)
         if not self._recipients:
             return self._no_recipients()
+        if not self.memory.room_for(1):
+            return self._refuse(tuple(self._recipients), _NO_MEMORY)
         # A lone dot may be the very first line: the CRLF of DATA itself goes before it.
         self._content += b"\r\n"
         self._size = 2
@@ -466,7 +524,7 @@ class Receiver(Commands):
         fits = self._size + octets <= self.limits.message
         self._size += octets
         self._chunk_left = octets
-        self._keep_chunk = bool(self._recipients) and fits
+        self._keep_chunk = bool(self._recipients) and fits and not self._no_memory
         leads = self.ENDS["the octets of BDAT LAST" if last else "the octets of BDAT"]
         self._after_chunk = leads[self._state]
         if self._state in (State.CONNECTED, State.IDLE):
@@ -480,6 +538,8 @@ class Receiver(Commands):
             self._end_chunk = Receiver._chunk_refused
         self._state = State.CHUNK
         if octets == 0:
+            if self._keep_chunk:
+                self._room()  # for the envelope
             self._end_of_chunk()
 
     def _end_of_chunk(self) -> None:
@@ -492,7 +552,10 @@ class Receiver(Commands):
         self._wrong("BDAT", Reply(503, self.OUT_OF_ORDER[self._state], SEQUENCE))
 
     def _chunk_taken(self) -> None:
-        self._reply(CHUNK_OK)
+        if self._no_memory:
+            self._chunk_refused()
+        else:
+            self._reply(CHUNK_OK)
 
     def _empty_chunk_taken(self) -> None:
         self._say(self._unproductive(CHUNK_OK))
@@ -500,7 +563,12 @@ class Receiver(Commands):
     def _chunk_refused(self) -> None:
         """The message is lost, whatever else comes of it (RFC 3030 4.2)."""
         self._content.clear()
-        self._reply(self._too_big() if self._recipients else _NO_RECIPIENTS)
+        self._let_go()
+        if not self._recipients:
+            self._reply(_NO_RECIPIENTS)
+        else:
+            too_big = self._size > self.limits.message
+            self._reply(self._too_big() if too_big else _NO_MEMORY)
 
     def _message_taken(self) -> None:
         self._finish(bytes(self._content))
@@ -523,10 +591,11 @@ class Receiver(Commands):
             self._helo,
             self._esmtp,
         )
-        transaction = Transaction(envelope, content)
+        transaction = Transaction(envelope, content, self._held)
+        self._held = 0  # it is the transaction's now
         self._waiting.append(transaction)
         self._unanswered_messages += 1
-        self._unanswered_octets += len(content)
+        self._unanswered_octets += transaction.held
         self._events.append(transaction)
         self._junk = self._refusals = 0
         self._reset()
@@ -534,6 +603,8 @@ class Receiver(Commands):
     def _content_refusal(self, content: bytes) -> Reply | None:
         if self._size > self.limits.message:
             return self._too_big()
+        if self._no_memory:
+            return _NO_MEMORY
         if _has_long_line(content, self.limits.text_line):
             return Reply(554, f"a line of more than {self.limits.text_line} octets", "5.6.0")
         return None
