@@ -7,6 +7,9 @@ which fails for a message that the parser rejected; the same message is pushed o
 that raised; the envelope is gone; and the folder is not synced.  So the queue is wrapped: while a
 message of ours is being delivered, a push of that message stores our own bytes, envelope on top,
 once, synced to disk.  Every other push goes through as it was.
+
+A message that the parser would take too long for (:mod:`~salmon_revsmtp.delivery.bounds`) goes
+there without being parsed.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from salmon import mail
 from salmon.routing import Router
 from salmon.server import SMTPError
 
+from salmon_revsmtp.delivery.bounds import address_excess, excess
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import envelope_lines, separator
 from salmon_revsmtp.foreign import angle
@@ -123,6 +127,10 @@ class Handling:
             self._log(logging.ERROR, f"no undeliverable queue can be made: {error}")
             return disk_reply(error)
         with kept:
+            addresses = self._envelope.reverse_path, self._recipient
+            reason = address_excess(*addresses) or excess(self._message)
+            if reason is not None:
+                return self._unparsed(kept, reason)
             try:
                 Router.deliver(self._request(kept))
             except SMTPError as error:
@@ -145,6 +153,13 @@ class Handling:
             request.To = self._recipient.lower()
         kept.request = request
         return request
+
+    def _unparsed(self, kept: _Kept, reason: str) -> Reply:
+        """Keep a message that the parser would take too long for."""
+        kept.push_quietly(f"not parsed: {reason}")
+        if kept.failure is not None:
+            return disk_reply(kept.failure)
+        return Reply(250, f"kept, not parsed: {reason}", "2.0.0")
 
     def _log(self, level: int, what: str, error: bool = False) -> None:
         log_safely(log, level, "recipient=%s %s", *(angle(self._recipient), what), error=error)
