@@ -184,6 +184,15 @@ def test_a_very_long_address_is_not_routed(salmon: Salmon, long: str) -> None:
     assert salmon.handled == [] and len(salmon.undeliverable()) == 1
 
 
+def test_a_first_line_of_blanks_takes_the_consumer_no_time(salmon: Salmon) -> None:
+    """It looks for the envelope there, in a queue in which others put their mail, too."""
+    salmon.handle(".*")
+    queue.Queue("run/inbound").push(b"Return-Path:" + b" " * 200_000)
+    began = time.monotonic()
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert time.monotonic() - began < SECONDS
+
+
 # -- what mail has --------------------------------------------------------------------------------
 
 RECIPIENTS = [f'"Example, Ann {number}" <ann.{number}@sales.example.net>' for number in range(1000)]

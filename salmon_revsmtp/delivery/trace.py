@@ -32,7 +32,7 @@ _FIELD_NAME = rb"[!-9;-~]+[ \t]*:"
 _FIRST_LINE = re.compile(_FIELD_NAME)
 _AFTER_HEADER = re.compile(rb"\n(?![ \t]|" + _FIELD_NAME + rb")")
 _RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
-_FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
+_FIELD = re.compile(rb"([!-9;-~]+):([^\n]*)\n")  # blanks are part of the value: see _BLANK
 
 # Around a field's value.  Not what Unicode calls a space: a mailbox may begin with one (RFC 6531).
 _BLANK = " \t\r"
