@@ -123,15 +123,15 @@ class Structure:
     depth: int
 
 
-def address_excess(*addresses: str, limits: ParserLimits = LIMITS) -> str | None:
+def address_excess(*addresses: str) -> str | None:
     """Why a message from or to these is not to be routed; ``None`` if it may be."""
     longest = max(map(len, addresses))
-    if longest > limits.address:
-        return f"an address of {longest:,} characters (limit {limits.address:,})"
+    if longest > LIMITS.address:
+        return f"an address of {longest:,} characters (limit {LIMITS.address:,})"
     return None
 
 
-def excess(message: bytes, limits: ParserLimits = LIMITS) -> str | None:
+def excess(message: bytes, limits: ParserLimits | None = None) -> str | None:
     """Why a message is not to be given to the parser, in words that nothing of the message is in;
     ``None`` if it may be.  The time that this takes grows with the message and no faster."""
     try:
@@ -141,11 +141,11 @@ def excess(message: bytes, limits: ParserLimits = LIMITS) -> str | None:
     return None
 
 
-def examine(message: bytes, limits: ParserLimits = LIMITS) -> Structure:
+def examine(message: bytes, limits: ParserLimits | None = None) -> Structure:
     """The structure of a message.  Raises an exception whose text says what is beyond a limit."""
     if b"\r" in message:  # which ends a line for the parser, with or without LF
         message = message.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return _Examination(message, limits).structure()
+    return _Examination(message, limits or LIMITS).structure()
 
 
 @dataclass(eq=False)
