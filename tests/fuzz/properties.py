@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from parsing import parser
 from support.holding import account
 
 from salmon_revsmtp.provider.accounts import Accounts
@@ -37,7 +38,7 @@ from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Tran
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
 
-__all__ = ["TARGETS", "receiver", "replies", "sender", "session"]
+__all__ = ["TARGETS", "parser", "receiver", "replies", "sender", "session"]
 
 FLIGHT, MESSAGES, FIELD, MANY = b"\x1e", b"\x1d", b"\x1f", b"\x1c"
 
@@ -936,4 +937,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "sender": sender,
     "session": session,
     "replies": replies,
+    "parser": parser,
 }
