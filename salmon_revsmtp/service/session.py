@@ -42,6 +42,9 @@ AHEAD_LEAST = 16
 TLS_RECORD = b"\x17\x03"
 
 
+# What a client hears whose session ends within a message, or with the process.
+ENDED = "has ended this session; send the mail again"
+
 #: A message as the provider sees it: digest, reverse-path, recipients.
 _Message = tuple[bytes, str, tuple[str, ...]]
 
@@ -130,12 +133,19 @@ class Session(Driver):
     def at_boundary(self) -> bool:
         return self._receiver.at_boundary
 
+    @property
+    def owes_an_answer(self) -> bool:
+        return self._receiver.owes_an_answer
+
     def connected(self) -> None:
         self.reset_at_end(True)
         self.origin = self.origin.over(self.peer, self.tls)
         if refusal := self._admit(self):
             log.warning("service=%s peer=%s %s", self.service.name, self.peer[0], refusal)
             self._receiver.refuse_session(refusal)
+            return
+        last_words = Reply(421, f"{self.service.hostname} {ENDED}", "4.3.2")  # RFC 5321 3.8
+        self.guard(last_words.encode())
 
     def encrypted(self) -> None:
         self.origin = self.origin.over(self.peer, self.tls)
