@@ -422,7 +422,9 @@ def test_collect_asks_the_running_server_and_shows_its_progress(project: Project
                     assert busy.returncode == 1
                     assert json.loads(busy.stdout)["outcome"] == "busy"
                     seen.set()
-            assert {"agent": "isp", "messages": 1, "bytes": len(MESSAGE)} in answers
+            [progress, *_] = [one for one in answers if one.get("messages") == 1]
+            assert (progress["agent"], progress["bytes"]) == ("isp", len(MESSAGE))
+            assert progress["doing"] == "waiting for the provider's next message"
             assert answers[-1] == {"end": True}
             [report] = [answer["report"] for answer in answers if "report" in answer]
             assert (report["outcome"], report["messages"]) == ("collected", 1)

@@ -8,6 +8,7 @@ policy and delivery are the same, and the counts go into the same report.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Protocol
 
 from salmon_revsmtp.customer.report import Report
@@ -46,6 +47,9 @@ class Collection:
     ``stopping`` a stop was asked for: an agent begins nothing new.
     """
 
+    # What the agent does until a session has been reversed, and after that.
+    _doing = "beginning"
+
     def __init__(
         self,
         agent: Collecting,
@@ -61,7 +65,22 @@ class Collection:
         self._plugins = plugins
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
+        self._since = time.monotonic()
         self.stopping = False
+
+    def does(self, what: str) -> None:
+        """Say what the agent does now, or waits for: a person sees it when it takes long.
+
+        Begins with a verb: ``waiting for the answer of odmr.example.net:366 to ATRN``.
+        """
+        self._doing, self._since = what, time.monotonic()
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What goes on, and for how many seconds."""
+        session = self._session
+        what, since = session.doing if session is not None else (self._doing, self._since)
+        return what, max(0.0, time.monotonic() - since)
 
     async def receive(self, answer: Handover, idle_timeout: float = COMMAND_TIMEOUT) -> Session:
         """Reverse the roles: be the SMTP server on the transport that ``answer`` waits on, until
@@ -85,6 +104,7 @@ class Collection:
             raise
         finally:
             self._session = None
+            self.does("ending the session")
         return session
 
     def stop(self) -> bool:

@@ -173,6 +173,7 @@ class OdmrAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report, settings = collection.report, self.settings
+        collection.does(f"connecting to {self.address}")
         connection = await Connection.open(settings, collection.service.hostname, self._let_in_by)
         try:
             report.sessions += 1
@@ -183,6 +184,7 @@ class OdmrAgent(Agent):
             except Failed:
                 await connection.quit()
                 raise
+            collection.does(f"waiting for the answer of {self.address} to ATRN")
             reply, answer = await connection.last_command(
                 command, max(ATRN_TIMEOUT, settings.timeout)
             )

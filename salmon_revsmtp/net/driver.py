@@ -135,6 +135,11 @@ class Driver(asyncio.Protocol):
         return False
 
     @property
+    def progressed_at(self) -> float:
+        """When the peer brought the session forward, on the event loop's clock."""
+        return self._progressed_at
+
+    @property
     def unfinished(self) -> bool:
         """Something of it is under way, also when the connection is gone."""
         return self.busy

@@ -233,8 +233,7 @@ class Daemon:
                 yield {"report": _report(agents[task], task).as_dict()}
             for name in names:
                 if running := self._running.get(name):
-                    tally = running[0].tally
-                    yield {"agent": name, "messages": tally.messages, "bytes": tally.bytes}
+                    yield _progress(name, running[0])
         yield {"end": True}
 
     # -- the end ----------------------------------------------------------------------------------
@@ -256,6 +255,17 @@ class Daemon:
         await asyncio.gather(*self._scheduled, return_exceptions=True)
         await self._control.stop()
         log.info("stopped")
+
+
+def _progress(name: str, collection: Collection) -> dict[str, Any]:
+    doing, seconds = collection.doing
+    return {
+        "agent": name,
+        "messages": collection.tally.messages,
+        "bytes": collection.tally.bytes,
+        "doing": doing,
+        "seconds": round(seconds, 1),
+    }
 
 
 def _report(agent: Agent, task: asyncio.Task[Report]) -> Report:

@@ -137,6 +137,15 @@ class Session(Driver):
     def owes_an_answer(self) -> bool:
         return self._receiver.owes_an_answer
 
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What goes on, for a person, and since when on the event loop's clock."""
+        if waiting := list(self._deliveries.values()):
+            return "handling a message", min(pending.since for pending in waiting)
+        if self._receiver.at_boundary:
+            return f"waiting for the {self.THEY}'s next message", self.progressed_at
+        return f"waiting for the rest of a message from the {self.THEY}", self.progressed_at
+
     def connected(self) -> None:
         self.reset_at_end(True)
         self.origin = self.origin.over(self.peer, self.tls)
