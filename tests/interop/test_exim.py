@@ -36,7 +36,7 @@ def exim(root: Path) -> Iterator[Exim]:
 
 @pytest.fixture
 def exim_with_tls(root: Path) -> Iterator[Exim]:
-    with Exim(root, CERTIFICATE, PRIVATE_KEY) as running:
+    with Exim(root, CERTIFICATE, PRIVATE_KEY, as_we_advise=True) as running:
         yield running
 
 
@@ -112,7 +112,7 @@ def test_every_sample_once_and_octet_for_octet_under_starttls_with_plain(
 def test_as_we_advise_each_session_has_a_message_and_ends_with_quit(
     salmon: Salmon, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is sent twice, and no session breaks or stands still."""
+    """Nothing is sent twice, and no session breaks off."""
     salmon.handle(".*")
     with (
         Exim(root, CERTIFICATE, PRIVATE_KEY, as_we_advise=True) as exim,
