@@ -67,7 +67,11 @@ def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> lis
                     reports.append(report)
                     print_json(row) if as_json else progress.done(report)
                 elif "agent" in answer:
-                    progress.update(answer["agent"], answer["messages"], answer["bytes"])
+                    progress.update(
+                        answer["agent"],
+                        (answer["messages"], answer["bytes"]),
+                        (answer["doing"], answer["seconds"]),
+                    )
                 elif "error" in answer:
                     raise click.ClickException(printable(answer["error"]))
                 ended = "end" in answer

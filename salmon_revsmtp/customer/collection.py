@@ -57,6 +57,9 @@ class Collection:
     ``pushing``  that is open now.
     """
 
+    # What the agent does until a session has been reversed, and after that.
+    _doing = "beginning"
+
     def __init__(
         self,
         agent: Collecting,
@@ -73,9 +76,24 @@ class Collection:
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
         self._log = LogBudget()
+        self._since = time.monotonic()
         self.stopping = False
         self.may_push = False
         self.push_since: float | None = None
+
+    def does(self, what: str) -> None:
+        """Say what the agent does now, or waits for: a person sees it when it takes long.
+
+        Begins with a verb: ``waiting for the answer of odmr.example.net:366 to ATRN``.
+        """
+        self._doing, self._since = what, time.monotonic()
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What goes on, and for how many seconds."""
+        session = self._session
+        what, since = session.doing if session is not None else (self._doing, self._since)
+        return what, max(0.0, time.monotonic() - since)
 
     async def receive(
         self,
@@ -115,6 +133,7 @@ class Collection:
         finally:
             self._session = None
             self._log.close(log)
+            self.does("ending the session")
         return session
 
     async def receive_pushed(self, answer: Handover, silence: float) -> Session:

@@ -136,6 +136,7 @@ class EtrnAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report = collection.report
+        collection.does(f"connecting to {self.address}")
         connection = await Connection.open(
             self.settings, collection.service.hostname, self._let_in_by
         )
@@ -147,6 +148,7 @@ class EtrnAgent(Agent):
             if "ETRN" not in connection.extensions:
                 raise Failed(f"{self.address} does not offer ETRN; is it the host that holds mail?")
             outcomes = {}
+            collection.does(f"waiting for the answer of {self.address} to ETRN")
             for name in self._names:
                 reply = await connection.command(f"ETRN {name}")
                 answer = f"{connection.hide(name)}: {reply}"

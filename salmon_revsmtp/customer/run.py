@@ -24,6 +24,10 @@ BUSY = (
     "to end"
 )
 
+# Seconds that something takes before the log says so, once.  A provider that is well answers
+# sooner; a handler may take longer.
+LONG_WAIT = 60.0
+
 
 async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report:
     """Run a collection of ``agent`` to its end; returns the report, whatever happens.
@@ -40,6 +44,7 @@ async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report
             return report
         await collection.service.find_hostname()
         await collection.call("collection_started")
+        telling = asyncio.ensure_future(_tell_of_long_waits(collection))
         try:
             report.outcome = await agent.collect(collection)
         except CollectionError as error:
@@ -56,6 +61,7 @@ async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report
                 f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"
             )
         finally:
+            telling.cancel()
             tally = collection.tally
             report.messages, report.recipients = tally.messages, tally.recipients
             report.bytes, report.refused = tally.bytes, tally.refused
@@ -67,6 +73,19 @@ async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report
             log.log(level, "agent=%s %s", agent.name, _line(report))
         await collection.call("collection_finished", report=report)
     return report
+
+
+async def _tell_of_long_waits(collection: Collection) -> None:
+    told: tuple[str, int] | None = None
+    while True:
+        what, seconds = collection.doing
+        since = what, round(time.monotonic() - seconds)
+        if seconds >= LONG_WAIT and since != told and not collection.pushing:
+            told = since
+            log_safely(
+                log, logging.INFO, "agent=%s %s, %.0f s", collection.agent.name, what, seconds
+            )
+        await asyncio.sleep(max(LONG_WAIT - seconds, 1.0))
 
 
 def _line(report: Report) -> str:

@@ -10,8 +10,8 @@ is ``paused``, too.  What is to be written goes to the transport in pieces, as i
 The end.  Where ``at_boundary`` says that something is under way, the connection ends with a reset,
 also when this process is killed: a peer must not take the end for a clean one.  So such a
 connection has SO_LINGER with a time of 0 from its beginning, and loses it for a clean end only.
-(Exim 4.100.1 in the clear takes even a reset for success there, and deletes the message; only a
-reply keeps it.)
+Exim 4.100.1 in the clear takes even a reset for success there, and deletes the message; only a
+reply keeps it.  So a connection in the clear has a guard, too, who gives one.
 
 The clock.  A peer that has the word has ``timeout`` seconds to bring the session forward: a command
 or a reply that became whole (RFC 5321 4.5.3.2), enough content, or enough of ours read.  An octet
@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from salmon_revsmtp.net.guard import Guard, guard
 from salmon_revsmtp.net.trace import Trace, dialogue
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -130,6 +131,7 @@ class Driver(asyncio.Protocol):
         self._congested = False
         self._eof = False
         self._lost = self._aborted = False
+        self._guard: Guard | None = None
         self._handshake: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._progressed_at = 0.0
@@ -151,6 +153,11 @@ class Driver(asyncio.Protocol):
         return False
 
     @property
+    def progressed_at(self) -> float:
+        """When the peer brought the session forward, on the event loop's clock."""
+        return self._progressed_at
+
+    @property
     def unfinished(self) -> bool:
         """Something of it is under way, also when the connection is gone."""
         return self.busy
@@ -159,6 +166,11 @@ class Driver(asyncio.Protocol):
     def at_boundary(self) -> bool:
         """Nothing is under way that a clean close could be taken for the success of."""
         return True
+
+    @property
+    def owes_an_answer(self) -> bool:
+        """The peer waits for an answer, or is about to, and may take none for success."""
+        return False
 
     def connected(self) -> None:
         """The connection is there."""
@@ -211,6 +223,12 @@ class Driver(asyncio.Protocol):
         self._lost = True
         self._stop_clock()
         self._outgoing.clear()
+        if self._guard is not None:
+            if self.owes_an_answer:
+                self._guard.end()
+            else:
+                self._guard.close()
+            self._guard = None
         if self.broken is None and not self.clean:
             self.broken = f"the {self.THEY} broke the connection off" + (f": {exc}" if exc else "")
         self.disconnected()
@@ -272,8 +290,7 @@ class Driver(asyncio.Protocol):
             return
         if len(data) <= PIECE and not self._outgoing and not self._congested:
             if data:
-                self._written += len(data)
-                self._transport.write(data)
+                self._put(self._transport, data)
             return
         view = memoryview(data)
         self._outgoing.extend(view[start : start + PIECE] for start in range(0, len(view), PIECE))
@@ -283,14 +300,18 @@ class Driver(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         while self._outgoing and not self._congested:
-            piece = self._outgoing.popleft()
-            self._written += len(piece)
-            transport.write(piece)
+            self._put(transport, self._outgoing.popleft())
         over = self.machine.closed or (self._eof and not self.busy)
         if over and not self._outgoing:
             if self.at_boundary:
                 self.reset_at_end(False)
             transport.close()
+
+    def _put(self, transport: asyncio.Transport, data: bytes | memoryview) -> None:
+        self._written += len(data)
+        transport.write(data)
+        if self._guard is not None:
+            self._guard.torn(transport.get_write_buffer_size() > 0)
 
     def _regulate(self) -> None:
         """Read only while there is room: for what comes, and for what is said to it."""
@@ -415,6 +436,9 @@ class Driver(asyncio.Protocol):
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Do the server's side of the handshake now; then the machine goes on (RFC 3207)."""
+        if self._guard is not None:
+            self._guard.let_go()
+            self._guard = None
         task = asyncio.get_running_loop().create_task(self._start_tls(context))
         self._handshake = task
         task.add_done_callback(self._shaken)
@@ -474,6 +498,14 @@ class Driver(asyncio.Protocol):
         if connection is not None:
             with contextlib.suppress(OSError):  # it is gone
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
+
+    def guard(self, last_words: bytes) -> None:
+        """If this connection ends while we owe an answer, or with this process, the peer hears this
+        line.  Not under TLS, which no other process can go on with."""
+        assert self._transport is not None
+        connection = self._transport.get_extra_info("socket")
+        if connection is not None and not self.tls:
+            self._guard = guard(connection, last_words)
 
     def abort(self, reason: str) -> None:
         """Drop the connection."""

@@ -3,7 +3,8 @@
 A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, an answer several:
 
     {"do": "collect", "agents": ["isp"]}
-        {"agent": "isp", "messages": 2, "bytes": 4711}      as it goes on
+        {"agent": "isp", "messages": 2, "bytes": 4711,      as it goes on: the counts, what it does
+         "doing": "connecting to ...", "seconds": 0.7}      or waits for, and for how long
         {"report": {...}}                                   one per agent
         {"end": true}
     {"do": "state"}

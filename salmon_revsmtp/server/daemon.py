@@ -276,8 +276,7 @@ class Daemon:
                 yield {"report": _report(agents[task], task).as_dict()}
             for name in names:
                 if running := self._running.get(name):
-                    tally = running[0].tally
-                    yield {"agent": name, "messages": tally.messages, "bytes": tally.bytes}
+                    yield _progress(name, running[0])
         yield {"end": True}
 
     # -- the end ----------------------------------------------------------------------------------
@@ -302,6 +301,17 @@ class Daemon:
         await self._control.stop()
         provide(None)
         log.info("stopped")
+
+
+def _progress(name: str, collection: Collection) -> dict[str, Any]:
+    doing, seconds = collection.doing
+    return {
+        "agent": name,
+        "messages": collection.tally.messages,
+        "bytes": collection.tally.bytes,
+        "doing": doing,
+        "seconds": round(seconds, 1),
+    }
 
 
 def _report(agent: Agent, task: asyncio.Task[Report]) -> Report:

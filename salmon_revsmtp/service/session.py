@@ -70,6 +70,9 @@ _Digest = bytes
 # them.
 CALM = 0.5
 
+# What a client hears whose session ends within a message, or with the process.
+ENDED = "has ended this session; send the mail again"
+
 
 @dataclass
 class Tally:
@@ -188,6 +191,19 @@ class Session(Driver):
         """Before its first message."""
         self._receiver.memory = memory
 
+    @property
+    def owes_an_answer(self) -> bool:
+        return self._receiver.owes_an_answer
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What goes on, for a person, and since when on the event loop's clock."""
+        if waiting := list(self._deliveries.values()):
+            return "handling a message", min(pending.since for pending in waiting)
+        if self._receiver.at_boundary:
+            return f"waiting for the {self.THEY}'s next message", self.progressed_at
+        return f"waiting for the rest of a message from the {self.THEY}", self.progressed_at
+
     def connected(self) -> None:
         self.reset_at_end(True)
         self.origin = self.origin.over(self.peer, self.tls)
@@ -197,6 +213,9 @@ class Session(Driver):
                 *(self.service.name, self.peer[0], str(refusal)),
             )
             self._receiver.refuse_session(refusal)
+            return
+        last_words = Reply(421, f"{self.service.hostname} {ENDED}", "4.3.2")  # RFC 5321 3.8
+        self.guard(last_words.encode())
 
     def encrypted(self) -> None:
         self.origin = self.origin.over(self.peer, self.tls)

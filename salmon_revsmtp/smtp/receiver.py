@@ -168,7 +168,9 @@ class Receiver(Commands):
         "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
         "a transaction without recipients": to(_IDLE, (_IDLE, _MAIL)),
     }
-    NO_BOUNDARY = frozenset({State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
+    # With a recipient accepted the message is as good as in hand: a 421 that answers the next RCPT,
+    # and no answer to DATA, is to Exim 4.100.1 the success of the recipients before.
+    NO_BOUNDARY = frozenset({State.RCPT, State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
 
     def __init__(
         self,
@@ -189,6 +191,7 @@ class Receiver(Commands):
         self._unanswered_octets = 0
         self._refusals = 0  # since a message was taken
         self._mail_refused = False  # the last MAIL
+        self._cut_short = False  # the client was sent away with recipients accepted
 
         self._sender = ""
         self._recipients: list[str] = []
@@ -245,6 +248,12 @@ class Receiver(Commands):
         """No transaction is under way, and none waits for its answer."""
         return self._state in _BOUNDARIES and not self._waiting
 
+    @property
+    def owes_an_answer(self) -> bool:
+        """Recipients were accepted, and what became of their message has not been said; of what is
+        said after a 421 nothing is."""
+        return bool(self._recipients) or self._cut_short or self._unanswered_messages > 0
+
     def answer(self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()) -> None:
         """Answer a transaction.  :meth:`advance` then goes on with what waited for that.
 
@@ -285,6 +294,7 @@ class Receiver(Commands):
             self._waiting.append(bytearray(data))
 
     def _close(self, reply: Reply) -> None:
+        self._cut_short = reply.transient and bool(self._recipients)
         self._reset()
         super()._close(reply)
 
