@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -111,7 +112,8 @@ def test_a_child_that_lives_on_after_the_servers_death_keeps_nothing(
         provider.say(f"BDAT {len(MESSAGE)} LAST")
         provider.writer.write(MESSAGE)
         try:
-            while await asyncio.wait_for(provider.reader.read(1000), 30):
+            # The guardian says so for the dead, and a provider leaves then.
+            while b"421" not in (await asyncio.wait_for(provider.reader.read(1000), 30) or b"421"):
                 pass
         except ConnectionError:
             pass
@@ -132,8 +134,8 @@ def test_a_child_that_lives_on_after_the_servers_death_keeps_nothing(
                 process.wait(20)
                 assert lost.wait(20)
                 client.settimeout(20)
-                with pytest.raises(ConnectionResetError):
-                    client.recv(1000)
+                with contextlib.suppress(ConnectionResetError):
+                    assert client.recv(1000)[:4] in (b"", b"421 ")
             assert not ended(child)
             assert refused(listening)
             assert refused(project.receiver_port)

@@ -71,9 +71,10 @@ class Listener:
         self._host, self._port = host, port
         self._tls = tls
         self._refuse = refuse
-        self._places = places or Places(
-            max_connections or MAX_CONNECTIONS, max_per_address or MAX_PER_ADDRESS, expected
-        )
+        if places is None:
+            most, of_each = max_connections or MAX_CONNECTIONS, max_per_address or MAX_PER_ADDRESS
+            places = Places(most, of_each, expected)
+        self._places = places
         self._hurrying = False  # soon
         self._server: asyncio.Server | None = None
         self._stopping = False
