@@ -36,6 +36,7 @@ from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.claims import Claims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import LogBudget, log_safely
+from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -88,6 +89,8 @@ class PendingDelivery:
     ``origin``     where it came from.
     ``data``       its octets as they came; none once it is answered, for a handler that hangs may
                    hold the rest of this for ever.
+    ``sink``       where its octets went while they came, if there were many; then ``data`` has
+                   none.
     ``size``       how many they were.
     ``key``        what it is known by in the journal, once its turn has come.
     ``replies``    one per recipient, in the envelope's order, as far as it has come.
@@ -117,6 +120,7 @@ class PendingDelivery:
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     size: int = 0
+    sink: Sink | None = None
 
     def begin(self) -> bytes | None:
         """Its octets, with LF line ends, if anyone still waits for it."""
@@ -164,6 +168,10 @@ class Deliverer(Protocol):
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Have a message delivered, and call ``answered`` in the event loop when
         ``pending.reply`` and ``pending.replies`` say what became of it."""
+
+    @property
+    def sinks(self) -> Callable[[], Sink] | None:
+        """Makes the place where a large message goes while it comes, if there is one."""
 
     def let_go(self, pending: PendingDelivery) -> bool:
         """No one will hear the answer to this message.  Whether it is forgotten."""
@@ -230,6 +238,10 @@ class Dispatcher:
         self._log_at = 0.0
 
     # -- in the event loop ------------------------------------------------------------------------
+
+    @property
+    def sinks(self) -> None:
+        """Handlers get whole messages."""
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of

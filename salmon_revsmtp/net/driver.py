@@ -86,6 +86,10 @@ class Machine(Protocol):
         """The session is over: close the connection when all is written."""
 
     @property
+    def streaming(self) -> bool:
+        """There is more to write when that is written which ``data_to_send`` has given."""
+
+    @property
     def pending(self) -> bool:
         """Bytes came that have not been looked at."""
 
@@ -241,6 +245,7 @@ class Driver(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._congested = False
         self._pump()
+        self._stream()
         self._regulate()
 
     # -- the machine ------------------------------------------------------------------------------
@@ -271,10 +276,20 @@ class Driver(asyncio.Protocol):
             return
         if said:
             self._say(said)
+        self._stream()
         if self._outgoing or self._eof or self.machine.closed:
             self._pump()
         self._regulate()
         self._wind_up()
+
+    def _stream(self) -> None:
+        """Write what the machine has more of, as long as there is room for it."""
+        if not self.machine.streaming:
+            return
+        while self.machine.streaming and not (self._outgoing or self._congested or self._lost):
+            self._say(self.machine.data_to_send())
+        if not self.machine.streaming:  # what waited for that
+            self.happened(self.machine.advance())
 
     def _say(self, said: bytes | Sequence[bytes]) -> None:
         for data in (said,) if isinstance(said, bytes) else said:

@@ -30,6 +30,7 @@ from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
 from salmon_revsmtp.provider.logins import LoginGuard
 from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
 from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, StartTls, Turn
@@ -300,12 +301,12 @@ class Connection(Driver):
 
     # -- the hand-over --------------------------------------------------------------------------
 
-    async def _next_page(self) -> list[tuple[Held, bytes]]:
+    async def _next_page(self) -> list[tuple[Held, bytes | Content]]:
         """The next messages of the feed, and their octets."""
         feed, store = self._feed, self._provider.store
         assert feed is not None
 
-        def read() -> list[tuple[Held, bytes]]:
+        def read() -> list[tuple[Held, bytes | Content]]:
             page = feed.take(PAGE, PAGE_OCTETS)
             found = store.load([held.key for held in page]) if page else {}
             return [(held, found[held.key]) for held in page if held.key in found]
@@ -313,7 +314,7 @@ class Connection(Driver):
         self._more = False
         return await asyncio.to_thread(read)
 
-    async def _hand_over(self, page: list[tuple[Held, bytes]]) -> None:
+    async def _hand_over(self, page: list[tuple[Held, bytes | Content]]) -> None:
         """Send what there is, and, in a push session, what comes.  Raises
         :class:`ConnectionError` when the session breaks."""
         while True:
@@ -346,7 +347,7 @@ class Connection(Driver):
     def _may_send(self) -> bool:
         return self._replaced or (self._sender is not None and self._sender.room)
 
-    async def _send(self, held: Held, content: bytes) -> None:
+    async def _send(self, held: Held, content: bytes | Content) -> None:
         """Send a message; one over which a session broke goes alone."""
         if held.strikes:
             await self._wait_until(lambda: not self._under_way)

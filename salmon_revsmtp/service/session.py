@@ -159,6 +159,7 @@ class Session(Driver):
             policy,
             starttls=starttls is not None,
             memory=service.memory,
+            sinks=deliverer.sinks,
         )
         self._receiver.ahead = min(AHEAD_LEAST, self._receiver.ahead)
         super().__init__(self._receiver, idle_timeout, patience)
@@ -283,7 +284,13 @@ class Session(Driver):
         if self.tls and transaction.data.startswith(TLS_RECORD):
             self.abort("a message came encrypted twice; the provider keeps it")
             return
-        pending = PendingDelivery(self.origin, transaction.envelope, transaction.data, log=self.log)
+        pending = PendingDelivery(
+            self.origin,
+            transaction.envelope,
+            transaction.data,
+            log=self.log,
+            sink=transaction.sink,
+        )
         self._deliveries[transaction] = pending
         pending.number = len(self._deliveries)
         self._deliverer.deliver(pending, functools.partial(self._delivered, transaction))

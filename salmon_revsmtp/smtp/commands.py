@@ -192,6 +192,11 @@ class Commands:
         return False
 
     @property
+    def streaming(self) -> bool:
+        """What a server says is said at once."""
+        return False
+
+    @property
     def closed(self) -> bool:
         """The session is over and every reply is in :meth:`data_to_send`: close the connection."""
         return self._state is State.CLOSED

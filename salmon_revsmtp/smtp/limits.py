@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["COMMAND_TIMEOUT", "RECIPIENT_COST", "AheadLimits", "Limits"]
+__all__ = ["COMMAND_TIMEOUT", "RECIPIENT_COST", "SINK_AT", "AheadLimits", "Limits"]
 
 # RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command; in seconds.
 COMMAND_TIMEOUT = 300.0
+
+# Octets of a message that are kept in memory where there is a sink for more.
+SINK_AT = 256 * 1024
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -55,8 +55,9 @@ from salmon_revsmtp.smtp.commands import (
     stay,
     to,
 )
+from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.limits import RECIPIENT_COST, Limits
+from salmon_revsmtp.smtp.limits import RECIPIENT_COST, SINK_AT, Limits
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
@@ -70,11 +71,13 @@ class Transaction:
     ``data``      its octets as the client meant them: dots unstuffed, line ends as they came
                   (CRLF, and bare CR or LF where there were any).
     ``held``      octets of the session's memory that it takes until it is answered.
+    ``sink``      where its octets went while they came, if there were many; then ``data`` has none.
     """
 
     envelope: Envelope
     data: bytes
     held: int = 0
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,9 @@ class Receiver(Commands):
     ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
                           :class:`Reply` that refuses it.  It must not block.
 
+    ``sinks``             makes the place where a large message goes while it comes; without it, the
+                          whole of it is kept in memory.
+
     ``ahead``: the whole messages that are read ahead.  The caller may make it less than the limits
     have, where messages are delivered slowly.
 
@@ -180,8 +186,13 @@ class Receiver(Commands):
         *,
         starttls: bool = False,
         memory: Budget | None = None,
+        sinks: Callable[[], Sink] | None = None,
     ) -> None:
         limits = limits or Limits()
+        self._sinks = sinks
+        self._sink: Sink | None = None
+        self._line = 0  # octets of the line that the sink has not got to its end
+        self._long_line = False
         self._accept_recipient = accept_recipient
         self.ahead = limits.unanswered_messages
         self.memory = memory or Budget()
@@ -219,7 +230,15 @@ class Receiver(Commands):
         self._content = bytearray()
         self._envelope = self._size = self._chunks = 0
         self._no_memory = False
+        self._drop_sink()
         self._let_go()
+
+    def _drop_sink(self) -> None:
+        """What went into it is no message."""
+        if self._sink is not None:
+            self._sink.discard()
+            self._sink = None
+        self._line, self._long_line = 0, False
 
     def _let_go(self) -> None:
         """Give the transaction's memory back."""
@@ -357,14 +376,18 @@ class Receiver(Commands):
             # Surely too big, whatever part of this is the end of data already.
             if self._size > self.limits.message + len(_END_OF_DATA) or not self._room():
                 del self._content[:-4]
+                self._drop_sink()
                 self._let_go()
+            elif self._sinks is not None and len(self._content) > SINK_AT:
+                self._empty(self._stuffed_content())
             if self._size > self._read_through + len(_END_OF_DATA):
                 self._close(self._far_too_big())
             return False
         self._buffer += memoryview(self._content)[end + 5 :]
         self._size += end + 2 - old - self._content.count(_STUFFED, start, end + 2)
         del self._content[end + 2 :]
-        del self._content[: 3 if self._content.startswith(_STUFFED) else 2]
+        if self._sink is None:
+            del self._content[: 3 if self._content.startswith(_STUFFED) else 2]
         self._size -= 2
         if self._size > self._read_through:
             self._close(self._far_too_big())
@@ -378,6 +401,41 @@ class Receiver(Commands):
         self._over("CRLF.CRLF")
         self._finish(content)
         return True
+
+    def _stuffed_content(self) -> bytes:
+        """Take what is here of DATA, but for its last line: what begins there may be its end, or a
+        dot that is not content."""
+        content = self._content
+        cut = content.rfind(b"\r\n", 0, len(content) - 4)
+        if cut <= 0:  # a very long line
+            cut = len(content) - 4
+            cut -= content[cut - 1 : cut + 1] == b"\r\n"
+        block = bytes(memoryview(content)[:cut])
+        del content[:cut]
+        block = block.replace(_STUFFED, b"\r\n")
+        return block if self._sink is not None else block[2:]  # the CRLF of DATA itself
+
+    def _empty(self, block: bytes) -> None:
+        """Content goes into a sink, and its memory is given back."""
+        if self._sink is None:
+            assert self._sinks is not None
+            self._sink = self._sinks()
+        self._count_line(block)
+        self._sink.write(block)
+        spare = self._held - self._envelope - len(self._content)
+        if spare > 0:
+            self.memory.give(spare)
+            self._held -= spare
+
+    def _count_line(self, block: bytes) -> None:
+        """Whether there is a line that is too long, over what the sink has got so far."""
+        first, limit = block.find(b"\n"), self.limits.text_line
+        if first < 0:
+            self._line += len(block)
+        else:
+            self._long_line = self._long_line or self._line + first >= limit
+            self._line = len(block) - block.rfind(b"\n") - 1
+        self._long_line = self._long_line or self._line >= limit or _has_long_line(block, limit)
 
     def _room(self) -> bool:
         """There is memory for what has come of the message.  Once there was none it is lost,
@@ -398,7 +456,10 @@ class Receiver(Commands):
             self._keep_chunk = self._room()
             if not self._keep_chunk:
                 self._content.clear()
+                self._drop_sink()
                 self._let_go()
+            elif self._sinks is not None and len(self._content) > SINK_AT:
+                self._empty(self._whole_content())
         del self._buffer[:take]
         self.content_octets += take
         self._chunk_left -= take
@@ -573,6 +634,7 @@ class Receiver(Commands):
     def _chunk_refused(self) -> None:
         """The message is lost, whatever else comes of it (RFC 3030 4.2)."""
         self._content.clear()
+        self._drop_sink()
         self._let_go()
         if not self._recipients:
             self._reply(_NO_RECIPIENTS)
@@ -580,8 +642,14 @@ class Receiver(Commands):
             too_big = self._size > self.limits.message
             self._reply(self._too_big() if too_big else _NO_MEMORY)
 
+    def _whole_content(self) -> bytes:
+        """Take what is here of BDAT."""
+        block = bytes(self._content)
+        self._content.clear()
+        return block
+
     def _message_taken(self) -> None:
-        self._finish(bytes(self._content))
+        self._finish(self._whole_content())
 
     def _message_for_no_one(self) -> None:
         self._say(self._no_recipients())
@@ -589,6 +657,9 @@ class Receiver(Commands):
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""
         recipients = tuple(self._recipients)
+        if self._sink is not None:
+            self._empty(content)
+            content = b""
         if refusal := self._content_refusal(content):
             self._reset()
             self._say(self._refuse(recipients, refusal))
@@ -601,8 +672,8 @@ class Receiver(Commands):
             self._helo,
             self._esmtp,
         )
-        transaction = Transaction(envelope, content, self._held)
-        self._held = 0  # it is the transaction's now
+        transaction = Transaction(envelope, content, self._held, self._sink)
+        self._held, self._sink = 0, None  # they are the transaction's now
         self._waiting.append(transaction)
         self._unanswered_messages += 1
         self._unanswered_octets += transaction.held
@@ -615,7 +686,7 @@ class Receiver(Commands):
             return self._too_big()
         if self._no_memory:
             return _NO_MEMORY
-        if _has_long_line(content, self.limits.text_line):
+        if self._long_line or _has_long_line(content, self.limits.text_line):
             return Reply(554, f"a line of more than {self.limits.text_line} octets", "5.6.0")
         return None
 

@@ -40,6 +40,7 @@ class Wire(asyncio.Transport):
 
     unread = 0  # octets of what we said
     reading = True
+    sinks = None
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
