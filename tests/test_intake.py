@@ -42,12 +42,12 @@ class World:
 
     @property
     def mx(self) -> int:
-        return self.daemon._listeners[0].port
+        return self.daemon.listeners[0].port
 
     @property
     def odmr(self) -> int:
-        assert self.daemon._provider is not None
-        return self.daemon._provider.port
+        assert self.daemon.provider is not None
+        return self.daemon.provider.port
 
     def data(self, held: Held) -> bytes:
         return whole(self.store.load([held.key])[held.key])

@@ -21,6 +21,7 @@ from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.connection import Connection
 from salmon_revsmtp.provider.expiry import CHECK_EVERY
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
@@ -50,7 +51,12 @@ def awake_or_asleep() -> float:
 
 
 class Daemon:
-    """Runs until it is stopped.  ``grace``: seconds for the messages in hand when it stops."""
+    """Runs until it is stopped.
+
+    ``grace``      seconds for the messages in hand when it stops.
+    ``listeners``  those of the services, once they listen.
+    ``provider``   what customers call, if the settings have one.
+    """
 
     def __init__(
         self,
@@ -71,8 +77,8 @@ class Daemon:
         self._notify_at = self._expire_at = clock()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
-        self._listeners: list[Listener] = []
-        self._provider: Provider | None = None
+        self.listeners: list[Listener] = []
+        self.provider: Provider | None = None
         self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
@@ -83,6 +89,11 @@ class Daemon:
             clock(),
             lambda wait: wait * random.uniform(0.8, 1.2),
         )
+
+    @property
+    def sessions(self) -> list[Connection]:
+        """The customers' reversed sessions that are open."""
+        return self.provider.sessions if self.provider is not None else []
 
     def stop(self) -> None:
         """End :meth:`run` at the next message boundary."""
@@ -100,10 +111,10 @@ class Daemon:
                 await asyncio.to_thread(provide, self._collector.providing)
             for listener in await self._collector.listeners():
                 await listener.start()
-                self._listeners.append(listener)
-            self._provider = await asyncio.to_thread(self._collector.providing.provider)
-            if self._provider is not None:
-                await self._provider.start()
+                self.listeners.append(listener)
+            self.provider = await asyncio.to_thread(self._collector.providing.provider)
+            if self.provider is not None:
+                await self.provider.start()
             await self._control.start()
             await self._recall()
             started()
@@ -150,8 +161,8 @@ class Daemon:
             self._expire_at = self._clock() + CHECK_EVERY
             check = asyncio.to_thread(self._collector.providing.expiry.check)
             self._spawn(check)
-            if self._provider is not None:
-                self._provider.name_the_unseen()
+            if self.provider is not None:
+                self.provider.name_the_unseen()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -287,9 +298,9 @@ class Daemon:
             if not collection.stop():
                 task.cancel()
         ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
-        ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self._listeners]
-        if self._provider is not None:
-            ending.append(asyncio.ensure_future(self._provider.stop(self._grace)))
+        ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self.listeners]
+        if self.provider is not None:
+            ending.append(asyncio.ensure_future(self.provider.stop(self._grace)))
         if ending:
             _, late = await asyncio.wait(ending, timeout=self._grace)
             for one in late:
