@@ -425,8 +425,8 @@ class Server:
 
     @property
     def provider(self) -> Provider:
-        assert self.daemon._provider is not None
-        return self.daemon._provider
+        assert self.daemon.provider is not None
+        return self.daemon.provider
 
     async def customer(self, push: bool = True, tls: ssl.SSLContext | None = None) -> Dialogue:
         """A customer that the test plays, after its ATRN."""

@@ -52,7 +52,7 @@ class Desk:
         traceback: TracebackType | None,
     ) -> None:
         if self._beside is not None:
-            self._beside.close(wait=True)
+            self._beside.__exit__(kind, error, traceback)
             self._beside = None
 
     def ask(self, do: str, **request: Any) -> Iterator[dict[str, Any]]:
@@ -75,20 +75,21 @@ class Desk:
             raise click.ClickException(text) from None
 
     def _alone(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        import asyncio
-
         from salmon_revsmtp.server.collector import Collector
+        from salmon_revsmtp.server.eventloop import run
         from salmon_revsmtp.server.provider_requests import ProviderRequests
 
         if self._beside is None:
             plugins, project = self._options.load_plugins(), self._project
-            self._beside = Collector(self._configuration, plugins, lambda: project.settings.relay)
+            self._beside = Collector(
+                self._configuration, plugins, lambda: project.settings.relay, project.folder
+            )
         requests = ProviderRequests(self._beside.providing)
 
         async def answers() -> list[dict[str, Any]]:
             return [one async for one in requests.answer(request)]
 
-        yield from asyncio.run(answers())
+        yield from run(answers())
 
     def prepare_to_act(self) -> None:
         """Whatever is done is in the project's log, and its relay takes notifications: import the

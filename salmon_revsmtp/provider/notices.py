@@ -11,19 +11,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from salmon_revsmtp.delivery.dsn import Action, RecipientStatus
+from salmon_revsmtp.delivery.dsn import MAX_FULL, Action, RecipientStatus
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.reporter import Notice, Reporter
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.provider.hold.store import Held
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.content import Content, beginning
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Notices", "TooMany"]
 
 log = logging.getLogger(__name__)
+
+# Octets of a message that are looked at: more than of any goes back to its sender.
+MOST_RETURNED = 2 * MAX_FULL
 
 
 class TooMany(OSError):
@@ -42,31 +46,32 @@ class Notices:
         self._reporter, self._outbox = reporter, outbox
 
     def refused(
-        self, envelope: Envelope, refused: Mapping[str, Reply], content: bytes
+        self, envelope: Envelope, refused: Mapping[str, Reply], content: bytes | Content
     ) -> Reply | None:
         """The customer has refused a message for these recipients."""
         statuses = [RecipientStatus.failed(*one) for one in refused.items()]
         return self._tell(envelope, statuses, content)
 
-    def expired(self, held: Held, content: bytes, days: float) -> Reply | None:
+    def expired(self, held: Held, content: bytes | Content, days: float) -> Reply | None:
         """The customer has not come for a message."""
         why = f"it was held for {days:g} days, and its recipient's host did not collect it"
         return self._tell(held.envelope, _each(held, "failed", "5.4.7", why), content, held.arrived)
 
-    def delayed(self, held: Held, content: bytes, until: float) -> Reply | None:
+    def delayed(self, held: Held, content: bytes | Content, until: float) -> Reply | None:
         """It has not come for so long that the sender may want to know; ``until`` is when it will
         be given up (seconds since the epoch)."""
         why = "its recipient's host has not collected it yet; it is still held"
         statuses = _each(held, "delayed", "4.4.7", why, until)
         return self._tell(held.envelope, statuses, content, held.arrived)
 
-    def returned(self, held: Held, content: bytes) -> str:
+    def returned(self, held: Held, content: bytes | Content) -> str:
         """The operator returns a message to its sender.  Returns why the sender is not told, ``""``
         if it is.  Unlike the others, this can be done another time: raises :class:`TooMany` where
         the limits are in the way, and :class:`OSError` where the notification cannot be kept."""
         why = "the operator of the host that held it for its recipient has returned it"
         statuses = _each(held, "failed", "5.0.0", why)
-        notice = self._reporter.report(held.envelope, statuses, content, arrived=held.arrived)
+        start = beginning(content, MOST_RETURNED)
+        notice = self._reporter.report(held.envelope, statuses, start, arrived=held.arrived)
         if notice.limited:
             raise TooMany("there were too many notifications in this hour, try it in the next")
         if failure := self._send(held.envelope, statuses, notice):
@@ -77,10 +82,14 @@ class Notices:
         self,
         envelope: Envelope,
         statuses: Sequence[RecipientStatus],
-        content: bytes,
+        content: bytes | Content,
         arrived: float | None = None,
     ) -> Reply | None:
-        notice = self._reporter.report(envelope, statuses, content, arrived=arrived)
+        try:
+            start = beginning(content, MOST_RETURNED)
+        except OSError as error:
+            return disk_reply(error)
+        notice = self._reporter.report(envelope, statuses, start, arrived=arrived)
         return self._send(envelope, statuses, notice)
 
     def _send(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +35,7 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.upkeep import Treated, Upkeep
 from salmon_revsmtp.server.control import MOST_KEYS, Answers
 from salmon_revsmtp.server.providing import Providing
+from salmon_revsmtp.smtp.content import Content, beginning
 
 __all__ = ["ProviderRequests"]
 
@@ -166,26 +167,22 @@ class ProviderRequests:
             limit = None if limit is None else limit - len(page)
 
     async def _show(self, request: Row) -> AsyncIterator[Row]:
-        key, whole = int(request["key"]), bool(request.get("whole"))
-        held, octets, cut = await asyncio.to_thread(self._read, key, whole)
-        if held is None:
+        key = int(request["key"])
+        held, content = await asyncio.to_thread(self._find, key)
+        if held is None or content is None:
             return
+        if request.get("whole"):
+            pieces, cut = _pieces(content), False
+        else:
+            header, cut = await asyncio.to_thread(_header, content)
+            pieces = _pieces(header)
         yield {"held": _held_row(held), "cut": cut}
-        for start in range(0, len(octets), PIECE):
-            piece = octets[start : start + PIECE]
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield {"octets": base64.b64encode(piece).decode("ascii")}
 
-    def _read(self, key: int, whole: bool) -> tuple[Held | None, memoryview, bool]:
-        """A message, its octets or those of its header, and whether there is more of that."""
+    def _find(self, key: int) -> tuple[Held | None, bytes | Content | None]:
         store = self._providing.store
-        held, content = store.find(key), store.load([key]).get(key)
-        if held is None or content is None:
-            return None, memoryview(b""), False
-        if whole:
-            return held, memoryview(content), False
-        start = content[:MOST_HEADER].replace(b"\r\n", b"\n")
-        end = header_end(start)
-        return held, memoryview(start)[:end], end == len(start) and len(content) > MOST_HEADER
+        return store.find(key), store.load([key]).get(key)
 
     async def _treat(
         self, request: Row, how: Callable[[Upkeep, Sequence[int]], list[Treated]]
@@ -199,6 +196,20 @@ class ProviderRequests:
         for start in range(0, len(keys), AT_ONCE):
             for one in await asyncio.to_thread(how, upkeep, keys[start : start + AT_ONCE]):
                 yield asdict(one)
+
+
+def _header(content: bytes | Content) -> tuple[bytes, bool]:
+    """The header of a message, with LF line ends, and whether there is more of it."""
+    start = beginning(content, MOST_HEADER)
+    more = len(start) == MOST_HEADER
+    start = start.replace(b"\r\n", b"\n")
+    end = header_end(start)
+    return start[:end], more and end == len(start)
+
+
+def _pieces(content: bytes | Content) -> Iterator[bytes]:
+    for part in [content] if isinstance(content, bytes) else content.pieces():
+        yield from (part[start : start + PIECE] for start in range(0, len(part), PIECE))
 
 
 def _held_row(held: Held) -> Row:
