@@ -6,8 +6,8 @@ SETTINGS are JSON: the accounts, the provider's and those of the service ``mx``.
 standard input forks a provider in FOLDER: ``{"die_at": 17, "after": "provider/intake.py:deliver"}``
 is one that kills itself at the 17th line, from the first call of that function on, of the code that
 makes a message safe or hands it over.  Answers: ``pid 4711``, ``up`` when it listens, and at its
-death ``ended -9``.  SIGTERM stops it, and it ends with status 0.  What the relay was given are lines
-in ``ledger``.
+death ``ended -9``.  SIGTERM stops it, and it ends with status 0.  In ``ledger`` there is a line for
+each notification that the relay was given.
 """
 
 from __future__ import annotations
