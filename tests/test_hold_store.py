@@ -340,3 +340,46 @@ def test_a_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("x")
     with pytest.raises(HoldStoreError, match="opening the hold store"):
         EmbeddedStore(tmp_path / "file")
+
+
+def test_a_message_whose_file_is_missing_keeps_no_other_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = EmbeddedStore(tmp_path / "hold")
+    [[lost], [kept]] = store.put([arrival("b@acme.org", data=LARGE), arrival("b@acme.org")])
+    [file] = (tmp_path / "hold/bodies").iterdir()
+    file.unlink()
+    for _ in range(2):
+        assert list(store.load([lost, kept])) == [kept]
+    held = store.find(lost)
+    assert held is not None and held.state is State.ASIDE
+    assert "missing" in held.reason and "a@example.net" in caplog.text
+    assert take(store, "acme") == [kept]
+    store.close()
+
+
+def test_a_file_is_deleted_only_when_its_message_cannot_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even after a power cut: that its message is gone is synced before."""
+    done: list[str] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def synced(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        done.append(f"sync {name}")
+        fsync(descriptor)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        done.append(f"delete {path.parent.name}")
+        unlink(path, missing_ok)
+
+    store = EmbeddedStore(tmp_path / "hold")
+    [[small], [large]] = store.put([arrival("b@acme.org"), arrival("b@acme.org", data=LARGE)])
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    store.settle([Settled(small, ["b@acme.org"])])
+    assert done == []
+    store.settle([Settled(large, ["b@acme.org"])])
+    assert done == ["sync index.sqlite3-wal", "delete bodies"]
+    store.close()
