@@ -5,6 +5,7 @@ To try another store, give ``STORES`` a function that opens one in a folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -382,4 +383,21 @@ def test_a_file_is_deleted_only_when_its_message_cannot_come_back(
     assert done == []
     store.settle([Settled(large, ["b@acme.org"])])
     assert done == ["sync index.sqlite3-wal", "delete bodies"]
+    store.close()
+
+
+def test_a_store_on_a_disk_without_room_for_a_name_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mail in it is what will make room."""
+    store = EmbeddedStore(tmp_path / "hold")
+    [[key]] = store.put([arrival("b@acme.org")])
+    store.close()
+
+    def full(path: Path, *pieces: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(embedded, "_write_private", full)
+    store = EmbeddedStore(tmp_path / "hold")
+    assert take(store, "acme") == [key]
     store.close()

@@ -149,7 +149,8 @@ class EmbeddedStore:
                 f"opening the hold store {self._folder}: {who or 'another process'} has it; one "
                 "process uses a hold store at a time, so end that one, or ask it"
             )
-        _write_private(owner, f"process {os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # on a full disk it has the mail that can make room
+            _write_private(owner, f"process {os.getpid()}\n".encode())
         index = JournalFile(self._folder / "index.sqlite3", MIGRATIONS)
         self._database = self._held.enter_context(contextlib.closing(index.open()))
         self._database.execute("PRAGMA synchronous = FULL")
