@@ -199,14 +199,13 @@ def killed_at_random(salmon: Salmon, kills: int, random_: random.Random) -> Send
     """Mail comes from several senders at once, a customer has a push session, and the provider is
     killed again and again."""
     salmon.handle(".*")
-    ending = threading.Event()
+    ending, up = threading.Event(), threading.Event()
 
     def sending(world: Senders, seed: int) -> None:
         own = random.Random(seed)
         while not ending.is_set():
-            world.send("b@example.org", octets=own.choice((0, 0, 0, 4_000, LARGE)))
-            if world.sent.keys() - world.heard:
-                time.sleep(0.001)  # no one listens just now
+            if up.wait(1):
+                world.send("b@example.org", octets=own.choice((0, 0, 0, 4_000, LARGE)))
 
     async def customer(provider: ProviderProcess) -> None:
         plugins = Plugins.load()
@@ -221,7 +220,9 @@ def killed_at_random(salmon: Salmon, kills: int, random_: random.Random) -> Send
     def kill_again_and_again(provider: ProviderProcess) -> None:
         for _ in range(kills):
             provider.start()
+            up.set()
             time.sleep(random_.uniform(0.05, 0.5))
+            up.clear()
             provider.kill()
             held = provider.held()
             assert all(is_whole(world, data) for _, data in held)
@@ -239,6 +240,7 @@ def killed_at_random(salmon: Salmon, kills: int, random_: random.Random) -> Send
             ending.set()
             for one in threads:
                 one.join()
+        assert salmon.handled, "the customer was never there in time"
         provider.start()
         collect_all(salmon, provider)
         provider.stop()
