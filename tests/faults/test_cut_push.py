@@ -63,6 +63,11 @@ class Line:
         assert handled == self._sent
         assert self._held.told == []
 
+    def swallow(self) -> None:
+        """From now on nothing gets through in either direction, and no one is told."""
+        for direction in Direction:
+            self._proxy.stall(direction)
+
     async def break_the_next(self, fault: Fault) -> None:
         """End the session that there is; the next one has this fault.  One message waits when it
         begins, another one comes when that was handled."""
@@ -155,6 +160,23 @@ def test_a_cut_of_which_the_provider_hears_nothing(
         await cut_at_each(line, (How.VANISH,), direction, positions(1, 29))
 
     with_line(salmon, monkeypatch, work)
+
+
+def test_an_open_session_whose_octets_are_swallowed(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both directions.  It is noticed by what does not come, and the customer is back."""
+    monkeypatch.setattr(connection, "REPLACED_GRACE", 0.05)
+
+    async def work(line: Line) -> None:
+        for _ in range(2):
+            line.put()
+            await line.came_once()
+            line.swallow()
+        line.put()
+        await line.came_once()
+
+    with_line(salmon, monkeypatch, work, keepalive=1)
 
 
 @pytest.mark.long
