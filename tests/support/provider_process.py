@@ -127,8 +127,10 @@ class ProviderProcess:
             assert set(octets) == {one.key for one in found}
             return [(one, octets[one.key]) for one in found]
 
-    def put(self, recipients: tuple[str, ...], data: bytes, sender: str) -> None:
+    def put(self, recipients: tuple[str, ...], data: bytes) -> None:
         """Hold a message for acme."""
-        arrival = Arrival(Envelope(sender, recipients), ("acme",) * len(recipients), [data])
+        arrival = Arrival(
+            Envelope("a@example.net", recipients), ("acme",) * len(recipients), [data]
+        )
         with self.store() as store:
             store.put([arrival])
