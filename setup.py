@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="salmon-revsmtp",
     version="0.1.0",
-    description="Reverse SMTP for Salmon: collect waiting mail by ODMR (RFC 2645)",
+    description="Reverse SMTP for Salmon: mail behind NAT by ODMR (RFC 2645), both ends",
     long_description=Path(__file__).with_name("README.rst").read_text(encoding="utf-8"),
     long_description_content_type="text/x-rst",
     license="GPL-3.0-or-later",

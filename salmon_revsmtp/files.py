@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from salmon_revsmtp.forks import ours_alone
+
 __all__ = [
     "FolderLock",
     "exclusive_lock",
@@ -93,7 +95,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = folder.absolute()
         self._identity: tuple[int, int] | None = None
         self.had = False
 
@@ -140,10 +142,10 @@ def _locked(path: Path, flags: int) -> Iterator[int]:
             if _identity(path) != _identity(descriptor):
                 continue  # what is locked is deleted already, and keeps no one away
             try:
-                yield descriptor
+                with ours_alone([descriptor].copy):
+                    yield descriptor
             finally:
-                # A child that a handler has forked has the descriptor, too, and would keep the
-                # lock.
+                # A child that C code has forked has the descriptor, too, and would keep the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             return
         finally:

@@ -10,7 +10,18 @@ from __future__ import annotations
 import io
 import re
 
-__all__ = ["angle", "escape_what_cannot_be_shown", "printable", "printable_lines"]
+__all__ = [
+    "ERROR_TEXT",
+    "angle",
+    "escape_what_cannot_be_shown",
+    "printable",
+    "printable_lines",
+    "shortened",
+]
+
+# Characters of an error that are kept, logged and shown: enough for what a person reads of it, and
+# a peer that says more fills neither the journal nor a terminal.
+ERROR_TEXT = 2000
 
 # A log line's fields are separated by spaces, and an address ends at ">".
 _ENDS_A_FIELD = re.compile(r"[ <>\\]")
@@ -28,6 +39,16 @@ def printable(text: object) -> str:
 def printable_lines(text: object) -> str:
     """The same, but line feeds stay: of a text that has lines of ours."""
     return "\n".join(map(printable, str(text).split("\n")))
+
+
+def shortened(text: str, most: int = ERROR_TEXT) -> str:
+    """``text`` in at most ``most`` characters (32 or more): of a longer one the beginning and the
+    end, and between them the number of those left out, without a space that could end a field."""
+    if len(text) <= most:
+        return text
+    kept = most - 24
+    head, tail = kept - kept // 4, kept // 4
+    return f"{text[:head]}...[{len(text) - kept}_more]...{text[-tail:]}"
 
 
 def escape_what_cannot_be_shown(stream: object) -> None:

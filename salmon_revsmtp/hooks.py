@@ -9,7 +9,11 @@ from typing import Any, Protocol
 
 import pluggy
 
-__all__ = ["HookCaller", "hookimpl"]
+__all__ = ["HOOK_TIMEOUT", "HookCaller", "hookimpl"]
+
+#: Seconds that a collection waits for a hook: as long as the provider waits for our greeting
+#: (RFC 5321 4.5.3.2.1), before which ``connection_reversed`` is called.
+HOOK_TIMEOUT = 300.0
 
 #: Marks a plugin's functions as implementations of our hooks.
 hookimpl = pluggy.HookimplMarker("salmon_revsmtp")
@@ -20,6 +24,10 @@ class HookCaller(Protocol):
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook; returns what pluggy returns."""
+
+    async def call_apart(self, hook: str, agent: Any, **arguments: Any) -> Any:
+        """The same in a thread of its own, and no longer than :data:`HOOK_TIMEOUT`; only whoever
+        awaits it waits."""
 
     def implemented(self, hook: str) -> bool:
         """Whether any plugin has this hook, so that no one pays for one that none has."""

@@ -28,6 +28,9 @@ class RecordingHandler:
         self._do(piece)
         self.record.append(piece)
 
+    def drop(self, piece: str) -> None:
+        self.record.append(f"drop {piece}")
+
     def end(self, pieces: Sequence[str]) -> None:
         self.record.append(f"end {' '.join(pieces)}")
         self.ended.release()
@@ -54,7 +57,8 @@ class Gate:
 def worker() -> Iterator[BatchWorker[str]]:
     worker = BatchWorker[str]("worker")
     yield worker
-    worker.close(wait=True)
+    worker.close()
+    assert worker.wait(LONG)
 
 
 @pytest.fixture
@@ -135,12 +139,12 @@ def test_closed_it_ends_behind_the_piece_in_hand(endless: None) -> None:
         worker.submit(handler, piece)
     first.opened.set()
     assert second.reached.wait(LONG)
-    worker.close(wait=False)
+    worker.close()
     with pytest.raises(RuntimeError):
         worker.submit(handler, "e")
     second.opened.set()
-    worker.close(wait=True)
-    assert handler.record[3:] == ["begin b c d", "b", "end b"]
+    assert worker.wait(LONG)
+    assert handler.record[3:] == ["begin b c d", "b", "end b", "drop c", "drop d"]
     with pytest.raises(RuntimeError):
         worker.submit(handler, "e")
 
@@ -158,7 +162,7 @@ def test_a_bug_ends_one_round_and_not_the_thread(
     other = RecordingHandler()
     worker.submit(other, "b")
     assert other.wait() == ["begin b", "b", "end b"]
-    assert handler.record == ["begin bug"]
+    assert handler.record == ["begin bug", "drop bug"]
 
 
 def test_a_batch_whose_end_fails_takes_nothing_from_the_next(

@@ -267,7 +267,8 @@ def test_collect_shows_live_progress_on_a_terminal(project: Project) -> None:
         with contextlib.suppress(OSError):  # how a terminal says that it is over
             while data := os.read(ours, 4096):
                 output += data
-                if b"isp: 1 message, %d bytes" % len(MESSAGE) in output:
+                waits = b"; waiting for the provider's next message, 2 s"
+                if b"isp: 1 message, %d bytes%b" % (len(MESSAGE), waits) in output:
                     seen.set()
         os.close(ours)
         assert process.wait() == 0

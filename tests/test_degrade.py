@@ -22,7 +22,7 @@ from support.dialogue import Dialogue, no_more_mail
 from support.project import Project, isp, one_message, provider
 from support.salmon import Salmon, explodes
 from support.servers import free_port
-from test_server import RUN, server
+from support.serving import RUN, server
 
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.server import control

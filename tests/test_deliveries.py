@@ -24,6 +24,7 @@ OK = Reply(250, "queued as 7", "2.6.0")
 NO = Reply(550, "no such user\nnot here", None)
 KEY = MessageKey.of("default", "ann@example.net", b"Subject: hi\r\n\r\nhello\r\n")
 DAY = 86400.0
+EVERYONE = ("b@example.org", "c@example.org", "d@example.org")
 
 
 @pytest.fixture
@@ -38,12 +39,12 @@ def journal(path: Path) -> DeliveryJournal:
 def replies(
     deliveries: DeliveryJournal, key: MessageKey = KEY, **window: float
 ) -> dict[str, Reply]:
-    return {one: record.reply for one, record in deliveries.known(key, **window).items()}
+    return {one: record.reply for one, record in deliveries.known(key, EVERYONE, **window).items()}
 
 
 def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
     first = journal(path)
-    assert first.known(KEY) == {}
+    assert first.known(KEY, EVERYONE) == {}
     first.record(KEY, "b@example.org", OK)
     first.record(KEY, "c@example.org", NO)
     assert replies(first) == {"b@example.org": OK, "c@example.org": NO}
@@ -61,21 +62,21 @@ def test_a_delivery_is_known_with_its_reply_after_a_restart(path: Path) -> None:
 def test_another_service_sender_or_octet_is_another_message(path: Path, other: MessageKey) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
-    assert deliveries.known(other) == {}
+    assert deliveries.known(other, EVERYONE) == {}
 
 
 def test_what_was_deferred_is_no_delivery(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", Reply(451, "later"))
-    assert deliveries.known(KEY) == {}
+    assert deliveries.known(KEY, EVERYONE) == {}
 
 
 def test_that_the_sender_was_notified_is_known(path: Path) -> None:
     deliveries = journal(path)
     deliveries.record(KEY, "b@example.org", OK)
     deliveries.record(KEY, "c@example.org", NO)
-    deliveries.record_notified(KEY, {"c@example.org": deliveries.known(KEY)["c@example.org"]})
-    known = journal(path).known(KEY)
+    deliveries.record_notified(KEY, deliveries.known(KEY, ["c@example.org"]))
+    known = journal(path).known(KEY, EVERYONE)
     assert {one: record.notified for one, record in known.items()} == {
         "b@example.org": False,
         "c@example.org": True,
@@ -184,7 +185,7 @@ def killed(path: Path, *numbers: int) -> None:
 def known(deliveries: DeliveryJournal, *numbers: int) -> list[int]:
     """Which of these messages are known to have been delivered."""
     keys = {number: MessageKey("default", "", b"%d" % number) for number in numbers}
-    found = deliveries.known_all(keys.values())
+    found = deliveries.known_all(dict.fromkeys(keys.values(), EVERYONE))
     return [number for number, key in keys.items() if found[key]]
 
 
@@ -208,7 +209,7 @@ def test_a_row_that_nobody_wrote_breaks_no_batch(path: Path) -> None:
     database = JournalFile(path).open()
     database.execute("UPDATE deliveries SET code = 7")
     database.close()
-    assert deliveries.known(KEY) == {}
+    assert deliveries.known(KEY, EVERYONE) == {}
 
 
 def test_a_child_of_a_handler_does_not_lock_the_file(path: Path) -> None:
@@ -253,7 +254,7 @@ def test_without_a_disk_it_remembers_and_writes_when_it_can(
     path.parent.unlink()
     deliveries.record(KEY, "d@example.org", OK)
     assert caplog.text.count("can be used again") == 1
-    assert set(journal(path).known(KEY)) == {"b@example.org", "c@example.org", "d@example.org"}
+    assert set(journal(path).known(KEY, EVERYONE)) == set(EVERYONE)
 
 
 def test_what_is_only_in_memory_is_written_at_the_end(
@@ -278,19 +279,20 @@ def test_a_broken_disk_is_left_alone_for_a_while(
     path.rmdir()
     deliveries.record(KEY, "c@example.org", OK)
     assert not path.exists()
-    assert set(deliveries.known(KEY)) == {"b@example.org", "c@example.org"}
+    assert set(deliveries.known(KEY, EVERYONE)) == {"b@example.org", "c@example.org"}
 
 
 def test_memory_is_bounded_while_there_is_no_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deliveries_module, "REMEMBERED", 10)
+    monkeypatch.setattr(deliveries_module, "REMEMBERED", 10 * 600)
+    monkeypatch.setattr(deliveries_module, "ROW_COST", 600 - len("ann@example.netb@example.org"))
     path.mkdir(parents=True)
     deliveries = journal(path)
     keys = [KEY._replace(digest=b"%d" % number) for number in range(30)]
     for key in keys:
         deliveries.record(key, "b@example.org", OK)
-    assert [bool(deliveries.known(key)) for key in keys] == [False] * 20 + [True] * 10
+    assert [bool(deliveries.known(key, EVERYONE)) for key in keys] == [False] * 20 + [True] * 10
 
 
 def test_a_file_that_somebody_deletes_is_made_anew(
@@ -301,9 +303,9 @@ def test_a_file_that_somebody_deletes_is_made_anew(
     deliveries.record(KEY, "b@example.org", OK)
     for one in path.parent.iterdir():
         one.unlink()
-    assert deliveries.known(KEY) == {}
+    assert deliveries.known(KEY, EVERYONE) == {}
     deliveries.record(KEY, "c@example.org", OK)
-    assert set(journal(path).known(KEY)) == {"c@example.org"}
+    assert set(journal(path).known(KEY, EVERYONE)) == {"c@example.org"}
 
 
 def test_a_file_that_is_no_database_costs_no_mail(
@@ -355,7 +357,7 @@ def test_while_another_process_is_writing_the_file_is_read(
     other = JournalFile(path).open()
     other.execute("BEGIN IMMEDIATE")
     deliveries.record(KEY, "c@example.org", OK)
-    assert set(deliveries.known(KEY)) == {"b@example.org", "c@example.org"}
+    assert set(deliveries.known(KEY, EVERYONE)) == {"b@example.org", "c@example.org"}
     other.close()
 
 
@@ -378,3 +380,78 @@ def test_a_row_is_kept_as_long_as_its_own_service_wants(path: Path, now: Time) -
     now.passes(days=10)
     journal(path).record(KEY._replace(service="other"), "b@example.org", OK)
     assert replies(journal(path), window=30 * DAY) == {"b@example.org": OK}
+
+
+def steps(deliveries: DeliveryJournal, key: MessageKey, recipients: list[str]) -> int:
+    """What a look costs: instructions of SQLite's machine, in hundreds."""
+    counted = 0
+
+    def count() -> int:
+        nonlocal counted
+        counted += 1
+        return 0
+
+    database = deliveries._connection._database
+    assert database is not None
+    database.set_progress_handler(count, 100)
+    assert len(deliveries.known(key, recipients)) == len(recipients)
+    database.set_progress_handler(None, 0)
+    return counted
+
+
+def test_a_look_costs_the_same_whatever_else_was_delivered(path: Path) -> None:
+    """The same octets from many senders, and from one sender to many others."""
+    deliveries = journal(path)
+    wanted = [f"r{number}@example.org" for number in range(300)]
+    for recipient in wanted:
+        deliveries.record(KEY, recipient, OK)
+    before = steps(deliveries, KEY, wanted), steps(deliveries, KEY, wanted[:1])
+    database = JournalFile(path).open()
+    database.execute("BEGIN")
+    rows = [
+        (KEY.digest, "default", sender, f"x{number}@example.org", 1e9, 2e10, 250, "ok", None, 0)
+        for sender in (KEY.reverse_path, *(f"s{one}@example.net" for one in range(20)))
+        for number in range(1000)
+    ]
+    database.executemany("INSERT INTO deliveries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    database.execute("COMMIT")
+    database.close()
+    after = steps(deliveries, KEY, wanted), steps(deliveries, KEY, wanted[:1])
+    assert after[0] <= 2 * before[0] + 10
+    assert after[1] <= 2 * before[1] + 10
+
+
+def test_the_file_is_bounded_and_the_last_deliveries_stay(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries_module, "LARGEST", 512 * 1024)
+    monkeypatch.setattr(deliveries_module, "PRUNE_AFTER", 50)
+    monkeypatch.setattr(deliveries_module, "PRUNE_ROWS", 100)
+    deliveries = journal(path)
+    keys = [MessageKey.of("default", "s" * 140, b"%d" % number) for number in range(3000)]
+    for key in keys:
+        deliveries.record(key, "b@example.org", OK)
+    assert path.stat().st_size < 2 * 512 * 1024
+    assert all(deliveries.known(key, EVERYONE) for key in keys[-50:])
+    assert not any(deliveries.known(key, EVERYONE) for key in keys[:500])
+
+
+def test_of_a_long_reply_its_beginning_and_end_are_kept(path: Path) -> None:
+    deliveries = journal(path)
+    deliveries.record(KEY, "b@example.org", Reply(250, "begin " + "x" * 60_000 + " end"))
+    [reply] = replies(journal(path)).values()
+    assert len(reply.text) <= 2000
+    assert reply.text.startswith("begin x") and reply.text.endswith("x end")
+
+
+def test_long_addresses_are_told_apart_and_do_not_fill_the_file(path: Path) -> None:
+    deliveries = journal(path)
+    recipients = ["x" * 3900 + f"{number}@example.org" for number in range(500)]
+    key = MessageKey.of("default", "s" * 3900 + "@example.net", b"")
+    for recipient in recipients[::2]:
+        deliveries.record(key, recipient, OK)
+    assert list(journal(path).known(key, recipients)) == recipients[::2]
+    other = MessageKey.of("default", "s" * 3901 + "@example.net", b"")
+    assert deliveries.known(other, recipients) == {}
+    deliveries.close()
+    assert path.stat().st_size < 500_000

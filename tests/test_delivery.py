@@ -908,8 +908,8 @@ def test_a_notification_that_cannot_be_kept_leaves_the_mail_with_the_provider(
 def test_a_notification_is_small_however_large_the_header(salmon: Salmon) -> None:
     salmon.handle("a@.*")
     salmon.handle("b@.*", fails(550))
-    header = b"Subject: hi\r\n" + b"X-Long: " + b"x" * 70 + b"\r\n"
-    exchange(salmon, "a@example.org", "b@example.org", data=header + header * 20_000)
+    header = b"Subject: hi\r\n" + b"X-Long: " + b"x" * 3000 + b"\r\n"
+    exchange(salmon, "a@example.org", "b@example.org", data=header + header * 400)
     [(_, _, text)] = salmon.relayed
     assert "Undelivered mail" in text
     assert len(text) < 128 * 1024
@@ -1050,8 +1050,7 @@ def test_an_answer_that_cannot_be_given_ends_the_session(salmon: Salmon) -> None
         await provider.replied(250)
         await provider.replied(250)
         provider.writer.write(b"x")
-        with contextlib.suppress(ConnectionError):
-            await provider.silence()
+        await provider.replied(421)
 
     async def main() -> Report:
         async with scripted(script) as port:

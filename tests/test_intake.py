@@ -29,7 +29,7 @@ def test_mail_for_an_account_is_held_with_our_received_line(salmon: Salmon) -> N
         [held] = here.held()
         assert held.envelope.recipients == ("b@EXAMPLE.org",)
         assert held.envelope.reverse_path == "a@example.net"
-        data = here.store.load([held.key])[held.key]
+        data = here.data(held)
         assert data.startswith(b"Received: from ") and data.endswith(MESSAGE)
         assert b"by mx.example.net" in data and b"for <b@EXAMPLE.org>" in data
         assert b"\r\n" in data and b"\n" not in data.replace(b"\r\n", b"")
@@ -45,7 +45,7 @@ def test_recipients_of_several_accounts_are_each_ones_own(salmon: Salmon) -> Non
         ]
         [other] = here.held("other")
         assert other.envelope.recipients == ("x@example.com",)
-        data = here.store.load([other.key])[other.key]
+        data = here.data(other)
         assert b"b@example.org" not in data, "they need not know of each other"
 
     in_the_world(salmon, work)
@@ -148,7 +148,7 @@ def test_nothing_of_a_message_becomes_part_of_our_line(salmon: Salmon, first: by
     async def work(here: World) -> None:
         await here.send("b@example.org", data=first + b"the rest\r\n")
         [held] = here.held()
-        head, _, body = here.store.load([held.key])[held.key].partition(b"\r\n\r\n")
+        head, _, body = here.data(held).partition(b"\r\n\r\n")
         assert head.startswith(b"Received: ") and b"the rest" not in head
         assert first.strip() in body
 
@@ -201,6 +201,59 @@ def test_what_is_held_is_collected_by_a_customer_in_the_same_process(salmon: Sal
     assert message.Data.count(b"Received: ") == 2
 
 
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+def test_a_large_message_goes_to_the_disk_as_it_comes_and_from_there(
+    salmon: Salmon, how: str
+) -> None:
+    salmon.handle(".*")
+    data = b"Subject: large\r\n\r\n" + b".line that begins with a dot\r\n" * 100_000
+    octets = data.replace(b"\r\n.", b"\r\n..") + b".\r\n"
+    if how == "BDAT":
+        octets = b"BDAT 1000\r\n%bBDAT %d LAST\r\n%b" % (
+            *(data[:1000], len(data) - 1000, data[1000:]),
+        )
+
+    async def work(here: World) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.mx)
+        writer.write(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\n")
+        writer.write(b"DATA\r\n" if how == "DATA" else b"")
+        writer.write(octets + b"QUIT\r\n")
+        heard = (await asyncio.wait_for(reader.read(), 60)).decode()
+        writer.close()
+        assert "250 2.6.0 held as" in heard
+        [held] = here.held()
+        assert here.data(held).endswith(b"\r\n" + data)
+        assert not isinstance(here.store.load([held.key])[held.key], bytes)
+        plugins = Plugins.load()
+        valid = configuration(agent_keys(here.odmr), plugins=plugins)
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            [report] = await collector.collect(valid.agents)
+        assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+        assert here.store.usages() == {}
+        assert list((salmon.folder / "run/hold/bodies").iterdir()) == []
+
+    in_the_world(salmon, work)
+    [message] = salmon.handled
+    assert message.Data.endswith(data.replace(b"\r\n", b"\n").removesuffix(b"\n"))
+
+
+def test_a_large_message_that_breaks_off_leaves_nothing(salmon: Salmon) -> None:
+    async def work(here: World) -> None:
+        tmp = salmon.folder / "run/hold/tmp"
+        _, writer = await asyncio.open_connection("127.0.0.1", here.mx)
+        writer.write(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n")
+        writer.write(b"x" * 70 + b"\r\n" * 10)
+        writer.write((b"x" * 70 + b"\r\n") * 20_000)
+        while not list(tmp.iterdir()):
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
+        while list(tmp.iterdir()):
+            await asyncio.sleep(0.01)
+        assert here.store.usages() == {}
+
+    in_the_world(salmon, work)
+
+
 # -- hold, from a handler --------------------------------------------------------------------------
 
 
@@ -236,7 +289,7 @@ def test_what_a_handler_adds_goes_on_top_and_the_octets_stay(salmon: Salmon) -> 
         changed = request(b"Subject: x\nX-Y: z\n\nhello\n")
         changed["Subject"] = "changed"
         await asyncio.to_thread(hold, changed)
-        first, second = (here.store.load([one.key])[one.key] for one in here.held())
+        first, second = (here.data(one) for one in here.held())
         assert first == (
             b"X-Spam-Score: 5 Bcc: evil@example.net\r\n" + data.replace(b"\n", b"\r\n")
         )
@@ -295,6 +348,7 @@ def test_another_process_has_the_server_hold_it(salmon: Salmon, tmp_path: Path) 
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SALMON_SETTINGS_MODULE", "ourconfig")
+        patch.setattr(holding, "PROJECT", salmon.folder)
         patch.syspath_prepend(str(salmon.folder))
         in_the_world(salmon, work)
         hold(request())  # and no server runs any more

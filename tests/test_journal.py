@@ -110,7 +110,7 @@ def test_a_journal_of_the_first_release_is_taken_over(tmp_path: Path) -> None:
     deliveries = DeliveryJournal(JournalConnection(path))
     key = MessageKey("default", "a@example.net", b"digest")
     deliveries.record(key, "b@example.org", Reply(250, "ok"))
-    [known] = DeliveryJournal(JournalConnection(path)).known(key).values()
+    [known] = DeliveryJournal(JournalConnection(path)).known(key, ["b@example.org"]).values()
     assert known.reply == Reply(250, "ok")
 
 
@@ -126,7 +126,7 @@ def test_the_schema_of_a_later_version_is_left_alone(
     deliveries = DeliveryJournal(JournalConnection(path))
     key = MessageKey("default", "a@example.net", b"digest")
     deliveries.record(key, "b@example.org", Reply(250, "ok"))
-    assert list(deliveries.known(key)) == ["b@example.org"], "in memory"
+    assert list(deliveries.known(key, ["b@example.org"])) == ["b@example.org"], "in memory"
     assert "of a later salmon-revsmtp" in caplog.text
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (99,)

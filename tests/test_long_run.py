@@ -8,6 +8,7 @@ import selectors
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ class World:
         }
         self.configuration = SimpleNamespace(agents=agents, holds=False)
         self.providing = SimpleNamespace(provider=lambda: None)
-        self.journal = SimpleNamespace(state=self._state)
+        self.project = Path.cwd()
         self.failing: dict[str, float] = {}
         self.failed: set[str] = set()
         self.sent_waiting: list[float] = []
@@ -87,10 +88,10 @@ class World:
         """As CLOCK_BOOTTIME: it goes on while the machine sleeps, and timers do not."""
         return self._loop.time() + self.slept
 
-    def _state(self, name: str) -> AgentState:
+    async def state(self, name: str) -> AgentState:
         return AgentState(None, self.failing.get(name))
 
-    def enabled(self, agent: Any) -> bool:
+    async def enabled(self, agent: Any) -> bool:
         return True
 
     async def listeners(self) -> list[Any]:

@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 from support.collecting import collect, collect_from
-from support.configuration import PASSWORD, agent_keys
+from support.configuration import PASSWORD, agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
 from support.salmon import Salmon, waits_for
 from support.tls import CERTIFICATE, server_tls
 
 from salmon_revsmtp import hookimpl
+from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Collector
 
 
 def test_a_collection_from_greeting_to_453(salmon: Salmon) -> None:
@@ -1115,3 +1117,47 @@ def test_a_slow_handler_delays_no_other_agents_network(salmon: Salmon) -> None:
         assert finished.is_set()
 
     asyncio.run(main())
+
+
+def test_what_a_collection_waits_for_can_be_seen(salmon: Salmon) -> None:
+    seen: list[str] = []
+    salmon.handle(".*", lambda message: look())
+    collections: list[Collection] = []
+
+    def look() -> None:
+        seen.append(collections[0].doing[0])
+
+    async def script(provider: Dialogue) -> None:
+        look()
+        await provider.up_to_atrn()
+        await provider.hear("ATRN")
+        look()
+        provider.say("250 reversing")
+        await provider.replied(220)
+        look()
+        provider.say("EHLO odmr.example.net", "MAIL FROM:<a@example.net>")
+        await provider.replied(250)
+        await provider.replied(250)
+        look()
+        provider.say("RSET")
+        await provider.replied(250)
+        assert (await provider.send(MESSAGE)).startswith("250")
+        await provider.quit()
+
+    async def main() -> int:
+        async with scripted(script, no_more_mail) as port:
+            plugins = Plugins.load()
+            valid = configuration(agent_keys(port), plugins=plugins)
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
+                await collector.collect(valid.agents, collections.append)
+        return port
+
+    port = asyncio.run(main())
+    assert seen == [
+        f"connecting to localhost:{port}",
+        f"waiting for the answer of localhost:{port} to ATRN",
+        "waiting for the provider's next message",
+        "waiting for the rest of a message from the provider",
+        "handling a message",
+    ]
+    assert collections[0].doing[1] >= 0

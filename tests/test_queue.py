@@ -20,7 +20,7 @@ from salmon import queue
 from salmon.mail import MailRequest
 from salmon.server import SMTPError
 from support.collecting import exchange
-from support.salmon import Salmon, fails
+from support.salmon import Salmon, explodes, fails
 
 from salmon_revsmtp import QueueConsumer
 
@@ -443,3 +443,112 @@ def test_a_folder_below_home(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) ->
     assert heard[0].startswith("250 ")
     assert len(queue.Queue(str(salmon.folder / "mail/inbound"))) == 1
     assert not Path("~").exists()
+
+
+# -- handlers that hang -------------------------------------------------------------------------
+
+
+class Hanging:
+    """A handler that hangs in messages with the subject "hang" until it is let go."""
+
+    def __init__(
+        self, salmon: Salmon, after: Callable[[MailRequest], object] = lambda request: None
+    ) -> None:
+        self._go = threading.Event()
+        self._after = after
+        salmon.handle(".*", self._handle)
+
+    def _handle(self, request: MailRequest) -> None:
+        if request["Subject"] == "hang":
+            assert self._go.wait(60)
+            self._after(request)
+
+    def let_go(self) -> None:
+        """Returns when the threads of handlers have ended."""
+        self._go.set()
+        for thread in threading.enumerate():
+            if thread.name == "handlers":
+                thread.join(20)
+                assert not thread.is_alive()
+
+
+def handled_in(salmon: Salmon) -> list[str]:
+    return [request["Subject"] for request in salmon.handled]
+
+
+def test_a_handler_that_hangs_holds_up_its_own_message_only(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what Salmon's lock around handlers holds up is freed."""
+    for subject in ("hang", "after"):
+        exchange(salmon, "b@example.org", data=message(subject), delivery="queue")
+    handler = Hanging(salmon)
+    QueueConsumer("run/inbound", handler_timeout=1).start(one_shot=True)
+    assert handled_in(salmon) == ["hang", "after"]
+    assert inbound() == []
+    [kept] = salmon.undeliverable()
+    assert kept.startswith(b"Return-Path: <ann@example.net>\nDelivered-To: b@example.org\n")
+    assert kept.endswith(b"\nSubject: hang\n\nhello")
+    assert "not handled in 1 seconds; the handler still runs" in caplog.text
+    handler.let_go()
+    QueueConsumer("run/inbound").start(one_shot=True)
+    assert handled_in(salmon) == ["hang", "after"], "it is not handled a second time"
+
+
+@pytest.mark.parametrize("end", [explodes, fails(550, "no"), fails(451, "later")])
+def test_a_handler_that_fails_too_late_makes_no_second_copy(
+    salmon: Salmon, end: Callable[[MailRequest], object]
+) -> None:
+    exchange(salmon, "b@example.org", data=message("hang"), delivery="queue")
+    handler = Hanging(salmon, end)
+    consumer = QueueConsumer("run/inbound", handler_timeout=0.2, relay=lambda: salmon.relay)
+    consumer.start(one_shot=True)
+    assert len(salmon.undeliverable()) == 1
+    handler.let_go()
+    assert len(salmon.undeliverable()) == 1
+    assert salmon.relayed == [], "no one is told of a refusal that came too late"
+
+
+def test_what_cannot_be_kept_stays_and_is_not_handled_while_its_handler_runs(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange(salmon, "b@example.org", data=message("hang"), delivery="queue")
+    handler = Hanging(salmon)
+    consumer = QueueConsumer("run/inbound", handler_timeout=0.2)
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(3):
+            consumer.start(one_shot=True)
+    [key] = inbound()
+    handler.let_go()
+    reply = consumer.handle(key)
+    assert reply is not None and str(reply).startswith("250 2.0.0 delivered")
+    assert handled_in(salmon) == ["hang"]
+    assert inbound() == [] and salmon.undeliverable() == []
+
+
+def test_a_consumer_whose_handlers_all_hang_ends(salmon: Salmon) -> None:
+    for number in range(12):
+        stored = b"Return-Path: <>\nDelivered-To: b@example.org\nSubject: hang\n\n%d\n" % number
+        queue.Queue("run/inbound").push(stored)
+    handler = Hanging(salmon)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"10 handlers have not returned in 0\.1 seconds each"
+        ):
+            QueueConsumer("run/inbound", handler_timeout=0.1).start()
+        assert len(salmon.handled) == 10
+        assert len(salmon.undeliverable()) == 10
+        assert len(inbound()) == 2
+    finally:
+        handler.let_go()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_handler_timeout_is_seconds_above_0(salmon: Salmon, seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"handler_timeout: found .*, allowed: seconds above 0"):
+        QueueConsumer("run/inbound", handler_timeout=seconds)

@@ -131,6 +131,25 @@ def test_a_shutdown_ends_the_session_when_the_transaction_is_given_up() -> None:
         assert client.receiver.closed
 
 
+def test_a_shutdown_does_not_end_a_transaction_with_a_recipient() -> None:
+    """Its client may take the end for the success of the recipients accepted before."""
+    client = Client()
+    client.begin("b@example.org")
+    client.receiver.shut_down()
+    assert client.say(b"RCPT TO:<c@example.org>\r\nDATA\r\n") == "250 354"
+    assert client.say(b"x\r\n.\r\n") == "250 421"
+    assert client.messages[0].envelope.recipients == ("b@example.org", "c@example.org")
+    assert client.receiver.closed
+
+
+def test_a_shutdown_before_the_first_recipient_ends_the_session() -> None:
+    client = Client()
+    client.say(b"EHLO p\r\nMAIL FROM:<a@example.com>\r\n")
+    client.receiver.shut_down()
+    assert client.say(b"RCPT TO:<b@example.org>\r\n") == "421"
+    assert client.receiver.closed
+
+
 def test_a_shutdown_during_the_handshake_is_the_end() -> None:
     receiver = Receiver("h", Limits(), only_example, starttls=True)
     receiver.receive_bytes(b"EHLO p\r\nSTARTTLS\r\n")

@@ -32,3 +32,17 @@ def test_the_longest_line_is_as_long_in_one_piece_as_in_many(size: int) -> None:
             parse(b"250 " + b"x" * (MAX_LINE - 3) + end)
     with pytest.raises(ReplyError):
         parse(b"250 " + b"x" * (MAX_LINE - 4) + b"\r\n")
+
+
+def test_a_reply_that_says_far_too_much_is_cut_wherever_it_is_kept_or_shown() -> None:
+    no = Reply(550, "\n".join(["x" * 100] * 600) + "\nthe end")
+    assert len(no.text) <= 2000 and no.text.endswith("the end")
+    assert len(str(no)) <= 500 and str(no).startswith("550 xxx") and str(no).endswith("the end")
+    wordy = Reply(250, "line\n" * 5000)
+    assert wordy.encode().count(b"\r\n") <= 100
+    assert wordy.encode().splitlines()[-1].startswith(b"250 ")
+
+
+def test_of_an_answer_to_ehlo_nothing_is_cut() -> None:
+    keywords = "\n".join(f"X-KEYWORD-{number}" for number in range(500))
+    assert Reply(250, keywords).text == keywords

@@ -9,11 +9,10 @@ import os
 import signal
 import smtplib
 import socket
+import ssl
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ from support.dialogue import Dialogue, no_more_mail
 from support.messages import MESSAGE
 from support.project import Project, isp, one_message, provider
 from support.servers import free_port
+from support.serving import RUN, START, answers, ended_with, server, wait_for
+from support.tls import CERTIFICATE, PRIVATE_KEY
 
 from salmon_revsmtp.journal.collections import Journal
 from salmon_revsmtp.server.control import ask
@@ -34,62 +35,6 @@ def project(tmp_path: Path) -> Project:
     # Salmon's own receiver must not meet that of another test.
     made.receiver_port = free_port()
     return made
-
-
-def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
-    """Until something that another process does can be seen."""
-    give_up = time.monotonic() + 20
-    while not what():
-        assert process is None or process.poll() is None, "the server has ended"
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.02)
-
-
-START = [sys.executable, "-c", "from salmon.commands import main; main()", "start", "--no-daemon"]
-RUN = [sys.executable, "-m", "salmon_revsmtp", "run"]
-
-
-@contextlib.contextmanager
-def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that answers on its control socket."""
-    settings = project.folder / "config/settings.py"
-    text = settings.read_text()
-    settings.write_text(
-        text + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
-    )
-    environment = {**os.environ, "ISP_PASSWORD": "correct horse battery"}
-    log_file = project.folder / "server.log"
-    log = log_file.open("wb")
-    process = subprocess.Popen(
-        command, cwd=project.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-    )
-    try:
-        wait_for(lambda: answers(project), process)
-        yield process
-    except BaseException:
-        print(log_file.read_text())
-        raise
-    finally:
-        # Coverage has what it ran only if it may end by itself.
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            process.kill()
-            process.wait()
-            log.close()
-
-
-def answers(project: Project) -> bool:
-    """Whether a server answers on the project's control socket."""
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(project.folder / "run/revsmtp.sock")) == 0
-
-
-def ended_with(project: Project, process: subprocess.Popen[bytes]) -> int:
-    code = process.wait(20)
-    assert not (project.folder / "run/revsmtp.sock").exists()
-    return code
 
 
 @pytest.mark.parametrize("command", [START, [*START[:-1], "--debug"], RUN])
@@ -420,7 +365,9 @@ def test_collect_asks_the_running_server_and_shows_its_progress(project: Project
                     assert busy.returncode == 1
                     assert json.loads(busy.stdout)["outcome"] == "busy"
                     seen.set()
-            assert {"agent": "isp", "messages": 1, "bytes": len(MESSAGE)} in answers
+            [progress, *_] = [one for one in answers if one.get("messages") == 1]
+            assert (progress["agent"], progress["bytes"]) == ("isp", len(MESSAGE))
+            assert progress["doing"] == "waiting for the provider's next message"
             assert answers[-1] == {"end": True}
             [report] = [answer["report"] for answer in answers if "report" in answer]
             assert (report["outcome"], report["messages"]) == ("collected", 1)
@@ -494,3 +441,45 @@ def test_an_agent_that_fails_is_one_line_however_often_it_fails(project: Project
         wait_for(lambda: len(journal.history()) >= 3)
         assert project_log(project).count(b"agent=isp fails: failed: connecting") == 1
     assert project_log(project).count(b"agent=isp fails") == 1
+
+
+@pytest.mark.parametrize("command", [START, RUN])
+def test_a_server_that_is_killed_within_a_message_ends_the_session_in_words(
+    project: Project, command: list[str]
+) -> None:
+    """And another server has the port at once, whatever the guardian still does."""
+    port = free_port()
+    listening = f"{{'default': {{'listen': '127.0.0.1:{port}', 'domains': ['example.org']}}}}"
+    project.configure(services=listening)
+    with server(project, command) as process, smtplib.SMTP("127.0.0.1", port) as client:
+        begin_a_message(client)
+        process.kill()
+        process.wait(20)
+        assert client.getreply()[0] == 421
+        with server(project, command):
+            for line in ("RCPT TO:<bob@example.org>", "DATA", "QUIT"):
+                assert client.docmd(line)[0] == 421
+            assert client.file is not None and client.file.read() == b""
+            with smtplib.SMTP("127.0.0.1", port) as other:
+                assert other.noop()[0] == 250
+
+
+def test_under_starttls_a_server_that_is_killed_says_nothing(project: Project) -> None:
+    """It cannot: a reply in the clear would be no part of the session."""
+    port = free_port()
+    files = f"'tls_cert': {str(CERTIFICATE)!r}, 'tls_key': {str(PRIVATE_KEY)!r}"
+    listening = f"{{'listen': '127.0.0.1:{port}', 'domains': ['example.org'], {files}}}"
+    project.configure(services=f"{{'default': {listening}}}")
+    with server(project, RUN) as process, smtplib.SMTP("127.0.0.1", port) as client:
+        client.starttls(context=ssl.create_default_context(cafile=CERTIFICATE))
+        begin_a_message(client)
+        process.kill()
+        process.wait(20)
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            client.getreply()
+
+
+def begin_a_message(client: smtplib.SMTP) -> None:
+    client.ehlo("mx.example.net")
+    assert client.docmd("MAIL FROM:<a@example.net>")[0] == 250
+    assert client.docmd("RCPT TO:<ann@example.org>")[0] == 250

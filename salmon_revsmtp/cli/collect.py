@@ -67,7 +67,11 @@ def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> lis
                     reports.append(report)
                     print_json(row) if as_json else progress.done(report)
                 elif "agent" in answer:
-                    progress.update(answer["agent"], answer["messages"], answer["bytes"])
+                    progress.update(
+                        answer["agent"],
+                        (answer["messages"], answer["bytes"]),
+                        (answer["doing"], answer["seconds"]),
+                    )
                 elif "error" in answer:
                     raise click.ClickException(printable(answer["error"]))
                 ended = "end" in answer
@@ -87,11 +91,11 @@ def _collect(
     chosen: Sequence[Agent],
     as_json: bool,
 ) -> list[Report]:
-    import asyncio
     import signal
 
     from salmon_revsmtp.cli.progress import Progress
     from salmon_revsmtp.server.collector import Collector
+    from salmon_revsmtp.server.eventloop import run
 
     def show(report: Report) -> None:
         if as_json:
@@ -105,11 +109,13 @@ def _collect(
             Progress(live=not as_json and not options.verbose) as progress,
             # Outside of the collector, whose handlers end properly whatever becomes of the output.
             in_a_thread(show) as show_in_a_thread,
-            Collector(configuration, plugins, lambda: project.settings.relay) as collector,
+            Collector(
+                configuration, plugins, lambda: project.settings.relay, project.folder
+            ) as collector,
         ):
             signals = (signal.SIGINT, signal.SIGTERM)
             collecting = collector.collect(chosen, progress.watch, show_in_a_thread, signals)
-            reports = asyncio.run(collecting)
+            reports = run(collecting)
     except KeyboardInterrupt:
         raise click.ClickException(INTERRUPTED) from None
     if collector.interrupted:
@@ -159,10 +165,9 @@ def _check_start(options: Options, as_json: bool) -> None:
 
 
 def _check_agent(options: Options, name: str, as_json: bool) -> None:
-    import asyncio
-
     from salmon_revsmtp.customer.agent import Check
     from salmon_revsmtp.net.outcome import CollectionError
+    from salmon_revsmtp.server.eventloop import run
     from salmon_revsmtp.service.policy import Service
 
     _, configuration = options.open()
@@ -171,7 +176,7 @@ def _check_agent(options: Options, name: str, as_json: bool) -> None:
     service = Service(agent.settings.service, settings)
     outcome, result = None, Check()
     try:
-        result = asyncio.run(agent.check(service))
+        result = run(agent.check(service))
     except CollectionError as error:
         outcome = error.outcome.value
         result.problems.append(str(error))
@@ -216,6 +221,6 @@ def run(options: Options) -> None:
     options.boot_project(project)
     plugins = options.load_plugins()
     try:
-        serve_in_foreground(configuration, plugins, lambda: project.settings.relay)
+        serve_in_foreground(configuration, plugins, lambda: project.settings.relay, project.folder)
     except OSError as error:
         raise click.ClickException(error.strerror or str(error)) from None

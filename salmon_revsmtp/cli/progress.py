@@ -12,11 +12,18 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from salmon_revsmtp.customer.report import Report, counted
+from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.collection import Collection
 
 __all__ = ["Progress"]
+
+# Seconds that something takes before it is worth a word; most things are over by then.
+WORTH_A_WORD = 2.0
+
+#: Messages and octets; what goes on, and for how many seconds.
+_State = tuple[tuple[int, int], tuple[str, float]]
 
 
 class Progress:
@@ -24,7 +31,7 @@ class Progress:
 
     def __init__(self, live: bool) -> None:
         self._console = Console()
-        self._running: dict[str, tuple[int, int]] = {}
+        self._running: dict[str, _State] = {}
         self._collections: dict[str, Collection] = {}
         self._spinner = "dots" if self._console.encoding.startswith("utf") else "line"
         self._live: Live | None = None
@@ -54,9 +61,10 @@ class Progress:
         """Show a collection of this process from now on."""
         self._collections[collection.agent.name] = collection
 
-    def update(self, agent: str, messages: int, octets: int) -> None:
-        """Show how far a collection of the server's is."""
-        self._running[agent] = (messages, octets)
+    def update(self, agent: str, counts: tuple[int, int], doing: tuple[str, float]) -> None:
+        """Show how far a collection of the server's is: messages and octets; what it does or waits
+        for, and for how many seconds."""
+        self._running[agent] = counts, doing
 
     def done(self, report: Report) -> None:
         """Show how a collection ended."""
@@ -66,10 +74,17 @@ class Progress:
 
     def _draw(self) -> Group:
         for name, one in list(self._collections.items()):
-            self._running[name] = (one.tally.messages, one.tally.bytes)
+            self._running[name] = (one.tally.messages, one.tally.bytes), one.doing
         return Group(
             *(
-                Spinner(self._spinner, Text(f"{name}: {counted(*counts)}"))
-                for name, counts in list(self._running.items())
+                Spinner(self._spinner, Text(_line(name, *state)))
+                for name, state in list(self._running.items())
             )
         )
+
+
+def _line(name: str, counts: tuple[int, int], doing: tuple[str, float]) -> str:
+    """``isp: 1 message, 4,711 bytes; waiting for the provider's next message, 40 s``."""
+    line = f"{name}: {counted(*counts)}"
+    what, seconds = doing
+    return f"{line}; {printable(what)}, {seconds:.0f} s" if seconds >= WORTH_A_WORD else line

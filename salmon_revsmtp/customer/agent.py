@@ -73,6 +73,12 @@ class Agent(ABC):
         service names no domains itself."""
         return tuple(to_ascii(domain) for domain in getattr(self.settings, "domains", ()))
 
+    @property
+    def senders(self) -> tuple[str, ...]:
+        """The hosts that connect to us, when it has asked for its mail: the listening service keeps
+        places for them."""
+        return ()
+
     def problems(self, service: Service) -> list[str]:
         """What is wrong with these settings together with those of the service, a sentence each:
         ``key: what, and what to do``.  Asked before any connection is made."""

@@ -20,9 +20,9 @@ from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.driver import DEAD_AFTER
 from salmon_revsmtp.net.handover import Handover
 from salmon_revsmtp.net.outcome import Outcome
-from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.session import Session, Tally
+from salmon_revsmtp.service.session import PATIENCE, Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
@@ -57,6 +57,9 @@ class Collection:
     ``pushing``  that is open now.
     """
 
+    # What the agent does until a session has been reversed, and after that.
+    _doing = "beginning"
+
     def __init__(
         self,
         agent: Collecting,
@@ -72,9 +75,25 @@ class Collection:
         self._plugins = plugins
         self._policy = service.recipient_policy(agent.domains)
         self._session: Session | None = None
+        self._log = LogBudget()
+        self._since = time.monotonic()
         self.stopping = False
         self.may_push = False
         self.push_since: float | None = None
+
+    def does(self, what: str) -> None:
+        """Say what the agent does now, or waits for: a person sees it when it takes long.
+
+        Begins with a verb: ``waiting for the answer of odmr.example.net:366 to ATRN``.
+        """
+        self._doing, self._since = what, time.monotonic()
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What goes on, and for how many seconds."""
+        session = self._session
+        what, since = session.doing if session is not None else (self._doing, self._since)
+        return what, max(0.0, time.monotonic() - since)
 
     async def receive(
         self,
@@ -90,7 +109,14 @@ class Collection:
         :class:`~salmon_revsmtp.Failed` when the transport cannot be had.
         """
         session = Session(
-            self.service, self._policy, self._deliverer, self._origin(), self.tally, idle_timeout
+            self.service,
+            self._policy,
+            self._deliverer,
+            self._origin(),
+            self.tally,
+            idle_timeout,
+            log=self._log,
+            patience=PATIENCE if silence is None else None,
         )
         # The hook comes before our 220: a session whose plugins are not ready has not begun.
         session.peer, session.tls = answer.peer, answer.tls
@@ -106,6 +132,8 @@ class Collection:
             raise
         finally:
             self._session = None
+            self._log.close(log)
+            self.does("ending the session")
         return session
 
     async def receive_pushed(self, answer: Handover, silence: float) -> Session:
@@ -176,7 +204,7 @@ class Collection:
                 envelope.esmtp,
             )
             origin = self._origin(authenticated=False).over(peer, tls=False)
-            pending = PendingDelivery(origin, accepted, data)
+            pending = PendingDelivery(origin, accepted, data, log=self._log)
             reply = await delivered(self._deliverer, pending)
             self.tally.add(pending)
             replies.update(zip(wanted, pending.replies, strict=True))
@@ -197,5 +225,4 @@ class Collection:
 
     async def call(self, hook: str, **arguments: Any) -> None:
         """A hook, in a thread of its own: it may block, and only this collection waits."""
-        if self._plugins.implemented(hook):
-            await asyncio.to_thread(self._plugins.call, hook, agent=self.agent, **arguments)
+        await self._plugins.call_apart(hook, self.agent, **arguments)

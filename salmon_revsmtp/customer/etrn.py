@@ -116,6 +116,10 @@ class EtrnAgent(Agent):
         return tuple(name for name in self.settings.domains if not name.startswith("#"))
 
     @property
+    def senders(self) -> tuple[str, ...]:
+        return (self.settings.server,)
+
+    @property
     def _names(self) -> tuple[str, ...]:
         return tuple(self.settings.parameters or self.settings.domains)
 
@@ -132,6 +136,7 @@ class EtrnAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report = collection.report
+        collection.does(f"connecting to {self.address}")
         connection = await Connection.open(
             self.settings, collection.service.hostname, self._let_in_by
         )
@@ -139,9 +144,11 @@ class EtrnAgent(Agent):
             report.sessions += 1
             report.tls, report.auth = connection.tls, connection.auth
             self._let_in_by = connection.auth
+            collection.service.expected.meet(connection.peer[0])
             if "ETRN" not in connection.extensions:
                 raise Failed(f"{self.address} does not offer ETRN; is it the host that holds mail?")
             outcomes = {}
+            collection.does(f"waiting for the answer of {self.address} to ETRN")
             for name in self._names:
                 reply = await connection.command(f"ETRN {name}")
                 answer = f"{connection.hide(name)}: {reply}"

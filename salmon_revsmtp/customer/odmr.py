@@ -184,6 +184,7 @@ class OdmrAgent(Agent):
         from salmon_revsmtp.net.client import Connection
 
         report, settings = collection.report, self.settings
+        collection.does(f"connecting to {self.address}")
         connection = await Connection.open(settings, collection.service.hostname, self._let_in_by)
         try:
             report.sessions += 1
@@ -195,6 +196,7 @@ class OdmrAgent(Agent):
                 await connection.quit()
                 raise
             silence = await self._ask_for_push(collection, connection)
+            collection.does(f"waiting for the answer of {self.address} to ATRN")
             reply, answer = await connection.last_command(
                 command, max(ATRN_TIMEOUT, settings.timeout)
             )

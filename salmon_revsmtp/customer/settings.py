@@ -200,6 +200,7 @@ class ServerSettings(AgentSettings):
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
             except (OSError, ssl.SSLError) as error:
                 raise ValueError(str(error.strerror or error)) from None
+            value = value.absolute()  # a handler may change the folder of the process
         return value
 
     @property

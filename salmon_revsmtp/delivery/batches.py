@@ -7,16 +7,16 @@ a batch by itself and waits for nothing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Generic, Protocol, TypeVar
 
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.threads import Threads
 
 __all__ = ["BatchHandler", "BatchWorker"]
 
@@ -43,6 +43,10 @@ class BatchHandler(Protocol[Item_contra]):
     def end(self, items: Sequence[Item_contra]) -> None:
         """These have been done."""
 
+    def drop(self, item: Item_contra) -> None:
+        """This one will not be done: it was withdrawn, the thread was closed, or its batch failed.
+        The one call that may come in another thread."""
+
 
 class BatchWorker(Generic[Item]):
     """Works off what several handlers have, in the order in which it came, in one thread.
@@ -51,7 +55,8 @@ class BatchWorker(Generic[Item]):
     """
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = Threads(name, 1)
+        self._work_under_way: Future[None] | None = None
         self._lock = threading.Lock()
         self._waiting: deque[tuple[BatchHandler[Item], Item]] = deque()
         self._most = BATCH_SIZE  # in the next batch
@@ -64,21 +69,33 @@ class BatchWorker(Generic[Item]):
             if self._closed:
                 raise RuntimeError("the thread of deliveries is closed")
             if not self._at_work:
-                self._executor.submit(self._work)
+                self._work_under_way = self._thread.submit(self._work)
                 self._at_work = True
             self._waiting.append((handler, item))
 
     def withdraw(self, handler: BatchHandler[Item], item: Item) -> None:
         """Forget an item whose turn has not come."""
-        with self._lock, contextlib.suppress(ValueError):
-            self._waiting.remove((handler, item))
+        try:
+            with self._lock:
+                self._waiting.remove((handler, item))
+        except ValueError:
+            return
+        handler.drop(item)
 
-    def close(self, wait: bool) -> None:
-        """Begin nothing more; ``wait`` for the item in hand."""
+    def close(self) -> None:
+        """Begin nothing more."""
         with self._lock:
             self._closed = True
+            dropped = list(self._waiting)
             self._waiting.clear()
-        self._executor.shutdown(wait=wait, cancel_futures=True)
+        self._thread.close()
+        for handler, item in dropped:
+            handler.drop(item)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the item in hand, for so long at most; whether none is left in hand."""
+        under_way = self._work_under_way
+        return under_way is None or not wait([under_way], seconds).not_done
 
     # -- in the thread ----------------------------------------------------------------------------
 
@@ -90,10 +107,15 @@ class BatchWorker(Generic[Item]):
             except BaseException:
                 # A bug.  What hears no answer is deferred when its time is up.
                 log_safely(log, logging.ERROR, "a batch of deliveries failed", error=True)
+                for item in items:
+                    handler.drop(item)
                 continue
             with self._lock:
-                if not self._closed:
+                closed = self._closed
+                if not closed:
                     self._waiting.extendleft((handler, item) for item in reversed(left))
+            for item in left if closed else ():
+                handler.drop(item)
 
     def _next(self) -> tuple[BatchHandler[Item], list[Item]] | None:
         """The next batch, which is of one handler; ``None``: there is no work."""

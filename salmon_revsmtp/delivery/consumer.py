@@ -16,12 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from salmon_revsmtp.delivery.handlerthread import HandlerThread
 from salmon_revsmtp.delivery.maildir import by_age, disk_reply, move_across, open_queue
 from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
-from salmon_revsmtp.delivery.router import RouterDelivery, undeliverable_queue
+from salmon_revsmtp.delivery.router import BUG, DEFAULT_UNDELIVERABLE, Handling, undeliverable_queue
 from salmon_revsmtp.delivery.trace import unpack
 from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.foreign import angle
@@ -34,7 +35,13 @@ from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["QueueConsumer"]
+__all__ = ["HANDLER_TIMEOUT", "QueueConsumer"]
+
+# Seconds.  No one waits for an answer any more, so this is for handlers that will never return.
+HANDLER_TIMEOUT = 3600.0
+
+# Each handler that hangs has a thread and a message.  With so many, something else is broken.
+MOST_HANGING = 10
 
 # A message whose handling was begun this often and never ended is not tried again.
 CRASHES = 3
@@ -71,6 +78,12 @@ class QueueConsumer:
 
     ``notifications``: tell the sender of what a handler refuses.  ``False``: it is kept in the
     undeliverable queue instead.
+
+    ``handler_timeout``: seconds for one message.  If its handlers take longer, it is kept in the
+    undeliverable queue and deleted from this one, and the next message has its turn, in a new
+    thread.  The old one goes on; Python has no way to end it.
+
+    Raises :class:`ValueError` for a ``handler_timeout`` that is not above 0.
     """
 
     def __init__(
@@ -80,7 +93,13 @@ class QueueConsumer:
         hostname: str | None = None,
         relay: Callable[[], Any] = _settings_relay,
         notifications: bool = True,
+        handler_timeout: float = HANDLER_TIMEOUT,
     ) -> None:
+        if not 0 < handler_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"handler_timeout: found {handler_timeout!r}, allowed: seconds above 0"
+            )
+        self._handler_timeout = handler_timeout
         self.queue = open_queue(folder)
         self._folder = folder
         self._place = Path(self.queue.mbox._path)
@@ -88,7 +107,11 @@ class QueueConsumer:
         name = os.path.relpath(os.path.realpath(self._place), os.path.realpath(os.curdir))
         self._name = name
         self._sleep = sleep
-        self._delivery = RouterDelivery()
+        self._thread = HandlerThread()
+        # A handler may change the folder of the process.
+        self._undeliverable = Path(DEFAULT_UNDELIVERABLE).absolute()
+        # Those that took too long and could not be kept anywhere else yet.
+        self._unkept: dict[str, Handling] = {}
         connection = JournalConnection()
         self._journal = DeliveryJournal(connection)
         self._attempts = Attempts(connection, name)
@@ -102,27 +125,40 @@ class QueueConsumer:
     def start(self, one_shot: bool = False) -> None:
         """Handle what is there, for ever, or once if ``one_shot``.
 
-        A signal (SIGHUP of ``salmon stop``, SIGTERM, SIGINT) ends it after the message in hand.
+        A signal (SIGHUP of ``salmon stop``, SIGTERM, SIGINT) ends it after the message in hand, for
+        which it waits no longer than ``handler_timeout``.
         Raises :class:`RuntimeError` when another consumer works on the same queue, by whatever name
-        it calls it, and when the folder is replaced by another.
+        it calls it, when the folder is replaced by another, and when ten handlers hang.
         """
         with FolderLock(self._place).hold() as lock, self._signals():
             if not lock.had:
                 raise RuntimeError(f"another consumer works on {self._folder}")
-            while True:
-                for key in by_age(self.queue.keys()):
-                    if self._stopped.is_set():
+            try:
+                while self._round(lock):
+                    self._outbox.send_soon()
+                    if one_shot or self._stopped.wait(self._sleep):
+                        self._outbox.wait(RELAY_PATIENCE if one_shot else 0)
                         return
-                    if not lock.holds():
-                        raise RuntimeError(
-                            f"the queue {self._folder} was deleted or replaced while its consumer "
-                            "was at work; start the consumer again"
-                        )
-                    self.handle(key)
-                self._outbox.send_soon()
-                if one_shot or self._stopped.wait(self._sleep):
-                    self._outbox.wait(RELAY_PATIENCE if one_shot else 0)
-                    return
+            finally:
+                self._thread.end()
+
+    def _round(self, lock: FolderLock) -> bool:
+        """Handle what is there; ``False`` when it is to stop."""
+        for key in by_age(self.queue.keys()):
+            if self._stopped.is_set():
+                return False
+            if not lock.holds():
+                raise RuntimeError(
+                    f"the queue {self._folder} was deleted or replaced while its consumer was at "
+                    "work; start the consumer again"
+                )
+            if self._thread.hanging >= MOST_HANGING:
+                raise RuntimeError(
+                    f"{MOST_HANGING} handlers have not returned in {self._handler_timeout:g} "
+                    "seconds each; see what they wait for, and start the consumer again"
+                )
+            self.handle(key)
+        return True
 
     def stop(self) -> None:
         """End :meth:`start` after the message in hand."""
@@ -138,7 +174,8 @@ class QueueConsumer:
         set aside in the undeliverable queue.
 
         A handler's 4yz leaves it in the queue; its 5yz becomes a notification to the sender; what
-        no handler takes, and what a handler raises on, is in the undeliverable queue.
+        no handler takes, what a handler raises on, and what takes longer than ``handler_timeout``
+        is in the undeliverable queue.
         """
         try:
             move_across(self.queue, key)
@@ -157,15 +194,17 @@ class QueueConsumer:
         [recipient] = envelope.recipients
         # By its key: two files with the same octets are two messages.
         message = MessageKey.of(f"queue {self._name} {key}", envelope.reverse_path, stored)
-        known = self._journal.known(message).get(recipient)
+        known = self._journal.known(message, (recipient,)).get(recipient)
         if known is not None:
             reply = known.reply
-        elif self._attempts.begin(key) > CRASHES:
+        elif key not in self._unkept and self._attempts.begin(key) > CRASHES:
             reply = self._set_aside(key, stored)
             if reply.transient:
                 return reply  # and its crashes are not forgotten
         else:
-            reply = self._handle(envelope, recipient, content.removesuffix(b"\n"))
+            reply = self._handle(key, envelope, content.removesuffix(b"\n"))
+            if key in self._unkept:
+                return reply  # the handler still runs: the message is not taken for a new one
             self._journal.record(message, recipient, reply)
         if reply.transient:
             log_safely(log, logging.INFO, "queue=%s key=%s deferred: %s", self._folder, key, reply)
@@ -190,9 +229,10 @@ class QueueConsumer:
         self._stuck = True
         return disk_reply(error)
 
-    def _handle(self, envelope: Envelope, recipient: str, content: bytes) -> Reply:
-        reply = self._delivery.deliver((self._folder, 0), envelope, recipient, b"", content)
+    def _handle(self, key: str, envelope: Envelope, content: bytes) -> Reply:
+        reply = self._handled(key, envelope, content)
         if reply.permanent:
+            [recipient] = envelope.recipients
             log_safely(
                 log,
                 logging.WARNING,
@@ -202,9 +242,28 @@ class QueueConsumer:
             return self._notifier.notify(envelope, {recipient: reply}, content) or reply
         return reply
 
+    def _handled(self, key: str, envelope: Envelope, content: bytes) -> Reply:
+        """What the handlers say, or what became of the message when they took too long."""
+        handling = self._unkept.pop(key, None)
+        if handling is None:
+            [recipient] = envelope.recipients
+            queue = (self._folder, 0)
+            handling = Handling(queue, envelope, recipient, content, self._undeliverable)
+            try:
+                if self._thread.run(handling, self._handler_timeout):
+                    return handling.reply or BUG
+            except RuntimeError as error:
+                log.error("queue=%s key=%s not handled now: %s", self._folder, key, error)
+                return BUG
+        late = f"not handled in {self._handler_timeout:g} seconds; the handler still runs"
+        reply = handling.give_up(late)
+        if reply.transient and handling.reply is None:
+            self._unkept[key] = handling
+        return reply
+
     def _set_aside(self, key: str, stored: bytes) -> Reply:
         try:
-            kept = undeliverable_queue().keep(stored)
+            kept = undeliverable_queue(self._undeliverable).keep(stored)
         except OSError as error:
             log.error("queue=%s key=%s cannot be set aside: %s", self._folder, key, error)
             return disk_reply(error)

@@ -23,7 +23,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,8 +33,10 @@ from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.journal.claims import Claims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
-from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.safelog import LogBudget, log_safely
+from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -44,8 +47,14 @@ log = logging.getLogger(__name__)
 # Seconds between two looks of the event loop at what has been delivered and not been answered.
 LOOK_EVERY = 0.05
 
+# Recipients that are looked up together: of a batch of messages for one each all, of messages for
+# a thousand one.
+LOOK_UP = 256
+
 BUG = Reply(451, "internal error, try again later", "4.3.0")
+GONE = Reply(451, "the connection is gone", "4.4.2")
 STOPPED = Reply(451, "shutting down, try again later", "4.3.2")
+ELSEWHERE = Reply(451, "it is being handled elsewhere, try again later", "4.3.0")
 LOOP = Reply(554, f"mail loop detected: {MAX_HOPS} Received headers", "5.4.6")
 
 
@@ -69,6 +78,10 @@ class Delivery(Protocol):
         the reply that says why not."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(eq=False)
 class PendingDelivery:
     """A message on its way to its recipients, how far that is, and what its client is to hear.
@@ -76,6 +89,8 @@ class PendingDelivery:
     ``origin``     where it came from.
     ``data``       its octets as they came; none once it is answered, for a handler that hangs may
                    hold the rest of this for ever.
+    ``sink``       where its octets went while they came, if there were many; then ``data`` has
+                   none.
     ``size``       how many they were.
     ``key``        what it is known by in the journal, once its turn has come.
     ``replies``    one per recipient, in the envelope's order, as far as it has come.
@@ -84,6 +99,8 @@ class PendingDelivery:
     ``answered``   called in the event loop once ``reply`` is there.
     ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
     ``number``     its place among those of its session when it came.
+    ``over``       called when nothing will be done for it any more, from whatever thread.
+    ``log``        what its lines are written with: all that its client can make us log is bounded.
     """
 
     origin: Origin
@@ -97,10 +114,13 @@ class PendingDelivery:
     since: float = 0.0
     until: float = 0.0
     number: int = 1
+    over: Callable[[], None] = _nothing
+    log: LogBudget = field(default_factory=LogBudget)
     begun: bool = False
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     size: int = 0
+    sink: Sink | None = None
 
     def begin(self) -> bytes | None:
         """Its octets, with LF line ends, if anyone still waits for it."""
@@ -122,14 +142,18 @@ class PendingDelivery:
             if not self.abandoned:
                 self.reply = reply
 
-    def abandon(self, reply: Reply) -> None:
-        """Wait no longer: ``reply`` goes to whoever has not been served so far."""
+    def abandon(self, reply: Reply, *, if_not_begun: bool = False) -> bool:
+        """Wait no longer: ``reply`` goes to whoever has not been served so far.  Returns whether no
+        one waits for the rest of it from now on."""
         with self.lock:
+            if self.begun and if_not_begun:
+                return False
             if self.reply is None:
                 self.abandoned = True
                 self.replies += [reply] * (len(self.envelope.recipients) - len(self.replies))
                 last = _last_of_many(self.replies) if self.envelope.prdr else None
                 self.reply = last or reply
+            return True
 
 
 def _last_of_many(replies: Sequence[Reply]) -> Reply | None:
@@ -145,6 +169,13 @@ class Deliverer(Protocol):
         """Have a message delivered, and call ``answered`` in the event loop when
         ``pending.reply`` and ``pending.replies`` say what became of it."""
 
+    @property
+    def sinks(self) -> Callable[[], Sink] | None:
+        """Makes the place where a large message goes while it comes, if there is one."""
+
+    def let_go(self, pending: PendingDelivery) -> bool:
+        """No one will hear the answer to this message.  Whether it is forgotten."""
+
 
 async def delivered(deliverer: Deliverer, pending: PendingDelivery) -> Reply:
     """Have a message delivered, and wait for that; returns the reply."""
@@ -157,12 +188,16 @@ async def delivered(deliverer: Deliverer, pending: PendingDelivery) -> Reply:
 
 
 class Dispatcher:
-    """Delivers the messages of one service, one after another, in the thread of ``worker``.
+    """Delivers messages of one service, one after another, in the thread of ``worker``.
 
     ``service``          its name.
+    ``claims``           what this dispatcher is delivering.
+    ``turn``             held while ``delivery`` is at work, which others may not be then.
     ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
     ``repeat_seconds``   how long a message that is redelivered is known.
+    ``share``            asked for an agent when a message of it comes; what it returns is called
+                         when nothing will be done for that message any more.
     """
 
     def __init__(
@@ -170,19 +205,25 @@ class Dispatcher:
         service: str,
         delivery: Delivery,
         journal: DeliveryJournal,
+        claims: Claims,
         plugins: HookCaller,
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
         *,
+        turn: AbstractContextManager[object],
         spell: Callable[[str], str],
         handler_timeout: float,
         repeat_seconds: float,
+        share: Callable[[str], Callable[[], None]] = lambda agent: _nothing,
     ) -> None:
         self._service = service
         self._spell = spell
+        self._share = share
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
         self._journal = journal
+        self._claims = claims
+        self._turn = turn
         self._plugins = plugins
         self._notifier = notifier
         self._worker = worker
@@ -191,10 +232,16 @@ class Dispatcher:
         self._looking = False  # soon
         # Of the batch in hand, in the thread.
         self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
+        self._elsewhere: set[MessageKey] = set()
+        self._looked_up: list[PendingDelivery] = []
         self._lines: deque[tuple[PendingDelivery, str, Reply, bool]] = deque()
         self._log_at = 0.0
 
     # -- in the event loop ------------------------------------------------------------------------
+
+    @property
+    def sinks(self) -> None:
+        """Handlers get whole messages."""
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
@@ -214,11 +261,25 @@ class Dispatcher:
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
         self._waiting.append(pending)
+        if pending.origin.agent is not None:
+            pending.over = self._share(pending.origin.agent.name)
         try:
             self._worker.submit(self, pending)
         except RuntimeError:  # the thread is closed
             pending.abandon(STOPPED)
+            pending.over()
         self._look_soon()
+
+    def let_go(self, pending: PendingDelivery) -> bool:
+        """No one will hear the answer to this message.  If its handling has not begun it is
+        forgotten, and its client, which has no 250, keeps it; else ``False``: it goes on to its
+        end, so that it is recorded for the client's next try."""
+        forgotten = pending.abandon(GONE, if_not_begun=True)
+        if forgotten:
+            pending.answered = None
+            self._worker.withdraw(self, pending)
+        pending.data = b""  # a handler has its own
+        return forgotten
 
     def _look_soon(self) -> None:
         if not self._looking:
@@ -258,7 +319,7 @@ class Dispatcher:
         late = Reply(451, text, "4.3.0")
         pending.abandon(late)
         self._worker.withdraw(self, pending)
-        log_safely(
+        pending.log.log(
             log,
             logging.WARNING,
             "%s from=%s reply=%r %s",
@@ -272,41 +333,67 @@ class Dispatcher:
 
     def begin(self, items: Sequence[PendingDelivery]) -> None:
         """A batch: see which of them have been delivered before."""
-        keys = []
+        self._log_at = time.monotonic() + LOOK_EVERY
+        self._look_up(pending for pending in items if not pending.abandoned)
+
+    def _look_up(self, items: Iterable[PendingDelivery]) -> None:
+        """See what the journal knows of the first of these: as many as have a few hundred
+        recipients together, and one at least, for a batch may end before the others' turn."""
+        wanted: dict[MessageKey, list[str]] = {}
+        recipients, self._looked_up = 0, []
         for pending in items:
             if pending.key is None:
-                # Of one that has been abandoned it may be of no data; that one is not begun.
+                # Of one that is abandoned meanwhile it may be of no data; that one is not begun.
                 sender = pending.envelope.reverse_path
                 pending.key = MessageKey.of(self._service, sender, pending.data)
-            keys.append(pending.key)
-        self._log_at = time.monotonic() + LOOK_EVERY
-        self._known = self._journal.known_all(keys, self._repeat_seconds)
+            wanted.setdefault(pending.key, []).extend(pending.envelope.recipients)
+            recipients += len(pending.envelope.recipients)
+            self._looked_up.append(pending)
+            if recipients >= LOOK_UP:
+                break
+        # Those before have been delivered.  First claimed, then looked up: what another process has
+        # in hand may be recorded between.
+        self._claims.release(self._known)
+        self._elsewhere = self._claims.claim(wanted)
+        self._known = self._journal.known_all(wanted, self._repeat_seconds)
 
     def do(self, item: PendingDelivery) -> None:
         """Deliver one message, if anyone still waits for it."""
         lines = item.begin()
-        if lines is None:
-            return
         try:
-            self._deliver(item, lines)
+            if lines is not None:
+                self._deliver(item, lines)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
+        finally:
+            self.drop(item)
+
+    def drop(self, item: PendingDelivery) -> None:
+        """Nothing more will be done for it."""
+        over, item.over = item.over, _nothing
+        over()
 
     def end(self, items: Sequence[PendingDelivery]) -> None:
         """Log those of a batch, and answer them."""
+        self._claims.release(self._known)
         self._log_lines()
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
 
     def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
+        if pending not in self._looked_up:
+            self._look_up([pending])
         key = pending.key
         assert key is not None
-        if hops(lines) >= MAX_HOPS:
+        refusal = LOOP if hops(lines) >= MAX_HOPS else None
+        if key in self._elsewhere:
+            refusal = ELSEWHERE
+        if refusal is not None:
             for recipient in pending.envelope.recipients:
-                self._note(pending, recipient, LOOP, repeat=False)
-            pending.settle(LOOP)
+                self._note(pending, recipient, refusal, repeat=False)
+            pending.settle(refusal)
             return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
         known = self._known[key]
@@ -319,6 +406,8 @@ class Dispatcher:
                 self._note(pending, recipient, record.reply, repeat=True)
                 continue
             record = self._hand_over(pending, key, recipient, content)
+            if record is None:
+                return
             (deferred if record.reply.transient else known)[recipient] = record
             self._note(pending, recipient, record.reply, repeat=False)
             if self._plugins.implemented("message_delivered"):
@@ -328,15 +417,18 @@ class Dispatcher:
 
     def _hand_over(
         self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
-    ) -> DeliveryRecord:
-        """Handled, and recorded."""
+    ) -> DeliveryRecord | None:
+        """Handled, and recorded; ``None`` if no one waits for that any more."""
         envelope, origin = pending.envelope, pending.origin
         trace = origin.received(envelope, recipient) + separator(content)
         reply = None
         if self._plugins.implemented("message_received"):
             reply = self._refusal(origin, envelope, trace, content)
         if reply is None:
-            reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
+            with self._turn:
+                if pending.abandoned:
+                    return None
+                reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
@@ -381,7 +473,7 @@ class Dispatcher:
             while True:
                 lines.append(self._lines.popleft())
         for pending, recipient, reply, repeat in lines:
-            log_safely(
+            pending.log.log(
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r%s",
@@ -424,9 +516,9 @@ class Dispatcher:
         """Have the sender told of the failures that it has not been told of; ``None`` when that is
         safe, else the 4yz for the message."""
         failed = {
-            recipient: record
-            for recipient, record in known.items()
-            if record.reply.permanent and not record.notified and recipient in envelope.recipients
+            recipient: known[recipient]
+            for recipient in envelope.recipients
+            if known[recipient].reply.permanent and not known[recipient].notified
         }
         if not failed:
             return None

@@ -73,7 +73,9 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
     """
     if type(target) is not queue.Queue:
         key = str(target.push(b"".join(pieces)))
-        if folder := getattr(target, "dir", None):
+        # Salmon keeps the name as it was given, and mailbox the whole path.
+        mbox = getattr(target, "mbox", None)
+        if folder := getattr(mbox, "_path", None) or getattr(target, "dir", None):
             with _taken_back(lambda: target.remove(key)):
                 sync_folder(Path(folder, "new"))
         return key

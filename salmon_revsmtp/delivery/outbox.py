@@ -55,7 +55,7 @@ class Outbox:
 
     def __init__(self, relay: Callable[[], Any], folder: Path = UNSENT) -> None:
         self._relay = relay
-        self._folder = folder
+        self._folder = folder.absolute()
         self._down = False
         self._sent: set[str] = set()
         self._lock = threading.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
@@ -18,10 +19,16 @@ log = logging.getLogger(__name__)
 
 
 class QueueDelivery:
-    """Into a Salmon Queue: handlers run in another thread or process, later."""
+    """Into a Salmon Queue: handlers run in another thread or process, later.
 
-    def __init__(self, folder: str) -> None:
+    ``folder``   the queue's.
+    ``project``  what a relative one is below; the current folder by default.
+    """
+
+    def __init__(self, folder: str, project: Path | None = None) -> None:
         self._folder = folder
+        # A handler may change the folder of the process.
+        self._place = Path(project or Path.cwd(), Path(folder).expanduser())
         self._queue: Any = None
 
     def deliver(
@@ -36,7 +43,7 @@ class QueueDelivery:
         lines = stored_envelope(envelope, recipient)
         try:
             if self._queue is None:
-                self._queue = open_queue(self._folder)
+                self._queue = open_queue(self._place)
             key = push_safely(self._queue, lines, trace, content, b"\n")
         except OSError as error:
             log_safely(

@@ -7,37 +7,60 @@ which fails for a message that the parser rejected; the same message is pushed o
 that raised; the envelope is gone; and the folder is not synced.  So the queue is wrapped: while a
 message of ours is being delivered, a push of that message stores our own bytes, envelope on top,
 once, synced to disk.  Every other push goes through as it was.
+
+A message that the parser would take too long for (:mod:`~salmon_revsmtp.delivery.bounds`) goes
+there without being parsed.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 from salmon import mail
 from salmon.routing import Router
 from salmon.server import SMTPError
 
+from salmon_revsmtp.delivery.bounds import address_excess, excess
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import separator, stored_envelope
 from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["DEFAULT_UNDELIVERABLE", "RouterDelivery", "envelope_of", "undeliverable_queue"]
+__all__ = [
+    "BUG",
+    "DEFAULT_UNDELIVERABLE",
+    "Handling",
+    "RouterDelivery",
+    "envelope_of",
+    "undeliverable_queue",
+]
 
 DEFAULT_UNDELIVERABLE = "run/undeliverable"
 
 DELIVERED = Reply(250, "delivered", "2.0.0")
 KEPT = Reply(250, "kept, no handler took it", "2.0.0")
+BUG = Reply(451, "internal error, try again later", "4.3.0")
 
 log = logging.getLogger(__name__)
 
 
 class RouterDelivery:
-    """Runs handlers before the 250."""
+    """Runs handlers before the 250.
+
+    ``project``  the folder in which an undeliverable queue is made if there is none; the current
+                 one by default.
+    """
+
+    def __init__(self, project: Path | None = None) -> None:
+        # A handler may change the folder of the process.
+        self._place = Path(project or Path.cwd(), DEFAULT_UNDELIVERABLE)
 
     def deliver(
         self,
@@ -52,41 +75,124 @@ class RouterDelivery:
         Returns 250 when they have returned or the message is in the undeliverable queue; a
         handler's ``SMTPError`` as its reply; 452 or 451 when the message could be kept nowhere.
         """
+        message = b"".join((trace, content))
+        handling = Handling(peer, envelope, recipient, message, self._place)
+        handling.run()
+        assert handling.reply is not None
+        return handling.reply
+
+
+class Handling:
+    """One message on its way through the handlers, which another thread may give up.
+
+    ``peer``     the client's address and port, or the queue's name.
+    ``message``  the whole of it (bytes, LF line ends).
+    ``place``    where an undeliverable queue is made if there is none.
+    ``reply``    what came of it; ``None`` until that is known.
+    """
+
+    def __init__(
+        self,
+        peer: tuple[str, int],
+        envelope: Envelope,
+        recipient: str,
+        message: bytes,
+        place: Path,
+    ) -> None:
+        self.reply: Reply | None = None
+        self._place = place
+        self._peer, self._message = peer, message
+        self._envelope, self._recipient = envelope, recipient
+        self._kept: _Kept | None = None
+        self._settling = threading.RLock()
+        self._given_up = False
+
+    def run(self) -> None:
+        """Have the message handled; ``reply`` is then what :meth:`RouterDelivery.deliver` says."""
+        reply = BUG
         try:
-            undeliverable = undeliverable_queue()
+            reply = self._handled()
+        finally:
+            with self._settling:
+                late = self._given_up
+                if not late:
+                    self.reply = reply
+            if late:
+                self._log(logging.WARNING, f"the handler has ended after all: {reply}")
+
+    def give_up(self, reason: str) -> Reply:
+        """Wait no longer for the handlers, which may go on; keep the message as undeliverable.
+
+        Returns what became of it: 250 when it is kept, or what the handlers have said if they were
+        faster; 452 or 451 when it cannot be kept, and then this may be tried again.
+        """
+        with self._settling:
+            if self.reply is None:
+                try:
+                    self._keeps().store(reason)
+                except OSError as error:
+                    self._log(logging.ERROR, f"{reason}, and it cannot be kept: {error}")
+                    return disk_reply(error)
+                self._given_up = True
+                self.reply = Reply(250, f"kept, {reason}", "2.0.0")
+            return self.reply
+
+    def _keeps(self) -> _Kept:
+        """Raises :class:`OSError` when no undeliverable queue can be made."""
+        with self._settling:
+            if self._kept is None:
+                before = undeliverable_queue(self._place)
+                self._kept = _Kept(before, self._envelope, self._recipient, self._message)
+            return self._kept
+
+    def _handled(self) -> Reply:
+        try:
+            kept = self._keeps()
         except OSError as error:
             # Without a last safe place, what a handler raises on would be gone.
-            log_safely(
-                log,
-                logging.ERROR,
-                "recipient=%s no undeliverable queue can be made: %s",
-                *(angle(recipient), error),
-            )
+            self._log(logging.ERROR, f"no undeliverable queue can be made: {error}")
             return disk_reply(error)
-        message = b"".join((trace, content))
-        with _Kept(undeliverable, envelope, recipient, message) as kept:
+        with kept:
+            addresses = self._envelope.reverse_path, self._recipient
+            reason = address_excess(*addresses) or excess(self._message)
+            if reason is not None:
+                return self._unparsed(kept, reason)
             try:
-                request = mail.MailRequest(peer, envelope.reverse_path or "<>", recipient, message)
-                if recipient:  # Salmon takes the To header where it cannot read the envelope
-                    request.To = recipient.lower()
-                kept.request = request
-                Router.deliver(request)
+                request = self._request(kept)
+                try:
+                    Router.deliver(request)
+                finally:
+                    end_child_of(kept.process)
             except SMTPError as error:
                 return reply_to_error(error)
             except Exception:
-                self._log_raised("delivery raised", recipient)
+                self._log(logging.ERROR, "delivery raised", error=True)
                 if not kept.done:
                     kept.push_quietly()
             except SystemExit:
-                self._log_raised("a handler tried to end the process", recipient)
+                self._log(logging.ERROR, "a handler tried to end the process", error=True)
                 kept.push_quietly()
             if kept.failure is not None:
                 return disk_reply(kept.failure)
-        return KEPT if kept.done else DELIVERED
+            return KEPT if kept.done else DELIVERED
 
-    @staticmethod
-    def _log_raised(what: str, recipient: str) -> None:
-        log_safely(log, logging.ERROR, "recipient=%s %s", *(angle(recipient), what), error=True)
+    def _request(self, kept: _Kept) -> Any:
+        sender = self._envelope.reverse_path or "<>"
+        request = mail.MailRequest(self._peer, sender, self._recipient, self._message)
+        if self._recipient:  # Salmon takes the To header where it cannot read the envelope
+            request.To = self._recipient.lower()
+        kept.request = request
+        return request
+
+    def _unparsed(self, kept: _Kept, reason: str) -> Reply:
+        """Keep a message that the parser would take too long for."""
+        kept.push_quietly(f"not parsed: {reason}")
+        if kept.failure is not None:
+            return disk_reply(kept.failure)
+        return Reply(250, f"kept, not parsed: {reason}", "2.0.0")
+
+    def _log(self, level: int, what: str, error: bool = False) -> None:
+        log_safely(log, level, "recipient=%s %s", *(angle(self._recipient), what), error=error)
 
 
 def reply_to_error(error: SMTPError) -> Reply:
@@ -116,7 +222,9 @@ class _Kept:
         self.done = False
         self.failure: OSError | None = None
         self._before = before
+        self.process = os.getpid()
         self.envelope, self._recipient, self._message = envelope, recipient, message
+        self._storing = threading.Lock()
 
     def __enter__(self) -> _Kept:
         self._before.delivering.kept = self
@@ -125,28 +233,39 @@ class _Kept:
     def __exit__(self, *raised: object) -> None:
         self._before.delivering.kept = None
 
-    def push(self) -> str:
-        if self.done:
-            return ""
-        lines = stored_envelope(self.envelope, self._recipient)
+    def push(self, reason: str = "the log has the reason above") -> str:
+        """Store the message, once; returns its key.  Raises :class:`OSError`, and then ``failure``
+        is what the delivery has come to."""
+        if os.getpid() != self.process:
+            os._exit(1)  # a child in which the handler raised; its parent has the message
         try:
-            between = separator(self._message)
-            key = push_safely(self._before.original, lines, between, self._message)
+            key = self.store(reason)
         except OSError as error:
             self.failure = error
             raise
-        self.done, self.failure = True, None
+        self.failure = None
+        return key
+
+    def store(self, reason: str) -> str:
+        """The same from another thread, to whom the delivery owes nothing."""
+        with self._storing:
+            if self.done:
+                return ""
+            lines = stored_envelope(self.envelope, self._recipient)
+            between = separator(self._message)
+            key = push_safely(self._before.original, lines, between, self._message)
+            self.done = True
         log_safely(
             log,
             logging.ERROR,
-            "from=%s to=%s undeliverable, kept with key %s; the log has the reason above",
-            *(angle(self.envelope.reverse_path), angle(self._recipient), key),
+            "from=%s to=%s undeliverable, kept with key %s; %s",
+            *(angle(self.envelope.reverse_path), angle(self._recipient), key, reason),
         )
         return key
 
-    def push_quietly(self) -> None:
+    def push_quietly(self, reason: str = "the log has the reason above") -> None:
         try:
-            self.push()
+            self.push(reason)
         except OSError as error:
             log_safely(log, logging.ERROR, "undeliverable, and not kept either: %s", error)
 
@@ -185,14 +304,14 @@ def envelope_of(message: Any) -> Envelope | None:
 _wrapping = threading.Lock()
 
 
-def undeliverable_queue() -> _Undeliverable:
-    """The Router's undeliverable queue, made and wrapped where it is not yet.  Raises
+def undeliverable_queue(place: Path = Path(DEFAULT_UNDELIVERABLE)) -> _Undeliverable:
+    """The Router's undeliverable queue, made in ``place`` and wrapped where it is not yet.  Raises
     :class:`OSError`."""
     with _wrapping:
         current = Router.UNDELIVERABLE_QUEUE
         if not isinstance(current, _Undeliverable):
             if current is None:
-                current = open_queue(DEFAULT_UNDELIVERABLE)
+                current = open_queue(place)
             make_whole(current)
             current = Router.UNDELIVERABLE_QUEUE = _Undeliverable(current)
         return current

@@ -39,7 +39,7 @@ _RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _OF_MAIL = ("SMTPUTF8", "RET", "ENVID")
 _OF_RCPT = ("NOTIFY", "ORCPT")
 _WORD = re.compile(r"[A-Z0-9]+(?:=[^\x00-\x20=\x7f]+)?")
-_FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*)\n")
+_FIELD = re.compile(rb"([!-9;-~]+):([^\n]*)\n")  # blanks are part of the value: see _BLANK
 
 # Around a field's value.  Not what Unicode calls a space: a mailbox may begin with one (RFC 6531).
 _BLANK = " \t\r"

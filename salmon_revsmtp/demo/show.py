@@ -1,4 +1,5 @@
-"""The demo: the example project collects sample mail from a provider in the same process.
+"""The demo: the example project collects sample mail from a provider in the same process, and has
+more pushed to it.
 
 Everything is real but the distance: TLS with a certificate, a login, ATRN, the reversal, the
 project's own boot module and handlers.  It happens in a temporary folder, which is removed.
@@ -7,6 +8,7 @@ project's own boot module and handlers.  It happens in a temporary folder, which
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import shutil
@@ -14,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,18 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.delivery.outbox import Outbox
-from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.demo.samples import Sample, samples
 from salmon_revsmtp.hooks import hookimpl
-from salmon_revsmtp.journal.connection import JournalConnection
-from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.hold.store import Arrival
 from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.configuration import Configuration, load
+from salmon_revsmtp.server.configuration import load
+from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.server.project import Project
-from salmon_revsmtp.server.providing import Providing
 
 __all__ = ["run"]
 
@@ -42,12 +42,16 @@ CERTIFICATE = HERE / "localhost-certificate.pem"
 PRIVATE_KEY = HERE / "localhost-key.pem"
 ACCOUNT = "acme"
 
+# Messages that are pushed.
+PUSHED = 10
+
 
 class Witness:
     """Sees who handled what: a plugin, and a listener on Salmon's own log of its routing."""
 
     def __init__(self) -> None:
         self.results: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self.handled_at: dict[str, float] = {}
         self._handlers: list[str] = []
         self._message = b""
         self._log = logging.Handler(logging.DEBUG)
@@ -77,7 +81,9 @@ class Witness:
         # The Message-ID names a sample, the recipient a delivery of it.
         head = self._message.partition(b"\n\n")[0]
         [found] = [one for one in head.split(b"\n") if one.lower().startswith(b"message-id:")]
-        self.results[found.decode().split()[1]].append((recipient, result))
+        message_id = found.decode().split()[1]
+        self.handled_at[message_id] = time.monotonic()
+        self.results[message_id].append((recipient, result))
 
 
 def run(plugins: Plugins) -> int:
@@ -91,19 +97,25 @@ def run(plugins: Plugins) -> int:
         console.print("The example project (config/, app/handlers/) collects them by ODMR:\n")
         witness = Witness()
         plugins.register(witness)
-        reports, left, seconds = asyncio.run(
-            _collect(project, folder / "provider", held, plugins, witness)
-        )
+        seen = asyncio.run(_run(project, folder / "provider", held, plugins, witness))
     _show(console, held, witness)
-    for report in reports:
+    for report in seen.reports:
         console.print(report.summary(), soft_wrap=True)
+    fastest, slowest = (round(1000 * one, 1) for one in (min(seen.pushed), max(seen.pushed)))
     console.print(
-        f"\nThe provider has {left} messages left. All of this took {seconds:.1f} seconds.\n"
+        f"\nThen the customer kept its session open, and {PUSHED} messages were handed to the "
+        "provider as any mail\nserver would. After the provider's 250 each was through its handler "
+        f"in {fastest} to {slowest} ms.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"\nThe provider has {seen.left} messages left. "
+        f"All of this took {seen.seconds:.1f} seconds.\n"
         'To set up your own, see "Five minutes" in README.rst.',
         soft_wrap=True,
     )
     lost = [one.kind for one in held if not _delivered(one, witness)]
-    if lost or left or not all(report.outcome.good for report in reports):
+    if lost or seen.left or not all(report.outcome.good for report in seen.reports):
         console.print(f"Something went wrong; not delivered: {', '.join(lost) or 'nothing'}")
         return 1
     return 0
@@ -135,47 +147,99 @@ def _provider_settings(folder: Path, password: str) -> Any:
             "tls_key": PRIVATE_KEY,
             "hold": str(folder / "hold"),
         },
+        smtp_services={
+            "mx": {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold"}
+        },
     )
 
 
-def _providing(configuration: Configuration, plugins: Plugins, folder: Path) -> Providing:
-    def no_relay() -> Any:
-        raise ConnectionError("the demo sends no mail to the world")
+@dataclass
+class _Seen:
+    """What happened: the reports of the collections, how many messages the provider has left, the
+    seconds that it took, and those from the provider's 250 to the end of the handler of each
+    message that was pushed."""
 
-    rates = RateLimit(CountJournal(JournalConnection(folder / "journal")))
-    return Providing(configuration, plugins, Outbox(no_relay, folder / "unsent"), rates)
+    reports: list[Report] = field(default_factory=list)
+    left: int = 0
+    seconds: float = 0.0
+    pushed: list[float] = field(default_factory=list)
 
 
-async def _collect(
+async def _run(
     folder: Path, provider_folder: Path, held: list[Sample], plugins: Plugins, witness: Witness
-) -> tuple[list[Report], int, float]:
+) -> _Seen:
     password = secrets.token_urlsafe()
-    theirs = load(_provider_settings(provider_folder, password), plugins)
-    providing = _providing(theirs, plugins, provider_folder)
-    store = providing.store
-    for sample in held:
-        accounts = (ACCOUNT,) * len(sample.envelope.recipients)
-        store.put([Arrival(sample.envelope, accounts, [sample.data])])
-    provider = providing.provider()
-    assert provider is not None
-    async with provider:
-        (folder / ".env").write_text(
-            f"ISP_SERVER=127.0.0.1\nISP_PORT={provider.port}\n"
-            f"ISP_CA_FILE={CERTIFICATE}\nISP_PASSWORD={password}\n"
-        )
-        sys.path.insert(0, str(folder))
-        project = Project.open(folder, "config.settings")
-        configuration = load(project.settings, plugins)
-        project.boot()
-        witness.listen()
-        started = time.monotonic()
-        with Collector(configuration, plugins, lambda: project.settings.relay) as collector:
-            reports = await collector.collect(configuration.agents)
-            reports += await collector.collect(configuration.agents)
-        seconds = time.monotonic() - started
-    left = store.usage(ACCOUNT).messages
-    providing.close(wait=True)
-    return reports, left, seconds
+    theirs = Plugins()  # ours are not the provider's
+    settings = load(_provider_settings(provider_folder, password), theirs)
+    with Collector(settings, theirs, _no_relay, provider_folder) as holder:
+        store = holder.providing.store
+        for sample in held:
+            accounts = (ACCOUNT,) * len(sample.envelope.recipients)
+            store.put([Arrival(sample.envelope, accounts, [sample.data])])
+        async with _served(holder, theirs) as server:
+            assert server.provider is not None
+            (folder / ".env").write_text(
+                f"ISP_SERVER=127.0.0.1\nISP_PORT={server.provider.port}\n"
+                f"ISP_CA_FILE={CERTIFICATE}\nISP_PASSWORD={password}\n"
+            )
+            seen = await _collect(folder, server, plugins, witness)
+        seen.left = store.usage(ACCOUNT).messages
+    return seen
+
+
+async def _collect(folder: Path, server: Daemon, plugins: Plugins, witness: Witness) -> _Seen:
+    """Be the customer: collect, and then wait for what is pushed."""
+    seen = _Seen()
+    sys.path.insert(0, str(folder))
+    project = Project.open(folder, "config.settings")
+    configuration = load(project.settings, plugins)
+    project.boot()
+    witness.listen()
+    started = time.monotonic()
+    with Collector(configuration, plugins, lambda: project.settings.relay) as collector:
+        for _ in range(2):
+            seen.reports += await collector.collect(configuration.agents)
+        async with _served(collector, plugins):
+            while not any(one.push for one in server.sessions):
+                await asyncio.sleep(0.01)
+            [port] = [one.port for one in server.listeners]
+            for number in range(PUSHED):
+                seen.pushed.append(await _push(port, number, witness))
+    seen.seconds = time.monotonic() - started
+    return seen
+
+
+async def _push(port: int, number: int, witness: Witness) -> float:
+    """Hand a message to the provider as any mail server would; returns the seconds from its 250
+    until the handler has returned."""
+    import aiosmtplib
+
+    data = f"From: ann@example.net\r\nMessage-ID: <pushed-{number}@example.net>\r\n\r\nhello\r\n"
+    async with aiosmtplib.SMTP(hostname="127.0.0.1", port=port, start_tls=False) as client:
+        await client.sendmail("ann@example.net", ["sales@example.org"], data)
+        answered = time.monotonic()
+        while not (at := witness.handled_at.get(f"<pushed-{number}@example.net>")):
+            await asyncio.sleep(0.0005)
+    return max(at - answered, 0.0)
+
+
+@contextlib.asynccontextmanager
+async def _served(collector: Collector, plugins: Plugins) -> AsyncIterator[Daemon]:
+    """A server, while this lasts."""
+    daemon, listening = Daemon(collector, plugins), asyncio.Event()
+    running = asyncio.ensure_future(daemon.run(listening.set))
+    waiting = asyncio.ensure_future(listening.wait())
+    await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
+        await running
+
+
+def _no_relay() -> Any:
+    raise ConnectionError("the demo sends no mail to the world")
 
 
 def _message_id(sample: Sample) -> str:

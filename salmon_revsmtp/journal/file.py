@@ -79,6 +79,7 @@ MIGRATIONS = (
         suppressed INTEGER NOT NULL
     ) WITHOUT ROWID
     """,
+    "CREATE INDEX deliveries_by_expiry ON deliveries (expires)",
 )
 
 
@@ -92,7 +93,7 @@ class JournalFile:
     def __init__(
         self, path: Path = DEFAULT_JOURNAL, migrations: Sequence[str] | None = None
     ) -> None:
-        self.path = path
+        self.path = path.absolute()  # a handler may change the folder of the process
         self._migrations = MIGRATIONS if migrations is None else migrations
 
     def open(self, patience: float = BUSY_TIMEOUT) -> sqlite3.Connection:

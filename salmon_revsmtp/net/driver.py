@@ -10,12 +10,14 @@ is ``paused``, too.  What is to be written goes to the transport in pieces, as i
 The end.  Where ``at_boundary`` says that something is under way, the connection ends with a reset,
 also when this process is killed: a peer must not take the end for a clean one.  So such a
 connection has SO_LINGER with a time of 0 from its beginning, and loses it for a clean end only.
-(Exim 4.100.1 in the clear takes even a reset for success there, and deletes the message; only a
-reply keeps it.)
+Exim 4.100.1 in the clear takes even a reset for success there, and deletes the message; only a
+reply keeps it.  So a connection in the clear has a guard, too, who gives one.
 
 The clock.  A peer that has the word has ``timeout`` seconds to bring the session forward: a command
 or a reply that became whole (RFC 5321 4.5.3.2), enough content, or enough of ours read.  An octet
-now and then is none of these.
+now and then is none of these.  A command now and then is, so where it has ``patience`` a second
+clock runs: from when the peer was given the word until it gives us something to do.  Only content
+that comes, or ours that is read, gives it more time, at the least rate.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from salmon_revsmtp.net.guard import Guard, guard
 from salmon_revsmtp.net.trace import Trace, dialogue
+from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["DEAD_AFTER", "Driver", "Machine"]
 
@@ -41,6 +45,9 @@ PIECE = 256 * 1024
 # Octets a second, on an average over one timeout, that count as progress.  A tenth of what a 9,600
 # baud line brings: a message of the largest size would take for ever if each octet did.
 LEAST_RATE = 100
+
+# Seconds that a peer that was sent away has to read why.
+GOODBYE = 5.0
 
 
 # Either side drops a session that is kept open when it has heard nothing for so many times the
@@ -79,6 +86,10 @@ class Machine(Protocol):
         """The session is over: close the connection when all is written."""
 
     @property
+    def streaming(self) -> bool:
+        """There is more to write when that is written which ``data_to_send`` has given."""
+
+    @property
     def pending(self) -> bool:
         """Bytes came that have not been looked at."""
 
@@ -101,12 +112,15 @@ class Driver(asyncio.Protocol):
     ``broken``   what broke it, if anything did; a sentence's end.
     ``ended``    a future: done when the connection is over and nothing of it is under way.
     ``machine``  speaks the protocol; a subclass may change it at a turn of roles.
+
+    ``timeout``   seconds in which the peer has to bring the session forward.
+    ``patience``  seconds in which it has to give us something to do; ``None``: no limit.
     """
 
     #: Who we are and who they are, in messages for a person.
     WE, THEY = "server", "client"
 
-    def __init__(self, machine: Machine, timeout: float) -> None:
+    def __init__(self, machine: Machine, timeout: float, patience: float | None = None) -> None:
         self.machine = machine
         self.clean = False
         self.peer: tuple[str, int] = ("", 0)
@@ -114,16 +128,21 @@ class Driver(asyncio.Protocol):
         self.broken: str | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._timeout = timeout
+        self._patience = patience
         self._transport: asyncio.Transport | None = None
         self._outgoing: deque[memoryview] = deque()
         self._written = 0  # octets
         self._congested = False
         self._eof = False
         self._lost = self._aborted = False
+        self._guard: Guard | None = None
         self._handshake: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._progressed_at = 0.0
         self._marks = (0, 0, 0)
+        # When the peer was given the word, and the octets that had gone either way; when it began
+        # what is under way, and the octets of content.
+        self._word = self._begun = (0.0, 0)
         self._trace = Trace() if dialogue.isEnabledFor(logging.DEBUG) else None
 
     # -- what a subclass says -------------------------------------------------------------------
@@ -138,6 +157,11 @@ class Driver(asyncio.Protocol):
         return False
 
     @property
+    def progressed_at(self) -> float:
+        """When the peer brought the session forward, on the event loop's clock."""
+        return self._progressed_at
+
+    @property
     def unfinished(self) -> bool:
         """Something of it is under way, also when the connection is gone."""
         return self.busy
@@ -146,6 +170,11 @@ class Driver(asyncio.Protocol):
     def at_boundary(self) -> bool:
         """Nothing is under way that a clean close could be taken for the success of."""
         return True
+
+    @property
+    def owes_an_answer(self) -> bool:
+        """The peer waits for an answer, or is about to, and may take none for success."""
+        return False
 
     def connected(self) -> None:
         """The connection is there."""
@@ -198,6 +227,12 @@ class Driver(asyncio.Protocol):
         self._lost = True
         self._stop_clock()
         self._outgoing.clear()
+        if self._guard is not None:
+            if self.owes_an_answer:
+                self._guard.end()
+            else:
+                self._guard.close()
+            self._guard = None
         if self.broken is None and not self.clean:
             self.broken = f"the {self.THEY} broke the connection off" + (f": {exc}" if exc else "")
         self.disconnected()
@@ -210,6 +245,7 @@ class Driver(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._congested = False
         self._pump()
+        self._stream()
         self._regulate()
 
     # -- the machine ------------------------------------------------------------------------------
@@ -240,10 +276,20 @@ class Driver(asyncio.Protocol):
             return
         if said:
             self._say(said)
+        self._stream()
         if self._outgoing or self._eof or self.machine.closed:
             self._pump()
         self._regulate()
         self._wind_up()
+
+    def _stream(self) -> None:
+        """Write what the machine has more of, as long as there is room for it."""
+        if not self.machine.streaming:
+            return
+        while self.machine.streaming and not (self._outgoing or self._congested or self._lost):
+            self._say(self.machine.data_to_send())
+        if not self.machine.streaming:  # what waited for that
+            self.happened(self.machine.advance())
 
     def _say(self, said: bytes | Sequence[bytes]) -> None:
         for data in (said,) if isinstance(said, bytes) else said:
@@ -259,8 +305,7 @@ class Driver(asyncio.Protocol):
             return
         if len(data) <= PIECE and not self._outgoing and not self._congested:
             if data:
-                self._written += len(data)
-                self._transport.write(data)
+                self._put(self._transport, data)
             return
         view = memoryview(data)
         self._outgoing.extend(view[start : start + PIECE] for start in range(0, len(view), PIECE))
@@ -270,14 +315,18 @@ class Driver(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         while self._outgoing and not self._congested:
-            piece = self._outgoing.popleft()
-            self._written += len(piece)
-            transport.write(piece)
+            self._put(transport, self._outgoing.popleft())
         over = self.machine.closed or (self._eof and not self.busy)
         if over and not self._outgoing:
             if self.at_boundary:
                 self.reset_at_end(False)
             transport.close()
+
+    def _put(self, transport: asyncio.Transport, data: bytes | memoryview) -> None:
+        self._written += len(data)
+        transport.write(data)
+        if self._guard is not None:
+            self._guard.torn(transport.get_write_buffer_size() > 0)
 
     def _regulate(self) -> None:
         """Read only while there is room: for what comes, and for what is said to it."""
@@ -299,9 +348,13 @@ class Driver(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         if self._clock is None:
             self._progressed_at, self._marks = loop.time(), self._now()
-            self._clock = loop.call_at(self._progressed_at + self._timeout, self._look)
+            self._word = (self._progressed_at, self._marks[1] + self._marks[2])
+            self._begun = (self._progressed_at, self._marks[1])
+            self._clock = loop.call_at(self._until(), self._look)
         elif self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
+        if self.at_boundary:
+            self._begun = (loop.time(), self.machine.content_octets)
 
     def _now(self) -> tuple[int, int, int]:
         unread = 0
@@ -320,12 +373,40 @@ class Driver(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         if self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
-        until = self._progressed_at + self._timeout
-        if until > loop.time():
-            self._clock = loop.call_at(until, self._look)
-        else:
-            self._clock = None
+        if self._until() > loop.time():
+            self._clock = loop.call_at(self._until(), self._look)
+            return
+        self._clock = None
+        if self._progressed_at + self._timeout <= loop.time():
             self.abort(f"the {self.THEY} {self._did()} in {self._timeout:g} seconds")
+        else:
+            seconds = loop.time() - self._word[0]
+            text = f"no message came to its end in {seconds:.0f} seconds, closing"
+            self.send_away(Reply(421, text, "4.4.2"))
+
+    def _until(self) -> float:
+        """When the first of the two clocks will have run down."""
+        until = self._progressed_at + self._timeout
+        if self._patience is None:
+            return until
+        since, before = self._word
+        _, content, read = self._now()
+        return min(until, since + self._patience + (content + read - before) / LEAST_RATE)
+
+    @property
+    def waits_since(self) -> float | None:
+        """Since when the peer has brought nothing forward, on the event loop's clock; ``None``
+        while we have the word, or something of it is under way."""
+        return None if self.busy or self.unfinished or self._lost else self._progressed_at
+
+    def slower_than(self, rate: int, after: float) -> bool:
+        """What the peer has under way came with less than ``rate`` octets a second so far; of the
+        first ``after`` seconds that is not said."""
+        if self.busy or self.at_boundary or self._lost:
+            return False
+        since, before = self._begun
+        seconds = asyncio.get_running_loop().time() - since
+        return seconds >= after and self.machine.content_octets - before < rate * seconds
 
     def _did(self) -> str:
         came = self.machine.content_octets - self._marks[1]
@@ -370,6 +451,9 @@ class Driver(asyncio.Protocol):
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Do the server's side of the handshake now; then the machine goes on (RFC 3207)."""
+        if self._guard is not None:
+            self._guard.let_go()
+            self._guard = None
         task = asyncio.get_running_loop().create_task(self._start_tls(context))
         self._handshake = task
         task.add_done_callback(self._shaken)
@@ -412,6 +496,15 @@ class Driver(asyncio.Protocol):
         """What a machine does when its side shuts down."""
         self.abort("we are shutting down")
 
+    def send_away(self, reply: Reply) -> None:
+        """End it now, whatever is under way; ``reply`` (421) says why, where the role has that."""
+        self.abort(str(reply))
+
+    def abort_soon(self) -> None:
+        """Do not wait any longer than a moment for what was said last to be read."""
+        if self._transport is not None:
+            asyncio.get_running_loop().call_later(GOODBYE, self._transport.abort)
+
     def reset_at_end(self, on: bool) -> None:
         """Whether this connection ends with a reset, whatever ends it."""
         if self._transport is None:
@@ -420,6 +513,14 @@ class Driver(asyncio.Protocol):
         if connection is not None:
             with contextlib.suppress(OSError):  # it is gone
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
+
+    def guard(self, last_words: bytes) -> None:
+        """If this connection ends while we owe an answer, or with this process, the peer hears this
+        line.  Not under TLS, which no other process can go on with."""
+        assert self._transport is not None
+        connection = self._transport.get_extra_info("socket")
+        if connection is not None and not self.tls:
+            self._guard = guard(connection, last_words)
 
     def abort(self, reason: str) -> None:
         """Drop the connection."""

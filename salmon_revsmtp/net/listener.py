@@ -1,4 +1,4 @@
-"""A listening socket: many connections at once, counted, and ended together."""
+"""A listening socket: many connections at once, each with a place, and ended together."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import errno
 import logging
 import os
 import ssl
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.places import Places
+from salmon_revsmtp.net.vestibule import Vestibule
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Admit", "Listener", "cannot_listen"]
 
 log = logging.getLogger(__name__)
 
-# A session holds one message and a little more: this many of them must fit into memory.
+# What costs memory is bounded where it is; this is for descriptors, of which a process has 1,024.
 MAX_CONNECTIONS = 100
 # What one provider opens at once; Postfix has 20, Exim 10.
 MAX_PER_ADDRESS = 25
 
-_TOO_MANY = Reply(421, "too many connections, try again later", "4.7.0")
 _STOPPED = Reply(421, "shutting down, try again later", "4.3.2")
 
 #: Asked of a connection that has come: ``None`` lets it in, a reply is said to it instead of the
@@ -44,8 +44,12 @@ class Listener:
 
     ``name``     for the log.
     ``connect``  makes the driver of a connection, which asks what it is given once it is there.
-    ``tls``      TLS from the start.
-    ``max_connections``, ``max_per_address``  at a time; then 421.
+    ``tls``      TLS from the start: asked for each connection, for certificates are renewed.
+    ``max_connections``, ``max_per_address``  at a time, the latter for a /24, or an IPv6 /64; then
+                 an idle one gives way, or the newcomer hears 421: see :class:`Places`.
+    ``expected`` addresses for which there is always a place.
+    ``places``   shares them with other listeners: instead of the limits.
+    ``refuse``   asked first: the reply for whom no place is to be had at all.
     """
 
     def __init__(
@@ -55,20 +59,27 @@ class Listener:
         host: str,
         port: int,
         *,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
         max_connections: int | None = None,
         max_per_address: int | None = None,
+        expected: Container[str] = frozenset(),
+        places: Places | None = None,
+        refuse: Callable[[str], Reply | None] = lambda address: None,
     ) -> None:
         self.name = name
         self._connect = connect
         self._host, self._port = host, port
         self._tls = tls
-        self._most = max_connections or MAX_CONNECTIONS
-        self._most_per_address = max_per_address or MAX_PER_ADDRESS
+        self._refuse = refuse
+        if places is None:
+            most, of_each = max_connections or MAX_CONNECTIONS, max_per_address or MAX_PER_ADDRESS
+            places = Places(most, of_each, expected)
+        self._places = places
+        self._hurrying = False  # soon
         self._server: asyncio.Server | None = None
         self._stopping = False
         self._connections: set[Driver] = set()
-        self._per_address: Counter[str] = Counter()
+        self._shaking_hands: set[Vestibule] = set()
 
     @property
     def port(self) -> int:
@@ -81,10 +92,9 @@ class Listener:
         had.  ``quietly``: only to see whether it can; no connection is taken."""
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: self._connect(self._admit),
+                self._accept,
                 self._host or None,
                 self._port,
-                ssl=self._tls,
                 start_serving=not quietly,
             )
         except OSError as error:
@@ -98,6 +108,8 @@ class Listener:
         self._stopping = True
         if self._server is not None:
             self._server.close()
+        for shaking in list(self._shaking_hands):
+            shaking.abort()
         connections = list(self._connections)
         for one in connections:
             one.shut_down()
@@ -106,22 +118,40 @@ class Listener:
             for one in connections if late else ():
                 one.abort("the server is shutting down")
 
+    def _accept(self) -> asyncio.Protocol:
+        if self._tls is None:
+            return self._connect(self._admit)
+        return Vestibule(
+            self._tls(), lambda: self._connect(self._admit), self._arrived, self._went_on
+        )
+
+    def _arrived(self, shaking: Vestibule) -> bool:
+        self._shaking_hands.add(shaking)
+        address = shaking.peer[0]
+        return not (self._stopping or self._refuse(address) or self._places.admit(shaking))
+
+    def _went_on(self, shaking: Vestibule) -> None:
+        self._shaking_hands.discard(shaking)
+        self._places.leave(shaking)
+
     def _admit(self, driver: Driver) -> Reply | None:
-        """Count a connection from when it is there: one whose TLS handshake fails never is, and its
-        driver does not hear of that."""
+        """Give a connection a place from when it is there."""
         driver.ended.add_done_callback(lambda _: self._ended(driver))
         self._connections.add(driver)
-        address = driver.peer[0]
-        self._per_address[address] += 1
         if self._stopping:  # its handshake took that long
             return _STOPPED
-        if len(self._connections) > self._most:
-            return _TOO_MANY
-        return _TOO_MANY if self._per_address[address] > self._most_per_address else None
+        return self._refuse(driver.peer[0]) or self._places.admit(driver)
 
     def _ended(self, driver: Driver) -> None:
         self._connections.discard(driver)
-        address = driver.peer[0]
-        self._per_address[address] -= 1
-        if self._per_address[address] <= 0:
-            del self._per_address[address]
+        self._places.leave(driver)
+
+    def hurry(self) -> None:
+        """Memory is short: end the connections whose messages come too slowly for that, soon."""
+        if not self._hurrying:
+            self._hurrying = True
+            asyncio.get_running_loop().call_soon(self._hurry)
+
+    def _hurry(self) -> None:
+        self._hurrying = False
+        self._places.hurry()

@@ -1,8 +1,12 @@
 """The hooks that a plugin may implement (pluggy; mark them with ``salmon_revsmtp.hookimpl``).
 
-A hook that raises is logged with its plugin's name and costs no mail.  Hooks are called in
-threads beside the network, one at a time per message; they may block, and only their own
-collection waits for them.
+A hook that raises is logged with its plugin's name and costs no mail.  Hooks are called in threads
+of their own; they may block, and only their own agent waits for them.  A hook that is called around
+a collection and has not returned in five minutes is left out, as if it had raised, and until it
+returns it is not called for that agent again.  A hook that is called for a message is part of its
+delivery: the provider hears 451 when ``handler_timeout`` is over.  No stop waits for a hook.
+
+A hook may be called for several agents at the same time.
 """
 
 from __future__ import annotations

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import SimpleNamespace
@@ -16,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from salmon_revsmtp.forks import end_child_of
+from salmon_revsmtp.hooks import HOOK_TIMEOUT
 from salmon_revsmtp.plugins import hookspecs
+from salmon_revsmtp.threads import apart
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -26,6 +32,9 @@ __all__ = ["ENTRY_POINTS", "Plugin", "Plugins"]
 ENTRY_POINTS = "salmon_revsmtp"
 
 log = logging.getLogger(__name__)
+
+# For whoever waits for a hook in another thread: whose it is.
+_inside: ContextVar[list[str] | None] = ContextVar("_inside", default=None)
 
 
 @dataclass
@@ -47,6 +56,7 @@ class Plugins(pluggy.PluginManager):
         super().__init__("salmon_revsmtp")
         self.add_hookspecs(hookspecs)
         self._loaded: list[Plugin] = []
+        self._under_way: dict[tuple[str, str], Future[Any]] = {}
 
     @classmethod
     def load(cls) -> Plugins:
@@ -123,6 +133,44 @@ class Plugins(pluggy.PluginManager):
             log.exception("hook=%s a wrapper of it raised", hook)
             return None
 
+    async def call_apart(self, hook: str, agent: Agent, **arguments: Any) -> Any:
+        """Call a hook of a collection in a thread of its own, and wait for it, but no longer than
+        :data:`HOOK_TIMEOUT`: it is left out then, as if it had raised.  While it still runs it is
+        left out for the same agent, so there is one thread for an agent and a hook.
+
+        Returns what pluggy returns.  Cancelled, it waits no longer.
+        """
+        import asyncio  # only a collection needs it
+
+        if not self.implemented(hook):
+            return None
+        key = (hook, agent.name)
+        if (before := self._under_way.get(key)) is not None and not before.done():
+            log.warning(
+                "agent=%s hook=%s still runs since it was called last; it is left out this time",
+                *(agent.name, hook),
+            )
+            return None
+        inside: list[str] = []
+
+        def call() -> Any:
+            _inside.set(inside)
+            return self.call(hook, agent=agent, **arguments)
+
+        try:
+            self._under_way[key] = running = apart(f"agent={agent.name} hook={hook}", call)
+        except RuntimeError as error:  # the machine has no thread to spare
+            log.error("agent=%s hook=%s is left out: %s", agent.name, hook, error)
+            return None
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(running), HOOK_TIMEOUT)
+        except (asyncio.TimeoutError, TimeoutError):
+            log.error(
+                "agent=%s plugin=%s hook=%s has not returned in %g seconds; it is left out",
+                *(agent.name, *inside, hook, HOOK_TIMEOUT),
+            )
+            return None
+
     def implemented(self, hook: str) -> bool:
         """Whether any plugin has this hook, so that no one pays for one that none has."""
         return bool(getattr(self.hook, hook).get_hookimpls())
@@ -143,8 +191,14 @@ def _who(entry: Plugin) -> tuple[str, str]:
 def _guarded(function: Callable[..., Any], hook: str, plugin: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*arguments: Any) -> Any:
+        if (inside := _inside.get()) is not None:
+            inside[:] = [plugin]
+        process = os.getpid()
         try:
-            return function(*arguments)
+            try:
+                return function(*arguments)
+            finally:
+                end_child_of(process)
         except Exception:
             log.exception("plugin=%s hook=%s raised; it is left out this time", plugin, hook)
             return None

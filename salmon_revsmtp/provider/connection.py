@@ -30,6 +30,7 @@ from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
 from salmon_revsmtp.provider.logins import LoginGuard
 from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
 from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, StartTls, Turn
@@ -38,6 +39,8 @@ __all__ = ["Connection", "Host"]
 
 log = logging.getLogger(__name__)
 
+# Seconds until a customer has to have said ATRN, whatever else it says.
+LOGIN_PATIENCE = 180.0
 # Messages and octets that are read from the store at a time.
 PAGE = 256
 PAGE_OCTETS = 1024 * 1024
@@ -94,7 +97,7 @@ class Connection(Driver):
             tls=implicit_tls,
             needs_tls=provider.needs_tls,
         )
-        super().__init__(self._turn, provider.timeout)
+        super().__init__(self._turn, provider.timeout, LOGIN_PATIENCE)
         self.account: Account | None = None
         self.push = False
         self.reversed_at: float | None = None
@@ -138,6 +141,14 @@ class Connection(Driver):
         for task in self._work:
             task.cancel()
         self.abort("the provider is shutting down")
+
+    def send_away(self, reply: Reply) -> None:
+        """Before the reversal it hears why."""
+        if self._sender is not None:
+            super().send_away(reply)
+            return
+        self._turn.send_away(reply)
+        self.flush()
 
     def replace(self) -> None:
         """A newer session has this one's place: end when what is under way is answered, or soon."""
@@ -253,7 +264,7 @@ class Connection(Driver):
             *(account.name, self.peer[0], self.push),
         )
         loop = asyncio.get_running_loop()
-        self._waiting = False
+        self._waiting, self._patience = False, None
         self.reversed_at = self._heard_at = loop.time()
         self._again_at = self.reversed_at + AGAIN_LAST
         self._sender = Sender(self._provider.hostname)
@@ -292,12 +303,12 @@ class Connection(Driver):
 
     # -- the hand-over --------------------------------------------------------------------------
 
-    async def _next_page(self) -> list[tuple[Held, bytes]]:
+    async def _next_page(self) -> list[tuple[Held, bytes | Content]]:
         """The next messages of the feed, and their octets."""
         feed, store = self._feed, self._provider.store
         assert feed is not None
 
-        def read() -> list[tuple[Held, bytes]]:
+        def read() -> list[tuple[Held, bytes | Content]]:
             page = feed.take(PAGE, PAGE_OCTETS)
             found = store.load([held.key for held in page]) if page else {}
             return [(held, found[held.key]) for held in page if held.key in found]
@@ -305,12 +316,12 @@ class Connection(Driver):
         self._more = False
         return await asyncio.to_thread(read)
 
-    async def _hand_over(self, page: list[tuple[Held, bytes]]) -> None:
+    async def _hand_over(self, page: list[tuple[Held, bytes | Content]]) -> None:
         """Send what there is, and, in a push session, what comes.  Raises
         :class:`ConnectionError` when the session breaks."""
         while True:
             for held, content in page:
-                await self._until(lambda: self._may_send)
+                await self._wait_until(lambda: self._may_send)
                 if self._replaced:
                     break
                 await self._send(held, content)
@@ -323,7 +334,7 @@ class Connection(Driver):
                     if not self._replaced:
                         page = await self._next_page()
                         continue
-            await self._until(lambda: not self._under_way)
+            await self._wait_until(lambda: not self._under_way)
             return
 
     def _be_patient(self) -> None:
@@ -338,18 +349,18 @@ class Connection(Driver):
     def _may_send(self) -> bool:
         return self._replaced or (self._sender is not None and self._sender.room)
 
-    async def _send(self, held: Held, content: bytes) -> None:
+    async def _send(self, held: Held, content: bytes | Content) -> None:
         """Send a message; one over which a session broke goes alone."""
         if held.strikes:
-            await self._until(lambda: not self._under_way)
+            await self._wait_until(lambda: not self._under_way)
         assert self._sender is not None
         self._under_way.append(held)
         self._be_patient()
         self.happened(self._sender.send(Outgoing(held, held.envelope, content)))
         if held.strikes:
-            await self._until(lambda: not self._under_way)
+            await self._wait_until(lambda: not self._under_way)
 
-    async def _until(self, so: Callable[[], bool]) -> None:
+    async def _wait_until(self, so: Callable[[], bool]) -> None:
         """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
         while not so():
             if self.broken is not None:

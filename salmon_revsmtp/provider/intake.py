@@ -15,15 +15,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dispatcher import BUG, LOOP, STOPPED, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import BUG, GONE, LOOP, STOPPED, PendingDelivery
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.hold.store import Arrival, HoldStore
+from salmon_revsmtp.provider.hold.store import Arrival, HoldStore, Spool
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -98,18 +99,36 @@ class Intake:
                 call = functools.partial(self._hooks.call, "quota_exceeded", **arguments)
                 threading.Thread(target=call, name="hook", daemon=True).start()
 
+    @property
+    def sinks(self) -> Callable[[], Spool]:
+        """Large messages go into the store as they come."""
+        return self._store.spool
+
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Make a message safe, and call ``answered`` in the event loop when it is, or cannot be:
         ``pending.reply`` and ``pending.replies`` say which."""
         self._loop = asyncio.get_running_loop()
         pending.size = len(pending.data)
+        if (spool := _spool(pending)) is not None:
+            pending.size = spool.size
         pending.answered = answered
         pending.since = self._loop.time()
         try:
             self._worker.submit(self, pending)
         except RuntimeError:  # the thread is closed
             pending.abandon(STOPPED)
+            _discard(pending)
             self._loop.call_soon(self._answer, [pending])
+
+    def let_go(self, pending: PendingDelivery) -> bool:
+        """No one will hear the answer: what has not begun is forgotten, and its client keeps it."""
+        forgotten = pending.abandon(GONE, if_not_begun=True)
+        if forgotten:
+            pending.answered = None
+            _discard(pending)
+            self._worker.withdraw(self, pending)
+            pending.data = b""
+        return forgotten
 
     def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
         for pending in deliveries:
@@ -146,6 +165,7 @@ class Intake:
             self._prepare(item)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
+            _discard(item)
             log_safely(log, logging.ERROR, "%s a message failed", item.origin.label, error=True)
 
     def end(self, items: Sequence[PendingDelivery]) -> None:
@@ -160,9 +180,21 @@ class Intake:
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
 
+    def drop(self, item: PendingDelivery) -> None:
+        """The thread is closed, or our own bug: whoever waits tries again."""
+        item.abandon(STOPPED)
+        _discard(item)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
+                self._loop.call_soon_threadsafe(self._answer, [item])
+
     def _prepare(self, pending: PendingDelivery) -> None:
-        envelope, data = pending.envelope, pending.data
-        head = _head(data)
+        with pending.lock:
+            if pending.abandoned:
+                return
+            pending.begun = True
+        envelope, data, spool = pending.envelope, pending.data, _spool(pending)
+        head = _head(data if spool is None else spool.beginning())
         accounts = [self._account(one) for one in envelope.recipients]
         refusal = LOOP if hops(head) >= MAX_HOPS else None
         if refusal is None and not all(accounts):
@@ -170,13 +202,15 @@ class Intake:
         one, *others = envelope.recipients
         trace = pending.origin.received(envelope, "" if others else one) + separator(head)
         if refusal is None and self._hooks.implemented("message_received"):
-            refusal = self._refusal(pending, trace + data.replace(b"\r\n", b"\n"))
+            whole = data if spool is None else spool.read()
+            refusal = self._refusal(pending, trace + whole.replace(b"\r\n", b"\n"))
         if refusal is not None:
+            _discard(pending)
             self._settle(pending, refusal)
             return
         content = (trace.replace(b"\n", b"\r\n"), data)
         names = tuple(account.name for account in accounts if account is not None)
-        self._arrivals.append((pending, Arrival(envelope, names, content)))
+        self._arrivals.append((pending, Arrival(envelope, names, content, spool)))
 
     def _refusal(self, pending: PendingDelivery, message: bytes) -> Reply | None:
         """Whether a plugin refuses the message."""
@@ -208,7 +242,7 @@ class Intake:
         envelope = pending.envelope
         for recipient in envelope.recipients:
             pending.add(reply, repeat=False)
-            log_safely(
+            pending.log.log(
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r",
@@ -222,6 +256,16 @@ class Intake:
             for account, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
                 self._hooks.call("message_held", account=account, envelope=envelope, key=key)
         pending.settle(reply)
+
+
+def _spool(pending: PendingDelivery) -> Spool | None:
+    """What :attr:`Intake.sinks` made for it."""
+    return cast("Spool | None", pending.sink)
+
+
+def _discard(pending: PendingDelivery) -> None:
+    if pending.sink is not None:
+        pending.sink.discard()
 
 
 def _head(data: bytes) -> bytes:

@@ -10,19 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from salmon_revsmtp.delivery.dsn import Action, RecipientStatus
+from salmon_revsmtp.delivery.dsn import MAX_FULL, Action, RecipientStatus
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.provider.hold.store import Held
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.content import Content, beginning
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Notices"]
 
 log = logging.getLogger(__name__)
+
+# Octets of a message that are looked at: more than of any goes back to its sender.
+MOST_RETURNED = 2 * MAX_FULL
 
 
 class Notices:
@@ -37,18 +41,18 @@ class Notices:
         self._reporter, self._outbox = reporter, outbox
 
     def refused(
-        self, envelope: Envelope, refused: Mapping[str, Reply], content: bytes
+        self, envelope: Envelope, refused: Mapping[str, Reply], content: bytes | Content
     ) -> Reply | None:
         """The customer has refused a message for these recipients."""
         statuses = [RecipientStatus.failed(*one) for one in refused.items()]
         return self._tell(envelope, statuses, content)
 
-    def expired(self, held: Held, content: bytes, days: float) -> Reply | None:
+    def expired(self, held: Held, content: bytes | Content, days: float) -> Reply | None:
         """The customer has not come for a message."""
         why = f"it was held for {days:g} days, and its recipient's host did not collect it"
         return self._tell(held.envelope, _each(held, "failed", "5.4.7", why), content, held.arrived)
 
-    def delayed(self, held: Held, content: bytes, until: float) -> Reply | None:
+    def delayed(self, held: Held, content: bytes | Content, until: float) -> Reply | None:
         """It has not come for so long that the sender may want to know; ``until`` is when it will
         be given up (seconds since the epoch)."""
         why = "its recipient's host has not collected it yet; it is still held"
@@ -59,10 +63,14 @@ class Notices:
         self,
         envelope: Envelope,
         statuses: Sequence[RecipientStatus],
-        content: bytes,
+        content: bytes | Content,
         arrived: float | None = None,
     ) -> Reply | None:
-        notice = self._reporter.report(envelope, statuses, content, arrived=arrived)
+        try:
+            start = beginning(content, MOST_RETURNED)
+        except OSError as error:
+            return disk_reply(error)
+        notice = self._reporter.report(envelope, statuses, start, arrived=arrived)
         to = angle(envelope.reverse_path)
         if notice.message is None:
             why = notice.why_not or "it is not wanted"

@@ -12,6 +12,7 @@ from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.net.address import HostAndPort
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.listener import Admit, Listener
+from salmon_revsmtp.net.places import Places
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.connection import REPLACED_GRACE, Connection
 from salmon_revsmtp.provider.hold.store import HoldStore
@@ -83,6 +84,11 @@ class Provider:
     def tls(self) -> ssl.SSLContext | None:
         return self._certificate.context() if self._certificate is not None else None
 
+    def _context(self) -> ssl.SSLContext:
+        context = self.tls()
+        assert context is not None, "TLS from the start needs a certificate"
+        return context
+
     @property
     def sessions(self) -> list[Connection]:
         """The reversed sessions that are open, the oldest first."""
@@ -91,14 +97,14 @@ class Provider:
     async def start(self) -> None:
         """Listen.  Raises :class:`OSError` when an address cannot be had."""
         self._loop = asyncio.get_running_loop()
+        places = Places(self._most, self._most_per_address)
         for address, implicit in self._addresses:
             listener = Listener(
                 "provider",
                 lambda admit, implicit=implicit: self._connect(admit, implicit),  # type: ignore[misc]
                 *address,
-                tls=self.tls() if implicit else None,
-                max_connections=self._most,
-                max_per_address=self._most_per_address,
+                tls=self._context if implicit else None,
+                places=places,
             )
             await listener.start()
             self._listeners.append(listener)

@@ -19,6 +19,7 @@ from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.provider.hold.store import Held, HoldStore, Settled
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -31,7 +32,7 @@ RETRY = 5.0
 
 #: Tells a message's sender of recipients that have not got it: its envelope, the replies by
 #: recipient, its octets.  ``None`` when that is safe on disk, or none is owed; else why not.
-Notify = Callable[[Envelope, dict[str, Reply], bytes], Reply | None]
+Notify = Callable[[Envelope, dict[str, Reply], bytes | Content], Reply | None]
 
 
 @dataclass(eq=False)

@@ -11,24 +11,30 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from salmon_revsmtp.forks import ours_alone
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.configuration import Configuration, load
-from salmon_revsmtp.server.daemon import GRACE, Daemon
+from salmon_revsmtp.server.daemon import Daemon
+from salmon_revsmtp.server.eventloop import run
 from salmon_revsmtp.server.project import enable_logging
 from salmon_revsmtp.settings import SettingsError
+from salmon_revsmtp.threads import apart
 
 __all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
 
@@ -36,6 +42,9 @@ log = logging.getLogger(__name__)
 
 # The status of a process that ends because something failed: systemd starts it again.
 FAILURE = 1
+
+# Seconds for what is to happen when the process ends.
+LAST_WORDS = 5.0
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -55,6 +64,7 @@ class AttachedReceiver:
         receiver: Any = None,
         grace: float = GRACE,
     ) -> None:
+        self._project = Path.cwd()  # a handler may change it
         self.configuration = configuration
         self.receiver = receiver
         self._plugins = plugins
@@ -107,16 +117,10 @@ class AttachedReceiver:
     def _serve(self, listening: Future[None], signals: socket.socket | None) -> None:
         stopped_by = None
         try:
-            stopped_by = asyncio.run(
-                _serve(
-                    self.configuration,
-                    self._plugins,
-                    self._relay,
-                    self._grace,
-                    signals,
-                    lambda: listening.set_result(None),
-                )
-            )
+            collector = Collector(self.configuration, self._plugins, self._relay, self._project)
+            started = functools.partial(listening.set_result, None)
+            with ours_alone(_salmons_descriptors):
+                stopped_by = run(_serve(collector, self._plugins, self._grace, signals, started))
         except BaseException as error:
             if not listening.done():
                 listening.set_exception(error)
@@ -124,7 +128,8 @@ class AttachedReceiver:
             self._failed("the server failed")
         # `salmon stop` sends SIGHUP and deletes the PID file itself; it fails when that is gone
         # already, as it would be if python-daemon's exit function ran.
-        _end_process(self._status, exit_functions=stopped_by != signal.SIGHUP)
+        exit_functions = stopped_by != signal.SIGHUP
+        _end_process(self._status, self._project, exit_functions)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.receiver, name)
@@ -151,14 +156,15 @@ def attach(settings: ModuleType, receiver: Any = None) -> AttachedReceiver:
 
 
 def serve_in_foreground(
-    configuration: Configuration, plugins: Plugins, relay: Callable[[], Any]
+    configuration: Configuration, plugins: Plugins, relay: Callable[[], Any], project: Path
 ) -> None:
     """Run the server in the main thread until a signal stops it.  Raises :class:`OSError`."""
     signals = _heard_signals()
     listening = threading.Event()
     status = 0
     try:
-        asyncio.run(_serve(configuration, plugins, relay, GRACE, signals, listening.set))
+        collector = Collector(configuration, plugins, relay, project)
+        run(_serve(collector, plugins, GRACE, signals, listening.set))
     except BaseException:
         if not listening.is_set():
             raise
@@ -167,36 +173,35 @@ def serve_in_foreground(
         log_safely(log, logging.CRITICAL, "the server failed", error=True)
         with contextlib.suppress(Exception):
             traceback.print_exc()
-    _end_process(status, exit_functions=True)
+    _end_process(status, project, exit_functions=True)
 
 
 async def _serve(
-    configuration: Configuration,
+    collector: Collector,
     plugins: Plugins,
-    relay: Callable[[], Any],
     grace: float,
     signals: socket.socket | None,
     started: Callable[[], None],
 ) -> int | None:
     """Run the server; returns the number of the signal that stopped it."""
     stopped_by = None
-    collector = Collector(configuration, plugins, relay)
     daemon = Daemon(collector, plugins, grace)
     if signals is not None:
         loop = asyncio.get_running_loop()
 
         def heard() -> None:
             nonlocal stopped_by
-            numbers = signals.recv(16)
-            stopped_by = numbers[0] if numbers else None
-            log.info("stopping on signal %s", stopped_by)
-            daemon.stop()
+            ours = [number for number in signals.recv(16) if number in SIGNALS]
+            if ours:  # a handler may have a use for others
+                stopped_by = ours[0]
+                log.info("stopping on signal %s", stopped_by)
+                daemon.stop()
 
         loop.add_reader(signals, heard)
     try:
         await daemon.run(started)
     finally:
-        collector.close(wait=False)
+        collector.close()
     return stopped_by
 
 
@@ -214,14 +219,28 @@ def _heard_signals() -> socket.socket | None:
     return reading
 
 
-def _end_process(status: int, exit_functions: bool) -> None:
+def _salmons_descriptors() -> Iterable[int]:
+    """What Salmon's receivers have open: a child must not keep their port, either."""
+    asyncore = sys.modules.get("salmon._vendor.asyncore")
+    return list(asyncore.socket_map) if asyncore is not None else []
+
+
+def _end_process(status: int, project: Path, exit_functions: bool) -> None:
     """Salmon's own threads run for ever: what is to happen at exit happens here, then it is over.
+    It is other people's code, too, and has :data:`LAST_WORDS` seconds.
 
     A handler that is still running has not been answered 250; the provider keeps its message.
     """
-    with contextlib.suppress(Exception):
-        logging.shutdown()
-    if exit_functions:
+
+    def end() -> None:
         with contextlib.suppress(Exception):
-            atexit._run_exitfuncs()
+            os.chdir(project)  # as for python-daemon, which deletes its PID file by its name
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+        if exit_functions:
+            with contextlib.suppress(Exception):
+                atexit._run_exitfuncs()
+
+    with contextlib.suppress(RuntimeError):
+        wait([apart("exit", end)], LAST_WORDS)
     os._exit(status)

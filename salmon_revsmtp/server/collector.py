@@ -1,35 +1,52 @@
 """What a process needs to run collections: services, the threads that deliver, plugins.
 
-Handlers run in one delivery thread, because Salmon wants that: ``Router.RELOAD`` re-imports the
-handlers at each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not
-thread safe.  Queue mode, which runs no handlers, has a thread of its own, and so have
-notifications, for a relay may take its time.  The event loop never waits for any of them.
+Handlers run one at a time, because Salmon wants that: ``Router.RELOAD`` re-imports the handlers at
+each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not thread safe.  So
+there is one delivery thread, and one for queue mode, which runs no handlers.  A plugin's hooks for
+messages may block as long as they like; where there are any, each agent and each listening service
+has a delivery thread of its own, and these take turns at the handlers.  Notifications have a
+thread, for a relay may take its time, the journal has some, and so has each hook of a collection.
+The event loop never waits for any of them.
+
+Every path is absolute from the start, for a handler may change the folder of the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from salmon_revsmtp.customer import run
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
+from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import Deliverer, Delivery, Dispatcher, PendingDelivery
 from salmon_revsmtp.delivery.notifier import Notifier
-from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.outbox import UNSENT, Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
 from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
-from salmon_revsmtp.delivery.router import RouterDelivery
-from salmon_revsmtp.journal.collections import Entry, Journal
+from salmon_revsmtp.delivery.router import (
+    DEFAULT_UNDELIVERABLE,
+    RouterDelivery,
+    undeliverable_queue,
+)
+from salmon_revsmtp.journal.claims import CLAIMS, Claims
+from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
+from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
+from salmon_revsmtp.journal.file import DEFAULT_JOURNAL
 
 # The client is loaded now: at the first collection the process may have dropped its privileges, or
 # another version may have been installed.
@@ -43,35 +60,61 @@ from salmon_revsmtp.server.providing import Providing
 from salmon_revsmtp.service.listening import listeners
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.threads import Threads
 
-__all__ = ["Collector"]
+__all__ = ["GRACE", "Collector"]
+
+# Seconds that a stop waits for the messages in hand.
+GRACE = 10.0
+
+# Where the agents' locks are.
+LOCKS = "run"
+
+# Threads for the record of collections.  Each waits for a journal that another process holds.
+JOURNAL_THREADS = 4
 
 # Seconds that a command waits at its end for the relay to take notifications; what it has not taken
 # by then goes out another time.
 RELAY_PATIENCE = 60.0
 
 
+class _Signalled(Exception):
+    """A signal has come while handlers were waited for."""
+
+
 class Collector:
     """Runs collections of a configuration; a context manager that waits for its threads.
 
     ``relay``        asked for Salmon's relay when a notification has to go out.
-    ``interrupted``  a signal has ended :meth:`collect`.
+    ``project``      the folder that relative paths are below; the current one by default.
     """
 
     def __init__(
-        self, configuration: Configuration, plugins: Plugins, relay: Callable[[], Any]
+        self,
+        configuration: Configuration,
+        plugins: Plugins,
+        relay: Callable[[], Any],
+        project: Path | None = None,
     ) -> None:
         self.configuration = configuration
+        self.project = project or Path.cwd()
         self._plugins = plugins
-        self.journal = Journal()
-        self._deliveries = DeliveryJournal()
-        self._handling: BatchWorker[PendingDelivery] = BatchWorker("delivery")
-        self._queueing: BatchWorker[PendingDelivery] = BatchWorker("queueing")
-        self._outbox = Outbox(relay)
-        self._counts = CountJournal()
+        self._locks = AgentLocks(self.project / LOCKS)
+        self.journal = Journal(self.project / DEFAULT_JOURNAL)
+        self._records = Threads("journal", JOURNAL_THREADS)
+        self._deliveries = DeliveryJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
+        self._dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
+        self._workers: dict[tuple[str, str | None], BatchWorker[PendingDelivery]] = {}
+        self._intakes: dict[str, Intake] = {}
+        self._turns = {"router": threading.Lock(), "queue": threading.Lock()}
+        self._outbox = Outbox(relay, self.project / UNSENT)
+        self._counts = CountJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._rates = RateLimit(self._counts)
-        self.providing = Providing(configuration, plugins, self._outbox, self._rates)
-        self.interrupted = False
+        self.providing = Providing(configuration, plugins, self._outbox, self._rates, self.project)
+        self._signals: tuple[int, ...] = ()
+        self._interrupted_at: float | None = None
+        with contextlib.suppress(OSError):  # it is tried again with each message
+            undeliverable_queue(self.project / DEFAULT_UNDELIVERABLE)
 
     def __enter__(self) -> Collector:
         return self
@@ -82,17 +125,58 @@ class Collector:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close(wait=True)
+        self.close()
+        self.wait()
 
-    def close(self, wait: bool) -> None:
-        """Deliver no more; ``wait`` for what is under way."""
-        for worker in (self._handling, self._queueing):
-            worker.close(wait)
-        self.providing.close(wait)
-        if wait:
-            self._outbox.wait(RELAY_PATIENCE)
-            self._deliveries.close()
-            self._counts.close()
+    def close(self) -> None:
+        """Deliver no more than what is under way."""
+        for worker in self._workers.values():
+            worker.close()
+        self.providing.close()
+
+    def wait(self) -> None:
+        """Wait for what is under way: for handlers however long they take, or, once one of the
+        signals of :meth:`collect` has come, for what is left of :data:`GRACE` seconds."""
+        if not self.interrupted:
+            with contextlib.suppress(_Signalled), self._hearing():
+                for worker in self._workers.values():
+                    worker.wait()
+                self.providing.wait()
+                self._outbox.wait(RELAY_PATIENCE)
+        if self.interrupted:
+            for worker in self._workers.values():
+                worker.wait(self._left())
+            self.providing.wait(self._left())
+            self._outbox.wait(self._left())
+        self.providing.close_store()
+        self._deliveries.close()
+        self._counts.close()
+        Claims(self.project / CLAIMS).close()
+
+    @property
+    def interrupted(self) -> bool:
+        """A signal has ended :meth:`collect`, or the wait after it."""
+        return self._interrupted_at is not None
+
+    def _left(self) -> float:
+        """Seconds of the grace."""
+        return max(0.0, (self._interrupted_at or 0.0) + GRACE - time.monotonic())
+
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """While this lasts, a signal is raised as :class:`_Signalled`; the second one does what it
+        does elsewhere."""
+
+        def hear(number: int, frame: object) -> None:
+            self._interrupted_at = time.monotonic()
+            raise _Signalled
+
+        before = {number: signal.signal(number, hear) for number in self._signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""
@@ -102,33 +186,58 @@ class Collector:
     def services(self) -> dict[str, Service]:
         """The inbound services by name."""
         return {
-            name: Service(name, settings, self.configuration.written.get(name, ()))
+            name: Service(
+                name, settings, self.configuration.written.get(name, ()), self._senders(name)
+            )
             for name, settings in self.configuration.services.items()
         }
 
-    @cached_property
-    def _deliverers(self) -> dict[str, Deliverer]:
-        return {name: self._deliverer(service) for name, service in self.services.items()}
+    def _deliverer(self, name: str, agent: str | None) -> Deliverer:
+        """What takes the messages of a service, for an agent or for what comes to its listening
+        socket."""
+        if self.services[name].settings.delivery == "hold":
+            return self._intake(name)
+        return self._dispatcher(name, agent)
 
-    def _deliverer(self, service: Service) -> Deliverer:
-        if service.settings.delivery == "hold":
-            return self.providing.intake(service)
-        delivery: Delivery = RouterDelivery()
-        worker = self._handling
-        if service.settings.delivery == "queue":
-            delivery, worker = QueueDelivery(service.settings.queue), self._queueing
+    def _senders(self, service: str) -> list[str]:
+        """The hosts from which a service's agents have mail sent to it."""
+        agents = self.configuration.agents
+        return [host for one in agents if one.settings.service == service for host in one.senders]
+
+    def _intake(self, name: str) -> Intake:
+        if name not in self._intakes:
+            self._intakes[name] = self.providing.intake(self.services[name])
+        return self._intakes[name]
+
+    def _dispatcher(self, name: str, agent: str | None) -> Dispatcher:
+        """That of a service, for an agent or for what comes to its listening socket."""
+        hooks = ("message_received", "message_delivered")
+        lane = f"{name} {agent or ''}" if any(map(self._plugins.implemented, hooks)) else None
+        if (name, lane) not in self._dispatchers:
+            self._dispatchers[name, lane] = self._new_dispatcher(self.services[name], lane)
+        return self._dispatchers[name, lane]
+
+    def _new_dispatcher(self, service: Service, lane: str | None) -> Dispatcher:
+        mode = service.settings.delivery
+        worker = self._workers.setdefault((mode, lane), BatchWorker(f"{mode} {lane or 'all'}"))
+        delivery: Delivery = RouterDelivery(self.project)
+        if mode == "queue":
+            delivery = QueueDelivery(service.settings.queue, self.project)
         told = service.settings.notifications
         reporter = Reporter(lambda: service.hostname, self._rates, enabled=told)
         return Dispatcher(
             service.name,
             delivery,
             self._deliveries,
+            Claims(self.project / CLAIMS),
             self._plugins,
             Notifier(reporter, self._outbox),
             worker,
+            turn=self._turns[mode],
             spell=service.spell,
             handler_timeout=service.settings.handler_timeout,
             repeat_seconds=service.settings.repeat_seconds,
+            share=self._locks.share,
         )
 
     async def listeners(self) -> list[Listener]:
@@ -139,39 +248,45 @@ class Collector:
         return [
             one
             for name, service in listening
-            for one in listeners(service, self._policy(name), self._deliverers[name])
+            for one in listeners(service, self._policy(name), self._deliverer(name, None))
         ]
 
     def _policy(self, name: str) -> Callable[[str], Reply | None]:
         """Accepts or refuses the recipients of a listening service."""
-        deliverer, service = self._deliverers[name], self.services[name]
-        if not isinstance(deliverer, Intake):
+        service = self.services[name]
+        if service.settings.delivery != "hold":
             return service.recipient_policy(self.configuration.asked_for(name))
+        intake = self._intake(name)
         if not service.settings.domains:
-            return deliverer.policy
+            return intake.policy
         ours = service.recipient_policy(())
-        return lambda mailbox: ours(mailbox) or deliverer.policy(mailbox)
+        return lambda mailbox: ours(mailbox) or intake.policy(mailbox)
 
     def collection(self, agent: Agent) -> Collection:
         """A new collection of an agent, to be run with ``customer.run.run``."""
         name = agent.settings.service
-        return Collection(agent, self.services[name], self._deliverers[name], self._plugins)
+        deliverer = self._deliverer(name, agent.name)
+        return Collection(agent, self.services[name], deliverer, self._plugins)
 
-    def enabled(self, agent: Agent) -> bool:
-        """What ``enable`` or ``disable`` said, else what the settings say.  Reads the journal."""
-        kept = self.journal.state(agent.name).enabled
+    async def state(self, agent: str) -> AgentState:
+        """What the journal keeps of an agent."""
+        return await self._records.call(self.journal.state, agent)
+
+    async def enabled(self, agent: Agent) -> bool:
+        """What ``enable`` or ``disable`` said, else what the settings say."""
+        kept = (await self.state(agent.name)).enabled
         return bool(agent.settings.enabled if kept is None else kept)
 
     async def run(self, agent: Agent, current: Collection) -> Report:
         """Run one collection, if its agent is enabled, and write it down."""
         started = time.time()
-        if not await asyncio.to_thread(self.enabled, agent):
+        if not await self.enabled(agent):
             current.report.outcome = Outcome.DISABLED
             return current.report
-        report = await run.run(agent, current)
+        report = await run.run(agent, current, self._locks)
         if report.outcome is not Outcome.BUSY:
             good = report.outcome.good
-            await asyncio.to_thread(self.journal.record, _entry(report, started), good)
+            await self._records.call(self.journal.record, _entry(report, started), good)
         return report
 
     async def collect(
@@ -184,8 +299,8 @@ class Collector:
         """Collect from several agents at the same time; returns their reports in order.
 
         ``watch`` gets each collection before it runs, ``done`` each report as it comes.  One of the
-        ``signals`` ends each collection at its next message boundary; the second one does what it
-        does elsewhere.  :attr:`interrupted` says whether one came.
+        ``signals`` ends each collection at its next message boundary, but after :data:`GRACE`
+        seconds in any case; the second one does what it does elsewhere.
         """
         running: dict[asyncio.Task[Report], Collection] = {}
 
@@ -205,17 +320,23 @@ class Collector:
             return report
 
         def stop() -> None:
-            self.interrupted = True
+            self._interrupted_at = time.monotonic()
             hear_no_more()
             for task, current in running.items():
                 if not current.stop():
                     task.cancel()
+            loop.call_later(GRACE, break_off)
+
+        def break_off() -> None:
+            for task in running:
+                task.cancel()
 
         def hear_no_more() -> None:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-        loop, signals = asyncio.get_running_loop(), tuple(signals)
+        loop = asyncio.get_running_loop()
+        signals = self._signals = tuple(signals)
         for number in signals:
             loop.add_signal_handler(number, stop)
         try:

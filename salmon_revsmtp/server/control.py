@@ -3,7 +3,8 @@
 A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, an answer several:
 
     {"do": "collect", "agents": ["isp"]}
-        {"agent": "isp", "messages": 2, "bytes": 4711}      as it goes on
+        {"agent": "isp", "messages": 2, "bytes": 4711,      as it goes on: the counts, what it does
+         "doing": "connecting to ...", "seconds": 0.7}      or waits for, and for how long
         {"report": {...}}                                   one per agent
         {"end": true}
     {"do": "state"}
@@ -18,6 +19,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,13 @@ SOCKET = Path("run/revsmtp.sock")
 PATIENCE = 10.0
 # The same for what is only shown beside other things.
 GLANCE = 2.0
+# Octets in the name of a Unix socket (sun_path), where they are fewest, on BSD.
+MAX_NAME = 100
 # Connections that wait to be taken.
 BACKLOG = 100
+
+# From 3.13 on asyncio would remove a socket by the name that it was bound to, which it has no more.
+_OURS: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ class Control:
 
     def __init__(self, handle: Callable[[dict[str, Any]], Answers], path: Path = SOCKET) -> None:
         self._handle = handle
-        self._path = path
+        self._path = path.absolute()  # a handler may change the folder of the process
         self._server: asyncio.Server | None = None
         self._asking: set[asyncio.Task[Any]] = set()
 
@@ -64,7 +71,7 @@ class Control:
             make_folder(self._path.parent)
             self._path.unlink(missing_ok=True)
             listening = _private_socket(self._path)
-            self._server = await asyncio.start_unix_server(self._serve, sock=listening)
+            self._server = await asyncio.start_unix_server(self._serve, sock=listening, **_OURS)
         except OSError as error:
             log.warning("socket=%s cannot be made: %s; collect will work alone", self._path, error)
 
@@ -138,7 +145,8 @@ def _connect(path: Path, patience: float) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(patience)
     try:
-        connection.connect(str(path))
+        with _short_enough(path) as name:
+            connection.connect(name)
     except (BlockingIOError, TimeoutError):  # as many wait already as may
         connection.close()
         raise _not_answering(patience) from None
@@ -146,6 +154,20 @@ def _connect(path: Path, patience: float) -> socket.socket | None:
         connection.close()
         return None
     return connection
+
+
+@contextlib.contextmanager
+def _short_enough(path: Path) -> Iterator[str]:
+    """A name of a socket that the system takes: it has room for about 100 octets, and a project may
+    be deep below the root.  Raises :class:`OSError`."""
+    if len(os.fsencode(path)) <= MAX_NAME:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def _not_answering(patience: float) -> TimeoutError:
@@ -159,7 +181,8 @@ def _private_socket(path: Path) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX)
     try:
         beside.unlink(missing_ok=True)
-        listening.bind(str(beside))
+        with _short_enough(beside) as name:
+            listening.bind(name)
         beside.chmod(0o600)
         give_to_owner(beside)
         listening.listen(BACKLOG)

@@ -17,23 +17,23 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.customer.schedule import Schedule
+from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.connection import Connection
 from salmon_revsmtp.provider.expiry import CHECK_EVERY
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.control import Answers, Control
+from salmon_revsmtp.server.collector import GRACE, Collector
+from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.smtp.replies import without_surrogates
 
-__all__ = ["GRACE", "Daemon"]
+__all__ = ["Daemon"]
 
 log = logging.getLogger(__name__)
 
-# Seconds that a stop waits for the messages in hand.
-GRACE = 10.0
 # The schedule is looked at this often at least: a machine that slept is noticed that soon.
 TICK = 15.0
 # And no oftener than this, however near the next time is.
@@ -51,7 +51,12 @@ def awake_or_asleep() -> float:
 
 
 class Daemon:
-    """Runs until it is stopped.  ``grace``: seconds for the messages in hand when it stops."""
+    """Runs until it is stopped.
+
+    ``grace``      seconds for the messages in hand when it stops.
+    ``listeners``  those of the services, once they listen.
+    ``provider``   what customers call, if the settings have one.
+    """
 
     def __init__(
         self,
@@ -72,9 +77,9 @@ class Daemon:
         self._notify_at = self._expire_at = clock()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
-        self._listeners: list[Listener] = []
-        self._provider: Provider | None = None
-        self._control = Control(self._answer)
+        self.listeners: list[Listener] = []
+        self.provider: Provider | None = None
+        self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
                 name: agent.settings.every * 60
@@ -84,6 +89,11 @@ class Daemon:
             clock(),
             lambda wait: wait * random.uniform(0.8, 1.2),
         )
+
+    @property
+    def sessions(self) -> list[Connection]:
+        """The customers' reversed sessions that are open."""
+        return self.provider.sessions if self.provider is not None else []
 
     def stop(self) -> None:
         """End :meth:`run` at the next message boundary."""
@@ -101,10 +111,10 @@ class Daemon:
                 await asyncio.to_thread(provide, self._collector.providing)
             for listener in await self._collector.listeners():
                 await listener.start()
-                self._listeners.append(listener)
-            self._provider = await asyncio.to_thread(self._collector.providing.provider)
-            if self._provider is not None:
-                await self._provider.start()
+                self.listeners.append(listener)
+            self.provider = await asyncio.to_thread(self._collector.providing.provider)
+            if self.provider is not None:
+                await self.provider.start()
             await self._control.start()
             await self._recall()
             started()
@@ -122,7 +132,7 @@ class Daemon:
     async def _recall(self) -> None:
         """Who was failing when the last process ended: its recovery is news."""
         for name in self._agents:
-            state = await asyncio.to_thread(self._collector.journal.state, name)
+            state = await self._collector.state(name)
             if state.failing_since is not None:
                 self._failing[name] = state.failing_since
 
@@ -141,7 +151,7 @@ class Daemon:
     async def _end_disabled(self) -> None:
         """Close the push sessions of agents that someone has disabled since."""
         for name, collection in self._pushing():
-            if not await asyncio.to_thread(self._collector.enabled, self._agents[name]):
+            if not await self._collector.enabled(self._agents[name]):
                 log.info("agent=%s it is disabled, its push session ends", name)
                 collection.stop()
 
@@ -151,8 +161,8 @@ class Daemon:
             self._expire_at = self._clock() + CHECK_EVERY
             check = asyncio.to_thread(self._collector.providing.expiry.check)
             self._spawn(check)
-            if self._provider is not None:
-                self._provider.name_the_unseen()
+            if self.provider is not None:
+                self.provider.name_the_unseen()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -194,11 +204,9 @@ class Daemon:
             self._wake.set()
 
     async def _may_run(self, agent: Agent) -> bool:
-        if not await asyncio.to_thread(self._collector.enabled, agent):
+        if not await self._collector.enabled(agent):
             return False
-        reason = None
-        if self._plugins.implemented("may_collect"):
-            reason = await asyncio.to_thread(self._plugins.call, "may_collect", agent=agent)
+        reason = await self._plugins.call_apart("may_collect", agent)
         if reason and self._held.get(agent.name) != reason:
             log_safely(log, logging.INFO, "agent=%s held back: %s", agent.name, reason)
         if not reason and self._held.get(agent.name):
@@ -279,8 +287,7 @@ class Daemon:
                 yield {"report": _report(agents[task], task).as_dict()}
             for name in names:
                 if running := self._running.get(name):
-                    tally = running[0].tally
-                    yield {"agent": name, "messages": tally.messages, "bytes": tally.bytes}
+                    yield _progress(name, running[0])
         yield {"end": True}
 
     # -- the end ----------------------------------------------------------------------------------
@@ -291,9 +298,9 @@ class Daemon:
             if not collection.stop():
                 task.cancel()
         ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
-        ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self._listeners]
-        if self._provider is not None:
-            ending.append(asyncio.ensure_future(self._provider.stop(self._grace)))
+        ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self.listeners]
+        if self.provider is not None:
+            ending.append(asyncio.ensure_future(self.provider.stop(self._grace)))
         if ending:
             _, late = await asyncio.wait(ending, timeout=self._grace)
             for one in late:
@@ -307,6 +314,17 @@ class Daemon:
         log.info("stopped")
 
 
+def _progress(name: str, collection: Collection) -> dict[str, Any]:
+    doing, seconds = collection.doing
+    return {
+        "agent": name,
+        "messages": collection.tally.messages,
+        "bytes": collection.tally.bytes,
+        "doing": doing,
+        "seconds": round(seconds, 1),
+    }
+
+
 def _report(agent: Agent, task: asyncio.Task[Report]) -> Report:
     """What a collection that has ended reports; also one that broke."""
     error = task.exception()
@@ -315,5 +333,5 @@ def _report(agent: Agent, task: asyncio.Task[Report]) -> Report:
 
 def _broken(agent: Agent, error: BaseException) -> Report:
     """The report of a collection that broke before it could make one."""
-    text = without_surrogates(f"{type(error).__name__}: {error}")
+    text = shortened(without_surrogates(f"{type(error).__name__}: {error}"))
     return Report(agent.name, agent.protocol, Outcome.FAILED, error=text)

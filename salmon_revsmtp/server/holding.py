@@ -11,6 +11,7 @@ import email.utils
 import os
 import secrets
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salmon import encoding
@@ -33,6 +34,9 @@ __all__ = ["Holder", "hold", "provide"]
 
 # Seconds to wait for a running server: its disk may be slow.
 PATIENCE = 60.0
+
+# The project's folder: a handler may change that of the process.
+PROJECT = Path.cwd()
 
 # What holds mail in this process.
 _here: list[Providing] = []
@@ -127,7 +131,8 @@ def _alone(envelope: Envelope, data: bytes) -> Reply:
     except OSError as error:
         return disk_reply(error)
     finally:
-        providing.close(wait=True)
+        providing.close()
+        providing.close_store()
 
 
 def _configured() -> Providing:
@@ -146,7 +151,8 @@ def _configured() -> Providing:
     settings = importlib.import_module(name)
     plugins = Plugins.load()
     outbox = Outbox(lambda: settings.relay)
-    return Providing(load(settings, plugins), plugins, outbox, RateLimit(CountJournal()))
+    rates = RateLimit(CountJournal())
+    return Providing(load(settings, plugins), plugins, outbox, rates, PROJECT)
 
 
 # -- what a handler has -------------------------------------------------------------------------

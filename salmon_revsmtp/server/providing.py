@@ -34,6 +34,7 @@ class Providing:
 
     ``outbox``  where notifications wait for the relay.
     ``rates``   how many of them there may be.
+    ``project`` its folder.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Providing:
         plugins: HookCaller,
         outbox: Outbox,
         rates: RateLimit,
+        project: Path,
     ) -> None:
-        self._configuration = configuration
+        self._configuration, self._project = configuration, project
         self._plugins, self._outbox, self._rates = plugins, outbox, rates
         self._worker: BatchWorker[PendingDelivery] = BatchWorker("holding")
 
@@ -60,7 +62,7 @@ class Providing:
     @cached_property
     def store(self) -> HoldStore:
         """The hold store.  Raises :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
-        return EmbeddedStore(Path(self.settings.hold))
+        return EmbeddedStore(self._project / self.settings.hold)
 
     @cached_property
     def hostname(self) -> str:
@@ -108,7 +110,7 @@ class Providing:
     @property
     def incoming(self) -> Path:
         """Where other processes put what they want held."""
-        return Path("run/incoming")
+        return self._project / "run/incoming"
 
     def hold(self, envelope: Envelope, data: bytes) -> Reply:
         """Hold a message for one recipient; returns 250 when it is safe on disk.  Blocks."""
@@ -117,8 +119,15 @@ class Providing:
         )
         return intake.hold(envelope, data)
 
-    def close(self, wait: bool) -> None:
-        """Take no more; ``wait`` for what is under way."""
-        self._worker.close(wait)
-        if wait and "store" in self.__dict__:
+    def close(self) -> None:
+        """Take no more than what is under way."""
+        self._worker.close()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for what is under way, for so long at most."""
+        self._worker.wait(seconds)
+
+    def close_store(self) -> None:
+        """Let the hold store go, if it was opened."""
+        if "store" in self.__dict__:
             self.store.close()

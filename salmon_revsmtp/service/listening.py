@@ -11,7 +11,9 @@ from salmon_revsmtp.delivery.dispatcher import Deliverer
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.driver import Driver
-from salmon_revsmtp.net.listener import Admit, Listener
+from salmon_revsmtp.net.listener import MAX_PER_ADDRESS, Admit, Listener
+from salmon_revsmtp.net.places import Places
+from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -54,10 +56,16 @@ def listeners(
     settings = service.settings
     certificate = Certificate(f"service={service.name}", settings.tls_cert, settings.tls_key)
 
+    lines = LogBudget()
+
+    def refuse(address: str) -> Reply | None:
+        return _ACCESS_DENIED if service.refuses_client(address) else None
+
     def connect(admit: Admit) -> Session:
-        def admitted(driver: Driver) -> Reply | None:
-            too_many = admit(driver)
-            return _ACCESS_DENIED if service.refuses_client(driver.peer[0]) else too_many
+        def admitted(session: Session) -> Reply | None:
+            expected = session.peer[0] in service.expected
+            session.memory = service.memory if expected else service.strangers
+            return admit(session)
 
         origin = Origin(service.name, service.hostname)
         return Session(
@@ -69,7 +77,20 @@ def listeners(
             idle_timeout,
             starttls=certificate.context(),
             admit=admitted,
+            log=lines,
         )
 
+    service.expected.look_up()
+    places = Places(settings.max_connections, MAX_PER_ADDRESS, service.expected)
     name = f"service={service.name}"
-    return [Listener(name, connect, *address) for address in settings.addresses]
+    listening = [
+        Listener(name, connect, *address, places=places, refuse=refuse)
+        for address in settings.addresses
+    ]
+
+    def hurry() -> None:
+        for one in listening:
+            one.hurry()
+
+    service.memory.short = service.strangers.short = hurry
+    return listening

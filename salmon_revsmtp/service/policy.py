@@ -9,8 +9,10 @@ import ipaddress
 from collections.abc import Callable, Iterable
 
 from salmon_revsmtp.hostname import machine_name
+from salmon_revsmtp.net.expected import Expected
 from salmon_revsmtp.service.settings import ANY_DOMAIN, ServiceSettings
 from salmon_revsmtp.smtp.addresses import AddressError, domain_of, to_ascii
+from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -22,11 +24,26 @@ class Service:
 
     ``name``     its key in ``smtp_services``.
     ``written``  its domains, and those that its agents ask for, as the settings have them.
+    ``servers``  the host names from which its agents have mail sent to us.
+
+    ``memory``   what all messages that come may take together, and those that wait to be handled.
+    ``strangers`` the part of it that clients may take who connect of themselves: the rest is for
+                 reversed sessions, and for those clients that places are kept for.
+    ``expected`` those clients.
     """
 
-    def __init__(self, name: str, settings: ServiceSettings, written: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: ServiceSettings,
+        written: Iterable[str] = (),
+        servers: Iterable[str] = (),
+    ) -> None:
         self.name = name
         self.settings = settings
+        self.memory = Budget(settings.memory)
+        self.strangers = Budget(settings.memory - settings.memory // 4, self.memory)
+        self.expected = Expected(settings.keep_places_for, servers)
         self._written: dict[str, str] = {}
         for one in written:
             domain = one.strip(" \t").removeprefix("@").rstrip(".").lower()
@@ -53,6 +70,7 @@ class Service:
         return Limits(
             message=message,
             recipients=recipients,
+            envelope=max(Limits.envelope, 512 * recipients),
             chunks=max(Limits.chunks, message // 1024),
             refusals=max(Limits.refusals, 10 * recipients),
         )

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import logging
 import ssl
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from salmon_revsmtp.delivery.dispatcher import Deliverer, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import GONE, Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
+from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.smtp.budget import Budget
+from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
 from salmon_revsmtp.smtp.replies import Reply
@@ -29,6 +34,8 @@ log = logging.getLogger(__name__)
 # Log lines about refused recipients in one session; of the others their number is told.  Enough to
 # see what is wrong, and a provider cannot fill the disk with them.
 LOGGED_REFUSALS = 20
+# Recipients that one of them names, where a whole message was refused.
+NAMED = 5
 
 # Messages that are read ahead: as many as would be delivered in so many seconds, and at least so
 # many.
@@ -42,16 +49,29 @@ AHEAD_LEAST = 16
 TLS_RECORD = b"\x17\x03"
 
 
+# Messages of a collection that are remembered, to tell a repeat from a new one.
+REMEMBERED = 10_000
+
+# Seconds that a client that has closed its side of the connection is waited for.  It may listen on,
+# and then it hears the answers that come by then; most are gone, and nothing tells the one from the
+# other.
+HALF_CLOSED = 30.0
+
+# Seconds in which a client has to bring a message to its end, whatever it says; content that comes
+# at the least rate makes it more.  A provider that has a thousand recipients refused a minute apart
+# brings no one forward; what it has not sent it sends over the next connection.
+PATIENCE = 1800.0
+
+
+_Digest = bytes
+
 # A NOOP now and then is how a provider sees whether we are there.  On a reversed session
 # unproductive commands count as in a row only where there was no silence of so many seconds between
 # them.
 CALM = 0.5
 
-# Messages of which a collection remembers that they were taken.
-KEPT = 10_000
-
-#: A message as the provider sees it: digest, reverse-path, recipients.
-_Message = tuple[bytes, str, tuple[str, ...]]
+# What a client hears whose session ends within a message, or with the process.
+ENDED = "has ended this session; send the mail again"
 
 
 @dataclass
@@ -62,10 +82,12 @@ class Tally:
     recipients: int = 0
     bytes: int = 0
     refused: int = 0
-    #: How often each message (by its digest and envelope) was answered 250.
-    accepted: Counter[_Message] = field(default_factory=Counter)
+    #: How many messages were answered 250, repeats among them.
+    accepted: int = 0
     #: The last 4yz that we gave for a recipient or a message.
     deferred: Reply | None = None
+    #: How often each of the last ones was, by its digest and envelope.
+    _seen: OrderedDict[_Digest, int] = field(default_factory=OrderedDict, repr=False)
 
     def refuse(self, recipients: int, reply: Reply) -> None:
         """Recipients that were not taken, by their number."""
@@ -79,7 +101,7 @@ class Tally:
         self.recipients += delivery.delivered
         if delivery.delivered:
             self.messages += 1
-            self.bytes += len(delivery.data)
+            self.bytes += delivery.size
         for reply in delivery.replies:
             if not reply.positive:
                 self.refuse(1, reply)
@@ -88,11 +110,21 @@ class Tally:
             self.deferred = delivery.reply
         if not delivery.reply.positive or delivery.key is None:
             return False
-        seen = (delivery.key.digest, delivery.envelope.reverse_path, delivery.envelope.recipients)
-        self.accepted[seen] += 1
-        if len(self.accepted) > KEPT:  # a session may stay open for months
-            del self.accepted[next(iter(self.accepted))]
-        return self.accepted[seen] <= 2
+        self.accepted += 1
+        return self._times(_message(delivery.key.digest, delivery.envelope)) <= 2
+
+    def _times(self, message: _Digest) -> int:
+        times = self._seen.pop(message, 0) + 1
+        self._seen[message] = times
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return times
+
+
+def _message(digest: bytes, envelope: Envelope) -> _Digest:
+    """A message as the provider sees it, in short."""
+    text = "\n".join((envelope.reverse_path, *envelope.recipients))
+    return hashlib.sha256(digest + text.encode()).digest()
 
 
 class Session(Driver):
@@ -101,6 +133,8 @@ class Session(Driver):
     ``origin``  where its messages come from; the connection adds the client's address and TLS.
     ``served``  messages answered 250 that brought the provider forward: new ones, or a repeat of
                 one whose 250 may have been lost on its way.
+    ``log``     what its lines are written with; several sessions may share one.
+    ``memory``  what its messages are counted in.
     """
 
     WE, THEY = "customer", "provider"
@@ -115,16 +149,24 @@ class Session(Driver):
         idle_timeout: float = COMMAND_TIMEOUT,
         *,
         starttls: ssl.SSLContext | None = None,
-        admit: Callable[[Driver], Reply | None] = lambda driver: None,
+        admit: Callable[[Session], Reply | None] = lambda session: None,
+        log: LogBudget | None = None,
+        patience: float | None = PATIENCE,
     ) -> None:
         self._receiver = Receiver(
-            service.hostname, service.limits, policy, starttls=starttls is not None
+            service.hostname,
+            service.limits,
+            policy,
+            starttls=starttls is not None,
+            memory=service.memory,
+            sinks=deliverer.sinks,
         )
         self._receiver.ahead = min(AHEAD_LEAST, self._receiver.ahead)
-        super().__init__(self._receiver, idle_timeout)
+        super().__init__(self._receiver, idle_timeout, patience)
         self.service = service
         self.origin = origin
         self.served = 0
+        self.log = log or LogBudget()
         self._deliverer = deliverer
         self._tally = tally
         self._starttls, self._admit = starttls, admit
@@ -141,25 +183,72 @@ class Session(Driver):
     def at_boundary(self) -> bool:
         return self._receiver.at_boundary
 
+    @property
+    def memory(self) -> Budget:
+        return self._receiver.memory
+
+    @memory.setter
+    def memory(self, memory: Budget) -> None:
+        """Before its first message."""
+        self._receiver.memory = memory
+
+    @property
+    def owes_an_answer(self) -> bool:
+        return self._receiver.owes_an_answer
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """What goes on, for a person, and since when on the event loop's clock."""
+        if waiting := list(self._deliveries.values()):
+            return "handling a message", min(pending.since for pending in waiting)
+        if self._receiver.at_boundary:
+            return f"waiting for the {self.THEY}'s next message", self.progressed_at
+        return f"waiting for the rest of a message from the {self.THEY}", self.progressed_at
+
     def connected(self) -> None:
         self.reset_at_end(True)
         self.origin = self.origin.over(self.peer, self.tls)
         if refusal := self._admit(self):
-            log.warning("service=%s peer=%s %s", self.service.name, self.peer[0], refusal)
+            self.log.log(
+                *(log, logging.WARNING, "service=%s peer=%s %s"),
+                *(self.service.name, self.peer[0], str(refusal)),
+            )
             self._receiver.refuse_session(refusal)
+            return
+        last_words = Reply(421, f"{self.service.hostname} {ENDED}", "4.3.2")  # RFC 5321 3.8
+        self.guard(last_words.encode())
 
     def encrypted(self) -> None:
         self.origin = self.origin.over(self.peer, self.tls)
         self._receiver.tls_started()
 
+    def eof_received(self) -> bool:
+        if self._deliveries:
+            asyncio.get_running_loop().call_later(HALF_CLOSED, self._forget)
+        return super().eof_received()
+
+    def _forget(self) -> None:
+        """No one waits for the answers any more, as far as we can tell: what has not begun is not
+        done now."""
+        for transaction, pending in list(self._deliveries.items()):
+            if self._deliverer.let_go(pending):
+                del self._deliveries[transaction]
+                self._receiver.answer(transaction, GONE)
+        self.advance()
+
     def disconnected(self) -> None:
+        self._receiver.lost()
+        self._forget()
         if self._refusals > LOGGED_REFUSALS:
-            log.warning("peer=%s %d more refused", self.peer, self._refusals - LOGGED_REFUSALS)
+            more = self._refusals - LOGGED_REFUSALS
+            self.log.log(log, logging.WARNING, "peer=%s %d more refused", self.peer, more)
+        self.log.settle(log)
 
     def data_received(self, data: bytes) -> None:
         now = asyncio.get_running_loop().time()
         if self.origin.agent is not None and now - self._heard_at >= CALM:
             self._receiver.forgive()
+            self._refusals = 0
         self._heard_at = now
         super().data_received(data)
 
@@ -184,14 +273,24 @@ class Session(Driver):
     def _log_refusal(self, refused: Refused) -> None:
         self._refusals += 1
         if self._refusals <= LOGGED_REFUSALS:
-            to = refused.recipients[:LOGGED_REFUSALS]
-            log.warning("peer=%s to=%r reply=%r", self.peer, to, str(refused.reply))
+            first, more = refused.recipients[:NAMED], len(refused.recipients) - NAMED
+            to = ",".join(map(angle, first)) + (f" and {more} more" if more > 0 else "")
+            self.log.log(
+                *(log, logging.WARNING, "peer=%s to=%s reply=%r"),
+                *(self.peer, to, str(refused.reply)),
+            )
 
     def _deliver(self, transaction: Transaction) -> None:
         if self.tls and transaction.data.startswith(TLS_RECORD):
             self.abort("a message came encrypted twice; the provider keeps it")
             return
-        pending = PendingDelivery(self.origin, transaction.envelope, transaction.data)
+        pending = PendingDelivery(
+            self.origin,
+            transaction.envelope,
+            transaction.data,
+            log=self.log,
+            sink=transaction.sink,
+        )
         self._deliveries[transaction] = pending
         pending.number = len(self._deliveries)
         self._deliverer.deliver(pending, functools.partial(self._delivered, transaction))
@@ -206,7 +305,7 @@ class Session(Driver):
             self._receiver.answer(transaction, pending.reply, pending.replies)
         except Exception as error:
             # Our own bug: the message has no 250, so the provider keeps it.
-            log.exception("answering failed")
+            log_safely(log, logging.ERROR, "answering failed", error=True)
             self.flush()  # what has been answered
             self.abort(f"answering failed: {type(error).__name__}: {error}")
         if not self._answering:
@@ -225,6 +324,14 @@ class Session(Driver):
         receiver = self._receiver
         ahead = int(AHEAD_SECONDS * pending.number / seconds) if seconds else receiver.ahead
         receiver.ahead = min(max(AHEAD_LEAST, ahead), receiver.limits.unanswered_messages)
+
+    def send_away(self, reply: Reply) -> None:
+        if self._handshake is not None:
+            super().send_away(reply)
+            return
+        self._receiver.send_away(reply)
+        self.advance()
+        self.abort_soon()
 
     def end_soon(self) -> None:
         """The message in hand is answered, a new one gets 421."""

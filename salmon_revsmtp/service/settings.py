@@ -20,6 +20,9 @@ __all__ = ["ANY_DOMAIN", "ServiceSettings"]
 
 ANY_DOMAIN = "*"
 
+# Octets: five of the largest messages by default.
+LEAST_MEMORY = 256 * 1024 * 1024
+
 
 class ServiceSettings(BaseModel):
     """One entry of ``smtp_services``: the policy and the delivery of an inbound SMTP service."""
@@ -85,6 +88,22 @@ class ServiceSettings(BaseModel):
     listen: Annotated[tuple[str, ...], Field(description=ADDRESSES)] = ()
     """The addresses on which the service takes mail as well, while a server runs.  ETRN needs
     one."""
+    max_connections: Annotated[int, Field(gt=0, description="a whole number above 0")] = 100
+    """Connections to the listening service at a time; no more than 25 of them from one network (a
+    /24, or an IPv6 /64).  When all are taken, a newcomer gets the place of one that is idle, or is
+    answered 421."""
+    max_memory: Annotated[
+        int | None, Field(gt=0, description="octets, a whole number above 0, or None")
+    ] = None
+    """Octets of messages that the service holds at a time: those that are coming, and those that
+    wait for a handler.  With ``None``, 256 MiB, or four times ``max_message_size`` if that is more.
+    What finds no room is answered 452, and the sender tries again later.  A quarter is kept for
+    reversed connections, and for the clients that places are kept for."""
+    keep_places_for: Annotated[
+        tuple[str, ...], Field(description="a list of networks such as '192.0.2.0/24'")
+    ] = ()
+    """Networks for whose connections there is always a place, whoever else is there.  The addresses
+    of an ``etrn`` agent's server always belong to them."""
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
     ] = None
@@ -96,7 +115,7 @@ class ServiceSettings(BaseModel):
     ] = None
     """The private key, unless ``tls_cert`` holds it."""
 
-    @field_validator("domains", "allow", "deny", mode="before")
+    @field_validator("domains", "allow", "deny", "keep_places_for", mode="before")
     @classmethod
     def _a_list(cls, value: object) -> object:
         if isinstance(value, str):
@@ -122,11 +141,31 @@ class ServiceSettings(BaseModel):
             host_and_port(one)
         return value
 
+    @field_validator("tls_cert", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # The files are read again, and a handler may have changed the folder of the process.
+        return value.absolute() if value is not None else None
+
+    @model_validator(mode="after")
+    def _memory(self) -> ServiceSettings:
+        if self.memory < 2 * self.max_message_size:
+            raise ValueError(
+                f"max_memory: found {self.memory}, allowed is twice max_message_size "
+                f"({self.max_message_size}) or more, or no message of that size could come"
+            )
+        return self
+
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
         if problem := certificate_problem(self.tls_cert, self.tls_key):
             raise ValueError(problem)
         return self
+
+    @property
+    def memory(self) -> int:
+        """``max_memory``, or what it is by default."""
+        return self.max_memory or max(LEAST_MEMORY, 4 * self.max_message_size)
 
     @property
     def repeat_seconds(self) -> float:
@@ -143,7 +182,7 @@ class ServiceSettings(BaseModel):
     def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(one if one == ANY_DOMAIN else to_ascii(one) for one in value)
 
-    @field_validator("allow", "deny")
+    @field_validator("allow", "deny", "keep_places_for")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(ipaddress.ip_network(one, strict=False)) for one in value)

@@ -192,6 +192,11 @@ class Commands:
         return False
 
     @property
+    def streaming(self) -> bool:
+        """What a server says is said at once."""
+        return False
+
+    @property
     def closed(self) -> bool:
         """The session is over and every reply is in :meth:`data_to_send`: close the connection."""
         return self._state is State.CLOSED
@@ -246,6 +251,12 @@ class Commands:
     def forgive(self) -> None:
         """A while has passed: unproductive commands do not count as in a row with those before."""
         self._junk = 0
+
+    def send_away(self, reply: Reply) -> None:
+        """End the session with this 421 now, whatever is under way (RFC 5321 3.8).  A message that
+        is not whole was never answered, and stays with the client."""
+        if self._state is not State.CLOSED:
+            self._close(reply)
 
     # -- replies ------------------------------------------------------------------------------
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["COMMAND_TIMEOUT", "AheadLimits", "Limits"]
+__all__ = ["COMMAND_TIMEOUT", "RECIPIENT_COST", "SINK_AT", "AheadLimits", "Limits"]
 
 # RFC 5321 4.5.3.2.7: a server waits at least 5 minutes for the next command; in seconds.
 COMMAND_TIMEOUT = 300.0
 
+# Octets of a message that are kept in memory where there is a sink for more.
+SINK_AT = 256 * 1024
+
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+# Octets that a recipient costs beside its command: what Python needs for it.
+RECIPIENT_COST = 250
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Limits:
     ``message``             a message as it comes, announced as SIZE (RFC 1870); then 552.
     ``recipients``          accepted RCPTs of a transaction (RFC 5321 4.5.3.1.8: at least 100);
                             then 452, and the client sends the rest in another transaction.
+    ``envelope``            the MAIL and the accepted RCPTs of a transaction, with what a recipient
+                            costs us beside; then 452, as for too many recipients.
     ``command_line``        a command with its CRLF.  RFC 5321 4.5.3.1.4 has 512; SIZE, SMTPUTF8
                             and the DSN parameters add up to about 1,200 (RFC 3461 4).
     ``text_line``           a line of the message.  RFC 5321 4.5.3.1.6 has 1,000, but the client
@@ -47,12 +55,13 @@ class Limits:
                             SMTP (a port scanner, a browser) goes away soon.
     ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered; what
                             has been read is delivered in rounds, and large rounds are fast.
-    ``unanswered_octets``   the same, in octets, with the replies that wait after them: bounds the
-                            memory of a session at one message plus this.
+    ``unanswered_octets``   the same, in octets, with their envelopes and the replies that wait
+                            after them: bounds the memory of a session at one message plus this.
     """
 
     message: int = 50 * MIB
     recipients: int = 1000
+    envelope: int = 512 * KIB
     command_line: int = 4 * KIB
     text_line: int = 1 * MIB
     read_through: int = 4 * GIB

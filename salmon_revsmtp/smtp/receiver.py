@@ -27,8 +27,10 @@ it said, also when the command is refused (RFC 3030 4.2); what becomes of them i
 command comes.
 
 What it costs.  Content is searched and cut in blocks; each octet is copied into the input buffer,
-into the message, and out of it, whatever the pieces it came in.  Memory is bounded by
-:class:`~salmon_revsmtp.smtp.limits.Limits`.
+into the message, and out of it, whatever the pieces it came in.  The memory of a session is bounded
+by :class:`~salmon_revsmtp.smtp.limits.Limits`, that of many together by the
+:class:`~salmon_revsmtp.smtp.budget.Budget` from which each takes what its messages need.  Where
+that has no more the client hears 452, and comes again later.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from salmon_revsmtp.smtp.addresses import AddressError, parse_path
+from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.commands import (
     SEQUENCE,
     SYNTAX,
@@ -52,8 +55,9 @@ from salmon_revsmtp.smtp.commands import (
     stay,
     to,
 )
+from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.limits import Limits
+from salmon_revsmtp.smtp.limits import RECIPIENT_COST, SINK_AT, Limits
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
@@ -66,10 +70,14 @@ class Transaction:
     ``envelope``  its accepted sender and recipients.
     ``data``      its octets as the client meant them: dots unstuffed, line ends as they came
                   (CRLF, and bare CR or LF where there were any).
+    ``held``      octets of the session's memory that it takes until it is answered.
+    ``sink``      where its octets went while they came, if there were many; then ``data`` has none.
     """
 
     envelope: Envelope
     data: bytes
+    held: int = 0
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,9 @@ _END_OF_DATA = b"\r\n.\r\n"
 _STUFFED = b"\r\n."
 _OF_A_TRANSACTION = frozenset({"RCPT", "DATA", "BDAT"})
 _NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
+_TOO_MANY_RECIPIENTS = Reply(452, "too many recipients, send the rest again", "4.5.3")
+# RFC 3463 3.4: mail system full.  RFC 1870 6.1: the sender tries again later.
+_NO_MEMORY = Reply(452, "no memory for more messages now, try again later", "4.3.1")
 
 
 class Receiver(Commands):
@@ -138,8 +149,13 @@ class Receiver(Commands):
     ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
                           :class:`Reply` that refuses it.  It must not block.
 
+    ``sinks``             makes the place where a large message goes while it comes; without it, the
+                          whole of it is kept in memory.
+
     ``ahead``: the whole messages that are read ahead.  The caller may make it less than the limits
     have, where messages are delivered slowly.
+
+    ``memory``: what its messages are counted in.  It may be changed before the first of them.
     """
 
     OUT_OF_ORDER: ClassVar[Mapping[State, str]] = {
@@ -158,7 +174,9 @@ class Receiver(Commands):
         "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
         "a transaction without recipients": to(_IDLE, (_IDLE, _MAIL)),
     }
-    NO_BOUNDARY = frozenset({State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
+    # With a recipient accepted the message is as good as in hand: a 421 that answers the next RCPT,
+    # and no answer to DATA, is to Exim 4.100.1 the success of the recipients before.
+    NO_BOUNDARY = frozenset({State.RCPT, State.DATA, State.CHUNK, State.CHUNKS, State.CLOSED})
 
     def __init__(
         self,
@@ -167,22 +185,33 @@ class Receiver(Commands):
         accept_recipient: Callable[[str], Reply | None] = lambda mailbox: None,
         *,
         starttls: bool = False,
+        memory: Budget | None = None,
+        sinks: Callable[[], Sink] | None = None,
     ) -> None:
         limits = limits or Limits()
+        self._sinks = sinks
+        self._sink: Sink | None = None
+        self._line = 0  # octets of the line that the sink has not got to its end
+        self._long_line = False
         self._accept_recipient = accept_recipient
         self.ahead = limits.unanswered_messages
+        self.memory = memory or Budget()
         # In the order of the commands: transactions without an answer, and replies after them.
         self._waiting: deque[Transaction | bytearray] = deque()
         self._unanswered_messages = 0
         self._unanswered_octets = 0
         self._refusals = 0  # since a message was taken
         self._mail_refused = False  # the last MAIL
+        self._cut_short = False  # the client was sent away with recipients accepted
 
         self._sender = ""
         self._recipients: list[str] = []
         self._mail_options: dict[str, str] = {}
         self._rcpt_options: dict[str, dict[str, str]] = {}
         self._content = bytearray()
+        self._envelope = 0  # octets that it costs
+        self._held = 0  # octets of memory that the transaction takes
+        self._no_memory = False  # for its content
         # Octets of content (RFC 1870 4: without stuffed dots), also those that were thrown away.
         self._size = 0
         self._chunks = 0
@@ -199,7 +228,23 @@ class Receiver(Commands):
         self._mail_options = {}
         self._rcpt_options = {}
         self._content = bytearray()
-        self._size = self._chunks = 0
+        self._envelope = self._size = self._chunks = 0
+        self._no_memory = False
+        self._drop_sink()
+        self._let_go()
+
+    def _drop_sink(self) -> None:
+        """What went into it is no message."""
+        if self._sink is not None:
+            self._sink.discard()
+            self._sink = None
+        self._line, self._long_line = 0, False
+
+    def _let_go(self) -> None:
+        """Give the transaction's memory back."""
+        if self._held:
+            self.memory.give(self._held)
+            self._held = 0
 
     # -- what the caller sees ---------------------------------------------------------------
 
@@ -222,6 +267,12 @@ class Receiver(Commands):
         """No transaction is under way, and none waits for its answer."""
         return self._state in _BOUNDARIES and not self._waiting
 
+    @property
+    def owes_an_answer(self) -> bool:
+        """Recipients were accepted, and what became of their message has not been said; of what is
+        said after a 421 nothing is."""
+        return bool(self._recipients) or self._cut_short or self._unanswered_messages > 0
+
     def answer(self, transaction: Transaction, reply: Reply, each: Sequence[Reply] = ()) -> None:
         """Answer a transaction.  :meth:`advance` then goes on with what waited for that.
 
@@ -240,7 +291,8 @@ class Receiver(Commands):
             answer = bytearray(b"".join(one.encode() for one in replies))
         waiting[place] = answer
         self._unanswered_messages -= 1
-        self._unanswered_octets += len(answer) - len(transaction.data)
+        self._unanswered_octets += len(answer) - transaction.held
+        self.memory.give(transaction.held)
         while waiting and isinstance(data := waiting[0], bytearray):
             waiting.popleft()
             self._unanswered_octets -= len(data)
@@ -261,8 +313,17 @@ class Receiver(Commands):
             self._waiting.append(bytearray(data))
 
     def _close(self, reply: Reply) -> None:
+        self._cut_short = reply.transient and bool(self._recipients)
         self._reset()
         super()._close(reply)
+
+    def lost(self) -> None:
+        """The connection is gone: no reply will be heard, and a message that was not whole is none.
+        What waits for its answer still does."""
+        self._state = State.CLOSED
+        self._buffer.clear()
+        self._ready.clear()
+        self._reset()
 
     def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply | None:
         """A refusal that is policy and not the client's error: the client knows more than before,
@@ -313,21 +374,26 @@ class Receiver(Commands):
             stuffed = self._content.count(_STUFFED, start, max(start, len(self._content) - 2))
             self._size += len(self._content) - old - stuffed
             # Surely too big, whatever part of this is the end of data already.
-            if self._size > self.limits.message + len(_END_OF_DATA):
+            if self._size > self.limits.message + len(_END_OF_DATA) or not self._room():
                 del self._content[:-4]
+                self._drop_sink()
+                self._let_go()
+            elif self._sinks is not None and len(self._content) > SINK_AT:
+                self._empty(self._stuffed_content())
             if self._size > self._read_through + len(_END_OF_DATA):
                 self._close(self._far_too_big())
             return False
         self._buffer += memoryview(self._content)[end + 5 :]
         self._size += end + 2 - old - self._content.count(_STUFFED, start, end + 2)
         del self._content[end + 2 :]
-        del self._content[: 3 if self._content.startswith(_STUFFED) else 2]
+        if self._sink is None:
+            del self._content[: 3 if self._content.startswith(_STUFFED) else 2]
         self._size -= 2
         if self._size > self._read_through:
             self._close(self._far_too_big())
             return True
         content = b""
-        if self._size <= self.limits.message:
+        if self._size <= self.limits.message and self._room():
             content = bytes(self._content)
             self._content.clear()  # a large message is here twice at most
             content = content.replace(_STUFFED, b"\r\n")
@@ -336,10 +402,64 @@ class Receiver(Commands):
         self._finish(content)
         return True
 
+    def _stuffed_content(self) -> bytes:
+        """Take what is here of DATA, but for its last line: what begins there may be its end, or a
+        dot that is not content."""
+        content = self._content
+        cut = content.rfind(b"\r\n", 0, len(content) - 4)
+        if cut <= 0:  # a very long line
+            cut = len(content) - 4
+            cut -= content[cut - 1 : cut + 1] == b"\r\n"
+        block = bytes(memoryview(content)[:cut])
+        del content[:cut]
+        block = block.replace(_STUFFED, b"\r\n")
+        return block if self._sink is not None else block[2:]  # the CRLF of DATA itself
+
+    def _empty(self, block: bytes) -> None:
+        """Content goes into a sink, and its memory is given back."""
+        if self._sink is None:
+            assert self._sinks is not None
+            self._sink = self._sinks()
+        self._count_line(block)
+        self._sink.write(block)
+        spare = self._held - self._envelope - len(self._content)
+        if spare > 0:
+            self.memory.give(spare)
+            self._held -= spare
+
+    def _count_line(self, block: bytes) -> None:
+        """Whether there is a line that is too long, over what the sink has got so far."""
+        first, limit = block.find(b"\n"), self.limits.text_line
+        if first < 0:
+            self._line += len(block)
+        else:
+            self._long_line = self._long_line or self._line + first >= limit
+            self._line = len(block) - block.rfind(b"\n") - 1
+        self._long_line = self._long_line or self._line >= limit or _has_long_line(block, limit)
+
+    def _room(self) -> bool:
+        """There is memory for what has come of the message.  Once there was none it is lost,
+        whatever is given back later."""
+        if self._no_memory:
+            return False
+        more = self._envelope + len(self._content) - self._held
+        if more > 0 and not self.memory.take(more):
+            self._no_memory = True
+            return False
+        self._held += max(more, 0)
+        return True
+
     def _read_chunk(self) -> bool:
         take = min(self._chunk_left, len(self._buffer))
         if self._keep_chunk:
             self._content += memoryview(self._buffer)[:take]
+            self._keep_chunk = self._room()
+            if not self._keep_chunk:
+                self._content.clear()
+                self._drop_sink()
+                self._let_go()
+            elif self._sinks is not None and len(self._content) > SINK_AT:
+                self._empty(self._whole_content())
         del self._buffer[:take]
         self.content_octets += take
         self._chunk_left -= take
@@ -392,6 +512,10 @@ class Receiver(Commands):
         if size > self.limits.message:
             self._mail_refused = True
             return self._refuse((), self._too_big())  # RFC 1870 6.1
+        if not self.memory.room_for(len(argument) + max(size, 1)):
+            self._mail_refused = True
+            return self._refuse((), _NO_MEMORY)
+        self._envelope = len(argument)
         self._sender, self._mail_options = mailbox, options
         self._mail_refused = False
         return SENDER_OK
@@ -403,10 +527,13 @@ class Receiver(Commands):
         if not mailbox.isascii() and "SMTPUTF8" not in self._mail_options:
             raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
         if len(self._recipients) >= self.limits.recipients:
-            reply = Reply(452, "too many recipients, send the rest again", "4.5.3")
-            return self._refuse((mailbox,), reply)
+            return self._refuse((mailbox,), _TOO_MANY_RECIPIENTS)
         if refusal := self._accept_recipient(mailbox):
             return self._refuse((mailbox,), refusal)
+        envelope = self._envelope + len(argument) + RECIPIENT_COST
+        if self._recipients and envelope > self.limits.envelope:
+            return self._refuse((mailbox,), _TOO_MANY_RECIPIENTS)
+        self._envelope = envelope
         self._recipients.append(mailbox)
         self._rcpt_options[mailbox] = options
         return RECIPIENT_OK
@@ -440,6 +567,8 @@ class Receiver(Commands):
             raise CommandError(501, "DATA takes no argument", SYNTAX)
         if not self._recipients:
             return self._no_recipients()
+        if not self.memory.room_for(1):
+            return self._refuse(tuple(self._recipients), _NO_MEMORY)
         # A lone dot may be the very first line: the CRLF of DATA itself goes before it.
         self._content += b"\r\n"
         self._size = 2
@@ -466,7 +595,7 @@ class Receiver(Commands):
         fits = self._size + octets <= self.limits.message
         self._size += octets
         self._chunk_left = octets
-        self._keep_chunk = bool(self._recipients) and fits
+        self._keep_chunk = bool(self._recipients) and fits and not self._no_memory
         leads = self.ENDS["the octets of BDAT LAST" if last else "the octets of BDAT"]
         self._after_chunk = leads[self._state]
         if self._state in (State.CONNECTED, State.IDLE):
@@ -480,6 +609,8 @@ class Receiver(Commands):
             self._end_chunk = Receiver._chunk_refused
         self._state = State.CHUNK
         if octets == 0:
+            if self._keep_chunk:
+                self._room()  # for the envelope
             self._end_of_chunk()
 
     def _end_of_chunk(self) -> None:
@@ -492,7 +623,10 @@ class Receiver(Commands):
         self._wrong("BDAT", Reply(503, self.OUT_OF_ORDER[self._state], SEQUENCE))
 
     def _chunk_taken(self) -> None:
-        self._reply(CHUNK_OK)
+        if self._no_memory:
+            self._chunk_refused()
+        else:
+            self._reply(CHUNK_OK)
 
     def _empty_chunk_taken(self) -> None:
         self._say(self._unproductive(CHUNK_OK))
@@ -500,10 +634,22 @@ class Receiver(Commands):
     def _chunk_refused(self) -> None:
         """The message is lost, whatever else comes of it (RFC 3030 4.2)."""
         self._content.clear()
-        self._reply(self._too_big() if self._recipients else _NO_RECIPIENTS)
+        self._drop_sink()
+        self._let_go()
+        if not self._recipients:
+            self._reply(_NO_RECIPIENTS)
+        else:
+            too_big = self._size > self.limits.message
+            self._reply(self._too_big() if too_big else _NO_MEMORY)
+
+    def _whole_content(self) -> bytes:
+        """Take what is here of BDAT."""
+        block = bytes(self._content)
+        self._content.clear()
+        return block
 
     def _message_taken(self) -> None:
-        self._finish(bytes(self._content))
+        self._finish(self._whole_content())
 
     def _message_for_no_one(self) -> None:
         self._say(self._no_recipients())
@@ -511,6 +657,9 @@ class Receiver(Commands):
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""
         recipients = tuple(self._recipients)
+        if self._sink is not None:
+            self._empty(content)
+            content = b""
         if refusal := self._content_refusal(content):
             self._reset()
             self._say(self._refuse(recipients, refusal))
@@ -523,10 +672,11 @@ class Receiver(Commands):
             self._helo,
             self._esmtp,
         )
-        transaction = Transaction(envelope, content)
+        transaction = Transaction(envelope, content, self._held, self._sink)
+        self._held, self._sink = 0, None  # they are the transaction's now
         self._waiting.append(transaction)
         self._unanswered_messages += 1
-        self._unanswered_octets += len(content)
+        self._unanswered_octets += transaction.held
         self._events.append(transaction)
         self._junk = self._refusals = 0
         self._reset()
@@ -534,7 +684,9 @@ class Receiver(Commands):
     def _content_refusal(self, content: bytes) -> Reply | None:
         if self._size > self.limits.message:
             return self._too_big()
-        if _has_long_line(content, self.limits.text_line):
+        if self._no_memory:
+            return _NO_MEMORY
+        if self._long_line or _has_long_line(content, self.limits.text_line):
             return Reply(554, f"a line of more than {self.limits.text_line} octets", "5.6.0")
         return None
 

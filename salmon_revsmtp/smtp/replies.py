@@ -9,6 +9,8 @@ import functools
 import re
 from dataclasses import dataclass, field
 
+from salmon_revsmtp.foreign import ERROR_TEXT, shortened
+
 __all__ = ["Reply", "ReplyError", "ReplyParser", "without_surrogates"]
 
 # RFC 5321 4.5.3.1.5: a reply line has 512 octets with its code and CRLF; peers send longer ones.
@@ -17,6 +19,10 @@ MAX_LINE = 8192
 MAX_REPLY = 64 * 1024
 # What we write ourselves: 512 octets less "250-", an enhanced code and CRLF.
 MAX_TEXT = 480
+# Lines of it; no client needs to read more to know what to do.
+MAX_LINES = 100
+# Characters of a reply that a log line or an error quotes.
+SHOWN = 500
 
 _ENHANCED = re.compile(r"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?: |$)", re.MULTILINE)
 _STATUS = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
@@ -40,7 +46,9 @@ class Reply:
 
     ``code``: three digits, 200 to 599.
 
-    ``text``: what a person reads; line feeds separate the lines of a multi-line reply.
+    ``text``: what a person reads; line feeds separate the lines of a multi-line reply.  Of a very
+    long one the middle is left out, whoever wrote it: of a 4yz or 5yz, which is kept and shown, and
+    which no one parses, after 2,000 characters; of any other after 64 KiB.
 
     ``enhanced``: an enhanced status code such as ``"5.7.1"`` (RFC 3463).  ``None``: the code in
     ``text`` if it begins with one, else ``"X.0.0"`` of the reply's class; ``""``: none at all, as
@@ -67,6 +75,9 @@ class Reply:
         object.__setattr__(self, "permanent", self.code >= 500)
         if not self.text.isascii():
             object.__setattr__(self, "text", without_surrogates(self.text))
+        most = ERROR_TEXT if self.code >= 400 else MAX_REPLY
+        if len(self.text) > most:
+            object.__setattr__(self, "text", shortened(self.text, most))
 
     @property
     def status(self) -> str:
@@ -101,7 +112,7 @@ class Reply:
         prefix = f"{self.status} " if self.status else ""
         lines = [
             prefix + _NOT_PRINTABLE.sub("?", line)[:MAX_TEXT]
-            for line in (self.message.splitlines() or [""])
+            for line in (self.message.splitlines()[:MAX_LINES] or [""])
         ]
         last = len(lines) - 1
         return "".join(
@@ -111,7 +122,8 @@ class Reply:
 
     def __str__(self) -> str:
         text = self.text if self.enhanced in (None, "") else f"{self.enhanced} {self.text}"
-        return f"{self.code} {' / '.join(text.splitlines())}".rstrip()
+        line = f"{self.code} {' / '.join(text.splitlines())}".rstrip()
+        return line if len(line) <= SHOWN else shortened(line, SHOWN)
 
 
 class ReplyParser:

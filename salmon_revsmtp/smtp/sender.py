@@ -35,11 +35,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from salmon_revsmtp.smtp.addresses import parse_path
+from salmon_revsmtp.smtp.content import Content, Octets
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import AheadLimits
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
@@ -61,11 +62,12 @@ _NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
 
 @dataclass(frozen=True, eq=False)
 class Outgoing:
-    """A message to send; ``key`` is the caller's name for it."""
+    """A message to send; ``key`` is the caller's name for it.  ``data`` may be anything that is
+    :class:`~salmon_revsmtp.smtp.content.Content`: then it is read while it goes out."""
 
     key: Hashable
     envelope: Envelope
-    data: bytes
+    data: bytes | Content
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class _Command:
     name: str  # its row in REPLIES
     pieces: tuple[bytes, ...]
     on_reply: _OnReply
+    content: Iterator[bytes] | None = None  # after the pieces, as there is room for it
 
 
 class _Transaction:
@@ -182,6 +185,7 @@ class Sender:
         self._commands: deque[_Command] = deque()
         self._expected: deque[_Command] = deque([_Command("the connection", (), self._on_greeting)])
         self._out: list[bytes] = []
+        self._content: Iterator[bytes] | None = None  # is going out
         self._events: list[Event] = []
         self._messages: deque[Outgoing] = deque()
         self._under_way: deque[_Transaction] = deque()
@@ -239,10 +243,32 @@ class Sender:
         self._quitting = True
         return self.advance()
 
+    @property
+    def streaming(self) -> bool:
+        """There is more content of a message to write than :meth:`data_to_send` gives at a time:
+        ask it again when that has gone out."""
+        return self._content is not None and not self._over
+
     def data_to_send(self) -> list[bytes]:
         """The pieces to write now, in order; each is returned once."""
+        if not self._out and self.streaming:
+            self._go_on_with_content()
         pieces, self._out = self._out, []
         return pieces
+
+    def _go_on_with_content(self) -> None:
+        assert self._content is not None
+        try:
+            piece = next(self._content, None)
+        except OSError as error:
+            # Half a message is on its way: only the end of the connection stops it.
+            self._break(f"the message cannot be read: {error}")
+            return
+        if piece is not None:
+            self._out.append(piece)
+        else:
+            self._content = None
+            self._pump()
 
     def receive_bytes(self, data: bytes) -> list[Event]:
         """Take what came from the peer; returns what happened, in order."""
@@ -282,7 +308,7 @@ class Sender:
     def _advance(self) -> None:
         if self._over:
             return
-        while self._ready and self._messages and self._may_begin(len(self._messages[0].data)):
+        while self._ready and self._messages and self._may_begin(_size(self._messages[0].data)):
             self._begin(self._messages.popleft())
         self._pump()
         if self._ready and not self._under_way and not self._commands and self._quitting:
@@ -302,18 +328,26 @@ class Sender:
         )
 
     def _pump(self) -> None:
-        while self._commands:
+        while self._commands and self._content is None:
             if self._expected and self._must_wait(self._expected[-1]):
                 return
             command = self._commands.popleft()
             self._expected.append(command)
             self._out += command.pieces
+            self._content = command.content
 
     def _must_wait(self, last: _Command) -> bool:
         return REPLIES[last.name].wait or not self._has("PIPELINING")
 
-    def _command(self, name: str, line: bytes, on_reply: _OnReply, *content: bytes) -> None:
-        self._commands.append(_Command(name, (line + b"\r\n", *content), on_reply))
+    def _command(
+        self, name: str, line: bytes, on_reply: _OnReply, content: Content | None = None
+    ) -> None:
+        pieces: tuple[bytes, ...] = (line + b"\r\n",)
+        if isinstance(content, Octets):
+            self._commands.append(_Command(name, (*pieces, *content.pieces()), on_reply))
+        else:
+            stream = None if content is None else content.pieces()
+            self._commands.append(_Command(name, pieces, on_reply, stream))
 
     def _has(self, keyword: str) -> bool:
         return keyword in self._extensions
@@ -351,8 +385,9 @@ class Sender:
     # -- a transaction --------------------------------------------------------------------------
 
     def _begin(self, message: Outgoing) -> None:
-        content = _with_crlf(message.data)
-        transaction = _Transaction(message, len(content))
+        data = message.data
+        content = Octets(_with_crlf(data)) if isinstance(data, bytes) else data
+        transaction = _Transaction(message, content.size)
         ahead = bool(self._under_way)
         self._under_way.append(transaction)
         self._octets_under_way += transaction.octets
@@ -368,19 +403,21 @@ class Sender:
             line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
             self._command("RCPT", line.encode(), self._on_rcpt(number))
         if self._has("CHUNKING"):  # RFC 3030: one round trip for all of it
-            self._command("BDAT", b"BDAT %d LAST" % len(content), self._on_end, content)
+            self._command("BDAT", b"BDAT %d LAST" % content.size, self._on_end, content)
         else:
             self._command("DATA", b"DATA", self._on_data(content))
 
-    def _cannot_take(self, envelope: Envelope, content: bytes) -> Reply | None:
+    def _cannot_take(self, envelope: Envelope, content: Content) -> Reply | None:
         if not self._can_be_said(envelope):
             return _NO_ENVELOPE
         if self._needs_utf8(envelope) and not self._has("SMTPUTF8"):
             return _NO_UTF8
-        if not content.isascii() and not self._has("8BITMIME"):
+        if not content.ascii and not self._has("8BITMIME"):
             return _NO_8BIT
-        if b"\x00" in content and _HIDDEN_END.search(content):
-            return _NO_NUL
+        if isinstance(content, Octets):  # any other has no NUL
+            data = content.beginning(content.size)
+            if b"\x00" in data and _HIDDEN_END.search(data):
+                return _NO_NUL
         return None
 
     def _can_be_said(self, envelope: Envelope) -> bool:
@@ -405,11 +442,11 @@ class Sender:
             words += _parameters(envelope.rcpt_options.get(recipient, {}), "NOTIFY", "ORCPT")
         return words
 
-    def _mail(self, envelope: Envelope, content: bytes) -> bytes:
+    def _mail(self, envelope: Envelope, content: Content) -> bytes:
         words = [f"MAIL FROM:<{envelope.reverse_path}>"]
         if self._has("SIZE"):
-            words.append(f"SIZE={len(content)}")
-        if not content.isascii():
+            words.append(f"SIZE={content.size}")
+        if not content.ascii:
             words.append("BODY=8BITMIME")
         if self._needs_utf8(envelope):
             words.append("SMTPUTF8")
@@ -461,15 +498,20 @@ class Sender:
             if not self._expected:
                 self._finish()
 
-    def _on_data(self, content: bytes) -> _OnReply:
+    def _on_data(self, content: Content) -> _OnReply:
         def on_reply(reply: Reply) -> None:
             if reply.code >= 400:
                 self._on_end(reply)
             else:
                 # RFC 2920 3.1: no one may be there, and it wants data all the same.
                 accepted = bool(self._transaction.accepted)
-                pieces = (_stuffed(content), b".\r\n") if accepted else (b".\r\n",)
-                self._commands.append(_Command("the message", pieces, self._on_end))
+                command = _Command("the message", (b".\r\n",), self._on_end)
+                if accepted and isinstance(content, Octets):
+                    data = content.beginning(content.size)
+                    command = _Command("the message", (_stuffed(data), b".\r\n"), self._on_end)
+                elif accepted:
+                    command = _Command("the message", (), self._on_end, _stream(content))
+                self._commands.append(command)
 
         return on_reply
 
@@ -538,6 +580,26 @@ def _with_crlf(data: bytes) -> bytes:
         # were 4.5 GB.
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
     return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
+
+
+def _size(data: bytes | Content) -> int:
+    return len(data) if isinstance(data, bytes) else data.size
+
+
+def _stream(content: Content) -> Iterator[bytes]:
+    """A message for DATA, dots stuffed, with its end (RFC 5321 4.5.2).  Whatever the pieces are, a
+    line end and the dot after it are stuffed in one."""
+    last, begun = b"\r\n", False  # as if a line had ended before
+    for piece in content.pieces():
+        whole = last + piece
+        # What may be the beginning of "CRLF ." waits for what comes after it.
+        keep = 2 if whole.endswith(b"\r\n") else 1 if whole.endswith(b"\r") else 0
+        last = whole[len(whole) - keep :]
+        out = whole[: len(whole) - keep].replace(b"\r\n.", b"\r\n..")
+        if out:
+            yield out if begun else out[2:]
+            begun = True
+    yield (last if begun else b"") + b".\r\n"
 
 
 def _stuffed(content: bytes) -> bytes:

@@ -14,7 +14,7 @@ from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.journal.deliveries import MessageKey
 from salmon_revsmtp.net.driver import Driver
-from salmon_revsmtp.provider.connection import Connection
+from salmon_revsmtp.provider.connection import LOGIN_PATIENCE, Connection
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -40,6 +40,7 @@ class Wire(asyncio.Transport):
 
     unread = 0  # octets of what we said
     reading = True
+    sinks = None
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
@@ -116,9 +117,13 @@ class Wire(asyncio.Transport):
 class ProviderWire(Wire):
     """The customer's end of a connection to the provider."""
 
+    patience: float | None = None
+
     def connect(self) -> Driver:
         provider = Holding(Path("hold"), ACME).provider("h", timeout=TIMEOUT)
-        return Connection(provider, lambda driver: None, implicit_tls=False)
+        connection = Connection(provider, lambda driver: None, implicit_tls=False)
+        connection._patience = self.patience
+        return connection
 
 
 class Client(Driver):
@@ -155,6 +160,21 @@ def on_the_wire(talk: Callable[[Wire], Awaitable[None]], kind: type[Wire] = Wire
         loop.close()
 
 
+class HastyWire(ProviderWire):
+    patience = LOGIN_PATIENCE
+
+
+def test_a_customer_that_never_comes_to_the_point_is_sent_away() -> None:
+    async def talk(wire: Wire) -> None:
+        await wire.say(b"EHLO p\r\n")
+        while await wire.later(10):
+            await wire.say(b"NOOP\r\n")
+
+    wire = on_the_wire(talk, HastyWire)
+    assert LOGIN_PATIENCE <= wire.closed_at <= LOGIN_PATIENCE + 10
+    assert wire.heard.splitlines()[-1].startswith(b"421 4.4.2 ")
+
+
 BEGIN = b"EHLO p\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\n"
 
 
@@ -175,12 +195,12 @@ def test_octets_of_a_command_do_not_wind_the_clock_up() -> None:
 
 def test_a_command_that_becomes_whole_winds_the_clock_up() -> None:
     async def talk(wire: Wire) -> None:
-        for _ in range(50):
+        for _ in range(6):
             await wire.say(b"NO")
             assert await wire.later(299)
             await wire.say(b"OP\r\n")
 
-    assert on_the_wire(talk).closed_at == 50 * 299
+    assert on_the_wire(talk).closed_at == 6 * 299
 
 
 def test_a_line_that_is_too_long_and_never_ends() -> None:
@@ -228,11 +248,47 @@ def test_content_an_octet_at_a_time_is_no_progress() -> None:
 def test_each_small_chunk_that_becomes_whole_is_progress() -> None:
     async def talk(wire: Wire) -> None:
         await wire.say(BEGIN)
-        for _ in range(50):
+        for _ in range(3):
             await wire.say(b"BDAT 2\r\nx")
             assert await wire.later(299)
             await wire.say(b"\n")
             assert await wire.later(299)
+
+    on_the_wire(talk)
+
+
+@pytest.mark.parametrize(
+    ("begin", "again"),
+    [
+        (BEGIN, b"BDAT 1\r\nx"),
+        (b"EHLO p\r\n", b"NOOP\r\n"),
+        (b"EHLO p\r\nMAIL FROM:<>\r\n", b"RCPT TO:<b@example.org>\r\n"),
+        (b"EHLO p\r\nMAIL FROM:<>\r\n", b"RCPT TO:<b@elsewhere.example>\r\n"),
+        (b"EHLO p\r\n", b"MAIL FROM:<>\r\nRSET\r\n"),
+    ],
+)
+def test_what_brings_no_message_to_its_end_is_ended_after_half_an_hour(
+    begin: bytes, again: bytes
+) -> None:
+    async def talk(wire: Wire) -> None:
+        await wire.say(begin)
+        while await wire.later(200):
+            await wire.say(again)
+
+    wire = on_the_wire(talk)
+    assert 1800 <= wire.closed_at <= 2000
+    assert wire.heard.splitlines()[-1].startswith(b"421 4.4.2 no message came to its end in ")
+
+
+def test_a_message_now_and_then_keeps_the_session() -> None:
+    async def talk(wire: Wire) -> None:
+        await wire.say(b"EHLO p\r\n")
+        for _ in range(20):
+            for _ in range(5):
+                assert await wire.later(299)
+                await wire.say(b"NOOP\r\n")
+            await wire.say(BEGIN.partition(b"\r\n")[2] + b"BDAT 1 LAST\r\nx")
+        assert wire.heard.count(b"250 2.0.0 ok\r\n") >= 20
 
     on_the_wire(talk)
 
@@ -342,7 +398,7 @@ def test_commands_that_are_unproductive_keep_no_connection(kind: type[Wire]) -> 
     async def talk(wire: Wire) -> None:
         for number in range(200):
             await wire.say(b"NOOP\r\n")
-            if not await wire.later(200):
+            if not await wire.later(10):
                 assert number == 100
                 return
         raise AssertionError("it may go on for ever")

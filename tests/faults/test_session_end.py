@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable
 
 import pytest
 from support.configuration import agent_keys, configuration
@@ -12,6 +13,7 @@ from support.holding import Holding
 from support.messages import MESSAGE
 from support.processes import KillableProcess
 from support.salmon import Salmon, waits_for
+from support.tls import CERTIFICATE, server_tls
 
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
@@ -168,7 +170,8 @@ def test_a_provider_that_ends_its_side_within_the_data(salmon: Salmon) -> None:
         await provider.replied(250)
         provider.say(DATA[:-4])
         provider.end()
-        await is_reset(provider)
+        await provider.hear(LAST_WORDS)
+        await provider.silence()
 
     [report] = run(salmon, session)
     assert (report.outcome, report.messages) == (Outcome.FAILED, 0)
@@ -215,7 +218,7 @@ def test_a_provider_that_dies_before_it_has_struck_the_message_off(
     assert sorted(message.To for message in salmon.handled) == ["a@example.org", "b@example.org"]
 
 
-# -- Exim takes a clean close after the replies to its RCPTs for success, and deletes the message --
+# -- Exim takes the end of a connection after the replies to its RCPTs for success ----------------
 
 BEGUN = {
     "after RCPT": ENVELOPE,
@@ -223,6 +226,9 @@ BEGUN = {
     "within BDAT": (*ENVELOPE, b"BDAT 100 LAST\r\nSubject: hi"),
     "between BDATs": (*ENVELOPE, b"BDAT 3\r\nx"),
 }
+LAST_WORDS = "421 4.3.2 mail.example.org has ended this session; send the mail again"
+
+in_the_clear = pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
 
 
 async def begin(provider: Dialogue, begun: tuple[bytes, ...]) -> None:
@@ -235,33 +241,67 @@ async def begin(provider: Dialogue, begun: tuple[bytes, ...]) -> None:
         await provider.hear("354" if b"DATA" in begun[2] else "250")
 
 
+async def ends_in_words(provider: Dialogue) -> None:
+    """The last words arrive whatever is on its way to those who said them, they answer each command
+    after that, and the end comes after QUIT."""
+    provider.writer.write(b"more of the message, which no one reads\r\n" * 10_000)
+    await provider.hear(LAST_WORDS)
+    provider.say("QUIT")
+    rest = (await asyncio.wait_for(provider.reader.read(), 20)).decode()
+    assert set(rest.splitlines()) == {LAST_WORDS}
+
+
 async def is_reset(provider: Dialogue) -> None:
     with pytest.raises(ConnectionResetError):
         await asyncio.wait_for(provider.reader.read(), 20)
 
 
-@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
-def test_a_process_that_is_killed_within_a_message_resets_the_connection(
-    salmon: Salmon, begun: tuple[bytes, ...]
-) -> None:
+Killing = Callable[[Dialogue, KillableProcess], Awaitable[None]]
+
+
+def run_to_be_killed(salmon: Salmon, script: Killing, **keys: str) -> None:
+    """Collect in a process that the script kills."""
     customers: list[KillableProcess] = []
 
-    async def script(provider: Dialogue) -> None:
-        await begin(provider, begun)
-        customers[0].kill()
-        await is_reset(provider)
-
     async def main() -> None:
-        async with scripted(script) as port:
-            customers.append(KillableProcess(salmon.folder, agent_keys(port), "router"))
+        tls = server_tls() if keys else None
+
+        async def with_customer(provider: Dialogue) -> None:
+            await script(provider, customers[0])
+
+        async with scripted(with_customer, tls=tls) as port:
+            customers.append(KillableProcess(salmon.folder, agent_keys(port, **keys), "router"))
             assert await asyncio.to_thread(customers[0].run, "collect") == -9
             customers[0].close()
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
-def test_a_session_that_is_dropped_within_a_message_is_reset(
+@in_the_clear
+def test_a_process_that_is_killed_within_a_message_ends_the_session_in_words(
+    salmon: Salmon, begun: tuple[bytes, ...]
+) -> None:
+    async def script(provider: Dialogue, customer: KillableProcess) -> None:
+        await begin(provider, begun)
+        customer.kill()
+        await ends_in_words(provider)
+
+    run_to_be_killed(salmon, script)
+
+
+def test_a_process_that_is_killed_within_a_message_under_tls_resets_the_connection(
+    salmon: Salmon,
+) -> None:
+    async def script(provider: Dialogue, customer: KillableProcess) -> None:
+        await begin(provider, BEGUN["within DATA"])
+        customer.kill()
+        await is_reset(provider)
+
+    run_to_be_killed(salmon, script, tls="implicit", ca_file=str(CERTIFICATE))
+
+
+@in_the_clear
+def test_a_session_that_is_dropped_within_a_message_ends_in_words(
     salmon: Salmon, begun: tuple[bytes, ...]
 ) -> None:
     collections: list[asyncio.Task[list[Report]]] = []
@@ -269,7 +309,7 @@ def test_a_session_that_is_dropped_within_a_message_is_reset(
     async def script(provider: Dialogue) -> None:
         await begin(provider, begun)
         collections[0].cancel()
-        await is_reset(provider)
+        await ends_in_words(provider)
 
     async def main() -> None:
         async with scripted(script) as port:
@@ -282,11 +322,14 @@ def test_a_session_that_is_dropped_within_a_message_is_reset(
     asyncio.run(main())
 
 
-def test_a_provider_that_ends_its_side_within_a_transaction_is_reset(salmon: Salmon) -> None:
+def test_a_provider_that_ends_its_side_within_a_transaction_hears_last_words(
+    salmon: Salmon,
+) -> None:
     async def script(provider: Dialogue) -> None:
         await begin(provider, ENVELOPE)
         provider.end()
-        await is_reset(provider)
+        await provider.hear(LAST_WORDS)
+        await provider.silence()
 
     [report] = run(salmon, script)
     assert report.outcome is Outcome.FAILED

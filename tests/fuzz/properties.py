@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from parsing import parser
 from support.holding import account
 
 from salmon_revsmtp.provider.accounts import Accounts
@@ -37,7 +38,7 @@ from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Tran
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
 
-__all__ = ["TARGETS", "receiver", "replies", "sender", "session"]
+__all__ = ["TARGETS", "parser", "receiver", "replies", "sender", "session"]
 
 FLIGHT, MESSAGES, FIELD, MANY = b"\x1e", b"\x1d", b"\x1f", b"\x1c"
 
@@ -699,10 +700,10 @@ class _ClientDialogue:
             all(_is_mailbox(mailbox, number == 0) for number, mailbox in enumerate(mailboxes))
             and sayable
             and (plain or "SMTPUTF8" in self.extensions)
-            and (message.data.isascii() or "8BITMIME" in self.extensions)
+            and (_octets(message).isascii() or "8BITMIME" in self.extensions)
             and not any(
                 line.startswith(b"\0") and line.strip(b"\0") == b"."
-                for line in re.split(rb"\r\n|\r|\n", message.data)
+                for line in re.split(rb"\r\n|\r|\n", _octets(message))
             )
         ):
             return None
@@ -767,7 +768,7 @@ class _ClientDialogue:
 
     def _content(self, message: Outgoing, content: bytes | None) -> None:
         if content is not None:
-            expected = re.sub(rb"\r\n|\r|\n", b"\r\n", message.data)
+            expected = re.sub(rb"\r\n|\r|\n", b"\r\n", _octets(message))
             assert content == expected or (
                 expected[-2:] != b"\r\n" and content == expected + b"\r\n"
             ), "the server has another message than we"
@@ -817,6 +818,11 @@ class _ClientDialogue:
                 reply = self._refusal(event.message)
                 assert reply is not None
                 self.outcomes.append((event.message, event.replies))
+
+
+def _octets(message: Outgoing) -> bytes:
+    assert isinstance(message.data, bytes)
+    return message.data
 
 
 def _is_mailbox(mailbox: str, reverse: bool) -> bool:
@@ -936,4 +942,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "sender": sender,
     "session": session,
     "replies": replies,
+    "parser": parser,
 }

@@ -14,6 +14,7 @@ INSTRUMENTED = {
     "sender": ["salmon_revsmtp.smtp.sender", "salmon_revsmtp.smtp.replies"],
     "session": ["salmon_revsmtp.smtp.commands", "salmon_revsmtp.smtp.turn"],
     "replies": ["salmon_revsmtp.smtp.replies"],
+    "parser": ["salmon_revsmtp.delivery.bounds"],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def exim(root: Path) -> Iterator[Exim]:
 
 @pytest.fixture
 def exim_with_tls(root: Path) -> Iterator[Exim]:
-    with Exim(root, CERTIFICATE, PRIVATE_KEY) as running:
+    with Exim(root, CERTIFICATE, PRIVATE_KEY, as_we_advise=True) as running:
         yield running
 
 
@@ -106,6 +107,26 @@ def test_every_sample_once_and_octet_for_octet_under_starttls_with_plain(
     assert report.tls is not None
     assert arrived(salmon) == expected(held)
     assert exim.waiting() == 0
+
+
+def test_as_we_advise_each_session_has_a_message_and_ends_with_quit(
+    salmon: Salmon, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is sent twice, and no session breaks off."""
+    salmon.handle(".*")
+    with (
+        Exim(root, CERTIFICATE, PRIVATE_KEY, as_we_advise=True) as exim,
+        caplog.at_level(logging.DEBUG, "salmon_revsmtp.dialogue"),
+    ):
+        for number in range(8):
+            exim.submit("a@example.net", ["b@example.org"], b"Subject: m%d\r\n\r\nx\r\n" % number)
+        report = collected(salmon, exim, tls="starttls", ca_file=str(CERTIFICATE))
+        assert report.outcome is Outcome.COLLECTED, (report, exim.log())
+        assert (report.messages, report.sessions) == (8, 9)
+        assert exim.waiting() == 0
+    said = [one.getMessage() for one in caplog.records]
+    assert sum("provider: MAIL FROM" in line for line in said) == 8
+    assert sum("221 2.0.0 mail.example.org closing" in line for line in said) == 8
 
 
 def test_an_empty_queue(salmon: Salmon, exim: Exim) -> None:

@@ -22,6 +22,7 @@ from support.messages import MESSAGE
 from support.processes import KillableProcess
 from support.salmon import Salmon, fails
 from support.servers import ACCOUNTS, Exim, Postfix, Server, free_port, until
+from support.tls import CERTIFICATE, PRIVATE_KEY
 
 from salmon_revsmtp import Envelope, Reply
 from salmon_revsmtp.delivery.dsn import RecipientStatus, notification
@@ -73,6 +74,85 @@ def test_killed_at_random_while_exim_sends(salmon: Salmon, chroot: Roots) -> Non
     [recorded] = database.execute("SELECT count(*) FROM deliveries").fetchone()
     database.close()
     assert recorded == len(expected)
+
+
+BOTH = ["ann@example.org", "bob@example.org"]
+SHORT = b"Subject: m0\r\n\r\nx\r\n"
+LARGE = b"Subject: m0\r\n\r\n" + b"%098d\r\n" % 0 * 50_000
+
+
+@pytest.mark.parametrize(
+    ("instant", "message"),
+    [
+        ("the first RCPT", SHORT),
+        ("RCPT", SHORT),
+        ("RCPT", LARGE),
+        ("DATA", SHORT),
+        ("DATA", LARGE),
+        ("the message", LARGE),
+        ("the end", SHORT),
+        ("the end", LARGE),
+    ],
+)
+def test_killed_within_a_message_exim_in_the_clear_keeps_it(
+    salmon: Salmon, chroot: Roots, instant: str, message: bytes
+) -> None:
+    """Exim takes the end of the connection there for success: it has to hear a reply."""
+    with Exim(chroot("exim")) as exim:
+        exim.submit("a@example.net", BOTH, message)
+        keys = agent_keys(exim.port, server="127.0.0.1", password=ACCOUNTS["acme"])
+        killable = KillableProcess(salmon.folder, keys, "router")
+        try:
+            for times in (1, 2):
+                assert killable.run("collect", die_in=instant) == -9
+                _queue_runs_end(exim, times)
+                assert "Completed" not in exim.log(), exim.log()
+            assert not Path("ledger").exists()
+            _collect_all(killable, exim)
+        finally:
+            killable.close()
+        assert _handled() == BOTH, exim.log()
+
+
+@pytest.mark.parametrize("tls", ["none", "starttls"])
+@pytest.mark.parametrize("instant", ["the first RCPT", "RCPT", "DATA"])
+def test_stopped_within_a_message_exim_keeps_what_was_not_answered(
+    salmon: Salmon, chroot: Roots, instant: str, tls: str
+) -> None:
+    certificate = (CERTIFICATE, PRIVATE_KEY) if tls == "starttls" else (None, None)
+    with Exim(chroot("exim"), *certificate) as exim:
+        exim.submit("a@example.net", BOTH, SHORT)
+        exim.submit("a@example.net", BOTH, SHORT.replace(b"m0", b"m1"))
+        keys = {"server": "127.0.0.1", "tls": tls, "password": ACCOUNTS["acme"]}
+        if tls == "starttls":
+            keys["ca_file"] = str(CERTIFICATE)
+        killable = KillableProcess(salmon.folder, agent_keys(exim.port, **keys), "router")
+        try:
+            assert killable.run("collect", stop_in=instant) == 0
+            _queue_runs_end(exim, 1)
+            _collect_all(killable, exim)
+        finally:
+            killable.close()
+        assert _handled() == sorted(BOTH * 2), exim.log()
+
+
+def _collect_all(killable: KillableProcess, exim: Exim) -> None:
+    """Collect until Exim has no more; it waits a second before it tries a recipient again."""
+
+    def collected() -> bool:
+        return killable.run("collect") == 0 and exim.waiting() == 0
+
+    asyncio.run(until(collected, exim))
+
+
+def _queue_runs_end(exim: Exim, number: int) -> None:
+    """Wait for the end of so many: what became of each message is in its log then."""
+    asyncio.run(until(lambda: exim.log().count("End queue run") >= number, exim))
+
+
+def _handled() -> list[str]:
+    words = [line.split() for line in Path("ledger").read_text().splitlines()]
+    return sorted(recipient for what, _, recipient, _ in words if what == "end")
 
 
 def test_partial_success_with_postfix_which_has_no_prdr(salmon: Salmon, chroot: Roots) -> None:

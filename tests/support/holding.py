@@ -14,6 +14,7 @@ from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStore
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import AccountSettings
 from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.content import Content, whole
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 from support.configuration import PASSWORD
@@ -39,6 +40,9 @@ class NoHooks:
     """There are no plugins."""
 
     def call(self, hook: str, **arguments: Any) -> Any:
+        raise AssertionError(hook)
+
+    async def call_apart(self, hook: str, agent: Any, **arguments: Any) -> Any:
         raise AssertionError(hook)
 
     def implemented(self, hook: str) -> bool:
@@ -73,7 +77,9 @@ class Holding:
         [[key, *_]] = self.store.put([Arrival(envelope, tuple(names), [data])])
         return key
 
-    def notify(self, envelope: Envelope, refused: dict[str, Reply], data: bytes) -> Reply | None:
+    def notify(
+        self, envelope: Envelope, refused: dict[str, Reply], data: bytes | Content
+    ) -> Reply | None:
         self.told.append((envelope.reverse_path, refused))
         return None
 
@@ -82,7 +88,7 @@ class Holding:
         return list(self.store.listing(name, messages=10_000))
 
     def data(self, key: int) -> bytes:
-        return self.store.load([key])[key]
+        return whole(self.store.load([key])[key])
 
     def close(self) -> None:
         self.store.close()

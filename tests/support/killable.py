@@ -4,9 +4,10 @@
 
 A line of JSON on standard input is a run: ``{"do": "collect", "die_at": 17}`` forks a child that
 collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue), and that
-kills itself at the 17th line that it comes to of the code which makes a message safe.  Answers:
-``pid 4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``,
-the message, its recipient, and the digest of what queue mode stored for it.
+kills itself at the 17th line that it comes to of the code which makes a message safe; ``"die_in":
+"RCPT"`` kills it when a session has answered RCPT, and ``"stop_in"`` stops that.  Answers: ``pid
+4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``, the
+message, its recipient, and the digest of what queue mode stored for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,9 +32,12 @@ from salmon.server import SMTPError
 
 import salmon_revsmtp
 from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp.delivery.router import RouterDelivery
 from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.service.session import Session
+from salmon_revsmtp.smtp.commands import State
 from support.configuration import configuration
 
 PACKAGE = Path(salmon_revsmtp.__file__).parent
@@ -89,6 +94,42 @@ def die_at(number: int) -> None:
     sys.settrace(called)
 
 
+def _is_in(session: Session, instant: str) -> bool:
+    """Whether what has come of a message, and has been answered, is that much."""
+    receiver: Any = session.machine
+    if instant == "the message":  # somewhere in it
+        return bool(receiver.content_octets > 100_000)
+    if instant == "the first RCPT":
+        return len(receiver._recipients) == 1
+    state, recipients = receiver._state, len(receiver._recipients)
+    return recipients == 2 and state is State[instant] and not receiver.content_octets
+
+
+def do_in(instant: str, do: Callable[[Session], None]) -> None:
+    """Do something to a session at an instant: after ``"the first RCPT"`` of two, after the second
+    ``"RCPT"``, after ``"DATA"``, within ``"the message"``."""
+    receive = Session.data_received
+
+    def received(session: Any, data: bytes) -> None:
+        receive(session, data)
+        if _is_in(session, instant):
+            do(session)
+
+    Session.data_received = received  # type: ignore[method-assign, assignment]
+
+
+def die_in(instant: str) -> None:
+    """Kill this process at an instant, or at ``"the end"``, before the message is answered."""
+    if instant == "the end":
+        RouterDelivery.deliver = lambda *_: die()  # type: ignore
+    else:
+        do_in(instant, lambda _: die())
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def collect(keys: dict[str, Any], delivery: str) -> None:
     plugins = Plugins.load()
     service = {"hostname": "mail.example.org", "delivery": delivery}
@@ -100,6 +141,10 @@ def collect(keys: dict[str, Any], delivery: str) -> None:
 def run(request: dict[str, Any], keys: dict[str, Any], delivery: str) -> None:
     if number := request.get("die_at"):
         die_at(number)
+    if instant := request.get("die_in"):
+        die_in(instant)
+    if instant := request.get("stop_in"):
+        do_in(instant, Session.shut_down)
     if request["do"] == "collect":
         collect(keys, delivery)
     else:

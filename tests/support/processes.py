@@ -48,9 +48,15 @@ class KillableProcess:
         assert said[:1] == [word], said
         return int(said[1])
 
-    def run(self, do: str, kill_after: float | None = None, die_at: int | None = None) -> int:
+    def run(
+        self,
+        do: str,
+        kill_after: float | None = None,
+        die_at: int | None = None,
+        **more: str,
+    ) -> int:
         """One run; returns its exit status, -9 if it was killed."""
-        pid = self._pid = self._ask(do=do, die_at=die_at)
+        pid = self._pid = self._ask(do=do, die_at=die_at, **more)
         if kill_after is None:
             return self._hear("ended")
         killer = threading.Timer(kill_after, _kill, [pid])

@@ -15,6 +15,7 @@ from typing import Any
 
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import Arrival, Held
+from salmon_revsmtp.smtp.content import whole
 from salmon_revsmtp.smtp.envelope import Envelope
 from support.configuration import PASSWORD
 from support.processes import LONG, TESTS
@@ -125,7 +126,7 @@ class ProviderProcess:
             found = list(store.listing(messages=100_000))
             octets = store.load([one.key for one in found])
             assert set(octets) == {one.key for one in found}
-            return [(one, octets[one.key]) for one in found]
+            return [(one, whole(octets[one.key])) for one in found]
 
     def put(self, recipients: tuple[str, ...], data: bytes) -> None:
         """Hold a message for acme."""

@@ -238,6 +238,7 @@ call_customer:
   driver = smtp
   hosts_try_prdr = *
   message_linelength_limit = 10000
+  connection_max_messages = {most}
 
 call_host:
   driver = smtp
@@ -277,6 +278,7 @@ class Exim(Server):
     """Exim 4.100: ODMR and ETRN.  It changes nothing in a message: no Received, no header made up.
 
     ``certificate``, ``key``  PEM files: STARTTLS is offered with them.
+    ``as_we_advise``          with what the page on Exim advises for TLS.
     """
 
     program = "exim"
@@ -287,9 +289,11 @@ class Exim(Server):
         certificate: Path | None = None,
         key: Path | None = None,
         next_hop: int = 0,
+        as_we_advise: bool = False,
     ) -> None:
         super().__init__(root, next_hop)
         self._tls = (certificate, key)
+        self._as_we_advise = as_we_advise
 
     def configure(self) -> None:
         certificate, key = self._tls
@@ -301,6 +305,7 @@ class Exim(Server):
             tls = EXIM_TLS.format(place=self.place)
         values = {"place": self.place, "port": self.port, "tls": tls, "next_hop": self.next_hop}
         values |= {"password": ACCOUNTS["acme"], "hold": "false" if self.next_hop else "true"}
+        values |= {"most": 1 if self._as_we_advise else 500}  # 500 is Exim's default
         (self.folder / "exim.conf").write_text(EXIM.format(**values))
         owner = (self.root / "var/spool/exim4").stat()
         (self.folder / "spool").mkdir()

@@ -14,6 +14,7 @@ from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.hold.store import Held, HoldStore
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
+from salmon_revsmtp.smtp.content import whole
 from support.configuration import PASSWORD, configuration
 from support.messages import MESSAGE
 from support.salmon import Salmon
@@ -36,12 +37,16 @@ class World:
 
     @property
     def mx(self) -> int:
-        return self.daemon._listeners[0].port
+        return self.daemon.listeners[0].port
 
     @property
     def odmr(self) -> int:
-        assert self.daemon._provider is not None
-        return self.daemon._provider.port
+        assert self.daemon.provider is not None
+        return self.daemon.provider.port
+
+    def data(self, held: Held) -> bytes:
+        """Its octets."""
+        return whole(self.store.load([held.key])[held.key])
 
     def held(self, name: str = "acme") -> list[Held]:
         return list(self.store.listing(name))

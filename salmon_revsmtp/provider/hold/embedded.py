@@ -32,7 +32,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from salmon_revsmtp.provider.hold.store import (
 )
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.content import Content, Traits
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__ = ["EmbeddedStore"]
@@ -64,6 +65,10 @@ LARGE = 128 * 1024
 CHECKPOINT_PAGES = 4000
 # Rows that are read at a time.
 PAGE = 256
+# Octets of a file that are read at a time.
+READ = 256 * 1024
+# Octets of a message that comes that are kept to look at its header.
+BEGINNING = 64 * 1024
 
 MIGRATIONS = (
     """
@@ -73,6 +78,8 @@ MIGRATIONS = (
         said TEXT NOT NULL,
         size INTEGER NOT NULL,
         file TEXT,
+        streams INTEGER NOT NULL,
+        ascii INTEGER NOT NULL,
         body BLOB,
         accounts INTEGER NOT NULL
     );
@@ -177,26 +184,33 @@ class EmbeddedStore:
 
     # -- what comes -------------------------------------------------------------------------------
 
+    def spool(self) -> _Spool:
+        return _Spool(self._tmp / self._new_name())
+
     def put(self, arrivals: Sequence[Arrival]) -> Sequence[tuple[int, ...]]:
-        files: list[Path | None] = []
+        bodies: list[_Body] = []
         used: Counter[str] = Counter()
         octets: Counter[str] = Counter()
         try:
             for one in arrivals:
-                files.append(self._write_body(one) if one.size >= LARGE else None)
-            if any(files):
+                bodies.append(self._body(one))
+            if any(body.file for body in bodies):
                 sync_folder(self._bodies)
             with self._transaction() as database:
                 self._clock.note(database)
                 keys = [
-                    self._insert(database, one, file, used, octets)
-                    for one, file in zip(arrivals, files, strict=True)
+                    self._insert(database, one, body, used, octets)
+                    for one, body in zip(arrivals, bodies, strict=True)
                 ]
                 self._note_used(database, used, octets)
         except BaseException:
-            for file in filter(None, files):
-                with contextlib.suppress(OSError):
-                    file.unlink(missing_ok=True)
+            for body in bodies:
+                if body.file is not None:
+                    with contextlib.suppress(OSError):
+                        body.file.unlink(missing_ok=True)
+            for one in arrivals:
+                if one.spool is not None:
+                    one.spool.discard()
             raise
         for woken in self._watchers:
             woken(used.keys())
@@ -206,20 +220,19 @@ class EmbeddedStore:
         self,
         database: sqlite3.Connection,
         arrival: Arrival,
-        file: Path | None,
+        body: _Body,
         used: Counter[str],
         octets: Counter[str],
     ) -> tuple[int, ...]:
         envelope, size = arrival.envelope, arrival.size
         accounts = dict.fromkeys(arrival.accounts)
-        body = None if file else b"".join(arrival.content)
+        name = body.file.name if body.file is not None else None
         message = database.execute(
-            "INSERT INTO messages (sender, said, size, file, body, accounts) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO messages (sender, said, size, file, streams, ascii, body, accounts) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                envelope.reverse_path,
-                _said(envelope),
-                *(size, file and file.name, body, len(accounts)),
+                *(envelope.reverse_path, _said(envelope), size),
+                *(name, body.streams, body.ascii, body.inline, len(accounts)),
             ),
         ).lastrowid
         keys = []
@@ -240,47 +253,61 @@ class EmbeddedStore:
             octets[account] += size
         return tuple(keys)
 
-    def _write_body(self, arrival: Arrival) -> Path:
-        name = f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
-        path = self._tmp / name
-        try:
-            _write_private(path, *arrival.content)
-            there = self._bodies / name
-            path.rename(there)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-            raise
-        return there
+    def _new_name(self) -> str:
+        return f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
+
+    def _body(self, arrival: Arrival) -> _Body:
+        """Where the octets of a message are: in a file that is synced, if there are many."""
+        head = b"".join(arrival.content)
+        if isinstance(spool := arrival.spool, _Spool):
+            file = spool.keep(self._bodies)
+            return _Body(file, head, spool.traits.streams, spool.traits.ascii and head.isascii())
+        if arrival.spool is not None:
+            head += arrival.spool.read()
+        if len(head) < LARGE:
+            return _Body(None, head)
+        spool = self.spool()
+        spool.write(head)
+        return _Body(spool.keep(self._bodies), b"", spool.traits.streams, spool.traits.ascii)
 
     # -- what goes --------------------------------------------------------------------------------
 
-    def load(self, keys: Sequence[int]) -> dict[int, bytes]:
+    def load(self, keys: Sequence[int]) -> dict[int, bytes | Content]:
         places = ", ".join("?" * len(keys))
         with self._read() as database:
             rows = database.execute(
-                "SELECT held.id, body, file FROM held JOIN messages ON messages.id = message "
+                "SELECT held.id, messages.size, body, file, streams, ascii "
+                "FROM held JOIN messages ON messages.id = message "
                 f"WHERE held.id IN ({places})",
                 list(keys),
             ).fetchall()
-        found = {}
-        for key, body, file in rows:
+        found: dict[int, bytes | Content] = {}
+        for key, size, body, file, streams, ascii_ in rows:
+            head = bytes(body)
             try:
-                found[key] = bytes(body) if file is None else (self._bodies / file).read_bytes()
+                if file is None:
+                    found[key] = head
+                elif (self._bodies / file).stat().st_size != size - len(head):
+                    self._lost(key, file, "not whole")
+                elif streams:
+                    found[key] = _File(head, self._bodies / file, size, bool(ascii_))
+                else:
+                    found[key] = head + (self._bodies / file).read_bytes()
             except FileNotFoundError:
-                self._lost(key, file)
+                self._lost(key, file, "missing")
         return found
 
-    def _lost(self, key: int, file: str) -> None:
-        """A message's file is not there.  If it has not been settled meanwhile, someone deleted it:
-        it is set aside for a person to see, and the account's other mail goes on."""
-        held = self.strike(key, 0, f"its file bodies/{file} is missing")
+    def _lost(self, key: int, file: str, what: str) -> None:
+        """A message's file is not there, or not as it was.  If it has not been settled meanwhile,
+        someone did that: it is set aside for a person to see, and the account's other mail goes
+        on."""
+        held = self.strike(key, 0, f"its file bodies/{file} is {what}")
         if held is not None:
             log_safely(
                 log,
                 logging.ERROR,
-                "account=%s key=%d from=%s is set aside, its file is missing: %s",
-                *(held.account, key, angle(held.envelope.reverse_path), self._bodies / file),
+                "account=%s key=%d from=%s is set aside, its file is %s: %s",
+                *(held.account, key, angle(held.envelope.reverse_path), what, self._bodies / file),
             )
 
     def feed(self, account: str, domains: Collection[str] | None = None) -> _Feed:
@@ -474,6 +501,109 @@ class EmbeddedStore:
             ).fetchone()
             if known is None:
                 path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Where a message's octets are.
+
+    ``file``    those after ``inline``, if there are many.
+    ``inline``  the first, or all.
+    ``streams``, ``ascii``  see :class:`~salmon_revsmtp.smtp.content.Traits`.
+    """
+
+    file: Path | None
+    inline: bytes
+    streams: bool = False
+    ascii: bool = False
+
+
+class _Spool:
+    """A file under ``tmp/`` into which a message goes as it comes.
+
+    ``failed``  what went wrong first; the rest is thrown away then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.traits = Traits()
+        self.failed: OSError | None = None
+        self._path = path
+        self._beginning = b""
+        self._descriptor: int | None = None
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o600)
+        except OSError as error:
+            self.failed = error
+
+    @property
+    def size(self) -> int:
+        return self.traits.size
+
+    def write(self, data: bytes) -> None:
+        if len(self._beginning) < BEGINNING:
+            self._beginning += data[: BEGINNING - len(self._beginning)]
+        self.traits.add(data)
+        if self.failed is not None or self._descriptor is None:
+            return
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            self.failed = error
+
+    def beginning(self) -> bytes:
+        return self._beginning
+
+    def read(self) -> bytes:
+        self._check()
+        return self._path.read_bytes()
+
+    def keep(self, folder: Path) -> Path:
+        """Sync it, and give it a name in ``folder``, which is not synced.  Raises
+        :class:`OSError`."""
+        try:
+            self._check()
+            assert self._descriptor is not None
+            os.fsync(self._descriptor)
+            there = folder / self._path.name
+            self._path.rename(there)
+        except BaseException:
+            self.discard()
+            raise
+        os.close(self._descriptor)
+        self._descriptor = None
+        return there
+
+    def _check(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+
+    def discard(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+
+class _File:
+    """A message that is sent from its file."""
+
+    def __init__(self, head: bytes, path: Path, size: int, ascii_: bool) -> None:
+        self.size, self.ascii = size, ascii_
+        self._head, self._path = head, path
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self._head
+        with self._path.open("rb", buffering=0) as file:
+            while piece := file.read(READ):
+                yield piece
+
+    def beginning(self, octets: int) -> bytes:
+        with self._path.open("rb") as file:
+            return (self._head + file.read(octets))[:octets]
 
 
 class _Feed:

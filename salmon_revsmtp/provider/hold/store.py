@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from salmon_revsmtp.smtp.content import Content, Sink
 from salmon_revsmtp.smtp.envelope import Envelope
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "HoldStore",
     "HoldStoreError",
     "Settled",
+    "Spool",
     "State",
     "Usage",
     "Woken",
@@ -47,6 +49,24 @@ class State(enum.IntEnum):
     ASIDE = 1  #: it has failed again and again: it goes out only when a person says so
 
 
+class Spool(Sink, Protocol):
+    """A large message that goes into the store as it comes.  It is not held until it is given to
+    :meth:`HoldStore.put`.  The event loop writes to it, so it does not sync.
+
+    ``size``  octets that have come.
+    """
+
+    @property
+    def size(self) -> int:
+        """See above."""
+
+    def beginning(self) -> bytes:
+        """Its first octets, in which the header ends if it is no larger than most."""
+
+    def read(self) -> bytes:
+        """All of it.  Raises :class:`OSError`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Arrival:
     """A message to keep.
@@ -54,16 +74,18 @@ class Arrival:
     ``envelope``  its sender and recipients.
     ``accounts``  for each recipient, in order, the account that it is for.
     ``content``   its octets, header of ours and all, in pieces.
+    ``spool``     what comes after them, if that is so much that it is in the store already.
     """
 
     envelope: Envelope
     accounts: tuple[str, ...]
     content: Sequence[bytes]
+    spool: Spool | None = None
 
     @property
     def size(self) -> int:
         """Octets."""
-        return sum(map(len, self.content))
+        return sum(map(len, self.content)) + (self.spool.size if self.spool is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -145,8 +167,12 @@ class HoldStore(Protocol):
         """Make messages safe, all of them together; returns the keys of each, one per account, in
         the order in which the accounts come.  Raises :class:`OSError`."""
 
-    def load(self, keys: Sequence[int]) -> dict[int, bytes]:
-        """The octets of messages by their keys, without those that are gone."""
+    def spool(self) -> Spool:
+        """A place for a message that is coming.  Does not block, and does not raise."""
+
+    def load(self, keys: Sequence[int]) -> dict[int, bytes | Content]:
+        """The octets of messages by their keys, without those that are gone.  Large ones are not
+        read but as they are sent."""
 
     def feed(self, account: str, domains: Collection[str] | None = None) -> Feed:
         """A feed of an account's mail: what waits, for recipients in ``domains`` if given."""

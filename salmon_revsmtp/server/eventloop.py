@@ -1,0 +1,48 @@
+"""The event loop of a process that runs foreign code: handlers, hooks, agent types."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from salmon_revsmtp.forks import ours_alone
+from salmon_revsmtp.threads import LoopThreads
+
+__all__ = ["run"]
+
+# Threads of the loop, in which names are looked up and agent types may do what blocks.  asyncio has
+# six of them on two cores, which as many dead name servers would hold.
+MOST_THREADS = 64
+
+Result = TypeVar("Result")
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """As :func:`asyncio.run`; but its end waits for no thread, and a child that a handler forks
+    keeps nothing open that the loop has."""
+    return asyncio.run(_prepared(main))
+
+
+async def _prepared(main: Coroutine[Any, Any, Result]) -> Result:
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(LoopThreads("eventloop", MOST_THREADS))
+    with ours_alone(lambda: _descriptors(loop)):
+        return await main
+
+
+def _descriptors(loop: asyncio.AbstractEventLoop) -> set[int]:
+    """Those of its connections, also where it does not read just now, of what listens, and of what
+    wakes it."""
+    inside: Any = loop
+    found: set[int] = set()
+    if (selector := getattr(inside, "_selector", None)) is not None:
+        found.update(key.fd for key in list((selector.get_map() or {}).values()))
+        if hasattr(selector, "fileno"):
+            found.add(selector.fileno())
+    if (waking := getattr(inside, "_csock", None)) is not None:
+        found.add(waking.fileno())
+    for transport in list(getattr(inside, "_transports", {}).values()):
+        if (connection := transport.get_extra_info("socket")) is not None:
+            found.add(connection.fileno())
+    return found - {-1}

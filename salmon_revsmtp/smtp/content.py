@@ -1,0 +1,112 @@
+"""A message's octets where there are too many of them to be kept in memory: the shape of what the
+machines are given for that.  Nothing here does I/O; who keeps a message somewhere implements it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+__all__ = ["Content", "Octets", "Sink", "Traits", "beginning", "whole"]
+
+
+class Sink(Protocol):
+    """Where a message goes while it comes.  Its methods do not raise: what went wrong is told when
+    the message is to be made safe."""
+
+    def write(self, data: bytes) -> None:
+        """Take what has come next."""
+
+    def discard(self) -> None:
+        """There will be no message; forget what there is."""
+
+
+class Content(Protocol):
+    """A message that can be sent as it is: CRLF ends each of its lines, the last one too, and there
+    is no other CR or LF, and no NUL.
+
+    ``size``   octets.
+    ``ascii``  none of them is above 127.
+    """
+
+    @property
+    def size(self) -> int:
+        """See above."""
+
+    @property
+    def ascii(self) -> bool:
+        """See above."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """All of it, in pieces of some size.  May raise :class:`OSError` at any of them."""
+
+    def beginning(self, octets: int) -> bytes:
+        """The first octets of it.  Raises :class:`OSError`."""
+
+
+class Octets:
+    """A message in memory as :class:`Content`."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    @property
+    def ascii(self) -> bool:
+        return self._data.isascii()
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self._data
+
+    def beginning(self, octets: int) -> bytes:
+        return self._data[:octets]
+
+
+def beginning(data: bytes | Content, octets: int) -> bytes:
+    """The first octets of a message, wherever it is.  Raises :class:`OSError`."""
+    return data[:octets] if isinstance(data, bytes) else data.beginning(octets)
+
+
+def whole(data: bytes | Content) -> bytes:
+    """All of a message, in memory.  Raises :class:`OSError`."""
+    return data if isinstance(data, bytes) else b"".join(data.pieces())
+
+
+class Traits:
+    """What must be known of a message to send it from where it is, found while it goes there.
+
+    ``size``   octets.
+    ``ascii``  none of them is above 127.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.ascii = True
+        self._clean = True
+        self._last = b""  # a CR whose LF may come
+        self._tail = b""
+
+    def add(self, data: bytes) -> None:
+        """What comes next."""
+        if not data:
+            return
+        self.size += len(data)
+        self.ascii = self.ascii and data.isascii()
+        if self._clean:
+            # A CRLF that is in two pieces is counted with the second.
+            whole = self._last + data
+            held = whole[:-1] if whole.endswith(b"\r") else whole
+            ends = held.count(b"\r\n")
+            self._clean = (
+                held.count(b"\r") == ends and held.count(b"\n") == ends and b"\0" not in held
+            )
+            self._last = whole[len(held) :]
+        self._tail = (self._tail + data[-2:])[-2:]
+
+    @property
+    def streams(self) -> bool:
+        """It can be sent as it is: see :class:`Content`."""
+        return self._clean and not self._last and self._tail == b"\r\n"

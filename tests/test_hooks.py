@@ -1,0 +1,229 @@
+"""Hooks that block: they have threads of their own, and hold up no one else."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.configuration import agent_keys, configuration
+from support.dialogue import Dialogue, no_more_mail, scripted
+from support.messages import MESSAGE
+from support.project import Project, isp, one_message
+from support.salmon import Salmon
+from support.servers import free_port
+from support.serving import RUN, START, server, wait_for
+
+from salmon_revsmtp import hookimpl
+from salmon_revsmtp.plugins import manager
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.daemon import Daemon
+from salmon_revsmtp.server.eventloop import run
+
+LONG = 30
+# More than any pool of threads has.
+MANY = 80
+
+
+class Blocks:
+    """A plugin, one of whose hooks blocks for every agent but one."""
+
+    def __init__(self, hook: str) -> None:
+        self._hook = hook
+        self.blocked: list[str] = []
+        self.go = threading.Event()
+
+    def _called(self, hook: str, agent: Any) -> None:
+        if hook == self._hook and agent.name != "good":
+            self.blocked.append(agent.name)
+            self.go.wait(LONG)
+
+    @hookimpl
+    def may_collect(self, agent: Any) -> None:
+        self._called("may_collect", agent)
+
+    @hookimpl
+    def collection_started(self, agent: Any) -> None:
+        self._called("collection_started", agent)
+
+    @hookimpl
+    def connection_reversed(self, agent: Any, session: Any) -> None:
+        self._called("connection_reversed", agent)
+
+    @hookimpl
+    def collection_finished(self, agent: Any, report: Any) -> None:
+        self._called("collection_finished", agent)
+
+
+@pytest.fixture(params=["may_collect", "collection_started", "collection_finished"])
+def blocks(request: pytest.FixtureRequest) -> Iterator[Blocks]:
+    plugin = Blocks(request.param)
+    yield plugin
+    plugin.go.set()
+
+
+def test_a_hook_that_blocks_for_many_agents_does_not_hold_up_another(
+    salmon: Salmon, blocks: Blocks
+) -> None:
+    plugins = Plugins.load()
+    plugins.register(blocks)
+
+    async def main() -> None:
+        async with scripted(no_more_mail) as port:
+            bad = [agent_keys(free_port(), name=f"bad{one}", every=0.002) for one in range(MANY)]
+            valid = configuration(*bad, agent_keys(port, name="good", every=60), plugins=plugins)
+            collector = Collector(valid, plugins, lambda: salmon.relay)
+            daemon = Daemon(collector, plugins)
+            running = asyncio.create_task(daemon.run())
+            give_up = time.monotonic() + LONG
+            while not collector.journal.history("good") or len(blocks.blocked) < MANY:
+                assert time.monotonic() < give_up
+                await asyncio.sleep(0.05)
+            assert collector.journal.history("good")[0].outcome == "no-mail"
+            daemon.stop()
+            await asyncio.wait_for(running, LONG)
+            collector.close()
+
+    run(main())
+    assert not blocks.go.is_set(), "the end has not waited for them, either"
+    assert len(blocks.blocked) == len(set(blocks.blocked)), "one thread for an agent and a hook"
+
+
+def test_a_hook_that_does_not_return_is_left_out(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(manager, "HOOK_TIMEOUT", 0.1)
+    plugin, plugins = Blocks("collection_started"), Plugins.load()
+    plugins.register(plugin, "slow-one")
+
+    async def main() -> list[str]:
+        async with scripted(no_more_mail, no_more_mail) as port:
+            valid = configuration(agent_keys(port), plugins=plugins)
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
+                reports = await collector.collect(valid.agents)
+                reports += await collector.collect(valid.agents)
+        return [report.outcome.value for report in reports]
+
+    try:
+        assert run(main()) == ["no-mail", "no-mail"]
+    finally:
+        plugin.go.set()
+    assert plugin.blocked == ["isp"]
+    assert "plugin=slow-one hook=collection_started has not returned in 0.1 s" in caplog.text
+    assert "hook=collection_started still runs" in caplog.text
+
+
+class BlocksMessages:
+    """A plugin, one of whose hooks for messages blocks for every agent but one."""
+
+    def __init__(self, hook: str) -> None:
+        self._hook = hook
+        self.go = threading.Event()
+
+    def _called(self, hook: str, agent: Any) -> None:
+        if hook == self._hook and agent.name != "good":
+            self.go.wait(LONG)
+
+    @hookimpl
+    def message_received(self, agent: Any, message: bytes) -> None:
+        self._called("message_received", agent)
+
+    @hookimpl
+    def message_delivered(self, agent: Any, recipient: str) -> None:
+        self._called("message_delivered", agent)
+
+
+async def deferred(provider: Dialogue) -> None:
+    await provider.reverse()
+    assert (await provider.send(MESSAGE)).startswith("451 ")
+    await provider.quit()
+
+
+@pytest.mark.parametrize("hook", ["message_received", "message_delivered"])
+@pytest.mark.parametrize("delivery", ["router", "queue"])
+def test_a_hook_that_blocks_for_messages_holds_up_no_other_agents(
+    salmon: Salmon, hook: str, delivery: str
+) -> None:
+    salmon.handle(".*")
+    blocks, plugins = BlocksMessages(hook), Plugins.load()
+    plugins.register(blocks)
+    service = {"hostname": "mail.example.org", "delivery": delivery}
+
+    async def main() -> tuple[list[str], str]:
+        async with (
+            scripted(deferred) as one,
+            scripted(deferred) as other,
+            scripted(one_message, no_more_mail) as good,
+        ):
+            valid = configuration(
+                agent_keys(one, name="bad", service="hasty"),
+                agent_keys(other, name="worse", service="hasty"),
+                agent_keys(good, name="good"),
+                plugins=plugins,
+                default=service,
+                hasty={**service, "handler_timeout": 0.5},
+            )
+            with Collector(valid, plugins, lambda: salmon.relay) as collector:
+                first = await collector.collect(valid.agents[:2])
+                [last] = await collector.collect(valid.agents[2:])
+                assert not blocks.go.is_set()
+                blocks.go.set()
+        return [report.outcome.value for report in first], last.outcome.value
+
+    assert asyncio.run(main()) == (["failed", "failed"], "collected")
+
+
+PLUGIN = """
+import atexit, threading
+from salmon_revsmtp import hookimpl
+
+@hookimpl
+def {hook}(agent):
+    open("run/blocks", "w").close()
+    {ending}threading.Event().wait()
+"""
+
+
+def install(project: Project, hook: str, ending: str = "") -> None:
+    (project.folder / "blocking.py").write_text(PLUGIN.format(hook=hook, ending=ending))
+    distribution = project.folder / "blocking-1.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: blocking\nVersion: 1\n")
+    (distribution / "entry_points.txt").write_text("[salmon_revsmtp]\nblocking = blocking\n")
+
+
+@pytest.mark.parametrize("command", [START, RUN])
+@pytest.mark.parametrize("ending", ["", "atexit.register(threading.Event().wait); "])
+def test_a_stop_does_not_wait_for_a_hook_that_blocks(
+    project: Project, command: list[str], ending: str
+) -> None:
+    """Nor for what a plugin wants to be done at the end."""
+    install(project, "may_collect", ending)
+    project.receiver_port = free_port()
+    project.configure(isp(1))
+    with server(project, command) as process:
+        wait_for((project.folder / "run/blocks").exists, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LONG) == 0
+
+
+def test_collect_ends_at_a_signal_although_a_hook_blocks(project: Project) -> None:
+    install(project, "collection_started")
+    project.configure(isp(1))
+    with subprocess.Popen(
+        [sys.executable, "-m", "salmon_revsmtp", "collect", "isp"],
+        cwd=project.folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for((project.folder / "run/blocks").exists)
+        process.send_signal(signal.SIGTERM)
+        assert "interrupted" in process.communicate(timeout=LONG)[1]
+        assert process.returncode == 1
