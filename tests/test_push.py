@@ -431,3 +431,28 @@ def test_a_message_that_breaks_every_session_is_set_aside_and_the_others_arrive(
         assert held.waiting()[0].state is State.WAITING
 
     with_provider(tmp_path, work)
+
+
+def test_a_stop_finishes_what_is_under_way(tmp_path: Path) -> None:
+    async def work(held: Holding, provider: Provider) -> None:
+        held.put(Envelope("a@example.net", ("b@example.org",)), MESSAGE)
+        early, customer = await log_in(provider.port), await log_in(provider.port)
+        customer.say("XHOLD", "ATRN")
+        await customer.replied(250)
+        await customer.replied(250)
+        await be_the_server(customer)
+        await customer.asks("MAIL", "250 ok")
+        stopping = asyncio.create_task(provider.stop(grace=PATIENCE))
+        await early.replied(421)
+        await customer.asks("RCPT", "250 ok")
+        await customer.asks("DATA", "354 go on")
+        while (await customer.hear()) != ".":
+            pass
+        customer.say("250 taken")
+        await customer.asks("QUIT", "221 bye")
+        early.writer.close()
+        customer.writer.close()
+        await asyncio.wait_for(stopping, PATIENCE)
+        assert len(held) == 0
+
+    with_provider(tmp_path, work)

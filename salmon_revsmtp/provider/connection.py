@@ -107,7 +107,7 @@ class Connection(Driver):
         self._feed: Feed | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._waiting = False  # the customer does, for us
-        self._replaced = False
+        self._ending = False
         self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
         self._more = False  # there may be mail that the feed has not shown
         self._under_way: deque[Held] = deque()  # in the order in which they are answered
@@ -136,11 +136,18 @@ class Connection(Driver):
         self._news.set()
 
     def end_soon(self) -> None:
-        """What was answered is settled; what was not is still held."""
+        """Finish what is under way, and say QUIT; before the reversal, 421."""
         self._excused = True
-        for task in self._work:
-            task.cancel()
-        self.abort("the provider is shutting down")
+        if self._sender is not None:
+            self._ending = True
+            self._news.set()
+        elif self._work:
+            for task in self._work:
+                task.cancel()
+            self.abort("the provider is shutting down")
+        else:
+            self._turn.shut_down()
+            self.flush()
 
     def send_away(self, reply: Reply) -> None:
         """Before the reversal it hears why."""
@@ -152,7 +159,7 @@ class Connection(Driver):
 
     def replace(self) -> None:
         """A newer session has this one's place: end when what is under way is answered, or soon."""
-        self._replaced = self._excused = True
+        self._ending = self._excused = True
         self._news.set()
         asyncio.get_running_loop().call_later(
             REPLACED_GRACE, self.abort, "a newer session of the account takes its place"
@@ -322,16 +329,16 @@ class Connection(Driver):
         while True:
             for held, content in page:
                 await self._wait_until(lambda: self._may_send)
-                if self._replaced:
+                if self._ending:
                     break
                 await self._send(held, content)
-            if not self._replaced:
+            if not self._ending:
                 page = await self._next_page()
                 if page:
                     continue
                 if self.push:
                     await self._until_more()
-                    if not self._replaced:
+                    if not self._ending:
                         page = await self._next_page()
                         continue
             await self._wait_until(lambda: not self._under_way)
@@ -347,7 +354,7 @@ class Connection(Driver):
 
     @property
     def _may_send(self) -> bool:
-        return self._replaced or (self._sender is not None and self._sender.room)
+        return self._ending or (self._sender is not None and self._sender.room)
 
     async def _send(self, held: Held, content: bytes | Content) -> None:
         """Send a message; one over which a session broke goes alone."""
@@ -372,7 +379,7 @@ class Connection(Driver):
         """Wait for mail, and see now and then whether the customer is still there."""
         loop = asyncio.get_running_loop()
         assert self._sender is not None and self._feed is not None
-        while not (self._more or self._replaced):
+        while not (self._more or self._ending):
             if self.broken is not None:
                 raise ConnectionError(self.broken)
             now = loop.time()
