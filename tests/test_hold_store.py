@@ -5,6 +5,7 @@ To try another store, give ``STORES`` a function that opens one in a folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -422,3 +423,67 @@ def test_a_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("x")
     with pytest.raises(HoldStoreError, match="opening the hold store"):
         EmbeddedStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("left", [None, 0, 1000])
+def test_a_message_whose_file_is_missing_or_cut_off_keeps_no_other_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, left: int | None
+) -> None:
+    store = EmbeddedStore(tmp_path / "hold")
+    [[lost], [kept]] = store.put([arrival("b@acme.org", data=LARGE), arrival("b@acme.org")])
+    [file] = (tmp_path / "hold/bodies").iterdir()
+    if left is None:
+        file.unlink()
+    else:
+        os.truncate(file, left)
+    for _ in range(2):
+        assert list(store.load([lost, kept])) == [kept]
+    held = store.find(lost)
+    assert held is not None and held.state is State.ASIDE
+    assert file.name in held.reason and "a@example.net" in caplog.text
+    assert take(store, "acme") == [kept]
+    store.close()
+
+
+def test_a_file_is_deleted_only_when_its_message_cannot_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even after a power cut: that its message is gone is synced before."""
+    done: list[str] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def synced(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        done.append(f"sync {name}")
+        fsync(descriptor)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        done.append(f"delete {path.parent.name}")
+        unlink(path, missing_ok)
+
+    store = EmbeddedStore(tmp_path / "hold")
+    [[small], [large]] = store.put([arrival("b@acme.org"), arrival("b@acme.org", data=LARGE)])
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    store.settle([Settled(small, ["b@acme.org"])])
+    assert done == []
+    store.settle([Settled(large, ["b@acme.org"])])
+    assert done == ["sync index.sqlite3-wal", "delete bodies"]
+    store.close()
+
+
+def test_a_store_on_a_disk_without_room_for_a_name_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mail in it is what will make room."""
+    store = EmbeddedStore(tmp_path / "hold")
+    [[key]] = store.put([arrival("b@acme.org")])
+    store.close()
+
+    def full(path: Path, *pieces: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(embedded, "_write_private", full)
+    store = EmbeddedStore(tmp_path / "hold")
+    assert take(store, "acme") == [key]
+    store.close()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import smtplib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,88 +15,12 @@ from salmon.server import SMTPError
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.messages import MESSAGE
 from support.salmon import Salmon
+from support.world import ACME, OTHER, World, in_the_world
 
 from salmon_revsmtp import Reply, SettingsError, hold, hookimpl
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.hold.store import Held, HoldStore
 from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.daemon import Daemon
-from salmon_revsmtp.smtp.content import whole
-
-ACME = {"name": "acme", "password": PASSWORD, "domains": ["example.org", "b\u00fccher.example"]}
-OTHER = {"name": "other", "password": PASSWORD, "domains": ["example.com"]}
-
-
-class World:
-    """A server that is a provider, and the ports that it listens on."""
-
-    def __init__(self, collector: Collector, daemon: Daemon) -> None:
-        self.collector, self.daemon = collector, daemon
-
-    @property
-    def store(self) -> HoldStore:
-        return self.collector.providing.store
-
-    @property
-    def mx(self) -> int:
-        return self.daemon.listeners[0].port
-
-    @property
-    def odmr(self) -> int:
-        assert self.daemon.provider is not None
-        return self.daemon.provider.port
-
-    def data(self, held: Held) -> bytes:
-        return whole(self.store.load([held.key])[held.key])
-
-    def held(self, name: str = "acme") -> list[Held]:
-        return list(self.store.listing(name))
-
-    async def send(
-        self, *recipients: str, data: bytes = MESSAGE, sender: str = "a@example.net"
-    ) -> dict[str, tuple[int, str]]:
-        """Send a message as any mail server does; returns the recipients that were refused."""
-        async with aiosmtplib.SMTP(hostname="127.0.0.1", port=self.mx, start_tls=False) as client:
-            refused, _ = await client.sendmail(sender, list(recipients), data)
-        return dict(refused)
-
-
-@contextlib.asynccontextmanager
-async def world(
-    salmon: Salmon,
-    plugins: Plugins | None = None,
-    accounts: list[dict[str, Any]] | None = None,
-    **service: Any,
-) -> AsyncIterator[World]:
-    plugins = plugins or Plugins.load()
-    mx = {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold", **service}
-    valid = configuration(
-        plugins=plugins,
-        accounts=accounts or [ACME, OTHER],
-        provider={"hostname": "mx.example.net", "listen": "127.0.0.1:0"},
-        mx=mx,
-    )
-    with Collector(valid, plugins, lambda: salmon.relay) as collector:
-        daemon = Daemon(collector, plugins)
-        listening = asyncio.Event()
-        running = asyncio.create_task(daemon.run(listening.set))
-        waiting = asyncio.create_task(listening.wait())
-        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
-        try:
-            yield World(collector, daemon)
-        finally:
-            waiting.cancel()
-            daemon.stop()
-            await asyncio.wait_for(running, 60)
-
-
-def in_the_world(salmon: Salmon, work: Callable[[World], Awaitable[None]], **options: Any) -> None:
-    async def main() -> None:
-        async with world(salmon, **options) as here:
-            await work(here)
-
-    asyncio.run(main())
 
 
 def test_mail_for_an_account_is_held_with_our_received_line(salmon: Salmon) -> None:

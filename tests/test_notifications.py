@@ -148,6 +148,14 @@ def test_octets_are_limited_too_and_the_first_that_is_held_back_is_told_apart() 
     assert rates.admit("ann@example.net", 100) is None
 
 
+def test_one_that_came_to_nothing_does_not_count() -> None:
+    rates = RateLimit(Counts(), address=Limit(2, 1000))
+    for _ in range(10):
+        assert rates.admit("ann@example.net", 400) is None
+        rates.take_back("ann@example.net", 400)
+    assert [rates.admit("ann@example.net", 400) is None for _ in range(3)] == [True, True, False]
+
+
 def test_the_limits_go_from_narrow_to_wide() -> None:
     assert ADDRESS < DOMAIN < ALL
 

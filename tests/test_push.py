@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from salmon_revsmtp.customer import schedule
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider import connection
-from salmon_revsmtp.provider.hold.store import State
+from salmon_revsmtp.provider import connection, settling
+from salmon_revsmtp.provider.hold.embedded import _Feed
+from salmon_revsmtp.provider.hold.store import Feed, Settled, State
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
@@ -276,6 +278,52 @@ def test_xhold_is_offered_after_the_login_and_keeps_the_session(tmp_path: Path) 
         customer.writer.close()
 
     assert len(with_provider(tmp_path, work)) == 0
+
+
+def test_what_was_deferred_and_could_not_be_settled_comes_again_in_the_same_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full until after it would have been tried again."""
+    monkeypatch.setattr(connection, "AGAIN_FIRST", 0.05)
+    monkeypatch.setattr(connection, "AGAIN_LAST", 1.0)
+    monkeypatch.setattr(settling, "RETRY", 0.01)
+
+    async def work(held: Holding, provider: Provider) -> None:
+        full, settle = True, held.store.settle
+        starts: list[Feed] = []
+        start_over = _Feed.start_over
+
+        def settled_later(done: Sequence[Settled]) -> None:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            settle(done)
+
+        def started_over(feed: _Feed) -> None:
+            starts.append(feed)
+            start_over(feed)
+
+        monkeypatch.setattr(held.store, "settle", settled_later)
+        monkeypatch.setattr(_Feed, "start_over", started_over)
+        customer = await log_in(provider.port)
+        customer.say("XHOLD", "ATRN")
+        await customer.replied(250)
+        await customer.replied(250)
+        await be_the_server(customer)
+        held.put(Envelope("a@example.net", ("b@example.org",)), MESSAGE)
+        await customer.asks("MAIL", "250 ok")
+        await customer.asks("RCPT", "451 later")
+        await customer.asks("RSET", "250 ok")
+        while not starts:
+            await asyncio.sleep(0.01)
+        full = False
+        for _ in range(PATIENCE):
+            if (line := await customer.hear()) != "NOOP":
+                break
+            customer.say("250 ok")
+        assert line.startswith("MAIL")
+        customer.writer.close()
+
+    with_provider(tmp_path, work, keepalive=1)
 
 
 def test_a_silent_session_hears_noop(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Notifier:
             elif notice.about:
                 self._keep(envelope, notice, message)
         except OSError as error:
+            self._reporter.take_back(envelope, notice)
             self._say(logging.ERROR, envelope, "the notification was not kept: %s", error)
             return disk_reply(error)
         if notice.message is not None:

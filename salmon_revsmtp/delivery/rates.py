@@ -108,6 +108,19 @@ class RateLimit:
         self._counts.update(limits, change)
         return decision[-1]
 
+    def take_back(self, to: str, octets: int) -> None:
+        """One that was admitted came to nothing, and may be tried again: it does not count."""
+
+        def change(counts: Mapping[str, Window], now: float) -> Mapping[str, Window]:
+            return {
+                name: one._replace(
+                    messages=max(0, one.messages - 1), octets=max(0, one.octets - octets)
+                )
+                for name, one in counts.items()
+            }
+
+        self._counts.update(self._limits(to), change)
+
     def _limits(self, to: str) -> dict[str, tuple[str, Limit]]:
         """By the name of the count, the widest first: whose it is, and the limit."""
         local, _, spelled = to.rpartition("@")

@@ -81,6 +81,12 @@ class Reporter:
             return Notice(about, why_not="there were too many", limited=True)
         return Notice(about, made)
 
+    def take_back(self, envelope: Envelope, notice: Notice) -> None:
+        """A notification could not be kept, and will be tried again: it does not count among those
+        that there may be."""
+        if notice.message is not None:
+            self._rates.take_back(envelope.reverse_path, len(notice.message))
+
     def _log_first(self, suppressed: Suppressed) -> None:
         """Once a window: of a flood there is no other line at this level."""
         if suppressed.first:

@@ -47,7 +47,8 @@ PAGE_OCTETS = 1024 * 1024
 # A session that broke so often over a message is not the reason: the message is set aside.
 MOST_STRIKES = 5
 # Seconds until what was deferred is tried again in the same session: the first time, and, each time
-# twice as long, at the most.
+# twice as long, at the most.  A session looks for all that waits after so long in any case: an
+# answer that the disk could not take is settled later, and what was deferred waits only then.
 AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
 # A session that is replaced by a newer one may finish what is under way for so many seconds.
 REPLACED_GRACE = 5.0
@@ -278,6 +279,7 @@ class Connection(Driver):
         loop = asyncio.get_running_loop()
         self._waiting, self._patience = False, None
         self.reversed_at = self._heard_at = loop.time()
+        self._again_at = self.reversed_at + AGAIN_LAST
         self._sender = Sender(self._provider.hostname)
         self._turn.answer(Reply(250, "now reversing the connection", "2.0.0"))
         if self.push:
@@ -387,9 +389,11 @@ class Connection(Driver):
             if self.broken is not None:
                 raise ConnectionError(self.broken)
             now = loop.time()
-            if self._deferred and not self._under_way and now >= self._again_at:
+            if not self._under_way and now >= self._again_at:
+                if self._deferred:
+                    self._again_in = min(2 * self._again_in, AGAIN_LAST)
                 self._deferred = False
-                self._again_in = min(2 * self._again_in, AGAIN_LAST)
+                self._again_at = now + AGAIN_LAST
                 self._feed.start_over()
                 return
             if now >= self._heard_at + self._provider.keepalive and self._sender.idle:

@@ -102,6 +102,7 @@ class Notices:
         try:
             self._outbox.put(envelope.reverse_path, notice.message)
         except OSError as error:
+            self._reporter.take_back(envelope, notice)
             log_safely(log, logging.ERROR, "to=%s the notification was not kept: %s", to, error)
             return disk_reply(error)
         self._outbox.send_soon()

@@ -6,10 +6,8 @@ import asyncio
 import errno
 import os
 import stat
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from salmon.routing import Router
 from support.collecting import collect
 from support.configuration import agent_keys
 from support.dialogue import Dialogue, no_more_mail, scripted
+from support.disk import ROOM, Disk, small_disk
 from support.holding import Holding, NoHooks
 from support.messages import MESSAGE
 from support.salmon import Salmon, explodes, fails
@@ -35,61 +34,14 @@ from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-ROOM = 256 * 1024
-
-
-class Disk:
-    """A small file system mounted on ``run/``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._ballast = folder / "ballast"
-
-    def fill(self, room: int = 0) -> None:
-        """Leave so many octets."""
-        used = os.statvfs(self.folder)
-        free = used.f_bavail * used.f_frsize
-        self._ballast.write_bytes(b"x" * (free - room))
-
-    def empty(self) -> None:
-        self._ballast.unlink()
-
-    def grow(self, octets: int) -> None:
-        self._mount(f"remount,size={octets}")
-
-    def read_only(self) -> None:
-        self._mount("remount,ro")
-
-    def writable(self) -> None:
-        self._mount("remount,rw")
-
-    def _mount(self, options: str) -> None:
-        subprocess.run(["mount", "-o", options, str(self.folder)], check=True)
-
-    def litter(self) -> list[str]:
-        return [str(path) for path in self.folder.glob("*/tmp/*")]
-
 
 @pytest.fixture
 def disk(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    folder = salmon.folder / "run"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode:
-        reason = f"a small file system cannot be mounted: {mounted.stderr.strip()}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    # Salmon's own undeliverable queue was on what is below now.
-    queue.Queue("run/undeliverable")
-    monkeypatch.setattr(connection, "RETRY", 0.0)
-    try:
-        yield Disk(folder)
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(salmon.folder / "run") as mounted:
+        # Salmon's own undeliverable queue was on what is below now.
+        queue.Queue("run/undeliverable")
+        monkeypatch.setattr(connection, "RETRY", 0.0)
+        yield mounted
 
 
 class Held:

@@ -334,6 +334,9 @@ relay_domains = example.org, example.com
 smtpd_relay_restrictions = permit_mynetworks, reject
 smtp_dns_support_level = disabled
 smtputf8_enable = yes
+message_size_limit = 0
+local_header_rewrite_clients =
+mailbox_size_limit = 0
 transport_maps = inline:{{ {{example.org = smtp:[127.0.0.1]:{next_hop}}},
     {{example.com = smtp:[127.0.0.1]:{next_hop}}} }}
 alias_maps =
@@ -379,6 +382,9 @@ class Postfix(Server):
         return listing.count('"queue_name": "deferred"')
 
 
+SENDMAIL_NEXT_HOP = """define(`SMART_HOST', `esmtp:[127.0.0.1]')
+define(`ESMTP_MAILER_ARGS', `TCP $h {next_hop}')"""
+
 SENDMAIL = """
 include(`/usr/share/sendmail/cf/m4/cf.m4')
 OSTYPE(`linux')
@@ -386,9 +392,10 @@ define(`confDOMAIN_NAME', `mx.example.net')
 define(`QUEUE_DIR', `{place}/queue')
 define(`STATUS_FILE', `{place}/statistics')
 define(`confPID_FILE', `{place}/pid')
-define(`confDELIVERY_MODE', `queueonly')
+define(`confDELIVERY_MODE', `{mode}')
 define(`confDONT_PROBE_INTERFACES', `True')
 define(`confTO_IDENT', `0')
+{next_hop}
 FEATURE(`no_default_msa')
 FEATURE(`nocanonify')
 FEATURE(`accept_unresolvable_domains')
@@ -404,8 +411,14 @@ class Sendmail(Server):
 
     def configure(self) -> None:
         source = self.folder / "sendmail.mc"
-        source.write_text(SENDMAIL.format(place=self.place, port=self.port))
-        (self.folder / "sendmail.cf").write_text(self.inside("m4", f"{self.place}/sendmail.mc"))
+        values = {"place": self.place, "port": self.port, "mode": "queueonly", "next_hop": "dnl"}
+        if self.next_hop:
+            next_hop = SENDMAIL_NEXT_HOP.format(next_hop=self.next_hop)
+            values |= {"mode": "background", "next_hop": next_hop}
+        source.write_text(SENDMAIL.format(**values))
+        # It breaks lines of more than 990 octets unless it is told that there is no limit.
+        made = self.inside("m4", f"{self.place}/sendmail.mc").replace("L=990", "L=0")
+        (self.folder / "sendmail.cf").write_text(made)
         (self.folder / "queue").mkdir()
         (self.folder / "queue").chmod(0o700)
 

@@ -13,7 +13,8 @@ The order of writes, so that a crash at any instruction loses nothing:
    when the store is opened.
 3. Recipients that are settled are struck off in one transaction.  It is not synced by itself, for
    at worst a power cut brings a message back (RFC 1047's duplicate); the next sync includes it.
-   Files of messages that are gone are deleted after that.
+   But before files of messages that are gone are deleted, it is: a power cut must not bring a
+   message back whose file is gone.
 
 One process has the folder.  It is locked itself, and ``owner`` names who has it.
 """
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.files import FolderLock, give_to_owner, make_folder, sync_folder
+from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.journal.clock import CLOCK_TABLE, SteadyClock
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.provider.hold.store import (
@@ -47,6 +49,7 @@ from salmon_revsmtp.provider.hold.store import (
     Usage,
     Woken,
 )
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content, Traits
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -155,7 +158,8 @@ class EmbeddedStore:
                 f"opening the hold store {self._folder}: {who or 'another process'} has it; one "
                 "process uses a hold store at a time, so end that one, or ask it"
             )
-        _write_private(owner, f"process {os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # on a full disk it has the mail that can make room
+            _write_private(owner, f"process {os.getpid()}\n".encode())
         index = JournalFile(self._folder / "index.sqlite3", MIGRATIONS)
         self._database = self._held.enter_context(contextlib.closing(index.open()))
         self._database.execute("PRAGMA synchronous = FULL")
@@ -285,14 +289,28 @@ class EmbeddedStore:
             try:
                 if file is None:
                     found[key] = head
+                elif (self._bodies / file).stat().st_size != size - len(head):
+                    self._lost(key, file, "not whole")
                 elif streams:
                     found[key] = _File(head, self._bodies / file, size, bool(ascii_))
                 else:
                     found[key] = head + (self._bodies / file).read_bytes()
             except FileNotFoundError:
-                if self.find(key) is not None:
-                    raise  # and not settled meanwhile
+                self._lost(key, file, "missing")
         return found
+
+    def _lost(self, key: int, file: str, what: str) -> None:
+        """A message's file is not there, or not as it was.  If it has not been settled meanwhile,
+        someone did that: it is set aside for a person to see, and the account's other mail goes
+        on."""
+        held = self.strike(key, 0, f"its file bodies/{file} is {what}")
+        if held is not None:
+            log_safely(
+                log,
+                logging.ERROR,
+                "account=%s key=%d from=%s is set aside, its file is %s: %s",
+                *(held.account, key, angle(held.envelope.reverse_path), what, self._bodies / file),
+            )
 
     def feed(self, account: str, domains: Collection[str] | None = None) -> _Feed:
         return _Feed(self, account, domains, self._taking, self._taken_of(account))
@@ -335,11 +353,14 @@ class EmbeddedStore:
         with self._taking:
             for taken in self._taken.values():
                 taken.difference_update(keys)
-        for name in gone:
-            try:
+        if not gone:
+            return
+        try:
+            self._sync_log()
+            for name in gone:
                 (self._bodies / name).unlink(missing_ok=True)
-            except OSError as error:  # it goes when the store is opened
-                log.error("hold=%s file=%s cannot be deleted: %s", self._folder, name, error)
+        except OSError as error:  # they go when the store is opened
+            log.error("hold=%s files=%d cannot be deleted: %s", self._folder, len(gone), error)
 
     def _settle(
         self,
@@ -505,6 +526,15 @@ class EmbeddedStore:
             full = "full" in str(error)
             number = errno.ENOSPC if full else errno.EIO
             raise OSError(number, f"the hold store {self._folder}: {error}") from error
+
+    def _sync_log(self) -> None:
+        """What has been committed survives a power cut."""
+        with contextlib.suppress(FileNotFoundError):  # without a log each commit is synced
+            descriptor = os.open(self._folder / "index.sqlite3-wal", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _sweep(self) -> None:
         """Delete what a crash has left: files that nothing refers to."""

@@ -1,0 +1,96 @@
+"""A process that brings up providers to be killed: imports everything once, then forks.
+
+    python -m support.killable_provider FOLDER SETTINGS
+
+SETTINGS are JSON: the accounts, the provider's and those of the service ``mx``.  A line of JSON on
+standard input forks a provider in FOLDER: ``{"die_at": 17, "after": "provider/intake.py:deliver"}``
+is one that kills itself at the 17th line, from the first call of that function on, of the code that
+makes a message safe or hands it over.  Answers: ``pid 4711``, ``up`` when it listens, and at its
+death ``ended -9``.  SIGTERM stops it, and it ends with status 0.  In ``ledger`` there is a line for
+each notification that the relay was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import salmon_revsmtp
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.daemon import Daemon
+from support.configuration import configuration
+from support.killable import Sent
+
+PACKAGE = f"{Path(salmon_revsmtp.__file__).parent}/"
+# Where a death may cost or double a message.
+PERILOUS = tuple(
+    PACKAGE + name for name in ("provider/", "delivery/", "net/driver.py", "service/", "files.py")
+)
+
+
+def die_at(number: int, after: str) -> None:
+    """Kill this process at the n-th of those lines, in whatever thread."""
+    file, _, function = after.partition(":")
+    lines = itertools.count(1)
+    counting = threading.Event()
+
+    def lined(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line" and counting.is_set() and next(lines) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return lined
+
+    def called(frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        if not code.co_filename.startswith(PERILOUS):
+            return None
+        if code.co_name == function and code.co_filename == PACKAGE + file:
+            counting.set()
+        return lined
+
+    threading.settrace(called)
+    sys.settrace(called)
+
+
+async def serve(settings: dict[str, Any]) -> None:
+    plugins = Plugins.load()
+    valid = configuration(
+        plugins=plugins,
+        accounts=settings["accounts"],
+        provider=settings["provider"],
+        mx=settings["mx"],
+    )
+    with Collector(valid, plugins, Sent) as collector:
+        daemon = Daemon(collector, plugins)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, daemon.stop)
+        await daemon.run(lambda: print("up", flush=True))
+
+
+def main() -> None:
+    folder, settings = sys.argv[1:]
+    os.chdir(folder)
+    logging.disable(logging.CRITICAL)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            if request.get("die_at"):
+                die_at(request["die_at"], request["after"])
+            asyncio.run(serve(json.loads(settings)))
+            os._exit(0)
+        print("pid", pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print("ended", os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
