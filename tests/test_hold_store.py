@@ -223,6 +223,68 @@ def test_what_breaks_sessions_is_set_aside_until_someone_says_otherwise(
     assert [one.key for one in feed.take(10, 1 << 40)] == [bad]
 
 
+def test_what_is_claimed_no_feed_gets_until_it_is_released(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    keys = [key for [key] in store.put([arrival("b@acme.example") for _ in range(3)])]
+    feed = store.feed("acme")
+    claimed = store.claim([*keys[:2], 999_999])
+    assert [(one.key, one.account) for one in claimed.values()] == [(k, "acme") for k in keys[:2]]
+    assert store.claim(keys[:2]) == {}
+    assert [one.key for one in feed.take(10, 1 << 40)] == keys[2:]
+    assert store.claim(keys[2:]) == {}
+    store.settle([Settled(keys[0], ["b@acme.example"])])
+    woken: list[Collection[str]] = []
+    store.watch(woken.append)
+    store.release(keys[:2])
+    assert [set(one) for one in woken] == [{"acme"}]
+    assert [one.key for one in feed.take(10, 1 << 40)] == keys[1:2]
+    feed.close()
+    assert list(store.claim(keys)) == keys[1:]
+
+
+def test_what_is_claimed_is_as_it_is_now(open_store: Callable[[], HoldStore]) -> None:
+    """A message that was set aside, and one that some recipients have got."""
+    store = open_store()
+    [[one], [other]] = store.put([arrival("b@acme.example", "c@acme.example")] * 2)
+    store.strike(one, 1, "it broke")
+    store.settle([Settled(other, ["b@acme.example"], "later")])
+    claimed = store.claim([one, other])
+    assert (claimed[one].state, claimed[one].reason) == (State.ASIDE, "it broke")
+    assert claimed[other].envelope.recipients == ("c@acme.example",)
+
+
+def test_what_one_settles_in_parts_no_other_gets_whole(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    """Whoever looks for mail while another's answer is settled."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    store = open_store()
+    names = [f"r{number}@acme.example" for number in range(200)]
+    [[key]] = store.put([arrival(*names)])
+    got: list[str] = []
+
+    def work() -> None:
+        while store.find(key) is not None:
+            feed = store.feed("acme")
+            for held in feed.take(10, 1 << 40):
+                first = held.envelope.recipients[0]
+                got.append(first)
+                feed.leave([key])
+                store.settle([Settled(key, [first], "later")])
+            feed.close()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    sys.setswitchinterval(before)
+    assert sorted(got) == sorted(names)
+
+
 def test_whoever_watches_hears_of_mail_once_it_is_safe(
     open_store: Callable[[], HoldStore],
 ) -> None:
@@ -240,6 +302,21 @@ def test_the_listing_goes_on_after_a_key(open_store: Callable[[], HoldStore]) ->
     assert [one.key for one in store.listing()] == keys
     assert [one.key for one in store.listing(after=keys[0], messages=1)] == keys[1:2]
     assert [one.key for one in store.listing("acme", after=keys[0])] == keys[2:]
+
+
+def test_what_is_set_aside_is_listed_and_counted(open_store: Callable[[], HoldStore]) -> None:
+    store = open_store()
+    names = ("acme", "acme", "other", "acme")
+    keys = [key for [key] in store.put([arrival(f"b@{name}.example") for name in names])]
+    for key in keys[1:3]:
+        store.strike(key, 1, "it broke")
+    assert [store.aside(name) for name in ("acme", "other", "no one")] == [1, 1, 0]
+    assert [one.key for one in store.listing(state=State.ASIDE)] == keys[1:3]
+    assert [one.key for one in store.listing("acme", state=State.ASIDE)] == keys[1:2]
+    assert [one.key for one in store.listing("acme", state=State.WAITING)] == [keys[0], keys[3]]
+    assert store.listing("acme", keys[1], state=State.ASIDE) == []
+    store.retry(keys)
+    assert store.aside("acme") == 0
 
 
 def test_from_several_threads_at_once(open_store: Callable[[], HoldStore]) -> None:

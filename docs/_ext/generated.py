@@ -4,8 +4,9 @@
 meaning (the string below the field in the source) and what is allowed (the field's description,
 which is also what a wrong value is told).  ``:beside:`` leaves out the keys of another model.
 
-``.. commands:: package.module.group`` has a section for each command of a click group: its usage,
-its help text and its options.  The options that the group has itself stand once, at the top.
+``.. commands:: package.module.group`` has a section for each command of a click group, and of the
+groups in it: its usage, its help text and its options.  The options that the group has itself stand
+once, at the top.
 
 ``.. states:: package.module.Machine`` is the diagram of an SMTP machine, drawn from its tables.
 ``.. replies::`` is the table of the replies that the sender takes.
@@ -19,7 +20,7 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import click
@@ -101,18 +102,37 @@ def command_lines(group: click.Group, program: str) -> Iterator[str]:
     shared = {option.name for option in options(group)}
     yield from ("Options of every command", "------------------------", "")
     yield from option_lines(context, options(group))
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
+    for words, command in commands_of(group):
         own = [one for one in options(command) if one.name not in shared]
-        usage = [piece for piece in command.collect_usage_pieces(context) if piece != "[OPTIONS]"]
-        if own:
-            usage.insert(0, "[OPTIONS]")
-        yield from (name, "-" * len(name), "", "::", "")
-        yield from (f"    {' '.join((program, name, *usage))}", "")
+        title = " ".join(words)
+        yield from (title, "-" * len(title), "", "::", "")
+        yield from (f"    {' '.join((program, *words, *usage(command, context, own)))}", "")
         yield from prose(command.help or "")
         yield ""
         yield from option_lines(context, own)
+
+
+def commands_of(
+    group: click.Group, above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """The commands of a group and of the groups in it, each with the words that it is called by."""
+    for name in group.list_commands(click.Context(group)):
+        command = group.commands[name]
+        yield (*above, name), command
+        if isinstance(command, click.Group):
+            yield from commands_of(command, (*above, name))
+
+
+def usage(
+    command: click.Command, context: click.Context, own: Sequence[click.Option]
+) -> Iterator[str]:
+    """What follows the name of a command."""
+    if own:
+        yield "[OPTIONS]"
+    pieces = command.collect_usage_pieces(context)
+    if isinstance(command, click.Group):
+        pieces = ["[COMMAND]" if command.invoke_without_command else "COMMAND"]
+    yield from (piece for piece in pieces if piece != "[OPTIONS]")
 
 
 def options(command: click.Command) -> list[click.Option]:

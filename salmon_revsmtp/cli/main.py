@@ -16,6 +16,7 @@ from salmon_revsmtp.cli.collect import check, collect, run
 from salmon_revsmtp.cli.demo import demo
 from salmon_revsmtp.cli.options import Options, with_options
 from salmon_revsmtp.cli.plugins import plugins
+from salmon_revsmtp.cli.provider import provider
 from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
 __all__ = ["cli", "main"]
@@ -28,7 +29,7 @@ def cli(options: Options) -> None:
     """Collect waiting mail into a Salmon project by reverse SMTP."""
 
 
-for _command in (agents, collect, check, enable, disable, history, run, plugins, demo):
+for _command in (agents, collect, check, enable, disable, history, run, provider, plugins, demo):
     cli.add_command(_command)
 
 

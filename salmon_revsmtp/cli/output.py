@@ -22,7 +22,7 @@ from salmon_revsmtp.foreign import printable
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
 
-__all__ = ["in_a_thread", "print_json", "table", "when"]
+__all__ = ["at", "in_a_thread", "print_json", "table", "when"]
 
 # Seconds that what is being written has after ctrl-c.
 LAST_WORDS = 1.0
@@ -109,6 +109,11 @@ def when(seconds: float) -> str:
     if not sys.stdout.isatty():
         return iso(seconds)
     return datetime.fromtimestamp(seconds).isoformat(" ", timespec="seconds")
+
+
+def at(text: str | None) -> str:
+    """The same of a time that is ISO 8601 already."""
+    return "-" if text is None else when(datetime.fromisoformat(text).timestamp())
 
 
 @contextlib.contextmanager

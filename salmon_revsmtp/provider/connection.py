@@ -124,6 +124,12 @@ class Connection(Driver):
     def unfinished(self) -> bool:
         return bool(self._work)
 
+    @property
+    def tls_version(self) -> str | None:
+        """Such as "TLSv1.3"; ``None`` in the clear."""
+        found = self._transport.get_extra_info("ssl_object") if self._transport else None
+        return found.version() if found is not None else None
+
     def connected(self) -> None:
         refusal = self._provider.logins.refusal(self.peer[0])
         if refusal := self._admit(self) or refusal:

@@ -73,13 +73,19 @@ class Expiry:
                 yield held
             after = page[-1].key
 
-    def _give_up(self, held: Held, days: float) -> None:
-        content = self._store.load([held.key]).get(held.key)
-        if content is None:
+    def _give_up(self, old: Held, days: float) -> None:
+        """One that a session is sending is left to its customer's answer."""
+        held = self._store.claim([old.key]).get(old.key)
+        if held is None:
             return
-        if failure := self._notices.expired(held, content, days):
-            raise OSError(f"the notification for {angle(held.envelope.reverse_path)}: {failure}")
-        self._store.settle([Settled(held.key, held.envelope.recipients)])
+        try:
+            content = self._store.load([held.key])[held.key]
+            if failure := self._notices.expired(held, content, days):
+                to = angle(held.envelope.reverse_path)
+                raise OSError(f"the notification for {to}: {failure}")
+            self._store.settle([Settled(held.key, held.envelope.recipients)])
+        finally:
+            self._store.release([held.key])
         log_safely(
             log,
             logging.WARNING,

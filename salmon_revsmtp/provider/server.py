@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
@@ -73,6 +74,7 @@ class Provider:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions: dict[str, list[Connection]] = {}
         self._seen: dict[str, float] = {}  # when an account had a session the last time
+        self._last: dict[str, float] = {}  # the same, in seconds since the epoch
         self._said: dict[str, float] = {}  # after how many seconds its absence was logged
         store.watch(self._woken)
 
@@ -151,8 +153,14 @@ class Provider:
             # What they have under way is not "no mail".
             await asyncio.wait([one.ended for one in too_many], timeout=2 * REPLACED_GRACE)
 
+    def last_seen(self, name: str) -> float | None:
+        """When a session of an account began or ended the last time (seconds since the epoch);
+        ``None`` if none has since we started."""
+        return self._last.get(name)
+
     def _note_seen(self, name: str) -> None:
         self._seen[name] = asyncio.get_running_loop().time()
+        self._last[name] = time.time()
         self._said.pop(name, None)
 
     def _ended(self, connection: Connection, account: Account) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 from salmon_revsmtp.files import give_to_owner, make_folder
 from salmon_revsmtp.safelog import log_safely
 
-__all__ = ["GLANCE", "SOCKET", "Control", "NoServer", "ask", "running"]
+__all__ = ["GLANCE", "MOST_KEYS", "SOCKET", "Control", "NoServer", "ask", "running"]
 
 SOCKET = Path("run/revsmtp.sock")
 
@@ -39,6 +39,8 @@ GLANCE = 2.0
 MAX_NAME = 100
 # Connections that wait to be taken.
 BACKLOG = 100
+# Keys of messages in one request, which is a line of no more than 64 KiB.
+MOST_KEYS = 1000
 
 # From 3.13 on asyncio would remove a socket by the name that it was bound to, which it has no more.
 _OURS: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}

@@ -28,6 +28,7 @@ from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.server.holding import Holder, provide
+from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["Daemon"]
@@ -263,6 +264,10 @@ class Daemon:
             }
         elif request.get("do") == "hold" and self._collector.configuration.holds:
             yield await asyncio.to_thread(Holder(self._collector.providing).take, request)
+        elif str(request.get("do")).startswith("provider ") and self._collector.configuration.holds:
+            requests = ProviderRequests(self._collector.providing, self.provider)
+            async for answer in requests.answer(request):
+                yield answer
         elif request.get("do") == "collect":
             async for answer in self._answer_collect(request.get("agents", [])):
                 yield answer

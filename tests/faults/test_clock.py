@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.holding import Holding, account
+from support.holding import NoHooks, account
 
 from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.journal.deliveries import MessageKey
 from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.connection import LOGIN_PATIENCE, Connection
+from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -114,13 +115,23 @@ class Wire(asyncio.Transport):
         self.reading = True
 
 
+class NoStore:
+    """Nothing is held."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
 class ProviderWire(Wire):
     """The customer's end of a connection to the provider."""
 
     patience: float | None = None
 
     def connect(self) -> Driver:
-        provider = Holding(Path("hold"), ACME).provider("h", timeout=TIMEOUT)
+        accounts = Accounts([ACME])
+        provider = Provider(
+            accounts, NoStore(), lambda *told: None, NoHooks(), "h", timeout=TIMEOUT
+        )
         connection = Connection(provider, lambda driver: None, implicit_tls=False)
         connection._patience = self.patience
         return connection
@@ -376,10 +387,7 @@ def test_a_half_close_in_the_turn_of_the_answer_does_not_cost_it() -> None:
 
 
 @pytest.fixture(params=[Wire, ProviderWire], ids=["a service", "the provider"])
-def kind(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> type[Wire]:
-    monkeypatch.chdir(tmp_path)
+def kind(request: pytest.FixtureRequest) -> type[Wire]:
     chosen: type[Wire] = request.param
     return chosen
 

@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from salmon_revsmtp.files import FolderLock, make_folder, sync_folder
+from salmon_revsmtp.files import FolderLock, give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.journal.clock import CLOCK_TABLE, SteadyClock
 from salmon_revsmtp.journal.file import JournalFile
@@ -130,6 +130,8 @@ class EmbeddedStore:
         self._watchers: list[Woken] = []
         # One transaction at a time; a reader sees the last one that was committed.
         self._writing, self._reading = threading.Lock(), threading.Lock()
+        # Who has which message.  What is looked up and then taken must not change in between.
+        self._taking = threading.Lock()
         self._taken: dict[str, set[int]] = {}
         self._rounds: Counter[str] = Counter()  # whose feeds begin anew when it has changed
         self._usages: dict[str, Usage] = {}
@@ -311,7 +313,33 @@ class EmbeddedStore:
             )
 
     def feed(self, account: str, domains: Collection[str] | None = None) -> _Feed:
-        return _Feed(self, account, domains, self._taken.setdefault(account, set()))
+        return _Feed(self, account, domains, self._taking, self._taken_of(account))
+
+    def _taken_of(self, account: str) -> set[int]:
+        with self._taking:
+            return self._taken.setdefault(account, set())
+
+    def claim(self, keys: Iterable[int]) -> dict[int, Held]:
+        claimed = {}
+        for key in keys:
+            if (held := self.find(key)) is None:
+                continue
+            taken = self._taken_of(held.account)
+            with self._taking:
+                # Whoever had it until now may have settled it, or a part of it.
+                if key in taken or (held := self.find(key)) is None:
+                    continue
+                taken.add(key)
+            claimed[key] = held
+        return claimed
+
+    def release(self, keys: Iterable[int]) -> None:
+        left = [held for held in map(self.find, keys) if held is not None]
+        for held in left:
+            taken = self._taken_of(held.account)
+            with self._taking:
+                taken.discard(held.key)
+        self._begin_anew({held.account for held in left})
 
     def settle(self, done: Sequence[Settled]) -> None:
         used: Counter[str] = Counter()
@@ -321,8 +349,10 @@ class EmbeddedStore:
             for one in done:
                 self._settle(database, one, used, octets, gone)
             self._note_used(database, used, octets)
-        for taken in self._taken.values():
-            taken.difference_update(one.key for one in done)
+        keys = [one.key for one in done]
+        with self._taking:
+            for taken in self._taken.values():
+                taken.difference_update(keys)
         if not gone:
             return
         try:
@@ -388,12 +418,16 @@ class EmbeddedStore:
                 ).fetchone()
                 for key in keys
             ]
-        accounts = {row[0] for row in found if row is not None}
+        accounts = [row[0] for row in found if row is not None]
+        self._begin_anew(set(accounts))
+        return len(accounts)
+
+    def _begin_anew(self, accounts: Collection[str]) -> None:
+        """Feeds of these accounts may have passed what waits again."""
         for account in accounts:
             self._rounds[account] += 1
-        for woken in self._watchers:
+        for woken in self._watchers if accounts else ():
             woken(accounts)
-        return len([row for row in found if row is not None])
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -403,15 +437,19 @@ class EmbeddedStore:
         return _held(row) if row is not None else None
 
     def listing(
-        self, account: str | None = None, after: int = 0, messages: int = 100
+        self,
+        account: str | None = None,
+        after: int = 0,
+        messages: int = 100,
+        state: State | None = None,
     ) -> Sequence[Held]:
+        states = list(State) if state is None else [state]
         if account is None:
-            where, values = "WHERE held.id > ? ORDER BY held.id LIMIT ?", (after, messages)
-            return self._rows(where, values)
+            places = ", ".join("?" * len(states))
+            where = f"WHERE held.id > ? AND state IN ({places}) ORDER BY held.id LIMIT ?"
+            return self._rows(where, (after, *states, messages))
         found = [
-            one
-            for state in State
-            for one in self.page(account, state, after=after, messages=messages)
+            one for each in states for one in self.page(account, each, after, messages=messages)
         ]
         return sorted(found, key=lambda one: one.key)[:messages]
 
@@ -426,6 +464,13 @@ class EmbeddedStore:
 
     def usage(self, account: str) -> Usage:
         return self._usages.get(account, Usage())
+
+    def aside(self, account: str) -> int:
+        with self._read() as database:
+            [count] = database.execute(
+                "SELECT count(*) FROM held WHERE account = ? AND state = ?", (account, State.ASIDE)
+            ).fetchone()
+        return int(count)
 
     def usages(self) -> dict[str, Usage]:
         return {account: used for account, used in self._usages.items() if used.messages}
@@ -533,6 +578,7 @@ class _Spool:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(path, flags, 0o600)
+            give_to_owner(path)
         except OSError as error:
             self.failed = error
 
@@ -607,17 +653,19 @@ class _File:
 
 
 class _Feed:
-    """A feed; ``taken`` is what all feeds of the account have."""
+    """A feed; ``taken`` is what all feeds of the account and those who claim its mail have, to be
+    changed under ``taking``."""
 
     def __init__(
         self,
         store: EmbeddedStore,
         account: str,
         domains: Collection[str] | None,
+        taking: threading.Lock,
         taken: set[int],
     ) -> None:
         self._store, self._account, self._domains = store, account, domains
-        self._taken = taken
+        self._taking, self._taken = taking, taken
         self._ours: set[int] = set()
         self._after = 0
         self._round = 0
@@ -628,23 +676,30 @@ class _Feed:
         if restart or self._round != now:
             self._round, self._after = now, 0
         found: list[Held] = []
-        while len(found) < messages and octets > 0:
-            page = self._store.page(self._account, State.WAITING, self._after, PAGE)
-            for one in page:
-                if len(found) >= messages or octets <= 0:
-                    break
-                self._after = one.key
-                if one.key in self._taken:
-                    continue
-                wanted = self._wanted(one)
-                if wanted is not None:
-                    self._taken.add(one.key)
-                    self._ours.add(one.key)
+        more = True
+        while more and len(found) < messages and octets > 0:
+            # What is read before another settles it is still taken when it is looked at.
+            with self._taking:
+                page = self._store.page(self._account, State.WAITING, self._after, PAGE)
+                for wanted in self._free(page, messages - len(found), octets):
                     found.append(wanted)
-                    octets -= one.size
-            if len(page) < PAGE:
-                break
+                    octets -= wanted.size
+            more = len(page) == PAGE
         return found
+
+    def _free(self, page: Sequence[Held], messages: int, octets: int) -> Iterator[Held]:
+        """Take what no one has."""
+        for one in page:
+            if messages <= 0 or octets <= 0:
+                return
+            self._after = one.key
+            wanted = self._wanted(one) if one.key not in self._taken else None
+            if wanted is not None:
+                self._taken.add(one.key)
+                self._ours.add(one.key)
+                messages -= 1
+                octets -= one.size
+                yield wanted
 
     def _wanted(self, held: Held) -> Held | None:
         """A message for its recipients in the domains that were asked for, if it has any."""
@@ -692,6 +747,7 @@ def _write_private(path: Path, *pieces: bytes) -> None:
     """A new file, for its owner only, synced; its name is not."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        give_to_owner(path)
         for piece in pieces:
             file.write(piece)
         file.flush()

@@ -8,7 +8,7 @@ What a store promises:
   nothing.
 - Nothing goes but by :meth:`HoldStore.settle`: a recipient is struck off when the caller says that
   it is done with, and a message goes with its last recipient.
-- One feed has a message at a time, whoever else has a feed of that account.
+- One has a message at a time: a feed of its account, or who has claimed it.
 
 Its methods block, and may be called from several threads.  They raise :class:`OSError` when the
 store cannot do it now; then nothing has changed.
@@ -188,6 +188,14 @@ class HoldStore(Protocol):
     def retry(self, keys: Iterable[int]) -> int:
         """What was set aside waits again; returns how many there were."""
 
+    def claim(self, keys: Iterable[int]) -> dict[int, Held]:
+        """Take messages as a feed would, whatever their state, so that no session sends them;
+        returns them as they are now.  Those that a feed or someone else has are not among them,
+        nor those that are gone.  They are claimed until they are settled or released."""
+
+    def release(self, keys: Iterable[int]) -> None:
+        """These, which were claimed, are anyone's again, as far as they are still held."""
+
     def note_warned(self, key: int) -> None:
         """The sender of this message has been told that it is delayed."""
 
@@ -195,12 +203,20 @@ class HoldStore(Protocol):
         """One message that is held, whatever its state."""
 
     def listing(
-        self, account: str | None = None, after: int = 0, messages: int = 100
+        self,
+        account: str | None = None,
+        after: int = 0,
+        messages: int = 100,
+        state: State | None = None,
     ) -> Sequence[Held]:
-        """What is held, the oldest first, from after a key."""
+        """What is held, the oldest first, from after a key; of an account and in a state, if
+        given."""
 
     def usage(self, account: str) -> Usage:
         """What is held for an account."""
+
+    def aside(self, account: str) -> int:
+        """How many messages of an account are set aside."""
 
     def usages(self) -> dict[str, Usage]:
         """The same of all accounts that have anything, also of those that there are no more."""

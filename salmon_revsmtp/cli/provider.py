@@ -1,0 +1,173 @@
+"""``provider``: its accounts and sessions, and what makes a password into a setting."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from salmon_revsmtp.cli.held import held
+from salmon_revsmtp.cli.options import Options, json_option, with_options
+from salmon_revsmtp.cli.output import at, print_json, table
+
+__all__ = ["provider"]
+
+# Random octets of a password that is made: nobody guesses 192 bits.
+STRONG = 24
+# Octets of a password that is read: AUTH takes lines of 12,288 (RFC 4954 4), in base64.
+LONGEST = 8192
+
+
+@click.group()
+@with_options
+def provider(options: Options) -> None:
+    """Look after a provider: its accounts, their sessions and the mail that it holds.
+
+    These commands ask the server that runs in this project (`salmon start` or `salmon-revsmtp
+    run`). If none runs, they open the hold store themselves.
+    """
+
+
+@provider.command()
+@json_option
+@with_options
+def accounts(options: Options, as_json: bool) -> None:
+    """List the accounts, and what is held for each.
+
+    An account that cannot log in has "(Disabled)" after its name. "Set aside" are messages that are
+    not tried any more until you say so; see `provider held`. When an account was last seen is known
+    for the time since the server started.
+    """
+    from salmon_revsmtp.cli.desk import Desk
+
+    with Desk(options) as desk:
+        rows = [answer["account"] for answer in desk.ask("accounts")]
+    if as_json:
+        for row in rows:
+            print_json(row)
+        return
+    columns = ("name", "domains", "messages", "bytes", "oldest", "set aside", "last seen", "push")
+    table("Accounts", columns, [_account_cells(row) for row in rows])
+
+
+def _account_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    title = {None: " (not in the settings)", False: " (Disabled)", True: ""}[row["enabled"]]
+    push = f"since {at(row['push'])}" if row["push"] else "-"
+    return (
+        f"{row['account']}{title}",
+        ", ".join(row["domains"]) or "-",
+        _of(row["messages"], row["quota_messages"]),
+        _of(row["bytes"], row["quota_bytes"]),
+        at(row["oldest"]),
+        f"{row['aside']:,}",
+        at(row["last_seen"]),
+        f"{push}, {row['peer']}" if row["peer"] else push,
+    )
+
+
+def _of(number: int, most: int | None) -> str:
+    return f"{number:,}" if most is None else f"{number:,} of {most:,}"
+
+
+@provider.command()
+@json_option
+@with_options
+def sessions(options: Options, as_json: bool) -> None:
+    """List the sessions that are open: who collects mail now, or waits for it.
+
+    A push session stays open, and mail goes down it as it arrives.
+    """
+    from salmon_revsmtp.cli.desk import Desk
+
+    with Desk(options) as desk:
+        rows = [answer["session"] for answer in desk.ask("sessions")]
+    if as_json:
+        for row in rows:
+            print_json(row)
+        return
+    table(
+        "Sessions",
+        ("account", "peer", "since", "push", "messages", "tls"),
+        [
+            (
+                row["account"],
+                row["peer"],
+                at(row["since"]),
+                "yes" if row["push"] else "no",
+                f"{row['messages']:,}",
+                row["tls"] or "-",
+            )
+            for row in rows
+        ],
+    )
+
+
+@provider.command()
+@click.argument("name", required=False)
+@click.option("--generate", is_flag=True, help="Make a strong password.")
+@json_option
+@with_options
+def password(options: Options, name: str | None, generate: bool, as_json: bool) -> None:
+    """Make of a password what `customer_accounts` may have instead of it.
+
+    It asks for the password, which is not shown, or reads one line from standard input if that is
+    not a terminal. NAME is the account's, for the question. It prints a verifier: who reads that in
+    your settings cannot log in with it. With --generate it makes the password, too, and prints
+    both: the password is for the customer.
+
+    With a verifier alone the customer logs in by SCRAM-SHA-256, or under TLS by PLAIN or LOGIN, but
+    not by CRAM-MD5, which needs the password itself.
+    """
+    import secrets
+
+    text = secrets.token_urlsafe(STRONG) if generate else _read_password(name)
+    verifier = _verifier(text)
+    if as_json:
+        made = {"password": text} if generate else {}
+        print_json({"account": name, **made, "verifier": verifier})
+    elif generate:
+        click.echo(f"password, for the customer: {text}")
+        click.echo(f"verifier, for customer_accounts: {verifier}")
+    else:
+        click.echo(verifier)
+
+
+def _read_password(name: str | None) -> str:
+    if sys.stdin.isatty():
+        whose = f"Password of {name}" if name else "Password"
+        # What is asked goes elsewhere than what is printed, which may go into a file.
+        return str(click.prompt(whose, hide_input=True, confirmation_prompt=True, err=True))
+    stream = sys.stdin.buffer
+    line = stream.readline(LONGEST + 1)
+    if len(line) > LONGEST:
+        raise click.UsageError(f"the password has more than {LONGEST} octets")
+    if stream.read(LONGEST).strip():
+        raise click.UsageError("standard input has more than one line; the password is one")
+    try:
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError:
+        raise click.UsageError("the password is no UTF-8") from None
+
+
+def _verifier(text: str) -> str:
+    from scramp import ScramException
+
+    from salmon_revsmtp.smtp.sasl import Secret
+    from salmon_revsmtp.smtp.verifier import SHA_256
+
+    if not text:
+        raise click.UsageError("the password is empty")
+    if any(ord(letter) < 0x20 or letter == "\x7f" for letter in text):
+        raise click.UsageError("the password has control characters, which are refused")
+    if text.startswith(f"{SHA_256}$"):
+        raise click.UsageError("this is a verifier already")
+    try:
+        return str(Secret("", text).verifier(SHA_256))
+    except (ScramException, UnicodeError):
+        # RFC 4013: such as a letter that Unicode does not know yet.
+        raise click.UsageError("the password has letters that SCRAM forbids") from None
+
+
+provider.add_command(held)

@@ -1,0 +1,226 @@
+"""What ``salmon-revsmtp provider`` asks of the running server, by its control socket, or of its own
+process where none runs.
+
+    {"do": "provider accounts", "account": "acme"}      one of them; all without a name
+        {"account": {...}}
+    {"do": "provider sessions"}
+        {"session": {...}}
+    {"do": "provider held", "keys": [7]}                these, as far as there are any
+    {"do": "provider held", "account": "acme", "state": "aside", "after": 7, "limit": 50}
+        {"held": {...}}
+    {"do": "provider show", "key": 7, "whole": false}   the header, or the whole message
+        {"held": {...}, "cut": false}                   there is more of the header
+        {"octets": "..."}                               a piece, in base64
+    {"do": "provider drop", "keys": [7, 8]}             or retry, or bounce
+        {"key": 7, "done": true, "remark": ""}
+
+Each ends with ``{"end": true}``.  However much there is, no more than a page of it is in memory,
+and the next page is read when this one is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from salmon_revsmtp.customer.report import iso
+from salmon_revsmtp.delivery.trace import header_end
+from salmon_revsmtp.provider.accounts import Account
+from salmon_revsmtp.provider.hold.store import Held, State
+from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.upkeep import Treated, Upkeep
+from salmon_revsmtp.server.control import MOST_KEYS, Answers
+from salmon_revsmtp.server.providing import Providing
+from salmon_revsmtp.smtp.content import Content, beginning
+
+__all__ = ["ProviderRequests"]
+
+# Rows that are read at a time, and messages that are treated at a time: a bounce takes a sync or
+# two, and who asked waits 10 seconds for a sign.
+PAGE = 200
+AT_ONCE = 20
+# Octets in an answer, before base64; and what is shown of a header, which may be a whole message.
+PIECE = 48 * 1024
+MOST_HEADER = 64 * 1024
+
+Row = dict[str, Any]
+
+
+class ProviderRequests:
+    """Answers requests about what ``providing`` holds.
+
+    ``provider``  has the sessions; ``None`` where customers cannot call.
+    """
+
+    def __init__(self, providing: Providing, provider: Provider | None = None) -> None:
+        self._providing, self._provider = providing, provider
+        self._kinds: Mapping[str, Callable[[Row], AsyncIterator[Row]]] = {
+            "provider accounts": self._accounts,
+            "provider sessions": self._sessions,
+            "provider held": self._held,
+            "provider show": self._show,
+            "provider retry": lambda request: self._treat(request, Upkeep.retry),
+            "provider bounce": lambda request: self._treat(request, Upkeep.bounce),
+            "provider drop": lambda request: self._treat(request, Upkeep.drop),
+        }
+
+    async def answer(self, request: Row) -> Answers:
+        """The answers to a request.  Raises :class:`OSError` when the store cannot."""
+        kind = self._kinds.get(str(request.get("do")))
+        if kind is None:
+            yield {"error": "no such request"}
+            return
+        async for answer in kind(request):
+            yield answer
+        yield {"end": True}
+
+    # -- accounts and sessions ------------------------------------------------------------------
+
+    async def _accounts(self, request: Row) -> AsyncIterator[Row]:
+        accounts = {one.name: one for one in self._providing.accounts}
+        store = await asyncio.to_thread(lambda: self._providing.store)
+        names = [*accounts, *sorted(set(store.usages()) - set(accounts))]
+        if (wanted := request.get("account")) is not None:
+            names = [name for name in names if name == wanted]
+        open_now = self._open_sessions()
+        for start in range(0, len(names), PAGE):
+            some = names[start : start + PAGE]
+            for row in await asyncio.to_thread(self._account_rows, some, accounts):
+                mine = open_now.get(row["account"], [])
+                push = [one for one in mine if one["push"]]
+                last = self._provider.last_seen(row["account"]) if self._provider else None
+                row["last_seen"] = None if last is None else iso(time.time() if mine else last)
+                row["push"] = push[-1]["since"] if push else None
+                row["peer"] = mine[-1]["peer"] if mine else None
+                yield {"account": row}
+
+    def _account_rows(self, names: Sequence[str], accounts: Mapping[str, Account]) -> list[Row]:
+        store, rows = self._providing.store, []
+        for name in names:
+            account, used = accounts.get(name), store.usage(name)
+            settings = account.settings if account else None
+            oldest = store.listing(name, messages=1)
+            rows.append(
+                {
+                    "account": name,
+                    "enabled": settings.enabled if settings else None,
+                    "domains": list(account.domains) if account else [],
+                    "messages": used.messages,
+                    "quota_messages": settings.quota_messages if settings else None,
+                    "bytes": used.octets,
+                    "quota_bytes": settings.quota_bytes if settings else None,
+                    "oldest": iso(oldest[0].arrived) if oldest else None,
+                    "aside": store.aside(name),
+                }
+            )
+        return rows
+
+    async def _sessions(self, request: Row) -> AsyncIterator[Row]:
+        for rows in self._open_sessions().values():
+            for row in rows:
+                yield {"session": row}
+
+    def _open_sessions(self) -> dict[str, list[Row]]:
+        """By account, the oldest first.  On the event loop's own thread."""
+        found: dict[str, list[Row]] = {}
+        ahead = time.time() - asyncio.get_running_loop().time()
+        for one in self._provider.sessions if self._provider else ():
+            if one.account is None or one.reversed_at is None:
+                continue
+            host, port = one.peer
+            found.setdefault(one.account.name, []).append(
+                {
+                    "account": one.account.name,
+                    "peer": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+                    "since": iso(one.reversed_at + ahead),
+                    "push": one.push,
+                    "messages": one.sent,
+                    "tls": one.tls_version,
+                }
+            )
+        return found
+
+    # -- held messages --------------------------------------------------------------------------
+
+    async def _held(self, request: Row) -> AsyncIterator[Row]:
+        store = await asyncio.to_thread(lambda: self._providing.store)
+        if (keys := request.get("keys")) is not None:
+            for key in keys:
+                if (held := await asyncio.to_thread(store.find, int(key))) is not None:
+                    yield {"held": _held_row(held)}
+            return
+        state = State[request["state"].upper()] if request.get("state") else None
+        account, after = request.get("account"), int(request.get("after", 0))
+        limit = request.get("limit")
+        while limit is None or limit > 0:
+            most = PAGE if limit is None else min(PAGE, limit)
+            page = await asyncio.to_thread(store.listing, account, after, most, state)
+            for held in page:
+                yield {"held": _held_row(held)}
+            if len(page) < most:
+                return
+            after = page[-1].key
+            limit = None if limit is None else limit - len(page)
+
+    async def _show(self, request: Row) -> AsyncIterator[Row]:
+        key = int(request["key"])
+        held, content = await asyncio.to_thread(self._find, key)
+        if held is None or content is None:
+            return
+        if request.get("whole"):
+            pieces, cut = _pieces(content), False
+        else:
+            header, cut = await asyncio.to_thread(_header, content)
+            pieces = _pieces(header)
+        yield {"held": _held_row(held), "cut": cut}
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield {"octets": base64.b64encode(piece).decode("ascii")}
+
+    def _find(self, key: int) -> tuple[Held | None, bytes | Content | None]:
+        store = self._providing.store
+        return store.find(key), store.load([key]).get(key)
+
+    async def _treat(
+        self, request: Row, how: Callable[[Upkeep, Sequence[int]], list[Treated]]
+    ) -> AsyncIterator[Row]:
+        keys = list(dict.fromkeys(map(int, request["keys"])))
+        if len(keys) > MOST_KEYS:
+            raise ValueError(f"{len(keys)} keys, {MOST_KEYS} are taken")
+        upkeep = await asyncio.to_thread(
+            lambda: Upkeep(self._providing.store, self._providing.notices)
+        )
+        for start in range(0, len(keys), AT_ONCE):
+            for one in await asyncio.to_thread(how, upkeep, keys[start : start + AT_ONCE]):
+                yield asdict(one)
+
+
+def _header(content: bytes | Content) -> tuple[bytes, bool]:
+    """The header of a message, with LF line ends, and whether there is more of it."""
+    start = beginning(content, MOST_HEADER)
+    more = len(start) == MOST_HEADER
+    start = start.replace(b"\r\n", b"\n")
+    end = header_end(start)
+    return start[:end], more and end == len(start)
+
+
+def _pieces(content: bytes | Content) -> Iterator[bytes]:
+    for part in [content] if isinstance(content, bytes) else content.pieces():
+        yield from (part[start : start + PIECE] for start in range(0, len(part), PIECE))
+
+
+def _held_row(held: Held) -> Row:
+    return {
+        "key": held.key,
+        "account": held.account,
+        "from": held.envelope.reverse_path,
+        "to": list(held.envelope.recipients),
+        "size": held.size,
+        "arrived": iso(held.arrived),
+        "state": held.state.name.lower(),
+        "strikes": held.strikes,
+        "reason": held.reason,
+    }
