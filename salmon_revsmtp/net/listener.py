@@ -14,7 +14,7 @@ from salmon_revsmtp.net.places import Places
 from salmon_revsmtp.net.vestibule import Vestibule
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Admit", "Listener", "cannot_listen"]
+__all__ = ["Admit", "Listener", "cannot_listen", "places_for"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,11 @@ def cannot_listen(name: str, host: str, port: int, error: OSError) -> OSError:
     # asyncio wraps the reason into a sentence of its own; a name that is not found has no number.
     reason = os.strerror(number) if number > 0 else error.strerror
     return OSError(number, f"{where}: {reason}")
+
+
+def places_for(most: int, expected: Container[str]) -> Places:
+    """Places that several listeners share."""
+    return Places(most, MAX_PER_ADDRESS, expected)
 
 
 class Listener:

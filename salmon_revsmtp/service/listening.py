@@ -11,8 +11,7 @@ from salmon_revsmtp.delivery.dispatcher import Deliverer
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.driver import Driver
-from salmon_revsmtp.net.listener import MAX_PER_ADDRESS, Admit, Listener
-from salmon_revsmtp.net.places import Places
+from salmon_revsmtp.net.listener import Admit, Listener, places_for
 from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.session import Session, Tally
@@ -81,7 +80,7 @@ def listeners(
         )
 
     service.expected.look_up()
-    places = Places(settings.max_connections, MAX_PER_ADDRESS, service.expected)
+    places = places_for(settings.max_connections, service.expected)
     name = f"service={service.name}"
     listening = [
         Listener(name, connect, *address, places=places, refuse=refuse)
