@@ -30,7 +30,7 @@ OURS, POSTFIX, EXIM = "ours", "Postfix, into its hold queue", "Exim, queue_only"
 OUR_CHUNKS = "ours, from a sender that pipelines and chunks"
 
 # Sessions of smtp-source at a time -> messages; then of the others: some seconds.
-INTAKE = {1: 3000, 10: 10_000, 100: 10_000}
+INTAKE = {1: 1500, 10: 5000, 100: 5000}
 QUICK_INTAKE = {1: 40, 10: 100}
 CHUNKED = 10_000
 HAND_OVER, EXIM_HAND_OVER = 10_000, 400
@@ -198,6 +198,9 @@ def _taken(port: int, messages: int, password: str) -> float:
 
 NEAR, FAR = "Moments from the provider's 250 to the handler, {}", 200
 
+# Seconds until the customers have greeted after the reversal, beside five round trips.
+GREETED = 0.5
+
 
 class _Moments:
     """One run gives all figures of a round: ``sessions`` are held under TLS, and each message is
@@ -241,13 +244,19 @@ class _Moments:
                 link = module("delay", self.milliseconds / 2000, port)
                 port = stack.enter_context(link).says(20)["port"]
             agents = [
-                agent(port, f"isp-{number}", True, account=f"customer-{one}", domains=[one])
+                agent(
+                    *(port, f"isp-{number}", True),
+                    account=f"customer-{one}",
+                    domains=[one],
+                    every=1,  # so that many dial soon after one another
+                )
                 for number, one in enumerate(domains)
             ]
             folder = stack.enter_context(project(*agents, handler="arrivals", domains=[]))
             command = [str(peers.COMMAND), "--chdir", str(folder), "run"]
             stack.enter_context(Child(command, name="the customer"))
-            _until(lambda: provider.log.count("the connection is reversed") >= self.sessions)
+            _until(lambda: provider.log.count("the connection is reversed") >= self.sessions, 120)
+            time.sleep(GREETED + 5 * self.milliseconds / 1000)
             yield folder / "run/arrivals"
 
 
