@@ -25,7 +25,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
-    "provider": provider.sections,
+    **provider.SECTIONS,
 }
 ROUNDS = 5
 

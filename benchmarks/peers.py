@@ -242,8 +242,10 @@ class _EximServer(Exim):
     def configure(self) -> None:
         super().configure()
         file = self.folder / "exim.conf"
-        # A place for each of 100 sessions, and for whoever looks whether it is there.
-        file.write_text(file.read_text().replace("smtp_accept_max = 100", "smtp_accept_max = 200"))
+        # A place for each of 100 sessions, and for whoever looks whether it is there; and as many
+        # messages in each as come.
+        more = "smtp_accept_max = 200\nsmtp_accept_max_per_connection = 0"
+        file.write_text(file.read_text().replace("smtp_accept_max = 100", more))
 
 
 class _PostfixServer(Postfix):

@@ -23,7 +23,7 @@ from benchmarks.project import DOMAIN, PASSWORD, agent, project
 from benchmarks.serving import Serving, running
 from benchmarks.table import Case, Section, Target
 
-__all__ = ["sections", "targets"]
+__all__ = ["SECTIONS", "targets"]
 
 OCTETS = 4_000
 OURS, POSTFIX, EXIM = "ours", "Postfix, into its hold queue", "Exim, queue_only"
@@ -40,15 +40,16 @@ HELD = (1_000, 1_000_000)
 OF_HELD = 5_000
 
 
-def sections(quick: bool) -> list[Section]:
-    """Intake, hand-over, moments, large messages, and many of them."""
-    return [
-        *(_intake(*one, quick) for one in (QUICK_INTAKE if quick else INTAKE).items()),
-        _hand_over(quick),
-        *_moments(quick),
-        *_burst(quick),
-        *_held(quick),
-    ]
+#: What ``--only`` may name.
+SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
+    "provider-intake": lambda quick: [
+        _intake(*one, quick) for one in (QUICK_INTAKE if quick else INTAKE).items()
+    ],
+    "provider-handover": lambda quick: [_hand_over(quick)],
+    "provider-moments": lambda quick: _moments(quick),
+    "provider-memory": lambda quick: _burst(quick),
+    "provider-held": lambda quick: _held(quick),
+}
 
 
 def targets() -> list[Target]:

@@ -56,7 +56,7 @@ def host(*accounts: dict[str, Any], tls: bool = False) -> Iterator[Path]:
         },
     }
     places = {"max_connections": 300, "keep_places_for": ["127.0.0.0/8"]}
-    service = {"domains": [], "listen": [smtp], "delivery": "hold", **places}
+    service: dict[str, Any] = {"domains": [], "listen": [smtp], "delivery": "hold", **places}
     with project(settings=settings, **service) as folder:
         yield folder
 
