@@ -10,6 +10,7 @@ import shlex
 import statistics
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -85,6 +86,30 @@ def _times(title: str, ours: str, theirs: str) -> Callable[[dict[str, Section]],
 
 def _sessions(number: int) -> str:
     return "1 session" if number == 1 else f"{number:,} sessions"
+
+
+class _Run(ABC):
+    """One measurement gives all figures of a round, each of which is asked for once."""
+
+    def __init__(self) -> None:
+        self._figures: dict[str, float] = {}
+        self._failure: str | None = None
+
+    def figure(self, name: str) -> float:
+        """One of them; a measurement that failed is not tried again."""
+        if self._failure is not None:
+            raise Failure(self._failure)
+        if name not in self._figures:
+            try:
+                self._figures = self._measure()
+            except Failure as error:
+                self._failure = str(error)
+                raise
+        return self._figures.pop(name)
+
+    @abstractmethod
+    def _measure(self) -> dict[str, float]:
+        """All of them."""
 
 
 # -- intake ---------------------------------------------------------------------------------------
@@ -203,22 +228,16 @@ NEAR, FAR = "Moments from the provider's 250 to the handler, {}", 200
 GREETED = 0.5
 
 
-class _Moments:
-    """One run gives all figures of a round: ``sessions`` are held under TLS, and each message is
-    for one of them.  ``milliseconds`` is the round trip to the customer."""
+class _Moments(_Run):
+    """``sessions`` are held under TLS, and each message is for one of them.  ``milliseconds`` is the
+    round trip to the customer."""
 
     def __init__(self, sessions: int, messages: int = MOMENTS, milliseconds: int = 0) -> None:
         self.sessions, self.messages, self.milliseconds = sessions, messages, milliseconds
         self.name = f"{_sessions(sessions)} held"
         if milliseconds:
             self.name += f", {milliseconds} ms round trip"
-        self._figures: dict[str, float] = {}
-
-    def figure(self, name: str) -> float:
-        """Milliseconds; each figure is asked for once a round."""
-        if name not in self._figures:
-            self._figures = self._measure()
-        return self._figures.pop(name)
+        super().__init__()
 
     def _measure(self) -> dict[str, float]:
         names = [f"{number}.{DOMAIN}" for number in range(self.sessions)]
@@ -256,7 +275,7 @@ class _Moments:
             folder = stack.enter_context(project(*agents, handler="arrivals", domains=[]))
             command = [str(peers.COMMAND), "--chdir", str(folder), "run"]
             stack.enter_context(Child(command, name="the customer"))
-            _until(lambda: provider.log.count("the connection is reversed") >= self.sessions, 120)
+            _until(lambda: provider.log.count("the connection is reversed") >= self.sessions, BOUND)
             time.sleep(GREETED + 5 * self.milliseconds / 1000)
             yield folder / "run/arrivals"
 
@@ -333,21 +352,16 @@ BURST_SECONDS = "Large messages at once, until all are held"
 BURST_DEFERRED = "Large messages at once, how often one was deferred and sent again"
 
 
-class _Burst:
-    """One run gives all figures of a round."""
-
+class _Burst(_Run):
     def __init__(self, messages: int) -> None:
+        super().__init__()
         self._messages = messages
-        self._figures: dict[str, float] = {}
 
-    def figure(self, name: str) -> float:
-        """Each is asked for once a round."""
-        if name not in self._figures:
-            with serving.host() as folder, running(folder) as provider:
-                with module("burst", provider.smtp, self._messages, BURST_OCTETS) as clients:
-                    self._figures = dict(clients.says(BOUND))
-                self._figures["peak"] = provider.child.peak() / 2**20
-        return self._figures.pop(name)
+    def _measure(self) -> dict[str, float]:
+        with serving.host() as folder, running(folder) as provider:
+            with module("burst", provider.smtp, self._messages, BURST_OCTETS) as clients:
+                figures = clients.says(BOUND)
+            return {**figures, "peak": provider.child.peak() / 2**20}
 
 
 # -- many messages held ---------------------------------------------------------------------------
@@ -370,24 +384,21 @@ def _held(quick: bool) -> list[Section]:
 HELD_INTAKE, HELD_HAND_OVER = "Intake with so many held", "Hand-over with so many held"
 
 
-class _Hold:
+class _Hold(_Run):
     """A hold that is filled once; every round adds some messages, and takes as many."""
 
     def __init__(self, messages: int, some: int) -> None:
+        super().__init__()
         self._messages, self._some = messages, some
-        self._figures: dict[str, float] = {}
         self._folder: Path | None = None
         self.name = f"{messages:,} messages held"
 
-    def figure(self, title: str) -> float:
-        """Each is asked for once a round."""
-        if title not in self._figures:
-            with running(self._filled()) as provider:
-                self._figures = {
-                    HELD_INTAKE: _by_chunks(provider.smtp, 1, self._some),
-                    HELD_HAND_OVER: _taken(provider.odmr, self._some, PASSWORD),
-                }
-        return self._figures.pop(title)
+    def _measure(self) -> dict[str, float]:
+        with running(self._filled()) as provider:
+            return {
+                HELD_INTAKE: _by_chunks(provider.smtp, 1, self._some),
+                HELD_HAND_OVER: _taken(provider.odmr, self._some, PASSWORD),
+            }
 
     def _filled(self) -> Path:
         if self._folder is None:
