@@ -229,7 +229,7 @@ GREETED = 0.5
 
 
 class _Moments(_Run):
-    """``sessions`` are held under TLS, and each message is for one of them.  ``milliseconds`` is the
+    """``sessions`` are held under TLS, and each message is for one of them; ``milliseconds`` is the
     round trip to the customer."""
 
     def __init__(self, sessions: int, messages: int = MOMENTS, milliseconds: int = 0) -> None:
