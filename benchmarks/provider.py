@@ -54,7 +54,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
 
 
 def targets() -> list[Target]:
-    """What the issue asks for."""
+    """What is to be reached."""
     one, many = INTAKE_TITLE.format("1 session"), "Hand-over to a customer that answers at once"
     of = [
         Target(
