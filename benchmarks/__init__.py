@@ -7,10 +7,13 @@
 ``machine``    what this machine is, and which versions were measured
 ``processes``  child processes, ended by their pid
 ``peers``      which peers are here, and how each is run
-``project``    the Salmon project of the customer, whose handler does nothing
+``project``    the Salmon projects, whose handlers do nothing
+``serving``    our provider as its owners run it
 ``feeding``    the other end: a provider or client that is never the bottleneck, and an ideal sink
-``intake``, ``distance``, ``tls``, ``many``, ``startup``, ``alone``: one section of the table each
-``bare``, ``holding``, ``delay``, ``crowd``: processes that sections start
+``intake``, ``distance``, ``tls``, ``many``, ``startup``, ``alone``, ``provider``: parts of the
+table
+``bare``, ``holding``, ``delay``, ``crowd``, ``filling``, ``moments``, ``burst``: processes that
+those start
 
 All of it is on the loopback; nothing is installed, and nothing is left behind.
 """

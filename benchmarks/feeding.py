@@ -5,6 +5,7 @@ As a process (``python -m benchmarks.feeding ROLE``):
 ``provider``  listens for a customer, lets anybody log in, and after ATRN sends messages down the
               connection: its own, or those of smtp-source, spliced in
 ``client``    sends the same messages to a port: to Salmon's receivers, and to the sink
+``customer``  calls a provider, and answers everything at once
 ``sink``      the ideal peer: takes everything, does nothing, and answers
 
 What is sent is made beforehand, as much of it as the peer's extensions allow at a time, with a
@@ -15,6 +16,8 @@ bound on what is unanswered.  The clock runs from the first MAIL to the last rep
 from __future__ import annotations
 
 import argparse
+import base64
+import hmac
 import json
 import select
 import shlex
@@ -25,7 +28,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.processes import end_with_parent
-from benchmarks.project import CERTIFICATE, DOMAIN, KEY
+from benchmarks.project import ACCOUNT, CERTIFICATE, DOMAIN, KEY, PASSWORD
 
 __all__ = ["SENDER", "message"]
 
@@ -97,6 +100,11 @@ class Peer:
             self._read()
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line.rstrip(b"\r")
+
+    def unread(self) -> bytes:
+        """What has come and was not asked for."""
+        data, self._buffer = self._buffer, b""
+        return data
 
     def reply(self, code: int) -> list[str]:
         """The lines of a whole reply, which is to have this code."""
@@ -349,64 +357,125 @@ def sink(options: argparse.Namespace) -> None:
     peer = Peer(connection)
     if options.tls:
         peer.start_tls()
-    _sink(peer)
+    Sink(peer).take()
     peer.socket.close()
 
 
+def customer(options: argparse.Namespace) -> None:
+    """Call a provider, and answer what it has at once; after so many messages, 421.  The clock runs
+    from the reversal to the last answer."""
+    peer = Peer(socket.create_connection(("127.0.0.1", options.port), 20))
+    try:
+        peer.greet(b"EHLO")
+        peer.say(b"AUTH CRAM-MD5\r\n")
+        [challenge] = peer.reply(334)
+        digest = hmac.new(options.password.encode(), base64.b64decode(challenge), "md5")
+        answer = f"{ACCOUNT} {digest.hexdigest()}"
+        peer.say(base64.b64encode(answer.encode()) + b"\r\n")
+        peer.reply(235)
+        peer.say(b"ATRN\r\n")
+        peer.reply(250)
+        taken = Sink(peer, options.messages)
+        started = time.perf_counter()
+        taken.take()
+        if taken.messages < options.messages:
+            raise Refused(f"the provider had {taken.messages} messages")
+        _tell(messages=taken.messages, octets=options.octets, seconds=taken.last - started)
+    except (Refused, OSError) as error:
+        _tell(failure=f"{type(error).__name__}: {error}")
+    finally:
+        peer.socket.close()
+
+
 _ANSWERS = {
-    b"EHLO": b"250-sink\r\n250-PIPELINING\r\n250 CHUNKING\r\n",
+    b"EHLO": b"250-sink\r\n250-8BITMIME\r\n250-PIPELINING\r\n250 CHUNKING\r\n",
     b"HELO": b"250 sink\r\n",
     b"DATA": b"354 go on\r\n",
     b"QUIT": b"221 bye\r\n",
 }
 _OK = b"250 2.0.0 ok\r\n"
+_ENOUGH = b"421 4.0.0 enough\r\n"
 
 
-def _sink(peer: Peer) -> None:
-    peer.say(b"220 sink ESMTP\r\n")
-    buffer, skip, until = bytearray(), 0, b""
-    while data := peer.socket.recv(PIECE):
-        if skip > len(data):
-            skip -= len(data)
-            continue
-        buffer += memoryview(data)[skip:]
-        out = [_OK] if skip else []
-        skip = start = 0
-        while True:
-            end = buffer.find(until or b"\r\n", start)
+class Sink:
+    """The server role of SMTP, as fast as it can be had here.
+
+    ``messages``  how many have come.
+    ``last``      when the last of them was answered.
+    """
+
+    def __init__(self, peer: Peer, most: int = 0) -> None:
+        self._peer, self._most = peer, most
+        self._buffer = bytearray(peer.unread())
+        self._skip = 0  # octets of a BDAT's content that are still to come
+        self._ends_message = False  # that BDAT does
+        self._until = b""  # what ends the content of a DATA
+        self.messages, self.last = 0, 0.0
+
+    def take(self) -> None:
+        """Until the peer closes, or has sent the most that is wanted."""
+        self._peer.say(b"220 sink ESMTP\r\n")
+        while data := self._peer.socket.recv(PIECE):
+            out = self._take(data)
+            if out:
+                self._peer.say(b"".join(out))
+                self.last = time.perf_counter()
+            if self._most and self.messages >= self._most:
+                self._peer.say(_ENOUGH)
+                return
+
+    def _take(self, data: bytes) -> list[bytes]:
+        """The answers to what has come."""
+        if self._skip > len(data):
+            self._skip -= len(data)
+            return []
+        self._buffer += memoryview(data)[self._skip :]
+        out = [self._message(self._ends_message)] if self._skip else []
+        self._skip = start = 0
+        while not self._skip:
+            end = self._buffer.find(self._until or b"\r\n", start)
             if end < 0:
                 break
-            line = b"" if until else bytes(buffer[start:end])
-            start = end + len(until or b"\r\n")
-            until = b"\r\n.\r\n" if line == b"DATA" else b""
+            if self._until:
+                start, self._until = end + len(self._until), b""
+                out.append(self._message(True))
+                continue
+            line = bytes(self._buffer[start:end])
+            start = end + 2
             if line.startswith(b"BDAT"):
-                skip = int(line.split()[1])
-                here = min(skip, len(buffer) - start)
-                start, skip = start + here, skip - here
-                if skip:
-                    break
-            out.append(_ANSWERS.get(line[:4], _OK))
-        del buffer[:start]
-        if until and len(buffer) > len(until):  # of content only what may begin its end
-            del buffer[: -len(until)]
-        if out:
-            peer.say(b"".join(out))
+                size, self._ends_message = int(line.split()[1]), line.endswith(b"LAST")
+                here = min(size, len(self._buffer) - start)
+                start, self._skip = start + here, size - here
+                out += [] if self._skip else [self._message(self._ends_message)]
+            else:
+                self._until = b"\r\n.\r\n" if line == b"DATA" else b""
+                out.append(_ANSWERS.get(line[:4], _OK))
+        del self._buffer[:start]
+        if self._until and len(self._buffer) > len(self._until):  # only what may begin its end
+            del self._buffer[: -len(self._until)]
+        return out
+
+    def _message(self, whole: bool) -> bytes:
+        self.messages += whole
+        return _OK
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The process."""
     parser = argparse.ArgumentParser(prog="benchmarks.feeding")
-    parser.add_argument("role", choices=("provider", "client", "sink"))
+    parser.add_argument("role", choices=("provider", "client", "sink", "customer"))
     parser.add_argument("--messages", type=int, default=1)
     parser.add_argument("--octets", type=int, default=4096)
     parser.add_argument("--port", type=int)
+    parser.add_argument("--password", default=PASSWORD)
     parser.add_argument("--lmtp", action="store_true")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--without", nargs="*", default=[], help="extensions that are not used")
     parser.add_argument("--source", default="", help="the command of smtp-source")
     options = parser.parse_args(arguments)
     end_with_parent()
-    {"provider": provider, "client": client, "sink": sink}[options.role](options)
+    roles = {"provider": provider, "client": client, "sink": sink, "customer": customer}
+    roles[options.role](options)
 
 
 if __name__ == "__main__":

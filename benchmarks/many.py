@@ -101,7 +101,7 @@ class _Run:
                 calls = crowd.says(BOUND)
                 said = crowd.says(BOUND)
                 reports = [customer.says(BOUND) for _ in range(self.number)]
-                peak = _peak(customer)
+                peak = customer.peak() / 2**20
             if any(report["messages"] != self.messages for report in reports):
                 raise Failure(f"not every agent has its {self.messages} messages")
             return {
@@ -140,10 +140,3 @@ def _too_few_files(number: int) -> str | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 3 * number + 100
     return None if soft >= needed else f"needs {needed} open files, and may have {soft}"
-
-
-def _peak(child: Child) -> float:
-    for line in Path(f"/proc/{child.process.pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise Failure("the system does not say how much memory a process had")

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.processes import ROOT, Child, wait_for_port
@@ -21,20 +21,26 @@ from benchmarks.project import ACCOUNT, DOMAIN, PASSWORD, project
 from benchmarks.table import Missing
 
 sys.path.insert(0, str(ROOT / "tests"))
+from support.servers import ACCOUNTS, Exim, Postfix, Server, free_port
 from support.servers import find as find_chroot
-from support.servers import free_port
 
 __all__ = [
+    "EXIM_PASSWORD",
+    "Server",
     "collect",
     "exim",
+    "exim_server",
     "fetchmail",
+    "free_port",
     "missing",
+    "postfix_server",
     "receiver",
     "smtp_source",
     "versions",
 ]
 
 COMMAND = Path(sys.executable).with_name("salmon-revsmtp")
+EXIM_PASSWORD = ACCOUNTS[ACCOUNT]  # of its customers, as a provider
 SALMON = Path(sys.executable).with_name("salmon")
 
 
@@ -72,7 +78,19 @@ def smtp_source() -> str:
     raise Missing("not installed: smtp-source of Debian's package postfix")
 
 
-_FINDERS = {"fetchmail": _fetchmail, "exim": _exim, "smtp-source": smtp_source}
+def _postfix() -> Path:
+    found = find_chroot("postfix")
+    if isinstance(found, str):
+        raise Missing(f"not installed: {found}")
+    return found
+
+
+_FINDERS: dict[str, Callable[[], str | Path]] = {
+    "fetchmail": _fetchmail,
+    "exim": _exim,
+    "smtp-source": smtp_source,
+    "postfix": _postfix,
+}
 
 
 def versions() -> dict[str, str]:
@@ -84,7 +102,11 @@ def versions() -> dict[str, str]:
         except Missing as error:
             found[name] = str(error)
             continue
-        command = {"fetchmail": [str(where), "-V"], "exim": ["chroot", str(where), "exim4", "-bV"]}
+        command = {
+            "fetchmail": [str(where), "-V"],
+            "exim": ["chroot", str(where), "exim4", "-bV"],
+            "postfix": ["chroot", str(where), "postconf", "mail_version"],
+        }
         if name in command:
             done = subprocess.run(command[name], capture_output=True, text=True, check=False)
             lines = (done.stdout or done.stderr).splitlines()
@@ -204,3 +226,31 @@ def exim(port: int) -> Iterator[Child]:
         command = ["chroot", str(root), "exim4", *config, "-atrn", "127.0.0.1", DOMAIN]
         with Child(command, name="exim") as child:
             yield child
+
+
+def exim_server() -> Server:
+    """Exim as provider: it queues what comes, synced, and hands it over by ATRN."""
+    return _EximServer(_exim())
+
+
+def postfix_server() -> Server:
+    """Postfix, which takes everything into its hold queue, synced, and does no more with it."""
+    return _PostfixServer(_postfix())
+
+
+class _EximServer(Exim):
+    def configure(self) -> None:
+        super().configure()
+        file = self.folder / "exim.conf"
+        # A place for each of 100 sessions, and for whoever looks whether it is there; and as many
+        # messages in each as come.
+        more = "smtp_accept_max = 200\nsmtp_accept_max_per_connection = 0"
+        file.write_text(file.read_text().replace("smtp_accept_max = 100", more))
+
+
+class _PostfixServer(Postfix):
+    def configure(self) -> None:
+        super().configure()
+        with (self.folder / "conf/main.cf").open("a") as file:
+            file.write("smtpd_recipient_restrictions = check_client_access static:HOLD\n")
+            file.write("default_process_limit = 200\nsmtpd_client_connection_count_limit = 0\n")

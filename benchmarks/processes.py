@@ -110,6 +110,13 @@ class Child:
         status = Path(f"/proc/{self.process.pid}/statm").read_text()
         return int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def peak(self) -> int:
+        """The most resident memory that it had up to now, in octets (Linux)."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise Failure("the system does not say how much memory a process had")
+
 
 def module(name: str, *arguments: object, cwd: Path | None = None) -> Child:
     """A module of this package as a process."""

@@ -31,9 +31,10 @@ from pathlib import Path
 _keys = json.loads(Path("bench.json").read_text())
 collection_agents, smtp_services = _keys["agents"], {"default": _keys["service"]}
 port = _keys.get("port", 0)
+globals().update(_keys["settings"])
 relay_config = {"host": "localhost", "port": 8825}
-handlers = ["app.handlers.nothing"]
-router_defaults = {"host": r"example\\.org"}
+handlers = ["app.handlers." + _keys["handler"]]
+router_defaults = {"host": r"([0-9]+\\.)?example\\.org"}
 """
 
 _BOOT = """
@@ -61,7 +62,9 @@ _RECEIVERS = {
     "smtp": 'SMTPReceiver("127.0.0.1", settings.port)',
 }
 
-_HANDLER = """
+# handler module -> what it is
+_HANDLERS = {
+    "nothing": """
 from salmon.routing import route, stateless
 
 
@@ -69,7 +72,21 @@ from salmon.routing import route, stateless
 @stateless
 def NOTHING(message, person=None, host=None):
     pass
-"""
+""",
+    "arrivals": """
+import time
+
+from salmon.routing import route, stateless
+
+_file = open("run/arrivals", "a", buffering=1)
+
+
+@route("(person)@(host)", person="[a-z]+")
+@stateless
+def ARRIVALS(message, person=None, host=None):
+    print(message["Message-Id"], time.monotonic(), file=_file)
+""",
+}
 
 
 def agent(port: int, name: str = "isp", tls: bool = False, **keys: Any) -> dict[str, Any]:
@@ -89,10 +106,18 @@ def agent(port: int, name: str = "isp", tls: bool = False, **keys: Any) -> dict[
 
 
 @contextmanager
-def project(*agents: dict[str, Any], port: int = 0, **service: Any) -> Iterator[Path]:
+def project(
+    *agents: dict[str, Any],
+    port: int = 0,
+    handler: str = "nothing",
+    settings: dict[str, Any] | None = None,
+    **service: Any,
+) -> Iterator[Path]:
     """A project in a temporary folder, which is removed at the end.
 
-    ``port``  where Salmon's own receivers listen, if one is started.
+    ``port``      where Salmon's own receivers listen, if one is started.
+    ``handler``   ``"nothing"``, or ``"arrivals"``: it writes down when it saw which message.
+    ``settings``  more of them, such as those of a provider.
     """
     folder = Path(tempfile.mkdtemp(prefix="revsmtp-bench-"))
     try:
@@ -103,12 +128,15 @@ def project(*agents: dict[str, Any], port: int = 0, **service: Any) -> Iterator[
         (folder / "config/settings.py").write_text(_SETTINGS)
         for name, receiver in _RECEIVERS.items():
             (folder / f"config/{name}.py").write_text(_BOOT.replace("RECEIVER", receiver))
-        (folder / "app/handlers/nothing.py").write_text(_HANDLER)
+        for name, text in _HANDLERS.items():
+            (folder / f"app/handlers/{name}.py").write_text(text)
         shutil.copy(ROOT / "config/logging.conf", folder / "config")
         keys = {
             "agents": agents,
             "service": {"hostname": "mail.example.org", "domains": [DOMAIN], **service},
             "port": port,
+            "handler": handler,
+            "settings": settings or {},
         }
         (folder / "bench.json").write_text(json.dumps(keys))
         yield folder

@@ -38,7 +38,7 @@ from typing import Any
 
 from salmon_revsmtp.files import FolderLock, give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.foreign import angle
-from salmon_revsmtp.journal.clock import CLOCK_TABLE, SteadyClock
+from salmon_revsmtp.journal.clock import CLOCK_TABLE, SteadyClock, since_boot
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.provider.hold.store import (
     Arrival,
@@ -69,6 +69,9 @@ PAGE = 256
 READ = 256 * 1024
 # Octets of a message that comes that are kept to look at its header.
 BEGINNING = 64 * 1024
+# Seconds between two notes of where the clock is.  It goes on from the last one by itself, so more
+# would only be one more page to sync with every message.
+NOTE_CLOCK = 60.0
 
 MIGRATIONS = (
     """
@@ -127,6 +130,8 @@ class EmbeddedStore:
         self._bodies, self._tmp = folder / "bodies", folder / "tmp"
         self._numbers = itertools.count()
         self._clock = SteadyClock()
+        self._noted = -NOTE_CLOCK
+        self._synced: bool | None = None  # what the next commit would be
         self._watchers: list[Woken] = []
         # One transaction at a time; a reader sees the last one that was committed.
         self._writing, self._reading = threading.Lock(), threading.Lock()
@@ -162,7 +167,6 @@ class EmbeddedStore:
             _write_private(owner, f"process {os.getpid()}\n".encode())
         index = JournalFile(self._folder / "index.sqlite3", MIGRATIONS)
         self._database = self._held.enter_context(contextlib.closing(index.open()))
-        self._database.execute("PRAGMA synchronous = FULL")
         self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         self._reader = self._held.enter_context(contextlib.closing(index.open()))
         self._reader.execute("PRAGMA query_only = ON")
@@ -199,7 +203,7 @@ class EmbeddedStore:
             if any(body.file for body in bodies):
                 sync_folder(self._bodies)
             with self._transaction() as database:
-                self._clock.note(database)
+                self._note_clock(database)
                 keys = [
                     self._insert(database, one, body, used, octets)
                     for one, body in zip(arrivals, bodies, strict=True)
@@ -217,6 +221,12 @@ class EmbeddedStore:
         for woken in self._watchers:
             woken(used.keys())
         return keys
+
+    def _note_clock(self, database: sqlite3.Connection) -> None:
+        now = since_boot()
+        if now - self._noted >= NOTE_CLOCK:
+            self._clock.note(database)
+            self._noted = now
 
     def _insert(
         self,
@@ -492,7 +502,9 @@ class EmbeddedStore:
         """One transaction; on an error nothing of it is left."""
         with self._writing, self._explained():
             database = self._database
-            database.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+            if self._synced is not synced:
+                database.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+                self._synced = synced
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
