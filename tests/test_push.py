@@ -25,7 +25,7 @@ from salmon_revsmtp.customer import schedule
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider import connection
+from salmon_revsmtp.provider import handover
 from salmon_revsmtp.provider.hold.store import State
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
@@ -137,7 +137,7 @@ def test_a_command_collects_by_itself_and_ends(salmon: Salmon, tmp_path: Path) -
 def test_what_was_deferred_is_tried_again_in_the_same_session(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "AGAIN_FIRST", 0.1)
+    monkeypatch.setattr(handover, "AGAIN_FIRST", 0.1)
     times = 0
 
     def later(message: MailRequest) -> None:
@@ -376,7 +376,7 @@ def test_a_message_that_breaks_every_session_is_set_aside_and_the_others_arrive(
         assert (left.key, left.state, left.strikes) == (
             poison,
             State.ASIDE,
-            connection.MOST_STRIKES,
+            handover.MOST_STRIKES,
         )
         assert "broke" in left.reason
         held.store.retry([poison])
