@@ -121,6 +121,7 @@ class EmbeddedStore:
         # One transaction at a time; a reader sees the last one that was committed.
         self._writing, self._reading = threading.Lock(), threading.Lock()
         self._taken: dict[str, set[int]] = {}
+        self.taking = threading.Lock()  # one feed at a time looks what waits, and takes it
         self._rounds: Counter[str] = Counter()  # whose feeds begin anew when it has changed
         self._usages: dict[str, Usage] = {}
         self._held = contextlib.ExitStack()
@@ -269,7 +270,9 @@ class EmbeddedStore:
         return found
 
     def feed(self, account: str, domains: Collection[str] | None = None) -> _Feed:
-        return _Feed(self, account, domains, self._taken.setdefault(account, set()))
+        with self.taking:
+            taken = self._taken.setdefault(account, set())
+        return _Feed(self, account, domains, taken)
 
     def settle(self, done: Sequence[Settled]) -> None:
         used: Counter[str] = Counter()
@@ -279,8 +282,9 @@ class EmbeddedStore:
             for one in done:
                 self._settle(database, one, used, octets, gone)
             self._note_used(database, used, octets)
-        for taken in self._taken.values():
-            taken.difference_update(one.key for one in done)
+        with self.taking:
+            for taken in self._taken.values():
+                taken.difference_update(one.key for one in done)
         for name in gone:
             try:
                 (self._bodies / name).unlink(missing_ok=True)
@@ -472,19 +476,20 @@ class _Feed:
             self._round, self._after = now, 0
         found: list[Held] = []
         while len(found) < messages and octets > 0:
-            page = self._store.page(self._account, State.WAITING, self._after, PAGE)
-            for one in page:
-                if len(found) >= messages or octets <= 0:
-                    break
-                self._after = one.key
-                if one.key in self._taken:
-                    continue
-                wanted = self._wanted(one)
-                if wanted is not None:
-                    self._taken.add(one.key)
-                    self._ours.add(one.key)
-                    found.append(wanted)
-                    octets -= one.size
+            with self._store.taking:
+                page = self._store.page(self._account, State.WAITING, self._after, PAGE)
+                for one in page:
+                    if len(found) >= messages or octets <= 0:
+                        break
+                    self._after = one.key
+                    if one.key in self._taken:
+                        continue
+                    wanted = self._wanted(one)
+                    if wanted is not None:
+                        self._taken.add(one.key)
+                        self._ours.add(one.key)
+                        found.append(wanted)
+                        octets -= one.size
             if len(page) < PAGE:
                 break
         return found
