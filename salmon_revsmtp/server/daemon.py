@@ -288,6 +288,8 @@ class Daemon:
                 task.cancel()
         ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
         ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self._listeners]
+        if self._collector.configuration.holds:
+            ending.append(asyncio.ensure_future(self._collector.providing.stop(self._grace)))
         if self._provider is not None:
             ending.append(asyncio.ensure_future(self._provider.stop(self._grace)))
         if ending:
