@@ -21,6 +21,7 @@ from salmon_revsmtp.provider.hold import embedded
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import (
     Arrival,
+    Feed,
     HoldStore,
     HoldStoreError,
     Settled,
@@ -138,6 +139,35 @@ def test_two_feeds_never_have_the_same_message(open_store: Callable[[], HoldStor
     one.close()  # what it had is anyone's
     other.start_over()
     assert [held.key for held in other.take(1000, 1 << 40)] == keys[:2]
+
+
+class Meddling(list[str]):
+    """A list of domains: while one feed looks into it, another takes what it can in a thread."""
+
+    def __init__(self, domain: str, other: Feed) -> None:
+        super().__init__([domain])
+        self.taken: list[int] = []
+        self.thread = threading.Thread(target=self._take, args=[other])
+
+    def _take(self, other: Feed) -> None:
+        self.taken += [held.key for held in other.take(1000, 1 << 40)]
+
+    def __contains__(self, domain: object) -> bool:
+        if self.thread.ident is None:
+            self.thread.start()
+            self.thread.join(0.5)  # it may have to wait for us
+        return super().__contains__(domain)
+
+
+def test_two_feeds_in_two_threads_never_have_the_same_message(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    store = open_store()
+    keys = [key for [key] in store.put([arrival("b@acme.example") for _ in range(4)])]
+    domains = Meddling("acme.example", store.feed("acme"))
+    taken = [held.key for held in store.feed("acme", domains).take(1000, 1 << 40)]
+    domains.thread.join()
+    assert sorted(taken + domains.taken) == keys
 
 
 def test_what_is_answered_is_no_ones_until_it_is_settled(

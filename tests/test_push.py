@@ -26,7 +26,7 @@ from salmon_revsmtp.customer import schedule
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider import connection, settling
+from salmon_revsmtp.provider import handover, settling
 from salmon_revsmtp.provider.hold.embedded import _Feed
 from salmon_revsmtp.provider.hold.store import Feed, Settled, State
 from salmon_revsmtp.provider.server import Provider
@@ -139,7 +139,7 @@ def test_a_command_collects_by_itself_and_ends(salmon: Salmon, tmp_path: Path) -
 def test_what_was_deferred_is_tried_again_in_the_same_session(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "AGAIN_FIRST", 0.1)
+    monkeypatch.setattr(handover, "AGAIN_FIRST", 0.1)
     times = 0
 
     def later(message: MailRequest) -> None:
@@ -284,8 +284,8 @@ def test_what_was_deferred_and_could_not_be_settled_comes_again_in_the_same_sess
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full until after it would have been tried again."""
-    monkeypatch.setattr(connection, "AGAIN_FIRST", 0.05)
-    monkeypatch.setattr(connection, "AGAIN_LAST", 1.0)
+    monkeypatch.setattr(handover, "AGAIN_FIRST", 0.05)
+    monkeypatch.setattr(handover, "AGAIN_LAST", 1.0)
     monkeypatch.setattr(settling, "RETRY", 0.01)
 
     async def work(held: Holding, provider: Provider) -> None:
@@ -426,7 +426,7 @@ def test_a_message_that_breaks_every_session_is_set_aside_and_the_others_arrive(
         assert (left.key, left.state, left.strikes) == (
             poison,
             State.ASIDE,
-            connection.MOST_STRIKES,
+            handover.MOST_STRIKES,
         )
         assert "broke" in left.reason
         held.store.retry([poison])

@@ -14,7 +14,16 @@ from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import AheadLimits, Limits
 from salmon_revsmtp.smtp.receiver import Receiver, Transaction
 from salmon_revsmtp.smtp.replies import Reply
-from salmon_revsmtp.smtp.sender import Broken, Closed, Event, Outgoing, Ready, Sender, Sent
+from salmon_revsmtp.smtp.sender import (
+    BeginTls,
+    Broken,
+    Closed,
+    Event,
+    Outgoing,
+    Ready,
+    Sender,
+    Sent,
+)
 
 # As DATA sends it: RFC 5321 4.5.2.
 STUFFED = MESSAGE.replace(b"\r\n.", b"\r\n..") + b".\r\n"
@@ -29,9 +38,13 @@ class Peer:
     """The server at the other end of a sender."""
 
     def __init__(
-        self, *keywords: str, greet: bool = True, ahead: AheadLimits | None = None
+        self,
+        *keywords: str,
+        greet: bool = True,
+        ahead: AheadLimits | None = None,
+        starttls: bool = False,
     ) -> None:
-        self.sender = Sender("odmr.example.net", ahead)
+        self.sender = Sender("odmr.example.net", ahead, starttls=starttls)
         self.events: list[Event] = []
         if greet:
             self.say("220 peer")
@@ -604,3 +617,38 @@ def test_any_split_of_the_replies_gives_the_same(sizes: list[int]) -> None:
     assert peer.events[-1] == Closed()
     assert heard.count(b"\r\n") == 6 + MESSAGE.count(b"\r\n")
     assert heard.endswith(b"QUIT\r\n")
+
+
+def test_tls_is_used_where_it_is_offered_and_what_was_said_before_is_forgotten() -> None:
+    peer = Peer("STARTTLS", "CHUNKING", "PIPELINING", starttls=True)
+    peer.send(outgoing())
+    assert peer.hears() == b"STARTTLS\r\n"
+    peer.say("220 go ahead")
+    assert peer.events == [BeginTls()] and peer.hears() == b""
+    peer.sender.tls_started()
+    assert peer.sender.advance() == []
+    assert peer.hears() == b"EHLO odmr.example.net\r\n"
+    peer.say("250-peer", "250-STARTTLS", "250 SIZE")
+    assert peer.events[1:] == [Ready({"STARTTLS": "", "SIZE": ""})]
+    assert peer.hears() == b"MAIL FROM:<a@example.net> SIZE=%d\r\n" % len(MESSAGE)
+
+
+def test_without_tls_it_goes_on_in_the_clear() -> None:
+    for keywords, answers in ([], []), (["STARTTLS"], ["454 no"]), (["STARTTLS"], ["502 no"]):
+        peer = Peer(*keywords, starttls=True)
+        if answers:
+            assert peer.hears() == b"STARTTLS\r\n"
+            peer.say(*answers)
+        assert isinstance(peer.events[-1], Ready)
+    assert Peer("STARTTLS").hears() == b"", "and no one is asked who did not want it"
+
+
+@pytest.mark.parametrize("after", ["250 evil", "250-ev"])
+def test_what_comes_glued_to_the_answer_to_starttls_is_no_reply(after: str) -> None:
+    peer = Peer("STARTTLS", starttls=True)
+    peer.hears()
+    peer.events += peer.sender.receive_bytes(f"220 go ahead\r\n{after}".encode())
+    assert peer.sender.pending, "the driver looks, and does no handshake"
+    peer = Peer("STARTTLS", starttls=True)
+    peer.say("220 go ahead", "250 evil")
+    assert isinstance(peer.events[-1], Broken)

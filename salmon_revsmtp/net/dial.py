@@ -20,12 +20,13 @@ HEAD_START = 0.25
 _Address = tuple[int, int, int, Any]
 
 
-async def dial(host: str, port: int, timeout: float) -> socket.socket:
-    """A connected socket.  ``timeout`` in seconds, for finding the addresses and for each of them.
+async def dial(host: str, port: int, timeout: float, setting: str = "server") -> socket.socket:
+    """A connected socket.  ``timeout`` in seconds, for finding the addresses and for each of them;
+    ``setting`` is where a person wrote the host.
 
     Raises :class:`~salmon_revsmtp.net.outcome.Failed`, which says how each address failed.
     """
-    addresses = await _addresses(host, port, timeout)
+    addresses = await _addresses(host, port, timeout, setting)
     connecting: set[asyncio.Task[socket.socket]] = set()
     failures: list[str] = []
     try:
@@ -51,7 +52,7 @@ async def dial(host: str, port: int, timeout: float) -> socket.socket:
     raise Failed("; ".join(failures))
 
 
-async def _addresses(host: str, port: int, timeout: float) -> list[_Address]:
+async def _addresses(host: str, port: int, timeout: float, setting: str) -> list[_Address]:
     """The addresses of a host, those of IPv6 and IPv4 in turn (RFC 8305 4)."""
     looking = asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     try:
@@ -60,7 +61,7 @@ async def _addresses(host: str, port: int, timeout: float) -> list[_Address]:
         raise Failed(f"its name was not resolved in {timeout:g} seconds") from None
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise Failed(f"its name was not resolved ({reason}); check server") from None
+        raise Failed(f"its name was not resolved ({reason}); check {setting}") from None
     every = dict.fromkeys((family, kind, proto, where) for family, kind, proto, _, where in found)
     families: dict[int, list[_Address]] = {}
     for one in every:

@@ -2,7 +2,7 @@
 
 A :class:`Driver` moves bytes between an asyncio transport and a machine that does no I/O.  What all
 connections need is here, once: back-pressure in both directions, a clock that runs on progress, the
-TLS handshake of a server, the end.  A subclass says what a machine's events mean.
+TLS handshake, the end.  A subclass says what a machine's events mean.
 
 Back-pressure.  While the peer does not read what we say, we read nothing from it; while the machine
 is ``paused``, too.  What is to be written goes to the transport in pieces, as it takes them.
@@ -449,21 +449,24 @@ class Driver(asyncio.Protocol):
 
     # -- TLS --------------------------------------------------------------------------------------
 
-    def start_tls(self, context: ssl.SSLContext) -> None:
-        """Do the server's side of the handshake now; then the machine goes on (RFC 3207)."""
+    def start_tls(self, context: ssl.SSLContext, server: str | None = None) -> None:
+        """Do the handshake now; then the machine goes on (RFC 3207).  ``server``: the name of the
+        peer, if we are the client."""
         if self._guard is not None:
             self._guard.let_go()
             self._guard = None
-        task = asyncio.get_running_loop().create_task(self._start_tls(context))
+        task = asyncio.get_running_loop().create_task(self._start_tls(context, server))
         self._handshake = task
         task.add_done_callback(self._shaken)
 
-    async def _start_tls(self, context: ssl.SSLContext) -> None:
+    async def _start_tls(self, context: ssl.SSLContext, server: str | None) -> None:
         assert self._transport is not None
         if self.machine.pending:
             raise ConnectionError("unexpected data after STARTTLS")
+        if self._transport.is_closing():
+            raise ConnectionError("the connection was lost")
         encrypted = await asyncio.get_running_loop().start_tls(
-            self._transport, self, context, server_side=True
+            self._transport, self, context, server_side=server is None, server_hostname=server
         )
         if encrypted is None:
             raise ConnectionError("the connection was lost")

@@ -1,17 +1,9 @@
 """A customer's connection, through both of its halves.
 
-Before the reversal ``smtp.turn`` speaks, after it ``smtp.sender``; a connection moves messages from
-a feed of the hold store to the customer, and its answers to the settler.  What every connection
-needs is in ``net.driver``.
+Before the reversal ``smtp.turn`` speaks, after it ``smtp.sender``, and the account's mail is handed
+over as ``provider.handover`` has it.  What every connection needs is in ``net.driver``.
 
-After the reversal several messages are under way where the customer lets us.  What the customer has
-answered is settled also when the connection breaks or is dropped, and what it has not is still
-held.  When the session breaks over a message it gets a strike, and goes alone the next time, so
-that it is known which of those under way is the one; after some strikes it is set aside.
-
-A session that its customer wants to keep (XHOLD) goes on when all has been sent: it waits for the
-store to tell of more, and says NOOP when it was silent for long.  What the customer deferred is
-tried again in it after a while.
+A session that its customer wants to keep (XHOLD) stays open for what comes later.
 """
 
 from __future__ import annotations
@@ -19,20 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.net.listener import Admit
 from salmon_revsmtp.provider.accounts import Account, Accounts
-from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
+from salmon_revsmtp.provider.handover import HandOver
+from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.logins import LoginGuard
-from salmon_revsmtp.provider.settling import Answered, Settler
+from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.replies import Reply
-from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
+from salmon_revsmtp.smtp.sender import Sender
 from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, StartTls, Turn
 
 __all__ = ["Connection", "Host"]
@@ -41,15 +32,6 @@ log = logging.getLogger(__name__)
 
 # Seconds until a customer has to have said ATRN, whatever else it says.
 LOGIN_PATIENCE = 180.0
-# Messages and octets that are read from the store at a time.
-PAGE = 256
-PAGE_OCTETS = 1024 * 1024
-# A session that broke so often over a message is not the reason: the message is set aside.
-MOST_STRIKES = 5
-# Seconds until what was deferred is tried again in the same session: the first time, and, each time
-# twice as long, at the most.  A session looks for all that waits after so long in any case: an
-# answer that the disk could not take is settled later, and what was deferred waits only then.
-AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
 # A session that is replaced by a newer one may finish what is under way for so many seconds.
 REPLACED_GRACE = 5.0
 
@@ -83,7 +65,6 @@ class Connection(Driver):
     ``account``   who it is, once that is known.
     ``push``      it stays open for what comes later.
     ``reversed_at``  since when it is reversed, on the event loop's clock; ``None`` before.
-    ``sent``      messages that the customer has answered.
     """
 
     WE, THEY = "provider", "customer"
@@ -101,20 +82,16 @@ class Connection(Driver):
         self.account: Account | None = None
         self.push = False
         self.reversed_at: float | None = None
-        self.sent = 0
         self._provider, self._admit = provider, admit
         self._sender: Sender | None = None
-        self._feed: Feed | None = None
+        self._hand_over: HandOver | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._waiting = False  # the customer does, for us
-        self._ending = False
-        self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
-        self._more = False  # there may be mail that the feed has not shown
-        self._under_way: deque[Held] = deque()  # in the order in which they are answered
-        self._excused = False  # if the session breaks, it is not over what is under way
-        self._deferred = False
-        self._again_in, self._again_at = AGAIN_FIRST, 0.0
-        self._heard_at = 0.0
+
+    @property
+    def sent(self) -> int:
+        """Messages that the customer has answered."""
+        return self._hand_over.sent if self._hand_over is not None else 0
 
     @property
     def busy(self) -> bool:
@@ -139,14 +116,13 @@ class Connection(Driver):
         self._turn.tls_started()
 
     def disconnected(self) -> None:
-        self._news.set()
+        if self._hand_over is not None:
+            self._hand_over.look()
 
     def end_soon(self) -> None:
         """Finish what is under way, and say QUIT; before the reversal, 421."""
-        self._excused = True
-        if self._sender is not None:
-            self._ending = True
-            self._news.set()
+        if self._sender is not None and self._hand_over is not None:
+            self._hand_over.stop()
         elif self._work:
             for task in self._work:
                 task.cancel()
@@ -165,27 +141,27 @@ class Connection(Driver):
 
     def replace(self) -> None:
         """A newer session has this one's place: end when what is under way is answered, or soon."""
-        self._ending = self._excused = True
-        self._news.set()
+        if self._hand_over is not None:
+            self._hand_over.stop()
         asyncio.get_running_loop().call_later(
             REPLACED_GRACE, self.abort, "a newer session of the account takes its place"
         )
 
     def wake(self) -> None:
         """Mail has come."""
-        self._more = True
-        self._news.set()
+        if self._hand_over is not None:
+            self._hand_over.wake()
 
     def start_over(self) -> None:
         """Mail that was another session's may be anyone's now."""
-        if self._feed is not None:
-            self._feed.start_over()
-        self.wake()
+        if self._hand_over is not None:
+            self._hand_over.start_over()
 
     # -- events ---------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
+        if self._hand_over is not None:
+            self._hand_over.heard()
         super().data_received(data)
 
     def handle(self, event: object) -> None:
@@ -206,14 +182,8 @@ class Connection(Driver):
         elif isinstance(event, AtrnRequest):
             self._waiting = True
             self._start(self._atrn(event))
-        elif isinstance(event, Ready):
-            self._news.set()
-        elif isinstance(event, Sent):
-            self._answered(event)
-        elif isinstance(event, Broken):
-            self._excused = self._excused or event.said_so
-            self.broken = self.broken or event.reason
-            self._news.set()
+        elif self._hand_over is not None:
+            self._hand_over.handle(event)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -245,11 +215,12 @@ class Connection(Driver):
         push = account.settings.push
         self.push = push == "always" or (request.push and bool(push))
         domains = None if set(request.domains) == set(account.domains) else request.domains
+        hand_over = HandOver(self, provider.store, provider.settler, account.name)
+        self._hand_over = hand_over
         try:
             await provider.take_over(self, account)
-            self._feed = await asyncio.to_thread(provider.store.feed, account.name, domains)
             try:
-                first = await self._next_page()
+                first = await hand_over.open(domains)
             except OSError as error:
                 log_safely(log, logging.ERROR, "account=%s %s", account.name, error)
                 self._refuse_atrn(UNAVAILABLE)
@@ -257,176 +228,33 @@ class Connection(Driver):
             if not first and not self.push:
                 self._refuse_atrn(NO_MAIL)
                 return
-            self._reverse(account)
-            await self._hand_over(first)
-            if self.broken is None and self._sender is not None:
-                self.happened(self._sender.quit())
+            sender = self._reverse(account, hand_over)
+            await hand_over.run(first)
+            if self.broken is None:
+                self.happened(sender.quit())
         finally:
-            await self._give_up_feed()
+            await hand_over.close()
 
     def _refuse_atrn(self, reply: Reply) -> None:
         self._waiting = False
         self._turn.answer(reply)
         self.advance()
 
-    def _reverse(self, account: Account) -> None:
+    def _reverse(self, account: Account, hand_over: HandOver) -> Sender:
+        provider = self._provider
         log_safely(
             log,
             logging.INFO,
             "account=%s peer=%s push=%s the connection is reversed",
             *(account.name, self.peer[0], self.push),
         )
-        loop = asyncio.get_running_loop()
         self._waiting, self._patience = False, None
-        self.reversed_at = self._heard_at = loop.time()
-        self._again_at = self.reversed_at + AGAIN_LAST
-        self._sender = Sender(self._provider.hostname)
+        self.reversed_at = asyncio.get_running_loop().time()
+        self._sender = sender = Sender(provider.hostname)
         self._turn.answer(Reply(250, "now reversing the connection", "2.0.0"))
+        timeout = max(provider.timeout, DEAD_AFTER * provider.keepalive)
+        hand_over.begin(sender, timeout, provider.keepalive if self.push else None)
         if self.push:
-            self.keep_alive(self._provider.keepalive)
-        self.change_roles(self._sender)
-        self._be_patient()
-
-    async def _give_up_feed(self) -> None:
-        """What was answered is settled, what was not is anyone's."""
-        if self._feed is None:
-            return
-        if self._under_way and not self._excused:
-            await self._strike(self._under_way[0])
-        await asyncio.to_thread(self._feed.close)
-        self._feed = None
-
-    async def _strike(self, held: Held) -> None:
-        """The session broke, and this is the message that the customer was answering."""
-        reason = f"the session broke over it: {self.broken}"
-        store = self._provider.store
-        try:
-            struck = await asyncio.to_thread(store.strike, held.key, MOST_STRIKES, reason)
-        except OSError as error:
-            log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
-            return
-        if struck is not None and struck.state is State.ASIDE:
-            log_safely(
-                log,
-                logging.ERROR,
-                "account=%s key=%d is set aside, %d sessions broke over it; see "
-                "`salmon-revsmtp provider held`",
-                *(held.account, held.key, struck.strikes),
-            )
-
-    # -- the hand-over --------------------------------------------------------------------------
-
-    async def _next_page(self) -> list[tuple[Held, bytes | Content]]:
-        """The next messages of the feed, and their octets."""
-        feed, store = self._feed, self._provider.store
-        assert feed is not None
-
-        def read() -> list[tuple[Held, bytes | Content]]:
-            page = feed.take(PAGE, PAGE_OCTETS)
-            found = store.load([held.key for held in page]) if page else {}
-            return [(held, found[held.key]) for held in page if held.key in found]
-
-        self._more = False
-        return await asyncio.to_thread(read)
-
-    async def _hand_over(self, page: list[tuple[Held, bytes | Content]]) -> None:
-        """Send what there is, and, in a push session, what comes.  Raises
-        :class:`ConnectionError` when the session breaks."""
-        while True:
-            for held, content in page:
-                await self._wait_until(lambda: self._may_send)
-                if self._ending:
-                    break
-                await self._send(held, content)
-            if not self._ending:
-                page = await self._next_page()
-                if page:
-                    continue
-                if self.push:
-                    await self._until_more()
-                    if not self._ending:
-                        page = await self._next_page()
-                        continue
-            await self._wait_until(lambda: not self._under_way)
-            return
-
-    def _be_patient(self) -> None:
-        """How long the customer may be silent: for the answer to a message RFC 5321 4.5.3.2.6 has
-        10 minutes."""
-        if self.push and not self._under_way:
-            self.wait_at_most(DEAD_AFTER * self._provider.keepalive)
-        else:
-            self.wait_at_most(max(self._provider.timeout, DEAD_AFTER * self._provider.keepalive))
-
-    @property
-    def _may_send(self) -> bool:
-        return self._ending or (self._sender is not None and self._sender.room)
-
-    async def _send(self, held: Held, content: bytes | Content) -> None:
-        """Send a message; one over which a session broke goes alone."""
-        if held.strikes:
-            await self._wait_until(lambda: not self._under_way)
-        assert self._sender is not None
-        self._under_way.append(held)
-        self._be_patient()
-        self.happened(self._sender.send(Outgoing(held, held.envelope, content)))
-        if held.strikes:
-            await self._wait_until(lambda: not self._under_way)
-
-    async def _wait_until(self, so: Callable[[], bool]) -> None:
-        """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
-        while not so():
-            if self.broken is not None:
-                raise ConnectionError(self.broken)
-            self._news.clear()
-            await self._news.wait()
-
-    async def _until_more(self) -> None:
-        """Wait for mail, and see now and then whether the customer is still there."""
-        loop = asyncio.get_running_loop()
-        assert self._sender is not None and self._feed is not None
-        while not (self._more or self._ending):
-            if self.broken is not None:
-                raise ConnectionError(self.broken)
-            now = loop.time()
-            if not self._under_way and now >= self._again_at:
-                if self._deferred:
-                    self._again_in = min(2 * self._again_in, AGAIN_LAST)
-                self._deferred = False
-                self._again_at = now + AGAIN_LAST
-                self._feed.start_over()
-                return
-            if now >= self._heard_at + self._provider.keepalive and self._sender.idle:
-                self.happened(self._sender.noop())
-            self._news.clear()
-            await self._sleep(loop.time())
-
-    async def _sleep(self, now: float) -> None:
-        """Until there is news, or it is time for a NOOP or for what was deferred."""
-        until = max(self._heard_at + self._provider.keepalive, now + 1.0)
-        if self._deferred:
-            until = min(until, max(self._again_at, now + 0.01))
-        waiting = asyncio.get_running_loop().call_at(until, self._news.set)
-        try:
-            await self._news.wait()
-        finally:
-            waiting.cancel()
-
-    # -- answers --------------------------------------------------------------------------------
-
-    def _answered(self, sent: Sent) -> None:
-        held = sent.message.key
-        assert isinstance(held, Held) and self._feed is not None
-        self._under_way.remove(held)
-        self.sent += 1
-        if any(reply.transient for reply in sent.replies):
-            if not self._deferred:
-                self._again_at = asyncio.get_running_loop().time() + self._again_in
-            self._deferred = True
-        elif not self._deferred:
-            self._again_in = AGAIN_FIRST
-        self._feed.leave([held.key])
-        self._provider.settler.settle(Answered(held, sent.replies))
-        if not self._under_way:
-            self._be_patient()
-        self._news.set()
+            self.keep_alive(provider.keepalive)
+        self.change_roles(sender)
+        return sender

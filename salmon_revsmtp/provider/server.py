@@ -174,6 +174,12 @@ class Provider:
         for one in sessions:
             one.start_over()
 
+    def served(self, name: str) -> None:
+        """An account has got mail in another way, by ETRN; what it did not take is anyone's."""
+        self._note_seen(name)
+        for one in self._sessions.get(name, ()):
+            one.start_over()
+
     def name_the_unseen(self) -> None:
         """Log, once a day, which accounts have mail and have not called for a day."""
         now = asyncio.get_running_loop().time()

@@ -79,7 +79,8 @@ class AccountSettings(BaseModel):
     sessions: Annotated[int, Field(ge=1, le=100, description="1 to 100")] = 1
     """Reversed sessions at a time.  The newest wins: one more ends the oldest."""
     etrn: Annotated[str | None, Field(description=ADDRESS)] = None
-    """Where held mail is sent when anyone asks for it by ``ETRN`` on one of our SMTP services."""
+    """Where held mail is sent when anyone asks for it by ``ETRN`` on a service with ``delivery:
+    "hold"``.  With ``None`` such a request is refused."""
 
     @field_validator("name")
     @classmethod
@@ -111,8 +112,8 @@ class AccountSettings(BaseModel):
     @field_validator("etrn")
     @classmethod
     def _etrn(cls, value: str | None) -> str | None:
-        if value is not None and not host_and_port(value).host:
-            raise ValueError("a host is needed")
+        if value is not None and not all(host_and_port(value)):
+            raise ValueError("a host and a port are needed")
         return value
 
 

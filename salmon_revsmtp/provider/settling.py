@@ -68,10 +68,14 @@ class Settler:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
 
-    async def finish(self, seconds: float) -> None:
+    async def wait(self, seconds: float) -> None:
         """Wait for what is to be settled, but no longer than that."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
+
+    async def finish(self, seconds: float) -> None:
+        """The same, and settle no more after that."""
+        await self.wait(seconds)
         if self._waiting:
             log.error(
                 "answers=%d could not be settled; these messages go out again", len(self._waiting)

@@ -59,6 +59,7 @@ from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.providing import Providing
 from salmon_revsmtp.service.listening import listeners
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.session import AnswerEtrn
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
 
@@ -248,8 +249,17 @@ class Collector:
         return [
             one
             for name, service in listening
-            for one in listeners(service, self._policy(name), self._deliverer(name, None))
+            for one in listeners(
+                service, self._policy(name), self._deliverer(name, None), etrn=self._etrn(service)
+            )
         ]
+
+    def _etrn(self, service: Service) -> AnswerEtrn | None:
+        """What answers ETRN on a listening service."""
+        if service.settings.delivery != "hold":
+            return None
+        etrn = self.providing.etrn
+        return lambda name: etrn.answer(name, service.hostname)
 
     def _policy(self, name: str) -> Callable[[str], Reply | None]:
         """Accepts or refuses the recipients of a listening service."""

@@ -304,6 +304,8 @@ class Daemon:
                 task.cancel()
         ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
         ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self.listeners]
+        if self._collector.configuration.holds:
+            ending.append(asyncio.ensure_future(self._collector.providing.stop(self._grace)))
         if self.provider is not None:
             ending.append(asyncio.ensure_future(self.provider.stop(self._grace)))
         if ending:

@@ -14,6 +14,7 @@ from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.expiry import Expiry
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import HoldStore
@@ -21,6 +22,7 @@ from salmon_revsmtp.provider.intake import Intake
 from salmon_revsmtp.provider.notices import Notices
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import ProviderSettings
+from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -48,6 +50,7 @@ class Providing:
         self._configuration, self._project = configuration, project
         self._plugins, self._outbox, self._rates = plugins, outbox, rates
         self._worker: BatchWorker[PendingDelivery] = BatchWorker("holding")
+        self._provider: Provider | None = None
 
     @cached_property
     def settings(self) -> ProviderSettings:
@@ -79,6 +82,16 @@ class Providing:
         """What gives up mail that waits for too long."""
         return Expiry(self.accounts, self.store, self.notices, self._plugins)
 
+    @cached_property
+    def etrn(self) -> Etrn:
+        """What answers ETRN, and sends the mail that it asks for.  Opens the store."""
+        settler = Settler(self.store, self.notices.refused, self._plugins)
+        return Etrn(self.accounts, self.store, settler, self._served)
+
+    def _served(self, account: str) -> None:
+        if self._provider is not None:
+            self._provider.served(account)
+
     def intake(self, service: Service) -> Intake:
         """What a service with ``delivery: "hold"`` gives its messages to."""
         return Intake(
@@ -93,7 +106,7 @@ class Providing:
         certificate = None
         if settings.tls_cert is not None:
             certificate = Certificate("provider", settings.tls_cert, settings.tls_key)
-        return Provider(
+        self._provider = Provider(
             self.accounts,
             self.store,
             self.notices.refused,
@@ -106,6 +119,7 @@ class Providing:
             max_sessions=settings.max_sessions,
             max_sessions_per_address=settings.max_sessions_per_address,
         )
+        return self._provider
 
     @property
     def incoming(self) -> Path:
@@ -118,6 +132,11 @@ class Providing:
             self.accounts, self.store, self._plugins, lambda: self.hostname, self._worker
         )
         return intake.hold(envelope, data)
+
+    async def stop(self, grace: float) -> None:
+        """Send no more mail for ETRN; what is under way has ``grace`` seconds."""
+        if "etrn" in self.__dict__:
+            await self.etrn.stop(grace)
 
     def close(self) -> None:
         """Take no more than what is under way."""

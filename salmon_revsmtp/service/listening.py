@@ -14,7 +14,7 @@ from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.listener import Admit, Listener, places_for
 from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
-from salmon_revsmtp.service.session import Session, Tally
+from salmon_revsmtp.service.session import AnswerEtrn, Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply
@@ -47,10 +47,11 @@ def listeners(
     policy: Callable[[str], Reply | None],
     deliverer: Deliverer,
     idle_timeout: float = COMMAND_TIMEOUT,
+    etrn: AnswerEtrn | None = None,
 ) -> list[Listener]:
     """The listeners of a service, one for each ``listen`` address; not started.
 
-    ``policy`` accepts or refuses a recipient.
+    ``policy`` accepts or refuses a recipient; ``etrn`` answers ETRN, where that is offered.
     """
     settings = service.settings
     certificate = Certificate(f"service={service.name}", settings.tls_cert, settings.tls_key)
@@ -77,6 +78,7 @@ def listeners(
             starttls=certificate.context(),
             admit=admitted,
             log=lines,
+            etrn=etrn,
         )
 
     service.expected.look_up()

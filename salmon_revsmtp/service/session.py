@@ -12,7 +12,7 @@ import hashlib
 import logging
 import ssl
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from salmon_revsmtp.delivery.dispatcher import GONE, Deliverer, PendingDelivery
@@ -24,10 +24,17 @@ from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
-from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
+from salmon_revsmtp.smtp.receiver import (
+    EtrnRequest,
+    Quit,
+    Receiver,
+    Refused,
+    StartTls,
+    Transaction,
+)
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Session", "Tally"]
+__all__ = ["AnswerEtrn", "Session", "Tally"]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +71,9 @@ PATIENCE = 1800.0
 
 
 _Digest = bytes
+
+#: Given what an ETRN asks for; returns its answer.
+AnswerEtrn = Callable[[str], Awaitable[Reply]]
 
 # A NOOP now and then is how a provider sees whether we are there.  On a reversed session
 # unproductive commands count as in a row only where there was no silence of so many seconds between
@@ -135,6 +145,7 @@ class Session(Driver):
                 one whose 250 may have been lost on its way.
     ``log``     what its lines are written with; several sessions may share one.
     ``memory``  what its messages are counted in.
+    ``etrn``    answers ETRN, if that is offered.
     """
 
     WE, THEY = "customer", "provider"
@@ -152,12 +163,14 @@ class Session(Driver):
         admit: Callable[[Session], Reply | None] = lambda session: None,
         log: LogBudget | None = None,
         patience: float | None = PATIENCE,
+        etrn: AnswerEtrn | None = None,
     ) -> None:
         self._receiver = Receiver(
             service.hostname,
             service.limits,
             policy,
             starttls=starttls is not None,
+            etrn=etrn is not None,
             memory=service.memory,
             sinks=deliverer.sinks,
         )
@@ -173,11 +186,13 @@ class Session(Driver):
         self._refusals = 0
         self._deliveries: dict[Transaction, PendingDelivery] = {}
         self._answering = False  # soon
+        self._etrn = etrn
+        self._etrn_asked: asyncio.Task[None] | None = None
         self._heard_at = 0.0
 
     @property
     def busy(self) -> bool:
-        return bool(self._deliveries) or self._answering
+        return bool(self._deliveries) or self._answering or self._etrn_asked is not None
 
     @property
     def at_boundary(self) -> bool:
@@ -260,6 +275,8 @@ class Session(Driver):
         elif isinstance(event, Refused):
             self._log_refusal(event)
             self._tally.refuse(len(event.recipients) or 1, event.reply)
+        elif isinstance(event, EtrnRequest):
+            self._etrn_asked = asyncio.get_running_loop().create_task(self._ask(event.argument))
         elif isinstance(event, StartTls):
             assert self._starttls is not None
             self.start_tls(self._starttls)
@@ -324,6 +341,22 @@ class Session(Driver):
         receiver = self._receiver
         ahead = int(AHEAD_SECONDS * pending.number / seconds) if seconds else receiver.ahead
         receiver.ahead = min(max(AHEAD_LEAST, ahead), receiver.limits.unanswered_messages)
+
+    async def _ask(self, name: str) -> None:
+        """Answer an ETRN when its answer is known."""
+        assert self._etrn is not None
+        try:
+            reply = await self._etrn(name)
+        except Exception:  # our own bug
+            log_safely(log, logging.ERROR, "answering ETRN failed", error=True)
+            reply = Reply(458, f"unable to queue messages for node {name}", "4.3.0")
+        self.log.log(
+            *(log, logging.INFO, "service=%s peer=%s etrn=%s reply=%r"),
+            *(self.service.name, self.peer[0], name, str(reply)),
+        )
+        self._etrn_asked = None
+        self._receiver.answer_etrn(reply)
+        self.advance()
 
     def send_away(self, reply: Reply) -> None:
         if self._handshake is not None:

@@ -49,7 +49,8 @@ __all__ = [
 
 class State(Enum):
     """Where a session is.  The first four are every machine's; the next are the receiver's (RFC
-    5321 4.1.4, RFC 3030 3), the last the provider's before the reversal (RFC 4954, RFC 2645)."""
+    5321 4.1.4, RFC 3030 3, RFC 1985), the last the provider's before the reversal (RFC 4954, RFC
+    2645)."""
 
     CONNECTED = auto()  #: greeted by us, no EHLO or HELO yet
     IDLE = auto()  #: between transactions
@@ -61,6 +62,7 @@ class State(Enum):
     DATA = auto()  #: bytes are content up to CRLF.CRLF
     CHUNK = auto()  #: bytes are content, as many as BDAT said
     CHUNKS = auto()  #: at least one BDAT taken, LAST not yet
+    STARTING = auto()  #: after ETRN: bytes wait until the caller has answered it
 
     LOGIN = auto()  #: lines are responses of an AUTH exchange
     SLOWED = auto()  #: a login failed: bytes wait until the caller has the client hear of it

@@ -51,6 +51,7 @@ class Limits:
                             for no one); then 421.  As many as Postfix allows
                             (``smtpd_junk_command_limit``); a refused recipient or a message is
                             progress, for the client knows more then than before.
+    ``requests``            ETRNs of a session; then 421.  More than any customer has domains.
     ``errors``              syntax and sequence errors before ``421``: a peer that does not speak
                             SMTP (a port scanner, a browser) goes away soon.
     ``unanswered_messages`` whole messages read ahead while earlier ones are being delivered; what
@@ -68,6 +69,7 @@ class Limits:
     chunks: int = 50 * KIB
     refusals: int = 10_000
     junk: int = 100
+    requests: int = 1000
     errors: int = 20
     unanswered_messages: int = 256
     unanswered_octets: int = 1 * MIB

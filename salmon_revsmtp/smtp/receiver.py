@@ -8,6 +8,8 @@ How it is used.  The caller owns the connection and the time; the machine owns t
         if isinstance(event, Transaction):             # one whole message
             ...                                        # deliver it, at leisure
             receiver.answer(event, reply)              # only now does the client hear 250
+        if isinstance(event, EtrnRequest):             # only where ETRN is offered
+            receiver.answer_etrn(reply)                # until then nothing more is read
     for event in receiver.advance(): ...               # what had to wait for the answer
     send(receiver.data_to_send())
 
@@ -44,6 +46,7 @@ from typing import Any, ClassVar
 from salmon_revsmtp.smtp.addresses import AddressError, parse_path
 from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.commands import (
+    NOT_IMPLEMENTED,
     SEQUENCE,
     SYNTAX,
     CommandError,
@@ -60,7 +63,7 @@ from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import RECIPIENT_COST, SINK_AT, Limits
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
+__all__ = ["EtrnRequest", "Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +94,19 @@ class Refused:
     reply: Reply
 
 
-Event = Transaction | Refused | StartTls | Quit
+@dataclass(frozen=True)
+class EtrnRequest:
+    """The client asks us to send the mail that waits for a node (RFC 1985 5).  It waits for
+    :meth:`Receiver.answer_etrn`.
+
+    ``argument``  one word: a domain, ``@`` and a domain, or ``#`` and the name of a queue; or
+                  anything else that a stranger may write.
+    """
+
+    argument: str
+
+
+Event = Transaction | Refused | EtrnRequest | StartTls | Quit
 
 SENDER_OK = Reply(250, "sender ok", "2.1.0")
 RECIPIENT_OK = Reply(250, "recipient ok", "2.1.5")
@@ -106,7 +121,7 @@ _CONNECTED, _IDLE, _MAIL, _RCPT, _CHUNKS = (
 )
 _GREETED = (_IDLE, _MAIL, _RCPT, _CHUNKS)
 _ANYWHERE = (_CONNECTED, *_GREETED)
-_BOUNDARIES = (_CONNECTED, _IDLE, State.HANDSHAKE, State.CLOSED)
+_BOUNDARIES = (_CONNECTED, _IDLE, State.HANDSHAKE, State.STARTING, State.CLOSED)
 
 # A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
 _ANY_CASE = re.IGNORECASE | re.ASCII
@@ -148,6 +163,7 @@ class Receiver(Commands):
     ``starttls``          offer STARTTLS (RFC 3207).
     ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
                           :class:`Reply` that refuses it.  It must not block.
+    ``etrn``              offer ETRN (RFC 1985).
 
     ``sinks``             makes the place where a large message goes while it comes; without it, the
                           whole of it is kept in memory.
@@ -173,6 +189,7 @@ class Receiver(Commands):
         "the octets of BDAT": {**stay((_CONNECTED, _IDLE)), **to(_CHUNKS, (_MAIL, _RCPT, _CHUNKS))},
         "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
         "a transaction without recipients": to(_IDLE, (_IDLE, _MAIL)),
+        "the answer to ETRN": to(_IDLE, (State.STARTING,)),
     }
     # With a recipient accepted the message is as good as in hand: a 421 that answers the next RCPT,
     # and no answer to DATA, is to Exim 4.100.1 the success of the recipients before.
@@ -185,6 +202,7 @@ class Receiver(Commands):
         accept_recipient: Callable[[str], Reply | None] = lambda mailbox: None,
         *,
         starttls: bool = False,
+        etrn: bool = False,
         memory: Budget | None = None,
         sinks: Callable[[], Sink] | None = None,
     ) -> None:
@@ -201,6 +219,8 @@ class Receiver(Commands):
         self._unanswered_messages = 0
         self._unanswered_octets = 0
         self._refusals = 0  # since a message was taken
+        self._etrn = etrn
+        self._requests = 0  # ETRNs
         self._mail_refused = False  # the last MAIL
         self._cut_short = False  # the client was sent away with recipients accepted
 
@@ -250,10 +270,11 @@ class Receiver(Commands):
 
     @property
     def paused(self) -> bool:
-        """Enough is unanswered: stop reading until :meth:`answer` (bytes that come all the same
-        are kept)."""
+        """Enough is unanswered: stop reading until :meth:`answer`, or :meth:`answer_etrn` (bytes
+        that come all the same are kept)."""
         return (
-            self._unanswered_messages >= self.ahead
+            self._state is State.STARTING
+            or self._unanswered_messages >= self.ahead
             or self._unanswered_octets > self.limits.unanswered_octets
         )
 
@@ -297,6 +318,17 @@ class Receiver(Commands):
             waiting.popleft()
             self._unanswered_octets -= len(data)
             self._ready += data
+
+    def answer_etrn(self, reply: Reply) -> None:
+        """Answer an ETRN.  :meth:`advance` then goes on with what has come since.  One that its
+        client should not have sent, or not so (5yz), counts as an error."""
+        if self._state is not State.STARTING:  # the session has ended meanwhile
+            return
+        self._over("the answer to ETRN")
+        if reply.permanent:
+            self._refuse_command(reply)
+        else:
+            self._reply(reply)
 
     # -- replies ------------------------------------------------------------------------------
 
@@ -472,6 +504,7 @@ class Receiver(Commands):
         State.DATA: _read_data,
         State.CHUNK: _read_chunk,
         State.HANDSHAKE: Commands._read_nothing,
+        State.STARTING: Commands._read_nothing,
         State.CLOSED: Commands._ignore,
     }
 
@@ -487,6 +520,7 @@ class Receiver(Commands):
             "SMTPUTF8",
             "PRDR",
             "HELP",
+            *(("ETRN",) if self._etrn else ()),
             *super()._keywords(),
         )
 
@@ -708,7 +742,21 @@ class Receiver(Commands):
         # RFC 5321 3.5.3: we do not say who is there.
         return Reply(252, "send some mail, we will try to deliver it", "2.5.0")
 
-    # RFC 5321 4.1.4, RFC 3030 3, RFC 3207 4.
+    def _on_etrn(self, argument: str) -> None:
+        if not self._etrn:
+            raise CommandError(*NOT_IMPLEMENTED)
+        if not self._esmtp:
+            raise CommandError(503, "send EHLO first", SEQUENCE)
+        if not argument or " " in argument:
+            raise CommandError(501, "ETRN takes one name", SYNTAX)  # RFC 1985 5.2
+        self._requests += 1
+        if self._requests > self.limits.requests:
+            self._close(Reply(421, f"more than {self.limits.requests} ETRN, closing", "4.7.0"))
+            return
+        self._state = State.STARTING
+        self._events.append(EtrnRequest(argument))
+
+    # RFC 5321 4.1.4, RFC 3030 3, RFC 3207 4, RFC 1985 5.
     VERBS: ClassVar[Mapping[str, Verb]] = {
         # verb      may come in, and leads to                     by
         "EHLO": Verb(to(_IDLE, _ANYWHERE), Commands._on_ehlo, junk=True),
@@ -720,6 +768,7 @@ class Receiver(Commands):
         "RSET": Verb({**stay((_CONNECTED,)), **to(_IDLE, _GREETED)}, _on_rset, junk=True),
         "NOOP": Verb(stay(_ANYWHERE), Commands._on_noop, junk=True),
         "VRFY": Verb(stay(_GREETED), _on_vrfy, junk=True),
+        "ETRN": Verb(to(State.STARTING, (_IDLE,)), _on_etrn),
         "HELP": Verb(stay(_ANYWHERE), Commands._on_help, junk=True),
         "QUIT": Verb(to(State.CLOSED, _ANYWHERE), Commands._on_quit),
         # RFC 3207 4 allows it elsewhere too; no one needs that.

@@ -7,6 +7,7 @@ How it is used, the mirror of ``receiver``::
     sender.quit()
     for event in sender.receive_bytes(data):           # as often as bytes come
         if isinstance(event, Sent): ...                # what became of a message
+        if isinstance(event, BeginTls): ...            # do the handshake, say tls_started()
     write(sender.data_to_send())
 
 How it works.  Commands wait in ``_commands``, each with the method that takes its reply; those that
@@ -45,7 +46,7 @@ from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import AheadLimits
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 
-__all__ = ["Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
+__all__ = ["BeginTls", "Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
 
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8.
 _WORD = re.compile(r"[A-Z]+=[^\x00-\x20=\x7f]+")
@@ -68,6 +69,12 @@ class Outgoing:
     key: Hashable
     envelope: Envelope
     data: bytes | Content
+
+
+@dataclass(frozen=True)
+class BeginTls:
+    """The peer is ready for TLS: see that nothing is ``pending``, do the handshake, call
+    :meth:`Sender.tls_started`.  Only where ``starttls`` was asked for."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Broken:
     said_so: bool = False
 
 
-Event = Ready | Sent | Closed | Broken
+Event = BeginTls | Ready | Sent | Closed | Broken
 
 _OnReply = Callable[[Reply], None]
 
@@ -129,6 +136,7 @@ REPLIES: Mapping[str, Expected] = {
     "the connection": Expected({220}, wait=True),
     "EHLO": Expected(_2YZ | _5YZ, wait=True),  # 5yz: an old server (RFC 5321 3.2)
     "HELO": Expected(_2YZ, wait=True),
+    "STARTTLS": Expected({220} | _4YZ | _5YZ, wait=True),  # RFC 3207 4
     "MAIL": Expected(_FINAL),
     "RCPT": Expected(_FINAL),
     # Without the data having been sent, no 2yz can say that the message was taken.
@@ -172,14 +180,22 @@ class _Transaction:
 
 
 class Sender:
-    """One SMTP session in the client role.  ``hostname`` is what EHLO says, ``ahead`` how much is
-    under way at a time where the peer lets us."""
+    """One SMTP session in the client role.
+
+    ``hostname``  what EHLO says.
+    ``ahead``     how much is under way at a time where the peer lets us.
+    ``starttls``  use STARTTLS where the peer offers it, and go on in the clear where it does not,
+                  or says no (RFC 3207; RFC 7435).
+    """
 
     answers = False  # it reads replies while it writes, or both sides wait for ever
     secret = False
 
-    def __init__(self, hostname: str, ahead: AheadLimits | None = None) -> None:
+    def __init__(
+        self, hostname: str, ahead: AheadLimits | None = None, *, starttls: bool = False
+    ) -> None:
         self._hostname = hostname
+        self._starttls = starttls
         self._ahead = ahead or AheadLimits()
         self._parser = ReplyParser()
         self._commands: deque[_Command] = deque()
@@ -232,6 +248,12 @@ class Sender:
     def idle(self) -> bool:
         """The peer has greeted, and nothing that was said waits for a reply."""
         return self._ready and not (self._messages or self._under_way or self._expected)
+
+    def tls_started(self) -> None:
+        """The handshake is done: what the peer said before is forgotten (RFC 3207 4.2).
+        :meth:`advance` then goes on."""
+        self._extensions.clear()
+        self._say_ehlo()
 
     def noop(self) -> list[Event]:
         """See whether the peer is still there."""
@@ -360,6 +382,9 @@ class Sender:
     # -- greeting -------------------------------------------------------------------------------
 
     def _on_greeting(self, reply: Reply) -> None:
+        self._say_ehlo()
+
+    def _say_ehlo(self) -> None:
         self._command("EHLO", f"EHLO {self._hostname}".encode(), self._on_ehlo)
 
     def _on_ehlo(self, reply: Reply) -> None:
@@ -369,6 +394,16 @@ class Sender:
             for line in reply.text.split("\n")[1:]:
                 keyword, _, parameters = line.strip().partition(" ")
                 self._extensions[keyword.upper()] = parameters
+            if self._starttls and self._has("STARTTLS"):
+                self._starttls = False
+                self._command("STARTTLS", b"STARTTLS", self._on_starttls)
+            else:
+                self._get_ready()
+
+    def _on_starttls(self, reply: Reply) -> None:
+        if reply.positive:
+            self._events.append(BeginTls())
+        else:
             self._get_ready()
 
     def _on_helo(self, reply: Reply) -> None:

@@ -1,0 +1,292 @@
+"""The hand-over of an account's held mail down one session, whoever opened the connection.
+
+A :class:`HandOver` moves messages from a feed of the hold store to the customer, and its answers to
+the settler.  After ATRN that is the connection on which the customer called, after ETRN one of our
+own; each is a driver whose machine is ``smtp.sender``.
+
+Several messages are under way where the customer lets us.  What the customer has answered is
+settled also when the connection breaks or is dropped, and what it has not is still held.  When the
+session breaks over a message it gets a strike, and goes alone the next time, so that it is known
+which of those under way is the one; after some strikes it is set aside.
+
+A session that its customer wants to keep goes on when all has been sent: it waits for the store to
+tell of more, and says NOOP when it was silent for long.  What the customer deferred is tried again
+in it after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+
+from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
+from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
+from salmon_revsmtp.provider.settling import Answered, Settler
+from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.content import Content
+from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
+
+__all__ = ["MOST_STRIKES", "HandOver", "Page"]
+
+log = logging.getLogger(__name__)
+
+# Messages and octets that are read from the store at a time.
+PAGE = 256
+PAGE_OCTETS = 1024 * 1024
+# A session that broke so often over a message is not the reason: the message is set aside.
+MOST_STRIKES = 5
+# Seconds until what was deferred is tried again in the same session: the first time, and, each time
+# twice as long, at the most.  A session looks for all that waits after so long in any case: an
+# answer that the disk could not take is settled later, and what was deferred waits only then.
+AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
+
+#: Messages of a feed, with their octets.
+Page = Sequence[tuple[Held, bytes | Content]]
+
+
+class HandOver:
+    """Hands over what ``store`` holds for ``account``, down ``connection``::
+
+        first = await hand_over.open(domains)     # what waits
+        hand_over.begin(sender, timeout)          # the connection is the sender's now
+        await hand_over.run(first)
+        await hand_over.close()                   # in any case
+
+    ``settler``  takes the customer's answers.
+    ``sent``     messages that the customer has answered.
+
+    The connection passes its events to :meth:`handle`, and says :meth:`look` when it is lost.
+    """
+
+    def __init__(
+        self, connection: Driver, store: HoldStore, settler: Settler, account: str
+    ) -> None:
+        self.sent = 0
+        self._connection, self._store, self._settler = connection, store, settler
+        self._account = account
+        self._sender: Sender | None = None
+        self._timeout = 0.0
+        self._keepalive: float | None = None
+        self._feed: Feed | None = None
+        self._stopped = False
+        self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
+        self._more = False  # there may be mail that the feed has not shown
+        self._asked_again = False
+        self._under_way: deque[Held] = deque()  # in the order in which they are answered
+        self._excused = False  # if the session breaks, it is not over what is under way
+        self._deferred = False
+        self._again_in, self._again_at = AGAIN_FIRST, 0.0
+        self._heard_at = 0.0
+
+    # -- what the connection says ---------------------------------------------------------------
+
+    def handle(self, event: object) -> None:
+        """Something happened in the sender."""
+        if isinstance(event, Ready):
+            self.look()
+        elif isinstance(event, Sent):
+            self._answered(event)
+        elif isinstance(event, Broken):
+            self._excused = self._excused or event.said_so
+            self._connection.broken = self._connection.broken or event.reason
+            self.look()
+
+    def heard(self) -> None:
+        """The customer has said something."""
+        self._heard_at = asyncio.get_running_loop().time()
+
+    def look(self) -> None:
+        """Whoever waits has to look again."""
+        self._news.set()
+
+    def excuse(self) -> None:
+        """If the session breaks from now on, it is we who end it."""
+        self._excused = True
+
+    def stop(self) -> None:
+        """Send no more than what is under way."""
+        self._stopped = self._excused = True
+        self.look()
+
+    def wake(self) -> None:
+        """Mail has come."""
+        self._more = True
+        self.look()
+
+    def ask_again(self) -> None:
+        """Before the session ends, see whether mail has come since it began.  Unasked it does not:
+        what comes while it lasts may be what it brings about, without an end."""
+        self._asked_again = True
+
+    def start_over(self) -> None:
+        """Mail that was another session's may be anyone's now."""
+        if self._feed is not None:
+            self._feed.start_over()
+        self.wake()
+
+    # -- from the feed to the customer ----------------------------------------------------------
+
+    async def open(self, domains: Collection[str] | None = None) -> Page:
+        """Open the feed, for recipients in ``domains`` if given; returns what goes out first.
+        Raises :class:`OSError` when the store cannot be read."""
+        self._feed = await asyncio.to_thread(self._store.feed, self._account, domains)
+        return await self._next_page()
+
+    def begin(self, sender: Sender, timeout: float, keepalive: float | None = None) -> None:
+        """``sender`` speaks on the connection from now on.
+
+        ``timeout``    seconds that the customer may be silent while anything is under way.
+        ``keepalive``  the session stays open for what comes later, and it is seen whether the
+                       customer is there after so many seconds of silence.
+        """
+        self._sender, self._timeout, self._keepalive = sender, timeout, keepalive
+        self.heard()
+        self._again_at = self._heard_at + AGAIN_LAST
+
+    async def run(self, page: Page) -> None:
+        """Send what there is, and, in a session that stays open, what comes.  Returns when all is
+        answered.  Raises :class:`ConnectionError` when the session breaks."""
+        self.be_patient()
+        while True:
+            for held, content in page:
+                await self._wait_until(lambda: self._may_send)
+                if self._stopped:
+                    break
+                await self._send(held, content)
+            if not self._stopped:
+                page = await self._next_page()
+                if page:
+                    continue
+                if self._keepalive is not None:
+                    await self._until_more(self._keepalive)
+                    if not self._stopped:
+                        page = await self._next_page()
+                        continue
+            await self._wait_until(lambda: not self._under_way)
+            if self._stopped or not self._asked_again:
+                return
+            self._asked_again = False
+            page = await self._next_page()
+
+    async def close(self) -> None:
+        """What was answered is settled, what was not is anyone's."""
+        if self._feed is None:
+            return
+        if self._under_way and not self._excused:
+            await self._strike(self._under_way[0])
+        await asyncio.to_thread(self._feed.close)
+        self._feed = None
+
+    async def _next_page(self) -> Page:
+        """The next messages of the feed, and their octets."""
+        feed, store = self._feed, self._store
+        assert feed is not None
+
+        def read() -> Page:
+            page = feed.take(PAGE, PAGE_OCTETS)
+            found = store.load([held.key for held in page]) if page else {}
+            return [(held, found[held.key]) for held in page if held.key in found]
+
+        self._more = False
+        return await asyncio.to_thread(read)
+
+    def be_patient(self) -> None:
+        """How long the customer may be silent: for the answer to a message RFC 5321 4.5.3.2.6 has
+        10 minutes."""
+        if self._keepalive is not None and not self._under_way:
+            self._connection.wait_at_most(DEAD_AFTER * self._keepalive)
+        else:
+            self._connection.wait_at_most(self._timeout)
+
+    @property
+    def _may_send(self) -> bool:
+        return self._stopped or (self._sender is not None and self._sender.room)
+
+    async def _send(self, held: Held, content: bytes | Content) -> None:
+        """Send a message; one over which a session broke goes alone."""
+        if held.strikes:
+            await self._wait_until(lambda: not self._under_way)
+        assert self._sender is not None
+        self._under_way.append(held)
+        self.be_patient()
+        self._connection.happened(self._sender.send(Outgoing(held, held.envelope, content)))
+        if held.strikes:
+            await self._wait_until(lambda: not self._under_way)
+
+    async def _wait_until(self, so: Callable[[], bool]) -> None:
+        """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
+        while not so():
+            self._raise_if_broken()
+            self._news.clear()
+            await self._news.wait()
+
+    def _raise_if_broken(self) -> None:
+        if self._connection.broken is not None:
+            raise ConnectionError(self._connection.broken)
+
+    async def _until_more(self, keepalive: float) -> None:
+        """Wait for mail, and see now and then whether the customer is still there."""
+        loop = asyncio.get_running_loop()
+        assert self._sender is not None and self._feed is not None
+        while not (self._more or self._stopped):
+            self._raise_if_broken()
+            now = loop.time()
+            if not self._under_way and now >= self._again_at:
+                if self._deferred:
+                    self._again_in = min(2 * self._again_in, AGAIN_LAST)
+                self._deferred = False
+                self._again_at = now + AGAIN_LAST
+                self._feed.start_over()
+                return
+            if now >= self._heard_at + keepalive and self._sender.idle:
+                self._connection.happened(self._sender.noop())
+            self._news.clear()
+            await self._sleep(loop.time(), keepalive)
+
+    async def _sleep(self, now: float, keepalive: float) -> None:
+        """Until there is news, or it is time for a NOOP or for what was deferred."""
+        until = max(self._heard_at + keepalive, now + 1.0)
+        until = min(until, max(self._again_at, now + 0.01))
+        waiting = asyncio.get_running_loop().call_at(until, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            waiting.cancel()
+
+    # -- what comes back ------------------------------------------------------------------------
+
+    def _answered(self, sent: Sent) -> None:
+        held = sent.message.key
+        assert isinstance(held, Held) and self._feed is not None
+        self._under_way.remove(held)
+        self.sent += 1
+        if any(reply.transient for reply in sent.replies):
+            if not self._deferred:
+                self._again_at = asyncio.get_running_loop().time() + self._again_in
+            self._deferred = True
+        elif not self._deferred:
+            self._again_in = AGAIN_FIRST
+        self._feed.leave([held.key])
+        self._settler.settle(Answered(held, sent.replies))
+        if not self._under_way:
+            self.be_patient()
+        self.look()
+
+    async def _strike(self, held: Held) -> None:
+        """The session broke, and this is the message that the customer was answering."""
+        reason = f"the session broke over it: {self._connection.broken}"
+        try:
+            struck = await asyncio.to_thread(self._store.strike, held.key, MOST_STRIKES, reason)
+        except OSError as error:
+            log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
+            return
+        if struck is not None and struck.state is State.ASIDE:
+            log_safely(
+                log,
+                logging.ERROR,
+                "account=%s key=%d is set aside, %d sessions broke over it; see "
+                "`salmon-revsmtp provider held`",
+                *(held.account, held.key, struck.strikes),
+            )

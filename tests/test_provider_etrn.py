@@ -1,0 +1,834 @@
+"""ETRN at the provider: what a client hears, and what goes to the address of the account."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from salmon.mail import MailRequest
+from salmon.server import SMTPError
+from support.collecting import collect
+from support.configuration import PASSWORD, agent_keys, configuration, etrn_keys
+from support.dialogue import Dialogue, scripted
+from support.listener import listener
+from support.messages import MESSAGE
+from support.salmon import Salmon
+from support.tls import CERTIFICATE, PRIVATE_KEY, server_tls
+
+from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider import etrn
+from salmon_revsmtp.provider.handover import MOST_STRIKES
+from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStore, State
+from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.daemon import Daemon
+from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.limits import Limits
+from salmon_revsmtp.smtp.receiver import EtrnRequest, Receiver, Transaction
+from salmon_revsmtp.smtp.replies import Reply
+
+OWNERS = {
+    "example.org": "acme",
+    "sub.example.org": "acme",
+    "xn--bcher-kva.example": "acme",
+    "example.com": "plain",
+    "off.example": "off",
+}
+
+
+def accounts(address: str) -> list[dict[str, Any]]:
+    """Two that have an address for ETRN, one that has none, one that is disabled."""
+    keys = {"password": PASSWORD}
+    mine = [name for name, owner in OWNERS.items() if owner == "acme"]
+    return [
+        {**keys, "name": "acme", "domains": mine, "etrn": address},
+        {**keys, "name": "alone", "domains": ["alone.example"], "etrn": address},
+        {**keys, "name": "plain", "domains": ["example.com"]},
+        {**keys, "name": "off", "domains": ["off.example"], "etrn": address, "enabled": False},
+    ]
+
+
+class World:
+    """A server that is a provider."""
+
+    def __init__(self, collector: Collector, daemon: Daemon) -> None:
+        self.collector, self.daemon = collector, daemon
+
+    @property
+    def store(self) -> HoldStore:
+        return self.collector.providing.store
+
+    @property
+    def port(self) -> int:
+        """Where mail comes, and ETRN."""
+        return self.daemon.listeners[0].port
+
+    @property
+    def odmr(self) -> int:
+        assert self.daemon.provider is not None
+        return self.daemon.provider.port
+
+    def hold(self, *recipients: str, data: bytes = MESSAGE) -> int:
+        """Hold a message; returns its key."""
+        names = tuple(OWNERS[domain_of(one)] for one in recipients)
+        envelope = Envelope("a@example.net", recipients)
+        [[key, *_]] = self.store.put([Arrival(envelope, names, [data])])
+        return key
+
+    def held(self, name: str = "acme") -> list[Held]:
+        return list(self.store.listing(name, messages=10_000))
+
+    async def until(self, so: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            while not so():
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(wait(), 30)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Dialogue]:
+        """Any client that has greeted."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        client = Dialogue(reader, writer)
+        await client.replied(220)
+        client.say("EHLO x")
+        await client.replied(250)
+        yield client
+        await client.quit()
+        writer.close()
+
+    async def ask(self, *names: str) -> list[str]:
+        """Ask for each of these, as any client does; returns the answers."""
+        answers = []
+        async with self.client() as client:
+            for name in names:
+                client.say(f"ETRN {name}")
+                answers.append(await client.hear())
+        return answers
+
+
+Work = Callable[[World], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def world(salmon: Salmon, address: str, **service: Any) -> AsyncIterator[World]:
+    plugins = Plugins.load()
+    mx = {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold", **service}
+    valid = configuration(
+        plugins=plugins,
+        accounts=accounts(address),
+        provider={"hostname": "mx.example.net", "listen": "127.0.0.1:0"},
+        mx=mx,
+    )
+    with Collector(valid, plugins, lambda: salmon.relay) as collector:
+        daemon = Daemon(collector, plugins)
+        listening = asyncio.Event()
+        running = asyncio.create_task(daemon.run(listening.set))
+        waiting = asyncio.create_task(listening.wait())
+        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+        try:
+            yield World(collector, daemon)
+        finally:
+            waiting.cancel()
+            daemon.stop()
+            await asyncio.wait_for(running, 60)
+
+
+def in_the_world(salmon: Salmon, work: Work, address: str = "127.0.0.1:9") -> None:
+    async def main() -> None:
+        async with world(salmon, address) as here:
+            await work(here)
+
+    asyncio.run(main())
+
+
+def with_a_customer(
+    salmon: Salmon, work: Work, *scripts: Callable[[Dialogue], Awaitable[None]]
+) -> None:
+    """The account's address is that of a server that follows these scripts."""
+
+    async def main() -> None:
+        async with scripted(*scripts) as port, world(salmon, f"127.0.0.1:{port}") as here:
+            await work(here)
+
+    asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etrn, "LINGER", 0.1)
+
+
+async def greet(server: Dialogue, *keywords: str) -> None:
+    server.say("220 home.example.org")
+    lines = ["250-home.example.org", *(f"250-{one}" for one in keywords), "250 HELP"]
+    await server.asks("EHLO mx.example.net", *lines)
+
+
+async def take(server: Dialogue, answer: str = "250 taken") -> tuple[list[str], bytes]:
+    """Take a message by DATA; returns its recipients and its octets."""
+    await server.asks("MAIL FROM:<", "250 ok")
+    recipients = []
+    while (line := await server.hear()) != "DATA":
+        recipients.append(line.removeprefix("RCPT TO:"))
+        server.say("250 ok")
+    server.say("354 go on")
+    content = b""
+    while not content.endswith(b"\r\n.\r\n"):
+        content += await asyncio.wait_for(server.reader.readline(), 20)
+    server.say(answer)
+    return recipients, re.sub(rb"^\.", b"", content[:-3], flags=re.MULTILINE)
+
+
+async def goodbye(server: Dialogue) -> None:
+    await server.asks("QUIT", "221 bye")
+    await server.silence()
+
+
+# -- the machine -------------------------------------------------------------------------------
+
+
+class Asking:
+    """A client of the receiver, without a connection; ETRN is answered when the test says so."""
+
+    def __init__(self, etrn: bool = True, limits: Limits | None = None) -> None:
+        self.receiver = Receiver("mx", limits, etrn=etrn)
+        self.receiver.data_to_send()
+
+    def say(self, *lines: str) -> list[object]:
+        return self.receiver.receive_bytes("".join(f"{one}\r\n" for one in lines).encode())
+
+    def heard(self) -> list[str]:
+        return self.receiver.data_to_send().decode().splitlines()
+
+
+def test_etrn_is_offered_only_where_it_is_answered() -> None:
+    asking = Asking()
+    asking.say("EHLO x")
+    assert "250 ETRN" in asking.heard()
+    asking = Asking(etrn=False)
+    assert asking.say("EHLO x", "ETRN example.org") == []
+    heard = asking.heard()
+    assert not any("ETRN" in line for line in heard)
+    assert heard[-1].startswith("502 ")
+
+
+@pytest.mark.parametrize(
+    ("lines", "last"),
+    [
+        (["ETRN example.org"], "503 5.5.1 send EHLO first"),
+        (["HELO x", "ETRN example.org"], "503 5.5.1 send EHLO first"),
+        (["EHLO x", "MAIL FROM:<>", "ETRN example.org"], "503 5.5.1 a transaction is under way"),
+        (["EHLO x", "ETRN"], "501 5.5.4 "),
+        (["EHLO x", "ETRN example.org example.com"], "501 5.5.4 "),
+        (["EHLO x", "ETRN example.org\x07"], "500 5.5.2 "),
+        (["EHLO x", f"ETRN {'x' * 5000}"], "500 5.5.2 "),
+    ],
+)
+def test_a_request_that_is_none(lines: list[str], last: str) -> None:
+    asking = Asking()
+    assert asking.say(*lines) == []
+    assert asking.heard()[-1].startswith(last)
+
+
+def test_nothing_more_is_read_until_the_answer() -> None:
+    asking = Asking()
+    assert asking.say("EHLO x", "ETRN @example.org", "NOOP") == [EtrnRequest("@example.org")]
+    assert asking.receiver.paused and asking.receiver.at_boundary
+    asking.heard()
+    assert asking.say("ETRN b") == []
+    asking.receiver.answer_etrn(Reply(251, "none"))
+    assert asking.receiver.advance() == [EtrnRequest("b")]
+    assert [line[:3] for line in asking.heard()] == ["251", "250"]
+
+
+def test_the_answer_comes_after_that_to_a_message_before_it() -> None:
+    asking = Asking()
+    mail = ["MAIL FROM:<>", "RCPT TO:<b@example.org>", "BDAT 1 LAST"]
+    [message, request] = asking.say("EHLO x", *mail, "xETRN example.org")
+    asking.heard()
+    assert isinstance(message, Transaction) and isinstance(request, EtrnRequest)
+    asking.receiver.answer_etrn(Reply(250, "started"))
+    assert asking.heard() == []
+    asking.receiver.answer(message, Reply(250, "held"))
+    assert asking.heard() == ["250 2.0.0 held", "250 2.0.0 started"]
+
+
+def test_a_session_that_ends_while_it_waits_hears_no_answer() -> None:
+    asking = Asking()
+    asking.say("EHLO x", "ETRN example.org")
+    asking.heard()
+    asking.receiver.shut_down()
+    assert [line[:3] for line in asking.heard()] == ["421"]
+    asking.receiver.answer_etrn(Reply(250, "started"))
+    assert asking.heard() == [] and asking.receiver.closed
+
+
+def test_requests_without_end_come_to_one() -> None:
+    asking = Asking(limits=Limits(requests=3))
+    asking.say("EHLO x")
+    for _ in range(3):
+        assert asking.say("ETRN example.org") == [EtrnRequest("example.org")]
+        asking.receiver.answer_etrn(Reply(459, "no"))
+    asking.heard()
+    asking.say("ETRN example.org")
+    assert asking.heard() == ["421 4.7.0 more than 3 ETRN, closing"]
+
+
+# -- what a client hears -----------------------------------------------------------------------
+
+
+def test_only_a_service_that_holds_has_it(salmon: Salmon) -> None:
+    async def main() -> None:
+        async with listener(salmon) as service:
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            client = Dialogue(reader, writer)
+            await client.replied(220)
+            client.say("EHLO x")
+            await client.replied(250)
+            client.say("ETRN example.org")
+            await client.replied(502)
+            assert not any("ETRN" in line for line in client.heard)
+            await client.quit()
+            writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("example.org", "251 2.0.0 OK, no messages waiting for node example.org"),
+        ("EXAMPLE.ORG.", "251 2.0.0 OK, no messages waiting for node EXAMPLE.ORG."),
+        ("@example.org", "251 2.0.0 OK, no messages waiting for node @example.org"),
+        ("bücher.example", "251 2.0.0 "),
+        ("xn--bcher-kva.example", "251 2.0.0 "),
+        ("@", "501 5.5.4 ETRN takes a domain, or @ and a domain"),
+        ("#", "501 5.5.4 "),
+        ("@@example.org", "501 5.5.4 "),
+        ("a..b", "501 5.5.4 "),
+        ("[127.0.0.1]", "501 5.5.4 "),
+        ("a@example.org", "501 5.5.4 "),
+    ],
+)
+def test_names(salmon: Salmon, name: str, answer: str) -> None:
+    async def work(here: World) -> None:
+        [heard] = await here.ask(name)
+        assert heard.startswith(answer)
+
+    in_the_world(salmon, work)
+
+
+def test_no_one_learns_which_domains_are_held(salmon: Salmon) -> None:
+    """No account, no address for ETRN, a disabled account, a name to log in with: all the same."""
+    names = ["example.net", "example.com", "off.example", "ple.org", "deep.sub.example.org"]
+    names += ["@example.com", "@example.net", "#acme", "#plain", "#nothing"]
+
+    async def work(here: World) -> None:
+        for recipient in ("b@example.com", "b@off.example", "b@example.org"):
+            here.hold(recipient)
+        for name, answer in zip(names, await here.ask(*names), strict=True):
+            reason = "its mail is not sent on request here"
+            assert answer == f"459 4.7.1 node {name} not allowed: {reason}"
+        assert len(here.held("plain")) == len(here.held("off")) == 1
+
+    in_the_world(salmon, work)
+
+
+def test_a_request_that_concerns_too_many_accounts(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "MOST_ACCOUNTS", 0)
+
+    async def work(here: World) -> None:
+        assert (await here.ask("@org"))[0].startswith("459 ")
+
+    in_the_world(salmon, work)
+
+
+def test_a_store_that_cannot_be_read(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        monkeypatch.setattr(here.store, "listing", fails)
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("458 4.3.0 unable to queue messages for node example.org")
+
+    in_the_world(salmon, work)
+
+
+# -- what is sent ------------------------------------------------------------------------------
+
+
+def test_what_waits_for_the_domain_is_sent_and_is_gone(salmon: Salmon) -> None:
+    taken: list[tuple[list[str], bytes]] = []
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append(await take(server))
+        taken.append(await take(server))
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org", "c@sub.example.org", data=b"Subject: 1\r\n\r\n.one\r\n")
+        here.hold("d@EXAMPLE.org")
+        other = here.hold("e@sub.example.org")
+        assert await here.ask("example.org") == [
+            "253 2.0.0 OK, 2 pending messages for node example.org started"
+        ]
+        await here.until(lambda: len(here.held()) == 2)
+        assert [one.envelope.recipients for one in here.held()] == [
+            ("c@sub.example.org",),
+            ("e@sub.example.org",),
+        ]
+        assert other in [one.key for one in here.held()]
+
+    with_a_customer(salmon, work, home)
+    assert taken == [
+        (["<b@example.org>"], b"Subject: 1\r\n\r\n.one\r\n"),
+        (["<d@EXAMPLE.org>"], MESSAGE),
+    ]
+
+
+def test_the_subdomains_too(salmon: Salmon) -> None:
+    taken: list[list[str]] = []
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        for _ in range(2):
+            taken.append((await take(server))[0])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        here.hold("c@sub.example.org")
+        here.hold("d@xn--bcher-kva.example")
+        [answer] = await here.ask("@example.org")
+        assert answer.startswith("253 2.0.0 OK, 2 pending messages ")
+        await here.until(lambda: len(here.held()) == 1)
+
+    with_a_customer(salmon, work, home)
+    assert taken == [["<b@example.org>"], ["<c@sub.example.org>"]]
+
+
+def test_all_domains_of_an_account_are_all_that_it_has(salmon: Salmon) -> None:
+    """Mail for the postmaster of this host has no domain."""
+    taken: list[list[str]] = []
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append((await take(server))[0])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.store.put([Arrival(Envelope("", ("postmaster",)), ("alone",), [MESSAGE])])
+        [answer] = await here.ask("alone.example")
+        assert answer.startswith("253 2.0.0 OK, 1 pending messages ")
+        await here.until(lambda: not here.held("alone"))
+
+    with_a_customer(salmon, work, home)
+    assert taken == [["<postmaster>"]]
+
+
+def test_the_number_of_messages_is_not_counted_for_long(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "LOOKED_AT", 2)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        here.hold("b@example.org")
+        here.hold("c@sub.example.org")
+        assert await here.ask("example.org", "bücher.example") == [
+            "252 2.0.0 OK, pending messages for node example.org started",
+            "250 2.0.0 OK, queuing for node b?cher.example started",
+        ]
+
+    in_the_world(salmon, work)
+
+
+def test_each_answer_is_settled_as_it_is(salmon: Salmon) -> None:
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        for answer in ("250 taken", "451 later", "550 never"):
+            await take(server, answer)
+            if answer[0] != "2":
+                await server.asks("RSET", "250 ok")
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        for name in ("good", "later", "never"):
+            here.hold(f"{name}@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: len(here.held()) == 1)
+        await here.until(lambda: bool(salmon.relayed))
+
+    with_a_customer(salmon, work, home)
+    [(_, to, report)] = salmon.relayed
+    assert to == "a@example.net"
+    assert "never@example.org" in report and "550 never" in report
+
+
+def test_a_second_request_meanwhile_starts_nothing_more(salmon: Salmon) -> None:
+    begun, asked = asyncio.Event(), asyncio.Event()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        begun.set()
+        await asked.wait()
+        await take(server, "451 later")
+        await server.asks("RSET", "250 ok")
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await begun.wait()
+        again = await here.ask("example.org", "@example.org")
+        assert again == [
+            "250 2.0.0 OK, queuing for node example.org started",
+            "253 2.0.0 OK, 1 pending messages for node @example.org started",
+        ]
+        asked.set()
+        await here.until(lambda: bool(here.held()[0].reason))
+
+    with_a_customer(salmon, work, home)
+
+
+def test_what_has_come_since_goes_with_it_when_it_is_asked_for(salmon: Salmon) -> None:
+    taken: list[bytes] = []
+    begun, asked = asyncio.Event(), asyncio.Event()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        begun.set()
+        await server.asks("MAIL", "250 ok")
+        await asked.wait()
+        await server.asks("RCPT", "250 ok")
+        await server.asks("DATA", "354 go on")
+        while (await server.hear()) != ".":
+            pass
+        server.say("250 taken")
+        taken.append((await take(server))[1])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await begun.wait()
+        await here.until(
+            lambda: here.collector.providing.etrn._orders["acme"].hand_over is not None
+        )
+        here.hold("b@example.org", data=b"Subject: second\r\n\r\nx\r\n")
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("250 ")
+        asked.set()
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+    assert taken == [b"Subject: second\r\n\r\nx\r\n"]
+
+
+def test_what_is_asked_for_meanwhile_goes_down_the_same_connection(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "LINGER", 20.0)
+    taken: list[list[str]] = []
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append((await take(server))[0])
+        taken.append((await take(server))[0])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        here.hold("c@sub.example.org")
+        await here.ask("example.org")
+        await here.until(lambda: len(here.held()) == 1)
+        [answer] = await here.ask("sub.example.org")
+        assert answer.startswith("253 ")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+    assert taken == [["<b@example.org>"], ["<c@sub.example.org>"]]
+
+
+def test_the_next_delivery_begins_a_while_after_the_last(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "EVERY", 1.0)
+    began: list[float] = []
+
+    async def home(server: Dialogue) -> None:
+        began.append(asyncio.get_running_loop().time())
+        await greet(server)
+        await take(server)
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        for _ in range(2):
+            here.hold("b@example.org")
+            codes = [line[:3] for line in await here.ask("example.org", "example.org")]
+            assert codes == ["253", "250"]
+            await here.until(lambda: not here.held())
+            await here.until(lambda: here.collector.providing.etrn._orders["acme"].call is None)
+
+    with_a_customer(salmon, work, home, home)
+    assert began[1] - began[0] > 0.8
+
+
+def test_who_asks_while_an_attempt_fails_gets_another(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection may lead to where the customer was before it asked."""
+    monkeypatch.setattr(etrn, "EVERY", 0.5)
+    begun, asked = asyncio.Event(), asyncio.Event()
+
+    async def gone(server: Dialogue) -> None:
+        begun.set()
+        await asked.wait()
+        server.abort()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server)
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await begun.wait()
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("250 ")
+        asked.set()
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, gone, home)
+
+
+def test_an_address_where_no_one_is(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("253 ")
+        await here.until(lambda: "Connection refused" in caplog.text)
+        [held] = here.held()
+        assert (held.state, held.strikes) == (State.WAITING, 0)
+
+    in_the_world(salmon, work, "127.0.0.1:1")
+    assert "account=acme to=127.0.0.1:1 sending its mail, as ETRN asked: 127.0.0.1: " in caplog.text
+
+
+@pytest.mark.parametrize("greeting", ["554 go away", "421 busy", "HTTP/1.1 400 Bad Request", ""])
+def test_a_server_that_is_none(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture, greeting: str
+) -> None:
+    async def home(server: Dialogue) -> None:
+        if greeting:
+            server.say(greeting)
+            await server.ignore()
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: "as ETRN asked: " in caplog.text)
+        assert (here.held()[0].state, here.held()[0].strikes) == (State.WAITING, 0)
+
+    with_a_customer(salmon, work, home)
+    assert greeting in caplog.text
+
+
+def test_a_message_over_which_the_session_breaks_is_set_aside(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "EVERY", 0.0)
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await server.hear("MAIL")
+        server.abort()
+
+    async def work(here: World) -> None:
+        key = here.hold("b@example.org")
+        order = here.collector.providing.etrn._orders
+        for strikes in range(1, MOST_STRIKES + 1):
+            await here.ask("example.org")
+            await here.until(lambda: order["acme"].task is None)
+            assert here.held()[0].strikes == strikes
+        [held] = here.held()
+        assert (held.key, held.state) == (key, State.ASIDE)
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("251 ")
+
+    with_a_customer(salmon, work, *[home] * MOST_STRIKES)
+
+
+# -- TLS ---------------------------------------------------------------------------------------
+
+
+def test_it_is_encrypted_where_that_is_offered_whoever_it_is(salmon: Salmon) -> None:
+    async def home(server: Dialogue) -> None:
+        await greet(server, "STARTTLS", "PIPELINING")
+        await server.asks("STARTTLS", "220 go ahead")
+        await server.starttls(server_tls())
+        await server.asks("EHLO mx.example.net", "250 home.example.org")
+        assert (await take(server))[1] == MESSAGE
+        await server.asks("QUIT", "221 bye")
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+
+
+def test_a_server_that_says_no_to_tls_gets_it_in_the_clear(salmon: Salmon) -> None:
+    async def home(server: Dialogue) -> None:
+        await greet(server, "STARTTLS")
+        await server.asks("STARTTLS", "454 not now")
+        await take(server)
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+
+
+def test_a_server_whose_tls_fails_is_called_again_in_the_clear(salmon: Salmon) -> None:
+    async def broken(server: Dialogue) -> None:
+        await greet(server, "STARTTLS")
+        await server.asks("STARTTLS", "220 go ahead")
+        await server.reader.read(1)
+        server.say("this is no TLS")
+        await server.ignore()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server, "STARTTLS")
+        await take(server)
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, broken, home)
+
+
+# -- beside it ---------------------------------------------------------------------------------
+
+
+def test_a_stop_finishes_what_is_under_way_and_leaves_the_rest(salmon: Salmon) -> None:
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await server.asks("MAIL", "250 ok")
+        await server.asks("RCPT", "250 ok")
+        await server.asks("DATA", "354 go on")
+        while (await server.hear()) != ".":
+            pass
+        begun.set()
+        await stopped.wait()
+        server.say("250 taken")
+        await goodbye(server)
+
+    left: list[Held] = []
+
+    async def main() -> None:
+        async with scripted(home) as port, world(salmon, f"127.0.0.1:{port}") as here:
+            first = here.hold("b@example.org")
+            here.hold("c@example.org")
+            await here.ask("example.org")
+            await begun.wait()
+            here.daemon.stop()
+            await here.until(lambda: here.collector.providing.etrn._stopping)
+            stopped.set()
+            await here.until(lambda: first not in [one.key for one in here.held()])
+            left.extend(here.held())
+
+    asyncio.run(main())
+    assert [one.envelope.recipients for one in left] == [("c@example.org",)]
+
+
+def test_our_own_agent_and_our_own_service(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in one process: it asks, and the mail is in the handler."""
+    salmon.handle("good@.*")
+
+    def never(message: MailRequest) -> None:
+        raise SMTPError(550, "never")
+
+    salmon.handle("never@.*", never)
+    tls: dict[str, Any] = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}
+
+    async def main() -> None:
+        domains = ["example.org", "sub.example.org"]
+        async with (
+            listener(salmon, domains=domains, **tls) as service,
+            world(salmon, f"localhost:{service.port}", **tls) as here,
+        ):
+            for number in range(50):
+                here.hold("good@example.org", data=b"Subject: %d\r\n\r\nx\r\n" % number)
+            here.hold("good@sub.example.org", "never@sub.example.org")
+            keys = etrn_keys(here.port, "example.org", "sub.example.org", "example.net")
+            keys["tls"] = "opportunistic"
+            [report] = await collect(salmon, keys)
+            assert report.outcome is Outcome.REFUSED
+            assert report.error is not None and "459" in report.error
+            assert "253 2.0.0 OK, 50 pending messages for node example.org" in report.answers[0]
+            assert report.answers[1].partition(": ")[2][:4] == "253 "
+            await here.until(lambda: not here.held())
+            keys["domains"] = ["example.org", "@sub.example.org"]
+            [report] = await collect(salmon, keys)
+            assert report.outcome is Outcome.NO_MAIL
+
+    asyncio.run(main())
+    assert len([one for one in salmon.handled if one.To.startswith("good@")]) == 51
+
+
+def test_a_push_session_gets_what_the_other_way_left(salmon: Salmon) -> None:
+    """Both for one account: no message goes both ways at a time, and none is forgotten."""
+    salmon.handle(".*")
+    offered = asyncio.Event()
+    pushed = asyncio.Event()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await server.asks("MAIL", "250 ok")
+        offered.set()
+        await pushed.wait()
+        await server.asks("RCPT", "421 closing")
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org", data=b"Subject: first\r\n\r\nx\r\n")
+        await here.ask("example.org")
+        await offered.wait()
+        plugins = Plugins.load()
+        valid = configuration(agent_keys(here.odmr, server="127.0.0.1", push=True), plugins=plugins)
+        with Collector(valid, plugins, lambda: salmon.relay) as customer:
+            collection = customer.collection(valid.agents[0])
+            collection.may_push = True
+            running = asyncio.create_task(customer.run(valid.agents[0], collection))
+            await here.until(lambda: collection.pushing)
+            here.hold("b@example.org", data=b"Subject: second\r\n\r\nx\r\n")
+            await here.until(lambda: len(salmon.handled) == 1)
+            pushed.set()
+            await here.until(lambda: len(salmon.handled) == 2)
+            await here.until(lambda: not here.held())
+            collection.stop()
+            await running
+
+    with_a_customer(salmon, work, home)
+    assert [one["Subject"] for one in salmon.handled] == ["second", "first"]
