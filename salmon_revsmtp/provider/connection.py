@@ -19,9 +19,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.net.listener import Admit
@@ -85,18 +84,42 @@ class Connection(Driver):
     ``sent``      messages that the customer has answered.
     """
 
+    __slots__ = (
+        "_admit",
+        "_again_at",
+        "_again_in",
+        "_alarm",
+        "_deferred",
+        "_ending",
+        "_excused",
+        "_feed",
+        "_heard_at",
+        "_more",
+        "_news",
+        "_provider",
+        "_resting",
+        "_sender",
+        "_under_way",
+        "_waiting",
+        "_work",
+        "account",
+        "push",
+        "reversed_at",
+        "sent",
+    )
+
     WE, THEY = "provider", "customer"
 
     def __init__(self, provider: Host, admit: Admit, implicit_tls: bool) -> None:
         starttls = not implicit_tls and provider.tls() is not None
-        self._turn = Turn(
+        turn = Turn(
             provider.hostname,
             provider.accounts,
             starttls=starttls,
             tls=implicit_tls,
             needs_tls=provider.needs_tls,
         )
-        super().__init__(self._turn, provider.timeout, LOGIN_PATIENCE)
+        super().__init__(turn, provider.timeout, LOGIN_PATIENCE)
         self.account: Account | None = None
         self.push = False
         self.reversed_at: float | None = None
@@ -104,16 +127,23 @@ class Connection(Driver):
         self._provider, self._admit = provider, admit
         self._sender: Sender | None = None
         self._feed: Feed | None = None
-        self._work: set[asyncio.Task[None]] = set()
+        self._work: list[asyncio.Task[None]] = []
         self._waiting = False  # the customer does, for us
         self._ending = False
-        self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
+        self._news: asyncio.Future[None] | None = None  # is waited for: see _note
+        self._resting = False  # no task is at work: see _rest
+        self._alarm: asyncio.TimerHandle | None = None
         self._more = False  # there may be mail that the feed has not shown
-        self._under_way: deque[Held] = deque()  # in the order in which they are answered
+        self._under_way: list[Held] = []  # in the order in which they are answered
         self._excused = False  # if the session breaks, it is not over what is under way
         self._deferred = False
         self._again_in, self._again_at = AGAIN_FIRST, 0.0
         self._heard_at = 0.0
+
+    @property
+    def _turn(self) -> Turn:
+        """Who speaks before the reversal, and is of no use after it."""
+        return cast(Turn, self.machine)
 
     @property
     def busy(self) -> bool:
@@ -121,7 +151,7 @@ class Connection(Driver):
 
     @property
     def unfinished(self) -> bool:
-        return bool(self._work)
+        return bool(self._work) or self._resting
 
     @property
     def tls_version(self) -> str | None:
@@ -138,14 +168,14 @@ class Connection(Driver):
         self._turn.tls_started()
 
     def disconnected(self) -> None:
-        self._news.set()
+        self._note()
 
     def end_soon(self) -> None:
         """Finish what is under way, and say QUIT; before the reversal, 421."""
         self._excused = True
         if self._sender is not None:
             self._ending = True
-            self._news.set()
+            self._note()
         elif self._work:
             for task in self._work:
                 task.cancel()
@@ -156,7 +186,7 @@ class Connection(Driver):
 
     def send_away(self, reply: Reply) -> None:
         """Before the reversal it hears why."""
-        if self._sender is not None:
+        if self._sender is not None or self._handshake is not None:
             super().send_away(reply)
             return
         self._turn.send_away(reply)
@@ -165,7 +195,7 @@ class Connection(Driver):
     def replace(self) -> None:
         """A newer session has this one's place: end when what is under way is answered, or soon."""
         self._ending = self._excused = True
-        self._news.set()
+        self._note()
         asyncio.get_running_loop().call_later(
             REPLACED_GRACE, self.abort, "a newer session of the account takes its place"
         )
@@ -173,7 +203,7 @@ class Connection(Driver):
     def wake(self) -> None:
         """Mail has come."""
         self._more = True
-        self._news.set()
+        self._note()
 
     def start_over(self) -> None:
         """Mail that was another session's may be anyone's now."""
@@ -206,21 +236,21 @@ class Connection(Driver):
             self._waiting = True
             self._start(self._atrn(event))
         elif isinstance(event, Ready):
-            self._news.set()
+            self._note()
         elif isinstance(event, Sent):
             self._answered(event)
         elif isinstance(event, Broken):
             self._excused = self._excused or event.said_so
             self.broken = self.broken or event.reason
-            self._news.set()
+            self._note()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._work.add(task)
+        self._work.append(task)
         task.add_done_callback(self._worked)
 
     def _worked(self, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
+        self._work.remove(task)
         if not task.cancelled() and (error := task.exception()):
             if not isinstance(error, ConnectionError):
                 log_safely(log, logging.ERROR, "a hand-over failed: %s", error, error=True)
@@ -258,8 +288,6 @@ class Connection(Driver):
                 return
             self._reverse(account)
             await self._hand_over(first)
-            if self.broken is None and self._sender is not None:
-                self.happened(self._sender.quit())
         finally:
             await self._give_up_feed()
 
@@ -286,8 +314,8 @@ class Connection(Driver):
         self._be_patient()
 
     async def _give_up_feed(self) -> None:
-        """What was answered is settled, what was not is anyone's."""
-        if self._feed is None:
+        """What was answered is settled, what was not is anyone's; unless the session goes on."""
+        if self._feed is None or self._resting:
             return
         if self._under_way and not self._excused:
             await self._strike(self._under_way[0])
@@ -328,25 +356,27 @@ class Connection(Driver):
         return await asyncio.to_thread(read)
 
     async def _hand_over(self, page: list[tuple[Held, bytes | Content]]) -> None:
-        """Send what there is, and, in a push session, what comes.  Raises
+        """Send what there is, and then say QUIT, or, in a push session, rest.  Raises
         :class:`ConnectionError` when the session breaks."""
-        while True:
+        while not self._ending:
             for held, content in page:
                 await self._wait_until(lambda: self._may_send)
                 if self._ending:
                     break
                 await self._send(held, content)
-            if not self._ending:
+            else:
                 page = await self._next_page()
                 if page:
                     continue
-                if self.push:
-                    await self._until_more()
-                    if not self._ending:
-                        page = await self._next_page()
-                        continue
-            await self._wait_until(lambda: not self._under_way)
-            return
+                if not self.push:
+                    break
+                if not self._is_needed:
+                    self._rest()
+                    return
+                self._look_again()
+        await self._wait_until(lambda: not self._under_way)
+        if self.broken is None and self._sender is not None:
+            self.happened(self._sender.quit())
 
     def _be_patient(self) -> None:
         """How long the customer may be silent: for the answer to a message RFC 5321 4.5.3.2.6 has
@@ -376,37 +406,90 @@ class Connection(Driver):
         while not so():
             if self.broken is not None:
                 raise ConnectionError(self.broken)
-            self._news.clear()
-            await self._news.wait()
+            await self._until_news()
 
-    async def _until_more(self) -> None:
-        """Wait for mail, and see now and then whether the customer is still there."""
+    def _note(self) -> None:
+        """Room, an answer, mail, an end: whoever waits looks again."""
+        if self._news is not None:
+            if not self._news.done():
+                self._news.set_result(None)
+        elif self._resting:
+            self._stir()
+
+    async def _until_news(self) -> None:
+        self._news = asyncio.get_running_loop().create_future()
+        try:
+            await self._news
+        finally:
+            self._news = None
+
+    # -- the rest -------------------------------------------------------------------------------
+
+    # Most sessions have nothing to do most of the time, and there are ten thousand of them: one
+    # that rests has an alarm, and neither a task nor a frame.
+
+    def _rest(self) -> None:
+        """Until :attr:`_is_needed`."""
+        self._resting = True
+        self._set_alarm()
+
+    @property
+    def _is_needed(self) -> bool:
+        """There may be mail, or a reason to end."""
+        return self._more or self._ending or self.broken is not None or self._is_time_again
+
+    @property
+    def _is_time_again(self) -> bool:
+        """What was deferred may be tried again."""
+        now = asyncio.get_running_loop().time()
+        return self._deferred and not self._under_way and now >= self._again_at
+
+    def _look_again(self) -> None:
+        """Have the feed show what was deferred, if it is time.  Raises :class:`ConnectionError`
+        when the session has broken."""
+        if self.broken is not None:
+            raise ConnectionError(self.broken)
+        if self._is_time_again:
+            assert self._feed is not None
+            self._deferred = False
+            self._again_in = min(2 * self._again_in, AGAIN_LAST)
+            self._feed.start_over()
+
+    def _stir(self) -> None:
+        """Go back to work, if there is any."""
+        if self._is_needed:
+            self._resting = False
+            self._start(self._go_on())
+        self._set_alarm()
+
+    async def _go_on(self) -> None:
+        try:
+            self._look_again()
+            await self._hand_over([])
+        finally:
+            await self._give_up_feed()
+
+    def _set_alarm(self) -> None:
+        """For a NOOP, and for what was deferred."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if not self._resting:
+            return
         loop = asyncio.get_running_loop()
-        assert self._sender is not None and self._feed is not None
-        while not (self._more or self._ending):
-            if self.broken is not None:
-                raise ConnectionError(self.broken)
-            now = loop.time()
-            if self._deferred and not self._under_way and now >= self._again_at:
-                self._deferred = False
-                self._again_in = min(2 * self._again_in, AGAIN_LAST)
-                self._feed.start_over()
-                return
-            if now >= self._heard_at + self._provider.keepalive and self._sender.idle:
-                self.happened(self._sender.noop())
-            self._news.clear()
-            await self._sleep(loop.time())
-
-    async def _sleep(self, now: float) -> None:
-        """Until there is news, or it is time for a NOOP or for what was deferred."""
+        now = loop.time()
         until = max(self._heard_at + self._provider.keepalive, now + 1.0)
         if self._deferred:
             until = min(until, max(self._again_at, now + 0.01))
-        waiting = asyncio.get_running_loop().call_at(until, self._news.set)
-        try:
-            await self._news.wait()
-        finally:
-            waiting.cancel()
+        self._alarm = loop.call_at(until, self._ring)
+
+    def _ring(self) -> None:
+        """See whether the customer is still there, when it was silent for long."""
+        assert self._sender is not None
+        now = asyncio.get_running_loop().time()
+        if now >= self._heard_at + self._provider.keepalive and self._sender.idle:
+            self.happened(self._sender.noop())
+        self._stir()
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -425,4 +508,4 @@ class Connection(Driver):
         self._provider.settler.settle(Answered(held, sent.replies))
         if not self._under_way:
             self._be_patient()
-        self._news.set()
+        self._note()
