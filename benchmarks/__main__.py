@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks import alone, distance, intake, machine, many, startup, table, tls
+from benchmarks import alone, distance, idle, intake, machine, many, startup, table, tls
 from benchmarks.processes import ROOT, Failure
 from benchmarks.table import Case, Missing, Section
 
@@ -25,6 +25,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
+    "idle": idle.sections,
 }
 ROUNDS = 5
 
@@ -42,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _progress(f"round {number + 1} of {rounds}: {section.title}")
             for case in section.cases:
                 _measure(section, case)
-    targets = [*startup.targets(), *alone.targets(), *intake.targets(), *distance.targets()]
+    targets = [
+        *startup.targets(),
+        *alone.targets(),
+        *intake.targets(),
+        *distance.targets(),
+        *idle.targets(),
+    ]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:
