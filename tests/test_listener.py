@@ -17,9 +17,9 @@ from support.messages import MESSAGE
 from support.salmon import Salmon
 from support.tls import CERTIFICATE, PRIVATE_KEY
 
-from salmon_revsmtp.net import listener as listening
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.service import listening
 from salmon_revsmtp.settings import SettingsError
 
 

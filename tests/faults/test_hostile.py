@@ -32,9 +32,9 @@ from support.tls import CERTIFICATE, PRIVATE_KEY, server_tls
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.net import driver
-from salmon_revsmtp.net import listener as listening
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.service import listening
 from salmon_revsmtp.service.session import LOGGED_REFUSALS
 
 MIB = 1024 * 1024
@@ -585,12 +585,12 @@ def test_a_tls_handshake_that_never_ends_leaves_nothing_open(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """A client that says STARTTLS and then does no handshake: its place is free afterwards."""
-    monkeypatch.setattr(listening, "MAX_CONNECTIONS", 1)
     monkeypatch.setattr(listening, "MAX_PER_ADDRESS", 1)
     octets = {"a command": b"MAIL FROM:<a@example.net>\r\n", "half a hello": b"\x16\x03\x01\x00"}
 
     async def main() -> None:
         keys: dict[str, Any] = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}
+        keys["max_connections"] = 1
         async with listener(salmon, **keys) as one:
             reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
             client = Dialogue(reader, writer)
