@@ -61,6 +61,8 @@ def _context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     # RFC 8996; whatever the system's OpenSSL still allows.
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+    # TLS 1.2 has it; a client could have us do one handshake after another.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.load_cert_chain(certificate, key)
     return context
 

@@ -29,11 +29,11 @@ import socket
 import ssl
 import struct
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from salmon_revsmtp.net.guard import Guard, guard
+from salmon_revsmtp.net.tls import TlsTransport
 from salmon_revsmtp.net.trace import Trace, dialogue
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -117,6 +117,33 @@ class Driver(asyncio.Protocol):
     ``patience``  seconds in which it has to give us something to do; ``None``: no limit.
     """
 
+    # Ten thousand of them wait at a time: they are to be small.
+    __slots__ = (
+        "_aborted",
+        "_begun",
+        "_clock",
+        "_congested",
+        "_eof",
+        "_guard",
+        "_handshake",
+        "_lost",
+        "_marks",
+        "_outgoing",
+        "_patience",
+        "_progressed_at",
+        "_timeout",
+        "_trace",
+        "_transport",
+        "_word",
+        "_written",
+        "broken",
+        "clean",
+        "ended",
+        "machine",
+        "peer",
+        "tls",
+    )
+
     #: Who we are and who they are, in messages for a person.
     WE, THEY = "server", "client"
 
@@ -130,7 +157,7 @@ class Driver(asyncio.Protocol):
         self._timeout = timeout
         self._patience = patience
         self._transport: asyncio.Transport | None = None
-        self._outgoing: deque[memoryview] = deque()
+        self._outgoing: list[memoryview] = []
         self._written = 0  # octets
         self._congested = False
         self._eof = False
@@ -315,7 +342,7 @@ class Driver(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         while self._outgoing and not self._congested:
-            self._put(transport, self._outgoing.popleft())
+            self._put(transport, self._outgoing.pop(0))
         over = self.machine.closed or (self._eof and not self.busy)
         if over and not self._outgoing:
             if self.at_boundary:
@@ -359,7 +386,7 @@ class Driver(asyncio.Protocol):
     def _now(self) -> tuple[int, int, int]:
         unread = 0
         if self._transport is not None and not self._lost:
-            unread = _unread(self._transport)
+            unread = self._transport.get_write_buffer_size()
         return self.machine.steps, self.machine.content_octets, self._written - unread
 
     def _progress(self) -> bool:
@@ -463,14 +490,20 @@ class Driver(asyncio.Protocol):
         assert self._transport is not None
         if self.machine.pending:
             raise ConnectionError("unexpected data after STARTTLS")
-        if self._transport.is_closing():
-            raise ConnectionError("the connection was lost")
-        encrypted = await asyncio.get_running_loop().start_tls(
-            self._transport, self, context, server_side=server is None, server_hostname=server
-        )
-        if encrypted is None:
-            raise ConnectionError("the connection was lost")
-        self._transport = encrypted
+        if server is None:
+            ours = TlsTransport(self._transport, context)
+            await ours.shake_hands()
+            ours.set_protocol(self)
+            self._transport, self._handshake = ours, None
+        else:
+            if self._transport.is_closing():
+                raise ConnectionError("the connection was lost")
+            encrypted = await asyncio.get_running_loop().start_tls(
+                self._transport, self, context, server_hostname=server
+            )
+            if encrypted is None:
+                raise ConnectionError("the connection was lost")
+            self._transport = encrypted
         self.tls, self._congested = True, False
         self.encrypted()
         self.advance()
@@ -480,9 +513,10 @@ class Driver(asyncio.Protocol):
 
     def _shaken(self, task: asyncio.Task[None]) -> None:
         self._handshake = None
-        if not task.cancelled() and (error := task.exception()):
+        if task.cancelled():
+            self.connection_lost(None)
+        elif error := task.exception():
             self.abort(f"the TLS handshake failed: {error}")
-            # asyncio tells no one of a connection that is lost in its handshake.
             self.connection_lost(None)
 
     # -- the end ----------------------------------------------------------------------------------
@@ -530,6 +564,8 @@ class Driver(asyncio.Protocol):
         self._aborted = True
         if self.broken is None:
             self.broken = reason
+        if self._handshake is not None:
+            self._handshake.cancel()
         if self._transport is not None:
             if self.at_boundary:
                 self.reset_at_end(False)
@@ -539,11 +575,3 @@ class Driver(asyncio.Protocol):
         """The end, if it is that."""
         if self._lost and not self.unfinished and not self.ended.done():
             self.ended.set_result(None)
-
-
-def _unread(transport: asyncio.Transport) -> int:
-    """The octets that the peer has not taken from us, as far as can be seen here."""
-    # asyncio's TLS transport does not count what is in the transport below it.
-    below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
-    size = transport.get_write_buffer_size()
-    return size if below is None else size + int(below.get_write_buffer_size())

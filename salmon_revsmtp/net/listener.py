@@ -8,6 +8,7 @@ import logging
 import os
 import ssl
 from collections.abc import Callable, Container
+from functools import partial
 
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.places import Places
@@ -22,6 +23,11 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 100
 # What one provider opens at once; Postfix has 20, Exim 10.
 MAX_PER_ADDRESS = 25
+
+# Connections that the system keeps until we take them, where it allows so many: when a provider
+# comes back, all its customers call at once.  asyncio takes as many at a time as it is told to have
+# waiting, so it is told of its usual 100.
+BACKLOG = 4096
 
 _STOPPED = Reply(421, "shutting down, try again later", "4.3.2")
 
@@ -105,6 +111,9 @@ class Listener:
         except OSError as error:
             raise cannot_listen(self.name, self._host, self._port, error) from None
         if not quietly:
+            for one in self._server.sockets:
+                with one.dup() as listening:
+                    listening.listen(BACKLOG)
             log.info("%s listens on %s:%d", self.name, self._host or "*", self.port)
 
     async def stop(self, grace: float) -> None:
@@ -141,13 +150,13 @@ class Listener:
 
     def _admit(self, driver: Driver) -> Reply | None:
         """Give a connection a place from when it is there."""
-        driver.ended.add_done_callback(lambda _: self._ended(driver))
+        driver.ended.add_done_callback(partial(self._ended, driver))
         self._connections.add(driver)
         if self._stopping:  # its handshake took that long
             return _STOPPED
         return self._refuse(driver.peer[0]) or self._places.admit(driver)
 
-    def _ended(self, driver: Driver) -> None:
+    def _ended(self, driver: Driver, _: object) -> None:
         self._connections.discard(driver)
         self._places.leave(driver)
 

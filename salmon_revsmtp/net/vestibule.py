@@ -11,6 +11,7 @@ import logging
 import ssl
 from collections.abc import Callable
 
+from salmon_revsmtp.net.tls import TlsTransport
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -18,14 +19,11 @@ __all__ = ["Vestibule"]
 
 log = logging.getLogger(__name__)
 
-# Seconds for a handshake; asyncio has 60.
-HANDSHAKE = 30.0
-
 
 class Vestibule(asyncio.Protocol):
     """One connection without a protocol yet.
 
-    ``enter``    makes the protocol that it has when the handshake is done.
+    ``enter``    makes the protocol that it has when the handshake is done, and that begins to read.
     ``arrived``  told that it is here; ``False`` turns it away.
     ``left``     told that it is not here any more.
 
@@ -46,8 +44,6 @@ class Vestibule(asyncio.Protocol):
         self._tls, self._enter = tls, enter
         self._arrived, self._left = arrived, left
         self._transport: asyncio.Transport | None = None
-        self._came: list[bytes] = []
-        self._ended = False
         self._handshake: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,21 +55,16 @@ class Vestibule(asyncio.Protocol):
         if not self._arrived(self):
             transport.abort()  # there is no TLS in which to say 421
             return
-        self._handshake = loop.create_task(self._shake_hands(transport))
+        encrypted = TlsTransport(transport, self._tls)
+        self._handshake = loop.create_task(self._shake_hands(encrypted))
         self._handshake.add_done_callback(self._shaken)
 
-    async def _shake_hands(self, transport: asyncio.Transport) -> None:
-        encrypted = await asyncio.get_running_loop().start_tls(
-            transport, self, self._tls, server_side=True, ssl_handshake_timeout=HANDSHAKE
-        )
+    async def _shake_hands(self, encrypted: TlsTransport) -> None:
+        await encrypted.shake_hands()
         self._left(self)
-        if encrypted is None or self._ended:
-            return
         protocol = self._enter()
         encrypted.set_protocol(protocol)
         protocol.connection_made(encrypted)
-        for data in self._came:
-            protocol.data_received(data)
 
     def _shaken(self, task: asyncio.Task[None]) -> None:
         self._handshake = None
@@ -85,12 +76,7 @@ class Vestibule(asyncio.Protocol):
                 log_safely(log, logging.ERROR, "a connection cannot begin: %s", error)
             self.abort()
 
-    def data_received(self, data: bytes) -> None:
-        """What came with the end of the handshake; the next has a protocol."""
-        self._came.append(data)
-
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
         self._left(self)
 
     def slower_than(self, rate: int, after: float) -> bool:
@@ -103,7 +89,6 @@ class Vestibule(asyncio.Protocol):
 
     def abort(self) -> None:
         """Drop the connection."""
-        self._ended = True
         if self._handshake is not None:
             self._handshake.cancel()
         if self._transport is not None:

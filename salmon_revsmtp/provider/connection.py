@@ -12,7 +12,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.net.listener import Admit
@@ -67,26 +67,43 @@ class Connection(Driver):
     ``reversed_at``  since when it is reversed, on the event loop's clock; ``None`` before.
     """
 
+    __slots__ = (
+        "_admit",
+        "_hand_over",
+        "_provider",
+        "_sender",
+        "_waiting",
+        "_work",
+        "account",
+        "push",
+        "reversed_at",
+    )
+
     WE, THEY = "provider", "customer"
 
     def __init__(self, provider: Host, admit: Admit, implicit_tls: bool) -> None:
         starttls = not implicit_tls and provider.tls() is not None
-        self._turn = Turn(
+        turn = Turn(
             provider.hostname,
             provider.accounts,
             starttls=starttls,
             tls=implicit_tls,
             needs_tls=provider.needs_tls,
         )
-        super().__init__(self._turn, provider.timeout, LOGIN_PATIENCE)
+        super().__init__(turn, provider.timeout, LOGIN_PATIENCE)
         self.account: Account | None = None
         self.push = False
         self.reversed_at: float | None = None
         self._provider, self._admit = provider, admit
         self._sender: Sender | None = None
         self._hand_over: HandOver | None = None
-        self._work: set[asyncio.Task[None]] = set()
+        self._work: list[asyncio.Task[None]] = []
         self._waiting = False  # the customer does, for us
+
+    @property
+    def _turn(self) -> Turn:
+        """Who speaks before the reversal, and is of no use after it."""
+        return cast(Turn, self.machine)
 
     @property
     def sent(self) -> int:
@@ -99,7 +116,7 @@ class Connection(Driver):
 
     @property
     def unfinished(self) -> bool:
-        return bool(self._work)
+        return bool(self._work) or (self._hand_over is not None and self._hand_over.resting)
 
     @property
     def tls_version(self) -> str | None:
@@ -133,7 +150,7 @@ class Connection(Driver):
 
     def send_away(self, reply: Reply) -> None:
         """Before the reversal it hears why."""
-        if self._sender is not None:
+        if self._sender is not None or self._handshake is not None:
             super().send_away(reply)
             return
         self._turn.send_away(reply)
@@ -187,11 +204,11 @@ class Connection(Driver):
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._work.add(task)
+        self._work.append(task)
         task.add_done_callback(self._worked)
 
     def _worked(self, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
+        self._work.remove(task)
         if not task.cancelled() and (error := task.exception()):
             if not isinstance(error, ConnectionError):
                 log_safely(log, logging.ERROR, "a hand-over failed: %s", error, error=True)
@@ -228,19 +245,30 @@ class Connection(Driver):
             if not first and not self.push:
                 self._refuse_atrn(NO_MAIL)
                 return
-            sender = self._reverse(account, hand_over)
+            self._reverse(account, hand_over)
             await hand_over.run(first)
-            if self.broken is None:
-                self.happened(sender.quit())
+            self._say_goodbye(hand_over)
         finally:
             await hand_over.close()
+
+    async def _go_on(self, hand_over: HandOver) -> None:
+        """A session that rested has something to do."""
+        try:
+            await hand_over.resume()
+            self._say_goodbye(hand_over)
+        finally:
+            await hand_over.close()
+
+    def _say_goodbye(self, hand_over: HandOver) -> None:
+        if self.broken is None and self._sender is not None and not hand_over.resting:
+            self.happened(self._sender.quit())
 
     def _refuse_atrn(self, reply: Reply) -> None:
         self._waiting = False
         self._turn.answer(reply)
         self.advance()
 
-    def _reverse(self, account: Account, hand_over: HandOver) -> Sender:
+    def _reverse(self, account: Account, hand_over: HandOver) -> None:
         provider = self._provider
         log_safely(
             log,
@@ -253,8 +281,8 @@ class Connection(Driver):
         self._sender = sender = Sender(provider.hostname)
         self._turn.answer(Reply(250, "now reversing the connection", "2.0.0"))
         timeout = max(provider.timeout, DEAD_AFTER * provider.keepalive)
-        hand_over.begin(sender, timeout, provider.keepalive if self.push else None)
+        hand_over.begin(sender, timeout)
         if self.push:
+            hand_over.stay(provider.keepalive, lambda: self._start(self._go_on(hand_over)))
             self.keep_alive(provider.keepalive)
         self.change_roles(sender)
-        return sender

@@ -9,16 +9,16 @@ settled also when the connection breaks or is dropped, and what it has not is st
 session breaks over a message it gets a strike, and goes alone the next time, so that it is known
 which of those under way is the one; after some strikes it is set aside.
 
-A session that its customer wants to keep goes on when all has been sent: it waits for the store to
+A session that its customer wants to keep rests when all has been sent: it waits for the store to
 tell of more, and says NOOP when it was silent for long.  What the customer deferred is tried again
-in it after a while.
+in it after a while.  Most such sessions have nothing to do most of the time, and there may be ten
+thousand of them: one that rests has an alarm, and neither a task nor a frame.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
@@ -42,6 +42,11 @@ MOST_STRIKES = 5
 # answer that the disk could not take is settled later, and what was deferred waits only then.
 AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
 
+
+def _nothing() -> None:
+    pass
+
+
 #: Messages of a feed, with their octets.
 Page = Sequence[tuple[Held, bytes | Content]]
 
@@ -51,14 +56,40 @@ class HandOver:
 
         first = await hand_over.open(domains)     # what waits
         hand_over.begin(sender, timeout)          # the connection is the sender's now
-        await hand_over.run(first)
+        await hand_over.run(first)                # if it rests then, resume() follows
         await hand_over.close()                   # in any case
 
     ``settler``  takes the customer's answers.
     ``sent``     messages that the customer has answered.
+    ``resting``  nothing runs, and the session is open.
 
     The connection passes its events to :meth:`handle`, and says :meth:`look` when it is lost.
     """
+
+    __slots__ = (
+        "_account",
+        "_again_at",
+        "_again_in",
+        "_alarm",
+        "_asked_again",
+        "_awake",
+        "_connection",
+        "_deferred",
+        "_excused",
+        "_feed",
+        "_heard_at",
+        "_keepalive",
+        "_more",
+        "_news",
+        "_sender",
+        "_settler",
+        "_stopped",
+        "_store",
+        "_timeout",
+        "_under_way",
+        "resting",
+        "sent",
+    )
 
     def __init__(
         self, connection: Driver, store: HoldStore, settler: Settler, account: str
@@ -69,12 +100,15 @@ class HandOver:
         self._sender: Sender | None = None
         self._timeout = 0.0
         self._keepalive: float | None = None
+        self._awake: Callable[[], None] = _nothing
+        self.resting = False
+        self._alarm: asyncio.TimerHandle | None = None
         self._feed: Feed | None = None
         self._stopped = False
-        self._news = asyncio.Event()  # room, an answer, mail, an end: whoever waits looks again
+        self._news: asyncio.Future[None] | None = None  # is waited for
         self._more = False  # there may be mail that the feed has not shown
         self._asked_again = False
-        self._under_way: deque[Held] = deque()  # in the order in which they are answered
+        self._under_way: list[Held] = []  # in the order in which they are answered
         self._excused = False  # if the session breaks, it is not over what is under way
         self._deferred = False
         self._again_in, self._again_at = AGAIN_FIRST, 0.0
@@ -98,8 +132,12 @@ class HandOver:
         self._heard_at = asyncio.get_running_loop().time()
 
     def look(self) -> None:
-        """Whoever waits has to look again."""
-        self._news.set()
+        """Room, an answer, mail, an end: whoever waits looks again."""
+        if self._news is not None:
+            if not self._news.done():
+                self._news.set_result(None)
+        elif self.resting:
+            self._stir()
 
     def excuse(self) -> None:
         """If the session breaks from now on, it is we who end it."""
@@ -134,20 +172,24 @@ class HandOver:
         self._feed = await asyncio.to_thread(self._store.feed, self._account, domains)
         return await self._next_page()
 
-    def begin(self, sender: Sender, timeout: float, keepalive: float | None = None) -> None:
-        """``sender`` speaks on the connection from now on.
-
-        ``timeout``    seconds that the customer may be silent while anything is under way.
-        ``keepalive``  the session stays open for what comes later, and it is seen whether the
-                       customer is there after so many seconds of silence.
-        """
-        self._sender, self._timeout, self._keepalive = sender, timeout, keepalive
+    def begin(self, sender: Sender, timeout: float) -> None:
+        """``sender`` speaks on the connection from now on; ``timeout``: seconds that the customer
+        may be silent while anything is under way."""
+        self._sender, self._timeout = sender, timeout
         self.heard()
         self._again_at = self._heard_at + AGAIN_LAST
 
+    def stay(self, keepalive: float, awake: Callable[[], None]) -> None:
+        """The session stays open for what comes later.
+
+        ``keepalive``  after so many seconds of silence it is seen whether the customer is there.
+        ``awake``      has :meth:`resume` run, when there is something to do.
+        """
+        self._keepalive, self._awake = keepalive, awake
+
     async def run(self, page: Page) -> None:
-        """Send what there is, and, in a session that stays open, what comes.  Returns when all is
-        answered.  Raises :class:`ConnectionError` when the session breaks."""
+        """Send what there is.  Returns when all is answered, or, in a session that stays open, when
+        it rests.  Raises :class:`ConnectionError` when the session breaks."""
         self.be_patient()
         while True:
             for held, content in page:
@@ -160,19 +202,25 @@ class HandOver:
                 if page:
                     continue
                 if self._keepalive is not None:
-                    await self._until_more(self._keepalive)
-                    if not self._stopped:
-                        page = await self._next_page()
-                        continue
+                    if not self._is_needed:
+                        self._rest()
+                        return
+                    self._look_again()
+                    continue
             await self._wait_until(lambda: not self._under_way)
             if self._stopped or not self._asked_again:
                 return
             self._asked_again = False
             page = await self._next_page()
 
+    async def resume(self) -> None:
+        """Go on after a rest.  Raises :class:`ConnectionError` when the session breaks."""
+        self._look_again()
+        await self.run(())
+
     async def close(self) -> None:
-        """What was answered is settled, what was not is anyone's."""
-        if self._feed is None:
+        """What was answered is settled, what was not is anyone's; unless the session rests."""
+        if self._feed is None or self.resting:
             return
         if self._under_way and not self._excused:
             await self._strike(self._under_way[0])
@@ -219,41 +267,71 @@ class HandOver:
         """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
         while not so():
             self._raise_if_broken()
-            self._news.clear()
-            await self._news.wait()
+            self._news = asyncio.get_running_loop().create_future()
+            try:
+                await self._news
+            finally:
+                self._news = None
 
     def _raise_if_broken(self) -> None:
         if self._connection.broken is not None:
             raise ConnectionError(self._connection.broken)
 
-    async def _until_more(self, keepalive: float) -> None:
-        """Wait for mail, and see now and then whether the customer is still there."""
-        loop = asyncio.get_running_loop()
-        assert self._sender is not None and self._feed is not None
-        while not (self._more or self._stopped):
-            self._raise_if_broken()
-            now = loop.time()
-            if not self._under_way and now >= self._again_at:
-                if self._deferred:
-                    self._again_in = min(2 * self._again_in, AGAIN_LAST)
-                self._deferred = False
-                self._again_at = now + AGAIN_LAST
-                self._feed.start_over()
-                return
-            if now >= self._heard_at + keepalive and self._sender.idle:
-                self._connection.happened(self._sender.noop())
-            self._news.clear()
-            await self._sleep(loop.time(), keepalive)
+    # -- the rest -------------------------------------------------------------------------------
 
-    async def _sleep(self, now: float, keepalive: float) -> None:
-        """Until there is news, or it is time for a NOOP or for what was deferred."""
-        until = max(self._heard_at + keepalive, now + 1.0)
-        until = min(until, max(self._again_at, now + 0.01))
-        waiting = asyncio.get_running_loop().call_at(until, self._news.set)
-        try:
-            await self._news.wait()
-        finally:
-            waiting.cancel()
+    def _rest(self) -> None:
+        """Until :attr:`_is_needed`."""
+        self.resting = True
+        self._set_alarm()
+
+    @property
+    def _is_needed(self) -> bool:
+        """There may be mail, or a reason to end."""
+        broken = self._connection.broken is not None
+        return self._more or self._stopped or broken or self._is_time_again
+
+    @property
+    def _is_time_again(self) -> bool:
+        """What was deferred may be tried again."""
+        return not self._under_way and asyncio.get_running_loop().time() >= self._again_at
+
+    def _look_again(self) -> None:
+        """Have the feed show what was deferred, if it is time.  Raises :class:`ConnectionError`
+        when the session has broken."""
+        self._raise_if_broken()
+        if self._is_time_again and self._feed is not None:
+            if self._deferred:
+                self._again_in = min(2 * self._again_in, AGAIN_LAST)
+            self._deferred = False
+            self._again_at = asyncio.get_running_loop().time() + AGAIN_LAST
+            self._feed.start_over()
+
+    def _stir(self) -> None:
+        """Go back to work, if there is any."""
+        if self._is_needed:
+            self.resting = False
+            self._awake()
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """For a NOOP, and for what was deferred."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if not self.resting or self._keepalive is None:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        until = max(self._heard_at + self._keepalive, now + 1.0)
+        self._alarm = loop.call_at(min(until, max(self._again_at, now + 0.01)), self._ring)
+
+    def _ring(self) -> None:
+        """See whether the customer is still there, when it was silent for long."""
+        assert self._sender is not None and self._keepalive is not None
+        silent = asyncio.get_running_loop().time() - self._heard_at
+        if silent >= self._keepalive and self._sender.idle:
+            self._connection.happened(self._sender.noop())
+        self._stir()
 
     # -- what comes back ------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import logging
 import ssl
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from types import TracebackType
 
 from salmon_revsmtp.hooks import HookCaller
@@ -140,7 +141,7 @@ class Provider:
         sessions = self._sessions.setdefault(account.name, [])
         too_many = sessions[: len(sessions) + 1 - account.settings.sessions]
         sessions.append(connection)
-        connection.ended.add_done_callback(lambda _: self._ended(connection, account))
+        connection.ended.add_done_callback(partial(self._ended, connection, account))
         for one in too_many:
             log_safely(
                 log,
@@ -163,7 +164,7 @@ class Provider:
         self._last[name] = time.time()
         self._said.pop(name, None)
 
-    def _ended(self, connection: Connection, account: Account) -> None:
+    def _ended(self, connection: Connection, account: Account, _: object) -> None:
         self._note_seen(account.name)
         sessions = self._sessions.get(account.name, [])
         if connection in sessions:

@@ -133,6 +133,13 @@ class ReplyParser:
     is ever taken for a command here.
     """
 
+    __slots__ = (
+        "_buffer",
+        "_code",
+        "_lines",
+        "_size",
+    )
+
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._lines: list[str] = []

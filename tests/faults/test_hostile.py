@@ -585,7 +585,6 @@ def test_a_tls_handshake_that_never_ends_leaves_nothing_open(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """A client that says STARTTLS and then does no handshake: its place is free afterwards."""
-    monkeypatch.setattr(listening, "MAX_CONNECTIONS", 1)
     monkeypatch.setattr(listening, "MAX_PER_ADDRESS", 1)
     # The guardian lets go at its own time, which no test turns on.
     monkeypatch.setattr(driver, "guard", lambda *_: None)
@@ -593,6 +592,7 @@ def test_a_tls_handshake_that_never_ends_leaves_nothing_open(
 
     async def main() -> None:
         keys: dict[str, Any] = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}
+        keys["max_connections"] = 1
         async with listener(salmon, **keys) as one:
             reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
             client = Dialogue(reader, writer)

@@ -668,6 +668,18 @@ class _Feed:
     """A feed; ``taken`` is what all feeds of the account and those who claim its mail have, to be
     changed under ``taking``."""
 
+    __slots__ = (
+        "_account",
+        "_after",
+        "_domains",
+        "_ours",
+        "_restart",
+        "_round",
+        "_store",
+        "_taken",
+        "_taking",
+    )
+
     def __init__(
         self,
         store: EmbeddedStore,
