@@ -138,11 +138,11 @@ def show(options: Options, key: int, content: bool, as_json: bool) -> None:
     elif not content:
         for line in _lines(row):
             click.echo(printable(line))
-        click.echo("\n" + printable_lines(_text(octets)), nl=False)
+        click.echo("\n" + printable_lines(_text(octets).expandtabs()), nl=False)
         if cut:
             click.echo("(there is more of this header)")
     elif sys.stdout.isatty():
-        click.echo(printable_lines(_text(octets.replace(b"\r\n", b"\n"))))
+        click.echo(printable_lines(_text(octets.replace(b"\r\n", b"\n")).expandtabs()))
     else:
         sys.stdout.buffer.write(octets)
         sys.stdout.buffer.flush()
