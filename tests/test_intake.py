@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import smtplib
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from salmon_revsmtp import Reply, SettingsError, hold, hookimpl
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.receiver import Receiver, Transaction
 
 
 def test_mail_for_an_account_is_held_with_our_received_line(salmon: Salmon) -> None:
@@ -396,5 +399,28 @@ def test_smtplib_can_send_here_too(salmon: Salmon) -> None:
     async def work(here: World) -> None:
         await asyncio.to_thread(send, here.mx)
         assert [one.envelope.recipients for one in here.held()] == [("b@xn--bcher-kva.example",)]
+
+    in_the_world(salmon, work)
+
+
+def test_ten_thousand_tricks_with_a_recipient_get_nothing_relayed(salmon: Salmon) -> None:
+    """Whatever an address is made to look like, what is held is for a domain of an account."""
+    chance = random.Random(5321)
+    words = ["b", "example.org", "example.net", "xn--bcher-kva.example", "127.0.0.1", "localhost"]
+    signs = ["@", "%", "!", ".", ":", ",", '"', "\\", " ", "[", "]", "(x)", "<", ">", "", "\t", "/"]
+    tricks = ["".join(chance.choices(words + signs, k=chance.randint(1, 9))) for _ in range(10_000)]
+
+    async def work(here: World) -> None:
+        policy = here.collector._intake("mx").policy
+        accepted: set[str] = set()
+        for trick in tricks:
+            receiver = Receiver("h", None, policy)
+            said = f"EHLO x\r\nMAIL FROM:<a@example.org>\r\nRCPT TO:<{trick}>\r\nBDAT 1 LAST\r\nx"
+            for event in receiver.receive_bytes(said.encode()):
+                if isinstance(event, Transaction):
+                    accepted.update(event.envelope.recipients)
+        ours = ("example.org", "xn--bcher-kva.example", "example.com")
+        assert accepted, "there are some that are no tricks"
+        assert [one for one in accepted if domain_of(one) not in ours] == []
 
     in_the_world(salmon, work)
