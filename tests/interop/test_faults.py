@@ -222,7 +222,9 @@ def test_a_notification_waits_for_the_relay_and_goes_out_by_postfix(
         exchange(salmon, "a@example.org", data=MESSAGE + b"another\r\n")
         assert len(unsent) == 0
         listing = postfix.inside("postqueue", "-c", f"{postfix.place}/conf", "-j")
-        [waiting] = [json.loads(line) for line in listing.splitlines()]
+        # A message that goes from one queue into another just now is listed twice.
+        found = {one["queue_id"]: one for one in map(json.loads, listing.splitlines())}
+        [waiting] = found.values()
         assert waiting["sender"] == "MAILER-DAEMON"
         assert [one["address"] for one in waiting["recipients"]] == ["sender@example.org"]
         shown = postfix.inside("postcat", "-c", f"{postfix.place}/conf", "-q", waiting["queue_id"])
@@ -267,8 +269,8 @@ def test_every_kind_of_notification_passes_a_strict_postfix_as_it_is(
         assert salmon.undeliverable() == []
         listing = postfix.inside("postqueue", "-c", f"{postfix.place}/conf", "-j")
         found = []
-        for line in listing.splitlines():
-            key = json.loads(line)["queue_id"]
+        # A message that goes from one queue into another just now is listed twice.
+        for key in {json.loads(line)["queue_id"] for line in listing.splitlines()}:
             shown = postfix.inside("postcat", "-c", f"{postfix.place}/conf", "-hbq", key)
             found.append(shown.partition("Content-Type: ")[2])
     expected = [one.decode().partition("Content-Type: ")[2] for one in reports]
