@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import ssl
 from pathlib import Path
 from typing import Any
 
+import aiosmtplib
 import pytest
 import trustme
+from support.holding import Holding
 
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -85,3 +88,35 @@ def test_a_link_that_is_turned_is_a_new_certificate(tmp_path: Path) -> None:
     assert served(certificate, ca) == "two.example.org"
     shutil.rmtree(tmp_path / "two")
     assert served(certificate, ca) == "two.example.org"
+
+
+@pytest.mark.parametrize("tls", ["implicit", "starttls"])
+def test_a_provider_serves_a_renewed_certificate_without_a_restart(
+    tmp_path: Path, tls: str
+) -> None:
+    ca = trustme.CA()
+    theirs = ssl.create_default_context()
+    theirs.check_hostname = False
+    ca.configure_trust(theirs)
+
+    async def name_at(port: int) -> str:
+        async with aiosmtplib.SMTP(
+            hostname="127.0.0.1",
+            port=port,
+            use_tls=tls == "implicit",
+            start_tls=tls == "starttls",
+            tls_context=theirs,
+        ) as client:
+            transport: Any = client.transport
+            [(_, name)] = transport.get_extra_info("peercert")["subjectAltName"]
+        return str(name)
+
+    async def main() -> list[str]:
+        write(tmp_path, ca, "old.example.org")
+        certificate = Certificate("provider", tmp_path / "cert.pem", tmp_path / "key.pem")
+        async with Holding(tmp_path / "hold").provider(tls=tls, certificate=certificate) as one:
+            before = await name_at(one.port)
+            write(tmp_path, ca, "new.example.org")
+            return [before, await name_at(one.port)]
+
+    assert asyncio.run(main()) == ["old.example.org", "new.example.org"]
