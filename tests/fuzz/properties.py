@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from parsing import parser
-from support.holding import account
 
 from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.settings import AccountSettings
 from salmon_revsmtp.smtp import replies as reply_limits
 from salmon_revsmtp.smtp import turn
 from salmon_revsmtp.smtp.addresses import domain_of, parse_path
@@ -837,8 +837,11 @@ def _is_mailbox(mailbox: str, reverse: bool) -> bool:
 
 ACCOUNTS = Accounts(
     [
-        account("customer", "secret", ["example.org", "b\u00fccher.example"]),
-        account("other", "secret", ["example.net"]),
+        AccountSettings.model_validate({"password": "secret", **one})
+        for one in (
+            {"name": "customer", "domains": ["example.org", "b\u00fccher.example"]},
+            {"name": "other", "domains": ["example.net"]},
+        )
     ]
 )
 _CHALLENGE = re.compile(rb"^334 .*\r\n", re.MULTILINE)
