@@ -212,8 +212,9 @@ class _Served:
         self.heard += self.machine.data_to_send()
         self._weigh(size)
         if self.shutdown and not self.machine.paused:
-            content = (State.DATA, State.CHUNK, State.CHUNKS)
-            assert self.machine._state in (*content, State.CLOSED), "an idle session stays"
+            # With a recipient accepted the message is as good as in hand.
+            in_hand = (State.RCPT, State.DATA, State.CHUNK, State.CHUNKS)
+            assert self.machine._state in (*in_hand, State.CLOSED), "an idle session stays"
 
     def _weigh(self, size: int) -> None:
         """Memory: a message, a command line and what waits for the caller, never what came."""
