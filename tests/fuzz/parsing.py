@@ -125,8 +125,7 @@ def _words(request: MailRequest) -> None:
 
 def _structure(message: Message) -> tuple[int, int]:
     """How many parts, and how deep."""
-    payload = message.get_payload()
-    if not isinstance(payload, list):
+    if not message.is_multipart():  # whose payload may be in a charset that is none
         return 1, 0
-    inner = [_structure(part) for part in payload if isinstance(part, Message)]
+    inner = [_structure(part) for part in message.get_payload() if isinstance(part, Message)]
     return 1 + sum(parts for parts, _ in inner), 1 + max((depth for _, depth in inner), default=0)
