@@ -152,7 +152,7 @@ def killed_while_it_settles(salmon: Salmon, lines: Iterable[int]) -> int:
             provider.put(("a@example.org", "never@example.org"), message(two))
             provider.put(("a@example.org", "b@example.org"), message(three, LARGE))
             forget_how_many_were_told(provider)
-            provider.start(line, "provider/connection.py:_answered")
+            provider.start(line, "provider/handover.py:_answered")
             asyncio.run(collect(salmon, agent_keys(provider.odmr)))
             died = provider.stop()
             held = {subject_of(data) for _, data in provider.held()}
