@@ -99,6 +99,8 @@ MAX_FOLDS = 10_000  # a regular expression takes memory for each
 _FIELD = re.compile(rb"^([!-9;-~]+):([^\n]*(?:\n[ \t][^\n]*){0,%d})" % MAX_FOLDS, re.MULTILINE)
 _SPECIALS = b'<>@,:;()[]"'
 _BLANKS = b" \t"
+# What a header line is cut at when it is written anew: blanks, and what Python takes for line ends.
+_CUTS = b" \t\r\x0b\x0c\x1c\x1d\x1e"
 _WORD_CHARSET = re.compile(rb"=\?([^?]{4,40})\?")
 
 # Codecs of Python that are no charsets of mail, and take the square of what they decode.
@@ -387,7 +389,7 @@ class _Examination:
         self._hold("special_pairs", self._special_pairs, "pairs of <>@,:;()[] in a field")
         for line in value.split(b"\n"):
             if len(line) > SHORT:
-                self._word_pairs += _count(line, _BLANKS) ** 2
+                self._word_pairs += _count(line, _CUTS) ** 2
         self._hold("word_pairs", self._word_pairs, "pairs of words in a header line")
         unended = value[value.rfind(b"?=") + 1 :]
         self._unended += unended.count(b"=?") * len(unended)
