@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from email.header import decode_header
@@ -309,6 +310,7 @@ def everything(request: MailRequest) -> None:
             use()
 
 
+@pytest.mark.skipif("COVERAGE_RUN" in os.environ, reason="it takes the time of the parser itself")
 @pytest.mark.parametrize("message", JUST_PARSED.values(), ids=JUST_PARSED)
 def test_what_is_just_within_a_limit_takes_seconds(salmon: Salmon, message: bytes) -> None:
     assert bounds.excess(message) is None
