@@ -23,7 +23,7 @@ from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.net.outcome import Outcome
-from salmon_revsmtp.provider import logins, server
+from salmon_revsmtp.provider import logins, server, settling
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.expiry import Expiry
 from salmon_revsmtp.provider.logins import LoginGuard
@@ -298,3 +298,42 @@ def test_outbox_is_where_they_wait(salmon: Salmon) -> None:
     [(sender, to, text)] = salmon.relayed
     assert (sender, to) == ("<>", "ann@example.net")
     assert "Action: failed" in text
+
+
+def test_a_message_whose_file_is_lost_is_told_of_and_keeps_no_other_back(tmp_path: Path) -> None:
+    owner = Owner(tmp_path, hold_days=1)
+    owner.put("ann@example.net", b"Subject: large\r\n\r\n" + b"x" * 70 + b"\r\n" * 200_000)
+    owner.put("bob@example.net")
+    for file in (tmp_path / "hold/bodies").iterdir():
+        file.unlink()
+    owner.after(25)
+    assert sorted(to for to, _ in owner.told) == ["ann@example.net", "bob@example.net"]
+    assert len(owner.held) == 0
+
+
+def test_an_answer_is_settled_although_there_was_no_thread_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "RETRY", 0.01)
+    held = Holding(tmp_path / "hold")
+    held.put(Envelope("", ("b@example.org",)), MESSAGE)
+    [one] = held.waiting()
+    tries = 0
+    in_a_thread = asyncio.to_thread
+
+    async def none_to_spare(*work: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise RuntimeError("can't start new thread")
+        return await in_a_thread(*work)
+
+    monkeypatch.setattr(asyncio, "to_thread", none_to_spare)
+
+    async def main() -> None:
+        settler = settling.Settler(held.store, held.notify, NoHooks())
+        settler.settle(settling.Answered(one, [Reply(250, "ok")]))
+        await settler.finish(20)
+
+    asyncio.run(main())
+    assert (tries, len(held)) == (2, 0)

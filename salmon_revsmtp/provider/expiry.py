@@ -79,7 +79,8 @@ class Expiry:
         if held is None:
             return
         try:
-            content = self._store.load([held.key])[held.key]
+            # One whose file is lost is told of, too, without its header.
+            content = self._store.load([held.key]).get(held.key, b"")
             if failure := self._notices.expired(held, content, days):
                 to = angle(held.envelope.reverse_path)
                 raise OSError(f"the notification for {to}: {failure}")

@@ -86,9 +86,14 @@ class Settler:
     async def _work(self) -> None:
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting, []
-                left = await asyncio.to_thread(self._settle_all, batch)
-                self._waiting = left + self._waiting
+                batch = list(self._waiting)
+                try:
+                    left = await asyncio.to_thread(self._settle_all, batch)
+                except RuntimeError as error:  # the machine has no thread to spare
+                    self._log_failure(error)
+                    left = batch
+                # Until then they are waiting: an answer that was heard is not forgotten.
+                self._waiting[: len(batch)] = left
                 if left:
                     await asyncio.sleep(RETRY)
         finally:
@@ -120,8 +125,9 @@ class Settler:
         held = answered.held
         refused = {one: reply for one, reply in answered.by_recipient.items() if reply.permanent}
         if refused and not answered.told:
-            content = self._store.load([held.key]).get(held.key)
-            if content is not None and (failure := self._notify(held.envelope, refused, content)):
+            # One whose file is lost meanwhile is told of, too, without its header.
+            content = self._store.load([held.key]).get(held.key, b"")
+            if failure := self._notify(held.envelope, refused, content):
                 sender = angle(held.envelope.reverse_path)
                 raise OSError(f"the notification for {sender}: {failure}")
             answered.told = True

@@ -68,7 +68,7 @@ class Upkeep:
         return self._treat(keys, "dropped", lambda held: "")
 
     def _return(self, held: Held) -> str:
-        remark = self._notices.returned(held, self._store.load([held.key])[held.key])
+        remark = self._notices.returned(held, self._store.load([held.key]).get(held.key, b""))
         return f"its sender is not told: {remark}" if remark else ""
 
     def _treat(
