@@ -168,6 +168,8 @@ class EmbeddedStore:
         index = JournalFile(self._folder / "index.sqlite3", MIGRATIONS)
         self._database = self._held.enter_context(contextlib.closing(index.open()))
         self._database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        [mode] = self._database.execute("PRAGMA journal_mode").fetchone()
+        self._has_log = mode == "wal"
         self._reader = self._held.enter_context(contextlib.closing(index.open()))
         self._reader.execute("PRAGMA query_only = ON")
         for one in (self._folder, self._folder.absolute().parent):
@@ -502,6 +504,8 @@ class EmbeddedStore:
         """One transaction; on an error nothing of it is left."""
         with self._writing, self._explained():
             database = self._database
+            # Without a write-ahead log a commit that is not synced may spoil the database.
+            synced = synced or not self._has_log
             if self._synced is not synced:
                 database.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
                 self._synced = synced
