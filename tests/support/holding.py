@@ -10,7 +10,7 @@ from salmon_revsmtp.net.address import HostAndPort
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
-from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStore
+from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStore, State
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import AccountSettings
 from salmon_revsmtp.smtp.addresses import domain_of
@@ -89,6 +89,10 @@ class Holding:
 
     def data(self, key: int) -> bytes:
         return whole(self.store.load([key])[key])
+
+    def retry(self) -> None:
+        """Have what was set aside wait again, as `provider retry` does."""
+        self.store.retry(held.key for held in self.store.listing(state=State.ASIDE))
 
     def close(self) -> None:
         self.store.close()
