@@ -160,11 +160,13 @@ def test_nothing_of_a_message_becomes_part_of_our_line(salmon: Salmon, first: by
 
 def test_a_plugin_sees_what_is_held_and_may_refuse(salmon: Salmon) -> None:
     seen: list[Any] = []
+    clients: list[Any] = []
 
     class Filter:
         @hookimpl
         def message_received(self, agent: Any, envelope: Any, message: bytes) -> Reply | None:
             seen.append(message)
+            clients.append(envelope.client)
             spam = envelope.recipients[0].startswith("spam")
             return Reply(550, "5.7.1 we do not like it") if spam else None
 
@@ -183,6 +185,9 @@ def test_a_plugin_sees_what_is_held_and_may_refuse(salmon: Salmon) -> None:
         assert seen[1] == ("acme", ("b@example.org",), held.key)
         assert seen[0].startswith(b"Received: ") and b"\r\n" not in seen[0]
         assert len(seen) == 3
+        for client in clients:
+            assert (client.address, client.protocol) == ("127.0.0.1", "ESMTP")
+            assert client.port > 0 and client.helo
 
     in_the_world(salmon, work, plugins=plugins)
 

@@ -223,6 +223,8 @@ class Session(Driver):
     def connected(self) -> None:
         self.reset_at_end(True)
         self.origin = self.origin.over(self.peer, self.tls)
+        if self.origin.agent is None:  # a provider is not where its messages come from
+            self._receiver.client = self.peer
         if refusal := self._admit(self):
             self.log.log(
                 *(log, logging.WARNING, "service=%s peer=%s %s"),

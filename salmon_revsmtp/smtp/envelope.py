@@ -7,7 +7,27 @@ from dataclasses import dataclass, field, replace
 
 from salmon_revsmtp.smtp.xtext import decode_utf8_address, decode_xtext
 
-__all__ = ["Envelope"]
+__all__ = ["Client", "Envelope"]
+
+
+@dataclass(frozen=True)
+class Client:
+    """The host that a message came from, as whoever took it from there saw it.
+
+    ``address``   its IP address, without brackets; ``""`` where that is not known.
+    ``port``      its TCP port; 0 where that is not known.
+    ``name``      its host name by DNS; ``""`` where no one asked, or it has none.
+    ``protocol``  how it spoke: ``"SMTP"`` or ``"ESMTP"``; ``""`` where that is not known.
+    ``helo``      what it called itself in EHLO or HELO.
+    ``ident``     what tells its message from others, for who took it; ``""``: nothing does.
+    """
+
+    address: str = ""
+    port: int = 0
+    name: str = ""
+    protocol: str = ""
+    helo: str = ""
+    ident: str = ""
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,7 @@ class Envelope:
     ``rcpt_options``  per recipient, the parameters of its RCPT (RFC 3461: NOTIFY, ORCPT).
     ``helo``          what the client called itself in EHLO or HELO.
     ``esmtp``         it said EHLO.
+    ``client``        the host that it came from; ``None`` where that is not known.
     ``prdr``          the client wants one reply per recipient after the data (draft-hall-prdr).
     ``smtputf8``      addresses or headers may be UTF-8 (RFC 6531).
     """
@@ -30,6 +51,7 @@ class Envelope:
     rcpt_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     helo: str = ""
     esmtp: bool = True
+    client: Client | None = None
     prdr: bool = field(init=False, repr=False, compare=False)
     smtputf8: bool = field(init=False, repr=False, compare=False)
 

@@ -59,7 +59,7 @@ from salmon_revsmtp.smtp.commands import (
     to,
 )
 from salmon_revsmtp.smtp.content import Sink
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.limits import RECIPIENT_COST, SINK_AT, Limits
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -172,6 +172,8 @@ class Receiver(Commands):
     have, where messages are delivered slowly.
 
     ``memory``: what its messages are counted in.  It may be changed before the first of them.
+
+    ``client``: the address and port that its envelopes name, if any.
     """
 
     OUT_OF_ORDER: ClassVar[Mapping[State, str]] = {
@@ -213,6 +215,7 @@ class Receiver(Commands):
         self._long_line = False
         self._accept_recipient = accept_recipient
         self.ahead = limits.unanswered_messages
+        self.client: tuple[str, int] | None = None
         self.memory = memory or Budget()
         # In the order of the commands: transactions without an answer, and replies after them.
         self._waiting: deque[Transaction | bytearray] = deque()
@@ -705,6 +708,7 @@ class Receiver(Commands):
             self._rcpt_options,
             self._helo,
             self._esmtp,
+            self._client(),
         )
         transaction = Transaction(envelope, content, self._held, self._sink)
         self._held, self._sink = 0, None  # they are the transaction's now
@@ -714,6 +718,13 @@ class Receiver(Commands):
         self._events.append(transaction)
         self._junk = self._refusals = 0
         self._reset()
+
+    def _client(self) -> Client | None:
+        """The host that a message comes from."""
+        if self.client is None:
+            return None
+        protocol = "ESMTP" if self._esmtp else "SMTP"
+        return Client(*self.client, protocol=protocol, helo=self._helo)
 
     def _content_refusal(self, content: bytes) -> Reply | None:
         if self._size > self.limits.message:
