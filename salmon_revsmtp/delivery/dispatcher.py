@@ -323,7 +323,7 @@ class Dispatcher:
             log,
             logging.WARNING,
             "%s from=%s reply=%r %s",
-            pending.origin.label,
+            pending.origin.label_of(pending.envelope),
             angle(pending.envelope.reverse_path),
             str(late),
             "handler still running" if pending.begun else "not started",
@@ -428,7 +428,8 @@ class Dispatcher:
             with self._turn:
                 if pending.abandoned:
                     return None
-                reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
+                peer = envelope.peer or origin.peer
+                reply = self._delivery.deliver(peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
@@ -477,7 +478,7 @@ class Dispatcher:
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r%s",
-                pending.origin.label,
+                pending.origin.label_of(pending.envelope),
                 angle(pending.envelope.reverse_path),
                 angle(recipient),
                 pending.size,

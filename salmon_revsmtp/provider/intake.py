@@ -246,7 +246,7 @@ class Intake:
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r",
-                pending.origin.label,
+                pending.origin.label_of(envelope),
                 angle(envelope.reverse_path),
                 angle(recipient),
                 pending.size,
