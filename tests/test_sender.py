@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import assume, given
@@ -617,6 +618,108 @@ def test_any_split_of_the_replies_gives_the_same(sizes: list[int]) -> None:
     assert peer.events[-1] == Closed()
     assert heard.count(b"\r\n") == 6 + MESSAGE.count(b"\r\n")
     assert heard.endswith(b"QUIT\r\n")
+
+
+def asking(*recipients: str, sender: str = "a@example.net", size: str = "9") -> Outgoing:
+    envelope = Envelope(sender, recipients or ("b@example.org",), {"SIZE": size})
+    return Outgoing("key", envelope, None)
+
+
+def test_a_peer_is_asked_for_recipients_without_a_message() -> None:
+    peer = Peer("PIPELINING", "SIZE 1000")
+    peer.send(asking("b@example.org", "c@example.org"))
+    assert peer.hears() == (
+        b"MAIL FROM:<a@example.net> SIZE=9\r\nRCPT TO:<b@example.org>\r\n"
+        b"RCPT TO:<c@example.org>\r\nRSET\r\n"
+    )
+    peer.say("250 ok", "251 2.1.5 will forward", "550 5.1.1 who?", "250 reset")
+    [sent] = [event for event in peer.events if isinstance(event, Sent)]
+    assert [reply.text for reply in sent.replies] == ["2.1.5 will forward", "5.1.1 who?"]
+    assert sent.asked
+
+
+def test_a_peer_without_pipelining_is_asked_step_by_step() -> None:
+    peer = Peer()
+    peer.send(asking())
+    for command, answer in ((b"MAIL", "250 ok"), (b"RCPT", "450 busy"), (b"RSET", "250 ok")):
+        assert peer.hears().startswith(command)
+        peer.say(answer)
+    assert peer.sent == [[450]]
+    peer.send(outgoing())
+    assert peer.hears().startswith(b"MAIL FROM")
+
+
+@pytest.mark.parametrize("keywords", [(), FULL])
+def test_a_sender_that_is_refused_is_the_answer_for_its_recipients(
+    keywords: tuple[str, ...],
+) -> None:
+    peer = Peer(*keywords)
+    peer.send(asking("b@example.org", "c@example.org"))
+    peer.hears()
+    peer.say("550 5.7.1 not you", *(["503 no", "503 no", "250 reset"] if keywords else []))
+    assert peer.sent == [[550, 550]]
+
+
+def test_questions_go_out_among_messages() -> None:
+    peer = Peer(*FULL)
+    for message in (outgoing(), asking(), outgoing("c@example.org"), asking("d@example.org")):
+        peer.send(message)
+    assert peer.hears().count(b"RSET\r\n") == 5  # before each that is written ahead, and two more
+    ok = "250 ok"
+    peer.say(ok, ok, "250 taken", ok, ok, "550 no", ok, ok, ok, ok, "251 taken", ok, ok, ok, ok)
+    assert peer.sent == [[250], [550], [251], [250]]
+
+
+def test_what_a_peer_cannot_be_asked_is_told_apart() -> None:
+    peer = Peer("PIPELINING")
+    peer.send(asking("b\u00fc@example.org"))
+    [sent] = [event for event in peer.events if isinstance(event, Sent)]
+    assert not sent.asked and sent.replies[0].code == 553
+    peer.send(asking())
+    peer.say("250 ok", "553 not here", "250 ok")
+    assert [event.asked for event in peer.events if isinstance(event, Sent)] == [False, True]
+
+
+def test_a_message_of_which_nothing_has_gone_out_can_be_withdrawn() -> None:
+    peer = Peer("PIPELINING", "CHUNKING", ahead=AheadLimits(messages=1))
+    first, second, third = outgoing(), outgoing("c@example.org"), asking("d@example.org")
+    for message in (first, second, third):
+        peer.send(message)
+    assert peer.hears().count(b"MAIL") == 1
+    assert peer.sender.withdraw(second) and not peer.sender.withdraw(first)
+    peer.say("250 ok", "250 ok", "250 taken")
+    assert b"d@example.org" in peer.hears()
+    peer.say("250 ok", "250 ok", "250 ok")
+    assert [one.message for one in peer.events if isinstance(one, Sent)] == [first, third]
+
+
+class Slow:
+    """Content that goes out in many pieces."""
+
+    size, ascii = 600_000, True
+
+    def pieces(self) -> Iterator[bytes]:
+        for _ in range(self.size // 100):
+            yield b"x" * 98 + b"\r\n"
+
+    def beginning(self, octets: int) -> bytes:
+        return b""
+
+
+@pytest.mark.parametrize("refusal", [["550 not you"], ["250 ok", "550 no such recipient"]])
+def test_a_refusal_while_content_goes_out_costs_no_message_after_it(refusal: list[str]) -> None:
+    peer = Peer("PIPELINING", "CHUNKING")
+    peer.send(Outgoing("large", Envelope("a@example.net", ("b@example.org",)), Slow()))
+    peer.send(outgoing("c@example.org"))
+    heard = peer.hears() + peer.hears()
+    peer.say(*refusal)
+    while peer.sender.streaming:
+        heard += peer.hears()
+    heard += peer.hears()
+    assert heard.count(b"MAIL FROM") == 2
+    peer.say(*(["503 no"] if len(refusal) == 1 else []), "554 no one", "250 reset", "250 ok")
+    peer.say("250 ok", "250 taken")
+    assert peer.sent == [[550], [250]]
 
 
 def test_tls_is_used_where_it_is_offered_and_what_was_said_before_is_forgotten() -> None:

@@ -13,7 +13,7 @@ from support.messages import MESSAGE
 
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.limits import Limits
-from salmon_revsmtp.smtp.receiver import Receiver, Refused, Transaction
+from salmon_revsmtp.smtp.receiver import LATER, Receiver, RecipientRequest, Refused, Transaction
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.sender import Broken, Event, NotForwarded, Outgoing, Sender, Sent
 from salmon_revsmtp.smtp.xforward import ATTRIBUTES, command_lines, told, words
@@ -232,6 +232,17 @@ def test_a_refusal_says_whom_it_was_about() -> None:
     assert refused == [ORIGIN, ORIGIN, ORIGIN, None]
 
 
+def test_who_decides_on_a_recipient_knows_the_client() -> None:
+    receiver = Receiver("mail.example.org", None, lambda mailbox: LATER, xforward=True)
+    receiver.receive_bytes(b"EHLO provider.example.net\r\n")
+    [asked] = receiver.receive_bytes(SAID + ONE)
+    assert isinstance(asked, RecipientRequest) and asked.envelope.client == ORIGIN
+    assert asked.envelope.forwarded == ORIGIN and asked.envelope.helo == "helo.example.com"
+    receiver.answer_recipient(asked, Reply(550, "no"))
+    [refused] = receiver.advance()
+    assert isinstance(refused, Refused) and refused.forwarded == ORIGIN
+
+
 # -- the values -----------------------------------------------------------------------------------
 
 
@@ -365,6 +376,14 @@ def test_written_ahead_it_comes_after_the_rset_and_no_message_inherits_it() -> N
     assert peer.verbs() == (
         "XFORWARD MAIL RCPT BDAT RSET MAIL RCPT BDAT RSET XFORWARD MAIL RCPT BDAT"
     )
+
+
+def test_a_peer_that_is_asked_for_recipients_knows_the_client() -> None:
+    peer = Peer("PIPELINING", "CHUNKING", ALL)
+    envelope = Envelope("a@example.net", ("b@example.org",), client=ORIGIN)
+    peer.events += peer.sender.send(Outgoing("key", envelope, None))
+    peer.send(None)
+    assert peer.verbs() == "XFORWARD MAIL RCPT RSET RSET MAIL RCPT BDAT"
 
 
 def test_after_a_refused_sender_the_next_message_is_told_of_anew() -> None:

@@ -22,9 +22,11 @@ from salmon_revsmtp.net.handover import Handover
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.recipients import Recipients
 from salmon_revsmtp.service.session import PATIENCE, Session, Tally
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
+from salmon_revsmtp.smtp.receiver import Later, RecipientRequest
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 __all__ = ["Collecting", "Collection"]
@@ -66,6 +68,7 @@ class Collection:
         service: Service,
         deliverer: Deliverer,
         plugins: HookCaller,
+        recipients: Recipients | None = None,
     ) -> None:
         self.agent = agent
         self.service = service
@@ -73,7 +76,7 @@ class Collection:
         self.tally = Tally()
         self._deliverer = deliverer
         self._plugins = plugins
-        self._policy = service.recipient_policy(agent.domains)
+        self._recipients = recipients or Recipients(service.recipient_policy(agent.domains))
         self._session: Session | None = None
         self._log = LogBudget()
         self._since = time.monotonic()
@@ -110,7 +113,7 @@ class Collection:
         """
         session = Session(
             self.service,
-            self._policy,
+            self._recipients,
             self._deliverer,
             self._origin(),
             self.tally,
@@ -189,7 +192,7 @@ class Collection:
         2yz: the message is safe.  4yz: keep it and try again later.  5yz: it will never be taken.
         The service's domains and limits hold here, too.  ``data`` may have any line ends.
         """
-        replies = {one: self._refusal(one, data) for one in envelope.recipients}
+        replies = {one: await self._refusal(one, envelope, data) for one in envelope.recipients}
         wanted = tuple(one for one, refusal in replies.items() if refusal is None)
         for refusal in replies.values():
             if refusal is not None:
@@ -211,10 +214,15 @@ class Collection:
             replies.update(zip(wanted, pending.replies, strict=True))
         return tuple(replies[one] or reply for one in envelope.recipients)
 
-    def _refusal(self, recipient: str, data: bytes) -> Reply | None:
+    async def _refusal(self, recipient: str, envelope: Envelope, data: bytes) -> Reply | None:
         if len(data) > self.service.limits.message:
             return Reply(552, f"more than {self.service.limits.message} octets", "5.3.4")
-        return self._policy(recipient)
+        verdict = self._recipients.verdict(recipient)
+        if isinstance(verdict, Later):
+            options = envelope.rcpt_options.get(recipient, {})
+            request = RecipientRequest(replace(envelope, recipients=()), recipient, options)
+            return await self._recipients.decide(request)
+        return verdict
 
     def _origin(self, *, authenticated: bool = True) -> Origin:
         return Origin(

@@ -40,7 +40,14 @@ from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Deliverer", "Delivery", "Dispatcher", "PendingDelivery", "delivered"]
+__all__ = [
+    "Deliverer",
+    "Delivery",
+    "Dispatcher",
+    "PendingDelivery",
+    "delivered",
+    "refusal_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +192,16 @@ async def delivered(deliverer: Deliverer, pending: PendingDelivery) -> Reply:
     pending.data = data  # which the caller has, too
     assert pending.reply is not None
     return pending.reply
+
+
+def refusal_of(hook: str, said: object) -> Reply | None:
+    """What a hook has returned that may refuse something: its :class:`Reply`, if that is a
+    refusal."""
+    if said is None or (isinstance(said, Reply) and (said.transient or said.permanent)):
+        return said
+    text = "hook=%s returned %r, which refuses nothing; ignored"
+    log_safely(log, logging.ERROR, text, hook, said)
+    return None
 
 
 class Dispatcher:
@@ -449,15 +466,7 @@ class Dispatcher:
         said = self._plugins.call(
             "message_received", agent=origin.agent, envelope=envelope, message=message
         )
-        if said is None or (isinstance(said, Reply) and (said.transient or said.permanent)):
-            return said
-        log_safely(
-            log,
-            logging.ERROR,
-            "hook=message_received returned %r, which refuses nothing; ignored",
-            said,
-        )
-        return None
+        return refusal_of("message_received", said)
 
     def _note(self, pending: PendingDelivery, recipient: str, reply: Reply, repeat: bool) -> None:
         pending.add(reply, repeat)

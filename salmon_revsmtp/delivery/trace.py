@@ -85,8 +85,7 @@ class Origin:
 
     def label_of(self, envelope: Envelope) -> str:
         """The same for a message, with its client where it was forwarded."""
-        client = envelope.client if envelope.forwarded_by else None
-        return self.label + forwarded_client(client)
+        return self.label + forwarded_client(envelope.forwarded)
 
     def received(self, envelope: Envelope, recipient: str) -> bytes:
         """A whole ``Received:`` header with LF line ends; ``recipient`` is empty where there are

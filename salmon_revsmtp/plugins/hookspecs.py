@@ -3,8 +3,9 @@
 A hook that raises is logged with its plugin's name and costs no mail.  Hooks are called in threads
 of their own; they may block, and only their own agent waits for them.  A hook that is called around
 a collection and has not returned in five minutes is left out, as if it had raised, and until it
-returns it is not called for that agent again.  A hook that is called for a message is part of its
-delivery: the provider hears 451 when ``handler_timeout`` is over.  No stop waits for a hook.
+returns it is not called for that agent again.  A hook that is called for a recipient or a message
+is part of its delivery: the provider hears 451 when the time for that is over (a minute, or
+``handler_timeout``).  No stop waits for a hook.
 
 A hook may be called for several agents at the same time.
 """
@@ -52,6 +53,16 @@ def collection_finished(agent: Agent, report: Report) -> None:
 @hookspec
 def connection_reversed(agent: Agent, session: Session) -> None:
     """Right after the reversal, before our 220: ``session.peer`` is the provider's address."""
+
+
+@hookspec(firstresult=True)
+def recipient_requested(agent: Agent | None, envelope: Envelope, recipient: str) -> Reply | None:
+    """At each RCPT, before any data is sent: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz)
+    to refuse the recipient.  Called for those that the service's own settings accept.
+
+    ``envelope`` has the sender, and those recipients that have been accepted so far.  The client waits for a minute at most, and hears 451 then.
+    ``agent`` is ``None`` for mail that comes to a listening service.
+    """
 
 
 @hookspec(firstresult=True)

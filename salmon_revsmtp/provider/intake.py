@@ -18,7 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dispatcher import BUG, GONE, LOOP, STOPPED, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import (
+    BUG,
+    GONE,
+    LOOP,
+    STOPPED,
+    PendingDelivery,
+    refusal_of,
+)
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
@@ -217,7 +224,7 @@ class Intake:
         said = self._hooks.call(
             "message_received", agent=None, envelope=pending.envelope, message=message
         )
-        return said if isinstance(said, Reply) and not said.positive else None
+        return refusal_of("message_received", said)
 
     def _keep(self, arrivals: Sequence[tuple[PendingDelivery, Arrival]]) -> None:
         try:

@@ -59,6 +59,13 @@ from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.providing import Providing
 from salmon_revsmtp.service.listening import listeners
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.recipients import (
+    MOST_THREADS,
+    Decider,
+    PluginsDecide,
+    Recipients,
+    RoutesDecide,
+)
 from salmon_revsmtp.service.session import AnswerEtrn
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
@@ -107,6 +114,7 @@ class Collector:
         self._dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
         self._workers: dict[tuple[str, str | None], BatchWorker[PendingDelivery]] = {}
         self._intakes: dict[str, Intake] = {}
+        self._deciding: dict[tuple[str, str | None], Threads] = {}
         self._turns = {"router": threading.Lock(), "queue": threading.Lock()}
         self._outbox = Outbox(relay, self.project / UNSENT)
         self._counts = CountJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
@@ -133,6 +141,8 @@ class Collector:
         """Deliver no more than what is under way."""
         for worker in self._workers.values():
             worker.close()
+        for threads in self._deciding.values():
+            threads.close()
         self.providing.close()
 
     def wait(self) -> None:
@@ -250,7 +260,10 @@ class Collector:
             one
             for name, service in listening
             for one in listeners(
-                service, self._policy(name), self._deliverer(name, None), etrn=self._etrn(service)
+                service,
+                self._recipients(name, self._policy(name)),
+                self._deliverer(name, None),
+                etrn=self._etrn(service),
             )
         ]
 
@@ -272,11 +285,25 @@ class Collector:
         ours = service.recipient_policy(())
         return lambda mailbox: ours(mailbox) or intake.policy(mailbox)
 
+    def _recipients(
+        self, name: str, policy: Callable[[str], Reply | None], agent: Agent | None = None
+    ) -> Recipients:
+        """Whom a service accepts of those whom ``policy`` accepts, for an agent or for what comes
+        to its listening socket."""
+        lane = (name, agent.name if agent is not None else None)
+        threads = self._deciding.setdefault(lane, Threads("recipients", MOST_THREADS))
+        service = self.services[name]
+        deciders: list[Decider] = [PluginsDecide(self._plugins, agent, service.spell, threads)]
+        if service.settings.unknown_recipients == "refuse":
+            deciders.insert(0, RoutesDecide(service.spell, threads))
+        return Recipients(policy, *deciders)
+
     def collection(self, agent: Agent) -> Collection:
         """A new collection of an agent, to be run with ``customer.run.run``."""
         name = agent.settings.service
-        deliverer = self._deliverer(name, agent.name)
-        return Collection(agent, self.services[name], deliverer, self._plugins)
+        service, deliverer = self.services[name], self._deliverer(name, agent.name)
+        recipients = self._recipients(name, service.recipient_policy(agent.domains), agent)
+        return Collection(agent, service, deliverer, self._plugins, recipients)
 
     async def state(self, agent: str) -> AgentState:
         """What the journal keeps of an agent."""

@@ -5,7 +5,7 @@ What ETRN needs, for the server that was asked opens connections of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from salmon_revsmtp.delivery.dispatcher import Deliverer
 from salmon_revsmtp.delivery.trace import Origin
@@ -14,6 +14,7 @@ from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.listener import Admit, Listener, places_for
 from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.recipients import Recipients
 from salmon_revsmtp.service.session import AnswerEtrn, Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
@@ -44,14 +45,14 @@ def _unconnected(admit: Admit) -> Driver:
 
 def listeners(
     service: Service,
-    policy: Callable[[str], Reply | None],
+    recipients: Recipients,
     deliverer: Deliverer,
     idle_timeout: float = COMMAND_TIMEOUT,
     etrn: AnswerEtrn | None = None,
 ) -> list[Listener]:
     """The listeners of a service, one for each ``listen`` address; not started.
 
-    ``policy`` accepts or refuses a recipient; ``etrn`` answers ETRN, where that is offered.
+    ``recipients`` says who is accepted; ``etrn`` answers ETRN, where that is offered.
     """
     settings = service.settings
     certificate = Certificate(f"service={service.name}", settings.tls_cert, settings.tls_key)
@@ -70,7 +71,7 @@ def listeners(
         origin = Origin(service.name, service.hostname)
         return Session(
             service,
-            policy,
+            recipients,
             deliverer,
             origin,
             Tally(),

@@ -15,12 +15,13 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from salmon_revsmtp.delivery.dispatcher import GONE, Deliverer, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import BUG, GONE, Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin, forwarded_client
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.recipients import Recipients
 from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
@@ -28,6 +29,7 @@ from salmon_revsmtp.smtp.receiver import (
     EtrnRequest,
     Quit,
     Receiver,
+    RecipientRequest,
     Refused,
     StartTls,
     Transaction,
@@ -69,6 +71,11 @@ HALF_CLOSED = 30.0
 # brings no one forward; what it has not sent it sends over the next connection.
 PATIENCE = 1800.0
 
+
+# Seconds in which it is decided on a recipient: RFC 5321 4.5.3.2.3 has a client wait for 5 minutes.
+DECIDE_IN = 60.0
+
+_UNDECIDED = Reply(451, "this recipient could not be checked in time, try again later", "4.4.5")
 
 _Digest = bytes
 
@@ -140,6 +147,7 @@ def _message(digest: bytes, envelope: Envelope) -> _Digest:
 class Session(Driver):
     """One SMTP session in the server role on an asyncio transport.
 
+    ``recipients``  whom it takes mail for.
     ``origin``  where its messages come from; the connection adds the client's address and TLS.
     ``served``  messages answered 250 that brought the provider forward: new ones, or a repeat of
                 one whose 250 may have been lost on its way.
@@ -153,7 +161,7 @@ class Session(Driver):
     def __init__(
         self,
         service: Service,
-        policy: Callable[[str], Reply | None],
+        recipients: Recipients,
         deliverer: Deliverer,
         origin: Origin,
         tally: Tally,
@@ -168,7 +176,7 @@ class Session(Driver):
         self._receiver = Receiver(
             service.hostname,
             service.limits,
-            policy,
+            recipients.verdict,
             starttls=starttls is not None,
             etrn=etrn is not None,
             xforward=origin.agent is not None,
@@ -189,11 +197,18 @@ class Session(Driver):
         self._answering = False  # soon
         self._etrn = etrn
         self._etrn_asked: asyncio.Task[None] | None = None
+        self._recipients = recipients
+        self._deciding: dict[RecipientRequest, asyncio.Task[None]] = {}
         self._heard_at = 0.0
 
     @property
     def busy(self) -> bool:
-        return bool(self._deliveries) or self._answering or self._etrn_asked is not None
+        return (
+            bool(self._deliveries)
+            or self._answering
+            or bool(self._deciding)
+            or self._etrn_asked is not None
+        )
 
     @property
     def at_boundary(self) -> bool:
@@ -217,6 +232,8 @@ class Session(Driver):
         """What goes on, for a person, and since when on the event loop's clock."""
         if waiting := list(self._deliveries.values()):
             return "handling a message", min(pending.since for pending in waiting)
+        if self._deciding:
+            return "deciding on a recipient", self.progressed_at
         if self._receiver.at_boundary:
             return f"waiting for the {self.THEY}'s next message", self.progressed_at
         return f"waiting for the rest of a message from the {self.THEY}", self.progressed_at
@@ -256,6 +273,9 @@ class Session(Driver):
         self.advance()
 
     def disconnected(self) -> None:
+        for task in self._deciding.values():
+            task.cancel()
+        self._deciding.clear()
         self._receiver.lost()
         self._forget()
         if self._refusals > LOGGED_REFUSALS:
@@ -279,6 +299,9 @@ class Session(Driver):
         elif isinstance(event, Refused):
             self._log_refusal(event)
             self._tally.refuse(len(event.recipients) or 1, event.reply)
+        elif isinstance(event, RecipientRequest):
+            deciding = asyncio.get_running_loop().create_task(self._decide(event))
+            self._deciding[event] = deciding
         elif isinstance(event, EtrnRequest):
             self._etrn_asked = asyncio.get_running_loop().create_task(self._ask(event.argument))
         elif isinstance(event, StartTls):
@@ -329,8 +352,11 @@ class Session(Driver):
             log_safely(log, logging.ERROR, "answering failed", error=True)
             self.flush()  # what has been answered
             self.abort(f"answering failed: {type(error).__name__}: {error}")
+        self._answer_soon()
+
+    def _answer_soon(self) -> None:
+        """What is answered in one turn of the event loop goes out together."""
         if not self._answering:
-            # What is answered in one turn of the event loop goes out together.
             self._answering = True
             asyncio.get_running_loop().call_soon(self._answered)
 
@@ -345,6 +371,19 @@ class Session(Driver):
         receiver = self._receiver
         ahead = int(AHEAD_SECONDS * pending.number / seconds) if seconds else receiver.ahead
         receiver.ahead = min(max(AHEAD_LEAST, ahead), receiver.limits.unanswered_messages)
+
+    async def _decide(self, request: RecipientRequest) -> None:
+        """Answer a RCPT when its answer is known."""
+        try:
+            refusal = await asyncio.wait_for(self._recipients.decide(request), DECIDE_IN)
+        except (asyncio.TimeoutError, TimeoutError):
+            refusal = _UNDECIDED
+        except Exception:  # our own bug, or no thread to be had
+            log_safely(log, logging.ERROR, "deciding on a recipient failed", error=True)
+            refusal = BUG
+        self._deciding.pop(request, None)
+        self._receiver.answer_recipient(request, refusal)
+        self._answer_soon()
 
     async def _ask(self, name: str) -> None:
         """Answer an ETRN when its answer is known."""

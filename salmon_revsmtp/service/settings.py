@@ -71,6 +71,13 @@ class ServiceSettings(BaseModel):
         "run/inbound"
     )
     """The Salmon Queue that ``delivery: "queue"`` stores messages in."""
+    unknown_recipients: Annotated[
+        Literal["keep", "refuse"], Field(description="'keep' or 'refuse'")
+    ] = "keep"
+    """What becomes of a recipient that no route of your handlers matches.  ``"keep"`` takes the
+    message into the undeliverable queue; ``"refuse"`` answers ``RCPT`` with 550, and the sender
+    keeps the message and is told by its own server.  It is for services whose server has the routes
+    loaded; where there are none at all, nothing is refused."""
     handler_timeout: Annotated[
         float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")
     ] = 300
@@ -166,6 +173,15 @@ class ServiceSettings(BaseModel):
     def _tls(self) -> ServiceSettings:
         if problem := certificate_problem(self.tls_cert, self.tls_key):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _routes(self) -> ServiceSettings:
+        if self.unknown_recipients == "refuse" and self.delivery == "hold":
+            raise ValueError(
+                "unknown_recipients: found 'refuse', allowed with delivery 'hold' is 'keep': held "
+                "mail has no routes; a customer at home refuses its own unknown recipients"
+            )
         return self
 
     @property

@@ -71,6 +71,11 @@ class Envelope:
         return (client.address, client.port) if client is not None and client.address else None
 
     @property
+    def forwarded(self) -> Client | None:
+        """The client, where it is another host that has told us of it."""
+        return self.client if self.forwarded_by else None
+
+    @property
     def envelope_id(self) -> str | None:
         """ENVID as the sender means it (RFC 3461 4.4), ``None`` without."""
         envid = self.mail_options.get("ENVID")

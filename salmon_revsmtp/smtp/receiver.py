@@ -8,6 +8,8 @@ How it is used.  The caller owns the connection and the time; the machine owns t
         if isinstance(event, Transaction):             # one whole message
             ...                                        # deliver it, at leisure
             receiver.answer(event, reply)              # only now does the client hear 250
+        if isinstance(event, RecipientRequest):        # where that is decided later
+            receiver.answer_recipient(event, None)     # or the reply that refuses it
         if isinstance(event, EtrnRequest):             # only where ETRN is offered
             receiver.answer_etrn(reply)                # until then nothing more is read
     for event in receiver.advance(): ...               # what had to wait for the answer
@@ -20,6 +22,11 @@ Replies go out in the order of the commands (RFC 2920 3.1), although a transacti
 the caller when it pleases: reading goes on after an unanswered transaction, and the replies to what
 was read wait in ``_waiting`` after its place.  ``paused`` says when the caller should stop reading
 until something is answered.
+
+A recipient may be decided later, too.  Those of one transaction that were sent ahead are asked for
+together; what else comes waits until all are decided, for what it means depends on them: DATA wants
+one that was accepted, BDAT throws its octets away without one.  They are accepted or refused in the
+order of their RCPTs, whatever the order in which that is decided.
 
 What is content?  Only CRLF.CRLF ends DATA (RFC 5321 4.1.1.4) and only CRLF ends a command: with
 any laxer rule a line end that the previous hop took for text ends a message here, and what comes
@@ -41,7 +48,8 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import Enum, auto
+from typing import Any, ClassVar, Final
 
 from salmon_revsmtp.smtp.addresses import AddressError, parse_path
 from salmon_revsmtp.smtp.budget import Budget
@@ -65,7 +73,32 @@ from salmon_revsmtp.smtp.limits import RECIPIENT_COST, SINK_AT, Limits
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.xforward import ATTRIBUTES, told
 
-__all__ = ["EtrnRequest", "Event", "Quit", "Receiver", "Refused", "StartTls", "Transaction"]
+__all__ = [
+    "LATER",
+    "EtrnRequest",
+    "Event",
+    "Later",
+    "Quit",
+    "Receiver",
+    "RecipientRequest",
+    "Refused",
+    "StartTls",
+    "Transaction",
+    "Verdict",
+]
+
+
+class Later(Enum):
+    """The type of :data:`LATER`."""
+
+    LATER = auto()
+
+
+#: It is not known yet whether a recipient is accepted.
+LATER: Final = Later.LATER
+
+#: What becomes of a recipient: accepted (``None``), refused with a reply, or decided later.
+Verdict = Reply | Later | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +116,23 @@ class Transaction:
     data: bytes
     held: int = 0
     sink: Sink | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RecipientRequest:
+    """Is this recipient accepted?  The client waits for :meth:`Receiver.answer_recipient`.
+
+    ``envelope``   what is known of the transaction: its sender, and the recipients that have been
+                   accepted so far.
+    ``recipient``  the mailbox.
+    ``options``    the parameters of its RCPT.
+    ``held``       octets of the envelope that it takes.
+    """
+
+    envelope: Envelope
+    recipient: str
+    options: Mapping[str, str]
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +160,7 @@ class EtrnRequest:
     argument: str
 
 
-Event = Transaction | Refused | EtrnRequest | StartTls | Quit
+Event = Transaction | RecipientRequest | Refused | EtrnRequest | StartTls | Quit
 
 SENDER_OK = Reply(250, "sender ok", "2.1.0")
 RECIPIENT_OK = Reply(250, "recipient ok", "2.1.5")
@@ -129,6 +179,7 @@ _BOUNDARIES = (_CONNECTED, _IDLE, State.HANDSHAKE, State.STARTING, State.CLOSED)
 
 # A letter that is another's other case by Unicode only ("\u017f" is an "s") is not it in SMTP.
 _ANY_CASE = re.IGNORECASE | re.ASCII
+_RCPT_COMMAND = re.compile(rb"RCPT", re.IGNORECASE)
 _BDAT = re.compile(r"([0-9]{1,20})( +LAST)?", _ANY_CASE)
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8 values.
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
@@ -157,6 +208,8 @@ _NO_RECIPIENTS = Reply(554, "no valid recipients", SEQUENCE)
 _TOO_MANY_RECIPIENTS = Reply(452, "too many recipients, send the rest again", "4.5.3")
 # RFC 3463 3.4: mail system full.  RFC 1870 6.1: the sender tries again later.
 _NO_MEMORY = Reply(452, "no memory for more messages now, try again later", "4.3.1")
+# The session has ended before it was decided.
+_NOT_DECIDED = Reply(451, "this recipient was not decided on, try again later", "4.3.2")
 
 
 class Receiver(Commands):
@@ -165,8 +218,9 @@ class Receiver(Commands):
     ``hostname``          what the greeting and EHLO name.
     ``limits``            what a session may cost.
     ``starttls``          offer STARTTLS (RFC 3207).
-    ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, or the
-                          :class:`Reply` that refuses it.  It must not block.
+    ``accept_recipient``  asked for every RCPT, with the mailbox: ``None`` to accept it, the
+                          :class:`Reply` that refuses it, or :data:`LATER`, and there will be a
+                          :class:`RecipientRequest`.  It must not block.
     ``etrn``              offer ETRN (RFC 1985).
     ``xforward``          offer XFORWARD, and believe it.  It may be changed before the greeting is
                           answered.
@@ -198,6 +252,7 @@ class Receiver(Commands):
         "the octets of BDAT LAST": {**stay((_CONNECTED,)), **to(_IDLE, _GREETED)},
         "a transaction without recipients": to(_IDLE, (_IDLE, _MAIL)),
         "the answer to ETRN": to(_IDLE, (State.STARTING,)),
+        "a recipient's acceptance": to(_RCPT, (_MAIL, _RCPT)),
     }
     # With a recipient accepted the message is as good as in hand: a 421 that answers the next RCPT,
     # and no answer to DATA, is to Exim 4.100.1 the success of the recipients before.
@@ -207,7 +262,7 @@ class Receiver(Commands):
         self,
         hostname: str,
         limits: Limits | None = None,
-        accept_recipient: Callable[[str], Reply | None] = lambda mailbox: None,
+        accept_recipient: Callable[[str], Verdict] = lambda mailbox: None,
         *,
         starttls: bool = False,
         etrn: bool = False,
@@ -228,7 +283,7 @@ class Receiver(Commands):
         self._told: dict[str, Any] = {}
         self.memory = memory or Budget()
         # In the order of the commands: transactions without an answer, and replies after them.
-        self._waiting: deque[Transaction | bytearray] = deque()
+        self._waiting: deque[Transaction | RecipientRequest | bytearray] = deque()
         self._unanswered_messages = 0
         self._unanswered_octets = 0
         self._refusals = 0  # since a message was taken
@@ -237,10 +292,14 @@ class Receiver(Commands):
         self._mail_refused = False  # the last MAIL
         self._cut_short = False  # the client was sent away with recipients accepted
 
+        # Recipients that are decided later, in the order of their RCPTs, and what was decided.
+        self._asked: dict[RecipientRequest, Verdict] = {}
+        self._held_up = False  # what has come waits for them
+
         self._sender = ""
         self._recipients: list[str] = []
         self._mail_options: dict[str, str] = {}
-        self._rcpt_options: dict[str, dict[str, str]] = {}
+        self._rcpt_options: dict[str, Mapping[str, str]] = {}
         self._content = bytearray()
         self._envelope = 0  # octets that it costs
         self._held = 0  # octets of memory that the transaction takes
@@ -256,6 +315,8 @@ class Receiver(Commands):
 
     def _reset(self) -> None:
         """Forget the transaction (RFC 5321 4.1.1.5)."""
+        if self._asked:
+            self._forget_asked()
         self._sender = ""
         self._recipients = []
         self._mail_options = {}
@@ -266,6 +327,13 @@ class Receiver(Commands):
         self._told = {}
         self._drop_sink()
         self._let_go()
+
+    def _forget_asked(self) -> None:
+        """No one is interested any more in who is accepted."""
+        for request in self._asked:
+            self._put_in_place(request, _NOT_DECIDED.encode())
+        self._asked.clear()
+        self._held_up = False
 
     def _drop_sink(self) -> None:
         """What went into it is no message."""
@@ -284,10 +352,11 @@ class Receiver(Commands):
 
     @property
     def paused(self) -> bool:
-        """Enough is unanswered: stop reading until :meth:`answer`, or :meth:`answer_etrn` (bytes
-        that come all the same are kept)."""
+        """Enough is unanswered: stop reading until :meth:`answer`, :meth:`answer_recipient` or
+        :meth:`answer_etrn` (bytes that come all the same are kept)."""
         return (
             self._state is State.STARTING
+            or self._held_up
             or self._unanswered_messages >= self.ahead
             or self._unanswered_octets > self.limits.unanswered_octets
         )
@@ -315,23 +384,59 @@ class Receiver(Commands):
         (PRDR): ``353``, each, then ``reply`` (draft-hall-prdr 3).  Raises :class:`KeyError` for a
         transaction that has been answered, or is not of this session.
         """
-        waiting = self._waiting
-        try:
-            place = waiting.index(transaction)
-        except ValueError:
-            raise KeyError("this transaction is answered, or of another session") from None
-        answer = bytearray(reply.encode())
+        answer = reply.encode()
         if each and transaction.envelope.prdr:
-            replies = (Reply(353, "one reply per recipient follows"), *each, reply)
-            answer = bytearray(b"".join(one.encode() for one in replies))
-        waiting[place] = answer
+            replies = [Reply(353, "one reply per recipient follows"), *each, reply]
+            answer = b"".join(one.encode() for one in replies)
+        if not self._put_in_place(transaction, answer):
+            raise KeyError("this transaction is answered, or of another session")
         self._unanswered_messages -= 1
-        self._unanswered_octets += len(answer) - transaction.held
+        self._unanswered_octets -= transaction.held
         self.memory.give(transaction.held)
+
+    def _put_in_place(self, one: Transaction | RecipientRequest, answer: bytes) -> bool:
+        """This goes out in its turn; ``False`` where it does not wait any more."""
+        waiting = self._waiting
+        if waiting and waiting[0] is one and len(waiting) == 1:  # as a rule
+            waiting.popleft()
+            self._ready += answer
+            return True
+        try:
+            place = waiting.index(one)
+        except ValueError:
+            return False
+        waiting[place] = bytearray(answer)
+        self._unanswered_octets += len(answer)
         while waiting and isinstance(data := waiting[0], bytearray):
             waiting.popleft()
             self._unanswered_octets -= len(data)
             self._ready += data
+        return True
+
+    def answer_recipient(self, request: RecipientRequest, refusal: Reply | None) -> None:
+        """Accept a recipient (``None``), or refuse it.  :meth:`advance` then goes on with what
+        waited for that.  One that no one waits for any more is ignored."""
+        if self._asked.get(request) is not LATER:
+            return
+        self._asked[request] = refusal
+        while self._asked:
+            first, verdict = next(iter(self._asked.items()))
+            if isinstance(verdict, Later):
+                return
+            del self._asked[first]
+            self._decide(first, verdict)
+        self._held_up = False
+
+    def _decide(self, request: RecipientRequest, refusal: Reply | None) -> None:
+        """What becomes of the first recipient that was asked for."""
+        self._put_in_place(request, (refusal or RECIPIENT_OK).encode())
+        if refusal is None:
+            self._recipients.append(request.recipient)
+            self._rcpt_options[request.recipient] = request.options
+            self._over("a recipient's acceptance")
+        else:
+            self._envelope -= request.held
+            self._refuse((request.recipient,), refusal)
 
     def answer_etrn(self, reply: Reply) -> None:
         """Answer an ETRN.  :meth:`advance` then goes on with what has come since.  One that its
@@ -372,8 +477,8 @@ class Receiver(Commands):
         What waits for its answer still does."""
         self._state = State.CLOSED
         self._buffer.clear()
-        self._ready.clear()
         self._reset()
+        self._ready.clear()
 
     def _refuse(
         self, recipients: tuple[str, ...], reply: Reply, forwarded: Client | None = None
@@ -418,6 +523,16 @@ class Receiver(Commands):
         """A reply to the end of content, unless the session has ended instead."""
         if reply is not None:
             self._reply(reply)
+
+    # -- True if anything was consumed: a command in a transaction ----------------------------
+
+    def _read_command(self) -> bool:
+        """The next line is a command; while recipients are decided on, only if it is a RCPT."""
+        if self._asked and not _RCPT_COMMAND.match(self._buffer):
+            # Of less than a word it is not known yet.
+            self._held_up = len(self._buffer) >= len("RCPT")
+            return False
+        return self._read_line()
 
     # -- content: True if anything was consumed ---------------------------------------------
 
@@ -529,6 +644,7 @@ class Receiver(Commands):
 
     READERS: ClassVar[Mapping[State, Callable[[Any], bool]]] = {
         **dict.fromkeys(_ANYWHERE, Commands._read_line),
+        **dict.fromkeys((_MAIL, _RCPT), _read_command),
         State.DATA: _read_data,
         State.CHUNK: _read_chunk,
         State.HANDSHAKE: Commands._read_nothing,
@@ -587,17 +703,45 @@ class Receiver(Commands):
             raise CommandError(501, "a recipient cannot be <>", "5.1.3")
         if not mailbox.isascii() and "SMTPUTF8" not in self._mail_options:
             raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
-        if len(self._recipients) >= self.limits.recipients:
+        before = len(self._recipients) + len(self._asked)
+        if before >= self.limits.recipients:
             return self._refuse((mailbox,), _TOO_MANY_RECIPIENTS)
-        if refusal := self._accept_recipient(mailbox):
-            return self._refuse((mailbox,), refusal)
-        envelope = self._envelope + len(argument) + RECIPIENT_COST
-        if self._recipients and envelope > self.limits.envelope:
+        verdict = self._accept_recipient(mailbox)
+        if verdict is not None and verdict is not LATER:
+            return self._refuse((mailbox,), verdict)
+        held = len(argument) + RECIPIENT_COST
+        envelope = self._envelope + held
+        if before and envelope > self.limits.envelope:
             return self._refuse((mailbox,), _TOO_MANY_RECIPIENTS)
         self._envelope = envelope
+        if verdict is not None or self._asked:
+            self._ask(RecipientRequest(self._so_far(), mailbox, options, held), verdict)
+            return None
         self._recipients.append(mailbox)
         self._rcpt_options[mailbox] = options
         return RECIPIENT_OK
+
+    def _ask(self, request: RecipientRequest, verdict: Later | None) -> None:
+        """It is decided later; one that is accepted now has its turn after those before it."""
+        self._asked[request] = verdict
+        self._waiting.append(request)
+        if verdict is LATER:
+            self._events.append(request)
+
+    def _so_far(self) -> Envelope:
+        """The envelope of the transaction that is under way.  The options of later recipients are
+        added to it as they come."""
+        forwarded = self._forwarded
+        return Envelope(
+            self._sender,
+            tuple(self._recipients),
+            self._mail_options,
+            self._rcpt_options,
+            self._helo if forwarded is None else forwarded.helo,
+            self._esmtp,
+            forwarded or self._client(),
+            "" if forwarded is None else self._helo,
+        )
 
     def _path(
         self, keyword: str, argument: str, known: Mapping[str, re.Pattern[str]]
@@ -717,24 +861,14 @@ class Receiver(Commands):
 
     def _finish(self, content: bytes) -> None:
         """The whole message is here."""
-        recipients, forwarded = tuple(self._recipients), self._forwarded
+        envelope = self._so_far()
         if self._sink is not None:
             self._empty(content)
             content = b""
         if refusal := self._content_refusal(content):
             self._reset()
-            self._say(self._refuse(recipients, refusal, forwarded))
+            self._say(self._refuse(envelope.recipients, refusal, envelope.forwarded))
             return
-        envelope = Envelope(
-            self._sender,
-            recipients,
-            self._mail_options,
-            self._rcpt_options,
-            self._helo if forwarded is None else forwarded.helo,
-            self._esmtp,
-            forwarded or self._client(),
-            "" if forwarded is None else self._helo,
-        )
         transaction = Transaction(envelope, content, self._held, self._sink)
         self._held, self._sink = 0, None  # they are the transaction's now
         self._waiting.append(transaction)

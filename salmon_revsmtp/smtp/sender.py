@@ -82,11 +82,12 @@ _NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
 @dataclass(frozen=True, eq=False)
 class Outgoing:
     """A message to send; ``key`` is the caller's name for it.  ``data`` may be anything that is
-    :class:`~salmon_revsmtp.smtp.content.Content`: then it is read while it goes out."""
+    :class:`~salmon_revsmtp.smtp.content.Content`: then it is read while it goes out.  With
+    ``None``, the peer is asked whom it would take a message for (MAIL, RCPT and RSET)."""
 
     key: Hashable
     envelope: Envelope
-    data: bytes | Content
+    data: bytes | Content | None
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,13 @@ class Sent:
     """What became of a message: one reply per recipient, in the envelope's order.
 
     There is one for each message, in the order in which they were sent.
+
+    ``asked``  the peer was asked; if not, this is what we know of what it can take.
     """
 
     message: Outgoing
     replies: tuple[Reply, ...]
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,7 @@ class _Transaction:
 
     ``octets``  of its content, as it is sent.
     ``over``    all has been said of it; it only waits for those before it.
+    ``asked``   it has gone to the peer.
     """
 
     def __init__(self, message: Outgoing, octets: int) -> None:
@@ -200,6 +205,7 @@ class _Transaction:
         self.accepted: list[int] = []
         self.sender_refused = False
         self.over = False
+        self.asked = False
 
     def refuse(self, reply: Reply) -> None:
         """The reply is that to every recipient."""
@@ -279,6 +285,14 @@ class Sender:
         """
         self._messages.append(message)
         return self.advance()
+
+    def withdraw(self, message: Outgoing) -> bool:
+        """Forget a message of which nothing has gone out; ``False``: something has, and there will
+        be a :class:`Sent`."""
+        if message not in self._messages:
+            return False
+        self._messages.remove(message)
+        return True
 
     @property
     def room(self) -> bool:
@@ -483,7 +497,7 @@ class Sender:
     def _begin(self, message: Outgoing) -> None:
         data = message.data
         content = Octets(_with_crlf(data)) if isinstance(data, bytes) else data
-        transaction = _Transaction(message, content.size)
+        transaction = _Transaction(message, content.size if content is not None else 0)
         ahead = bool(self._under_way)
         self._under_way.append(transaction)
         self._octets_under_way += transaction.octets
@@ -492,6 +506,7 @@ class Sender:
             transaction.over = True
             self._settle()
             return
+        transaction.asked = True
         if ahead:
             self._command("RSET", b"RSET", self._on_rset)
         if self._xforward and message.envelope.client is not None:
@@ -500,16 +515,20 @@ class Sender:
         for number, recipient in enumerate(message.envelope.recipients):
             line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
             self._command("RCPT", line.encode(), self._on_rcpt(number))
-        if self._has("CHUNKING"):  # RFC 3030: one round trip for all of it
+        if content is None:
+            self._command("RSET", b"RSET", self._on_end_of_asking)
+        elif self._has("CHUNKING"):  # RFC 3030: one round trip for all of it
             self._command("BDAT", b"BDAT %d LAST" % content.size, self._on_end, content)
         else:
             self._command("DATA", b"DATA", self._on_data(content))
 
-    def _cannot_take(self, envelope: Envelope, content: Content) -> Reply | None:
+    def _cannot_take(self, envelope: Envelope, content: Content | None) -> Reply | None:
         if not self._can_be_said(envelope):
             return _NO_ENVELOPE
         if self._needs_utf8(envelope) and not self._has("SMTPUTF8"):
             return _NO_UTF8
+        if content is None:
+            return None
         if not content.ascii and not self._has("8BITMIME"):
             return _NO_8BIT
         if isinstance(content, Octets):  # any other has no NUL
@@ -540,11 +559,14 @@ class Sender:
             words += _parameters(envelope.rcpt_options.get(recipient, {}), "NOTIFY", "ORCPT")
         return words
 
-    def _mail(self, envelope: Envelope, content: Content) -> bytes:
+    def _mail(self, envelope: Envelope, content: Content | None) -> bytes:
         words = [f"MAIL FROM:<{envelope.reverse_path}>"]
-        if self._has("SIZE"):
+        if content is None:
+            if self._has("SIZE"):  # as its own sender has it
+                words += _parameters(envelope.mail_options, "SIZE")
+        elif self._has("SIZE"):
             words.append(f"SIZE={content.size}")
-        if not content.ascii:
+        if content is not None and not content.ascii:
             words.append("BODY=8BITMIME")
         if self._needs_utf8(envelope):
             words.append("SMTPUTF8")
@@ -597,7 +619,7 @@ class Sender:
                 return
             if reply.positive:
                 transaction.accepted.append(number)
-            else:
+            if not reply.positive or transaction.message.data is None:
                 transaction.replies[number] = reply
             recipients = len(transaction.message.envelope.recipients)
             if number == recipients - 1 and not transaction.accepted:
@@ -606,9 +628,10 @@ class Sender:
         return on_reply
 
     def _give_up(self) -> None:
-        """Nobody takes it: what has not been written of this transaction never will be.  (Of those
-        that are written ahead, everything has been.)"""
-        if self._commands:
+        """Nobody takes it: what has not been written of this transaction never will be.  (Where
+        there are others after it everything has been, but for the content that is going out, and
+        what waits is theirs.)"""
+        if self._commands and len(self._under_way) == 1:
             self._commands.clear()
             if not self._expected:
                 self._finish()
@@ -658,6 +681,11 @@ class Sender:
                     self._transaction.replies[number] = reply
         self._finish()
 
+    def _on_end_of_asking(self, reply: Reply) -> None:
+        """The peer is in no transaction any more."""
+        self._transaction.over = True
+        self._settle()
+
     def _finish(self) -> None:
         transaction = self._transaction
         transaction.over = True
@@ -674,7 +702,7 @@ class Sender:
             self._octets_under_way -= transaction.octets
             recipients = range(len(transaction.message.envelope.recipients))
             replies = tuple(transaction.replies.get(number, _NO_REPLY) for number in recipients)
-            self._events.append(Sent(transaction.message, replies))
+            self._events.append(Sent(transaction.message, replies, transaction.asked))
 
     def _on_noop(self, reply: Reply) -> None:
         """It is."""
@@ -697,7 +725,9 @@ def _with_crlf(data: bytes) -> bytes:
     return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
 
 
-def _size(data: bytes | Content) -> int:
+def _size(data: bytes | Content | None) -> int:
+    if data is None:
+        return 0
     return len(data) if isinstance(data, bytes) else data.size
 
 

@@ -17,6 +17,7 @@ from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.connection import LOGIN_PATIENCE, Connection
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.service.policy import Service
+from salmon_revsmtp.service.recipients import Recipients
 from salmon_revsmtp.service.session import Session, Tally
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.replies import Reply
@@ -56,7 +57,9 @@ class Wire(asyncio.Transport):
         service = Service("x", ServiceSettings(hostname="h", domains=("example.org",)))
         dispatcher: Any = self
         origin = Origin(service.name, service.hostname)
-        return Session(service, service.recipient_policy(()), dispatcher, origin, Tally(), TIMEOUT)
+        return Session(
+            service, Recipients(service.recipient_policy(())), dispatcher, origin, Tally(), TIMEOUT
+        )
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """As the dispatcher has it."""
