@@ -247,8 +247,8 @@ class QueueConsumer:
         handling = self._unkept.pop(key, None)
         if handling is None:
             [recipient] = envelope.recipients
-            queue = (self._folder, 0)
-            handling = Handling(queue, envelope, recipient, content, self._undeliverable)
+            peer = envelope.peer or (self._folder, 0)
+            handling = Handling(peer, envelope, recipient, content, self._undeliverable)
             try:
                 if self._thread.run(handling, self._handler_timeout):
                     return handling.reply or BUG

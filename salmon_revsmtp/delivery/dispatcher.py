@@ -361,7 +361,7 @@ class Dispatcher:
             log,
             logging.WARNING,
             "%s from=%s reply=%r %s",
-            pending.origin.label,
+            pending.origin.label_of(pending.envelope),
             angle(pending.envelope.reverse_path),
             str(late),
             "handler still running" if pending.begun else "not started",
@@ -466,7 +466,8 @@ class Dispatcher:
             with self._turn:
                 if pending.abandoned:
                     return None
-                reply = self._delivery.deliver(origin.peer, envelope, recipient, trace, content)
+                peer = envelope.peer or origin.peer
+                reply = self._delivery.deliver(peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
@@ -507,7 +508,7 @@ class Dispatcher:
                 log,
                 logging.INFO if reply.positive else logging.WARNING,
                 "%s from=%s to=%s bytes=%d reply=%r%s",
-                pending.origin.label,
+                pending.origin.label_of(pending.envelope),
                 angle(pending.envelope.reverse_path),
                 angle(recipient),
                 pending.size,

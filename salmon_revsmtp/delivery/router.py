@@ -85,7 +85,7 @@ class RouterDelivery:
 class Handling:
     """One message on its way through the handlers, which another thread may give up.
 
-    ``peer``     the client's address and port, or the queue's name.
+    ``peer``     the client's address and port; the queue's name where they are not known.
     ``message``  the whole of it (bytes, LF line ends).
     ``place``    where an undeliverable queue is made if there is none.
     ``reply``    what came of it; ``None`` until that is known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import secrets
@@ -11,13 +12,15 @@ from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Protocol
 
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.envelope import Client, Envelope
+from salmon_revsmtp.smtp.xforward import told, words
 
 __all__ = [
     "MAX_HOPS",
     "Named",
     "Origin",
     "envelope_lines",
+    "forwarded_client",
     "header_end",
     "hops",
     "separator",
@@ -80,12 +83,13 @@ class Origin:
         """For log lines."""
         return f"agent={self.agent.name}" if self.agent else f"service={self.service}"
 
+    def label_of(self, envelope: Envelope) -> str:
+        """The same for a message, with its client where it was forwarded."""
+        return self.label + forwarded_client(envelope.forwarded)
+
     def received(self, envelope: Envelope, recipient: str) -> bytes:
         """A whole ``Received:`` header with LF line ends; ``recipient`` is empty where there are
         several, who need not know of each other."""
-        helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
-        address = self.peer[0]
-        client = f"IPv6:{address}" if ":" in address else address
         # RFC 3848, RFC 6531 4.3: ESMTPSA and its kin.
         protocol = "SMTP"
         if envelope.esmtp:
@@ -93,10 +97,37 @@ class Origin:
             protocol += ("S" if self.tls else "") + ("A" if self.authenticated else "")
         whom = f"\n\tfor <{recipient}>" if recipient else ""
         return (
-            f"Received: from {helo} ([{client}])\n"
+            f"Received: from {self._from(envelope)}\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.label.replace('=', ' ', 1)})\n"
             f"\twith {protocol} id {secrets.token_hex(8)}{whom}; {_date(int(time.time()))}\n"
         ).encode()
+
+    def _from(self, envelope: Envelope) -> str:
+        """The client, and, in a comment, who told us of it: RFC 5321 4.4 has a place for one
+        host."""
+        helo, by = _host(envelope.helo), envelope.forwarded_by
+        peer = _literal(self.peer[0])
+        if not by:
+            return f"{helo} ({peer})"
+        name, address = (envelope.client.name, envelope.peer) if envelope.client else ("", None)
+        seen = f"{_host(name)} " if name else ""
+        where = f" ({seen}{_literal(address[0])})" if address is not None else ""
+        return f"{helo}{where}\n\t(forwarded by {_host(by)} {peer})"
+
+
+def _host(name: str) -> str:
+    """What a host calls itself, with nothing in it that means something in a header."""
+    return _UNSAFE.sub("?", name)[:255] or "unknown"
+
+
+def _literal(address: str) -> str:
+    """RFC 5321 4.1.3."""
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+
+
+def forwarded_client(client: Client | None) -> str:
+    """For log lines: the client that we were told of, after a space; nothing without one."""
+    return "" if client is None else f" client={client.address or 'unknown'}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -137,17 +168,21 @@ def envelope_lines(reverse_path: str, recipient: str) -> bytes:
 
 
 def stored_envelope(envelope: Envelope, recipient: str) -> bytes:
-    """:func:`envelope_lines` for one recipient, and a third line with what the sender says of
-    notifications, if anything: ``X-Envelope-Parameters: MAIL ENVID=7 RCPT NOTIFY=NEVER``."""
+    """:func:`envelope_lines` for one recipient, and a third line, if there is anything to say in
+    it: what the sender says of notifications, and the client, as XFORWARD would have it::
+
+        X-Envelope-Parameters: MAIL ENVID=7 RCPT NOTIFY=NEVER XFORWARD NAME=... ADDR=203.0.113.9
+    """
     lines = envelope_lines(envelope.reverse_path, recipient)
     # RFC 6531 3.4: what such an address needs, need not be said beside it.
     keys = _OF_MAIL if lines.isascii() else tuple(key for key in _OF_MAIL if key != "SMTPUTF8")
     of_mail = _words(envelope.mail_options, keys)
     of_rcpt = _words(envelope.rcpt_options.get(recipient, {}), _OF_RCPT)
-    if not of_mail and not of_rcpt:
+    of_client = ["XFORWARD", *words(envelope.client)] if envelope.client is not None else []
+    if not of_mail and not of_rcpt and not of_client:
         return lines
-    words = " ".join(("MAIL", *of_mail, "RCPT", *of_rcpt))
-    return lines + f"X-Envelope-Parameters: {words}\n".encode("utf-8", "replace")
+    said = " ".join(("MAIL", *of_mail, "RCPT", *of_rcpt, *of_client))
+    return lines + f"X-Envelope-Parameters: {said}\n".encode("utf-8", "replace")
 
 
 def _words(options: Mapping[str, str], keys: Sequence[str]) -> list[str]:
@@ -162,11 +197,13 @@ def unpack(stored: bytes) -> tuple[Envelope, bytes]:
     The reverse-path or the recipient is empty where the first lines do not have it.
     """
     reverse_path, recipient, parameters, message = _split(stored)
-    of_mail, of_rcpt = _options(parameters)
+    of_mail, of_rcpt, client = _options(parameters)
     reverse_path, recipient = reverse_path or "", recipient or ""
     if not (reverse_path + recipient).isascii():
         of_mail = {**of_mail, "SMTPUTF8": ""}
-    return Envelope(reverse_path, (recipient,), of_mail, {recipient: of_rcpt}), message
+    helo = client.helo if client is not None else ""
+    options = of_mail, {recipient: of_rcpt}
+    return Envelope(reverse_path, (recipient,), *options, helo, client=client), message
 
 
 def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
@@ -197,11 +234,17 @@ def _first_line(stored: bytes, start: int, name: bytes) -> tuple[str, int] | Non
     return found[2].decode("utf-8", "replace").strip(_BLANK), found.end()
 
 
-def _options(parameters: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """``MAIL word... RCPT word...`` as the options of each."""
-    words = parameters.split(" ")
+def _options(
+    parameters: str,
+) -> tuple[Mapping[str, str], Mapping[str, str], Client | None]:
+    """``MAIL word... RCPT word... XFORWARD word...`` as the options of each, and the client."""
+    said, _, of_client = parameters.partition(" XFORWARD ")
+    words = said.split(" ")
     middle = words.index("RCPT") if "RCPT" in words else len(words)
-    return _named(words[:middle], _OF_MAIL), _named(words[middle:], _OF_RCPT)
+    client = None
+    with contextlib.suppress(ValueError):  # someone has written in it
+        client = Client(**told(of_client))
+    return _named(words[:middle], _OF_MAIL), _named(words[middle:], _OF_RCPT), client
 
 
 def _named(words: Sequence[str], keys: Sequence[str]) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.sender import Broken, Outgoing, Ready, Sender, Sent
+from salmon_revsmtp.smtp.sender import Broken, NotForwarded, Outgoing, Ready, Sender, Sent
 
 __all__ = ["MOST_STRIKES", "HandOver", "Page", "Passing"]
 
@@ -158,6 +158,14 @@ class HandOver:
             self.look()
         elif isinstance(event, Sent):
             self._answered(event)
+        elif isinstance(event, NotForwarded):
+            log_safely(
+                log,
+                logging.WARNING,
+                "account=%s XFORWARD reply=%r: the customer is not told which hosts its mail came "
+                "from",
+                *(self._account, str(event.reply)),
+            )
         elif isinstance(event, Broken):
             self._excused = self._excused or event.said_so
             self._connection.broken = self._connection.broken or event.reason

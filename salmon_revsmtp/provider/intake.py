@@ -366,7 +366,7 @@ class Intake:
             log,
             logging.INFO if reply.positive else logging.WARNING,
             "%s from=%s to=%s bytes=%d reply=%r%s",
-            pending.origin.label,
+            pending.origin.label_of(pending.envelope),
             angle(pending.envelope.reverse_path),
             angle(recipient),
             pending.size,

@@ -22,7 +22,7 @@ from salmon_revsmtp.delivery.router import envelope_of
 from salmon_revsmtp.delivery.trace import separator
 from salmon_revsmtp.files import make_folder
 from salmon_revsmtp.server.control import NoServer, ask
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.replies import Reply, without_surrogates
 
 if TYPE_CHECKING:
@@ -94,7 +94,11 @@ class Holder:
         name = str(request.get("file"))
         if "/" in name or not name or name.startswith("."):
             return {"error": "no such file"}
-        envelope = Envelope(str(request.get("sender")), (str(request.get("recipient")),))
+        envelope = Envelope(
+            str(request.get("sender")),
+            (str(request.get("recipient")),),
+            client=Client(**request["client"]) if request.get("client") else None,
+        )
         reply = self._providing.hold(envelope, (folder / name).read_bytes())
         return {"code": reply.code, "text": reply.message, "status": reply.status}
 
@@ -113,6 +117,7 @@ def _ask_server(envelope: Envelope, data: bytes) -> Reply:
             "file": path.name,
             "sender": envelope.reverse_path,
             "recipient": envelope.recipients[0],
+            "client": vars(envelope.client) if envelope.client is not None else None,
         }
         for answer in ask(request, patience=PATIENCE):
             if "code" in answer:
@@ -166,7 +171,9 @@ def _envelope(message: MailRequest, sender: str | None, recipient: str | None) -
         return Envelope(_sender(message) if sender is None else sender, (to,))
     options = {to: came.rcpt_options.get(to, {})}
     path = came.reverse_path if sender is None else sender
-    return replace(came, reverse_path=path, recipients=(to,), rcpt_options=options)
+    # A handler may make several messages of one; none of them has its ident.
+    client = replace(came.client, ident="") if came.client is not None else None
+    return replace(came, reverse_path=path, recipients=(to,), rcpt_options=options, client=client)
 
 
 def _sender(message: MailRequest) -> str:

@@ -30,6 +30,7 @@ class Service:
     ``strangers`` the part of it that clients may take who connect of themselves: the rest is for
                  reversed sessions, and for those clients that places are kept for.
     ``expected`` those clients.
+    ``forwarders`` the addresses of clients whose XFORWARD is believed.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Service:
         self.memory = Budget(settings.memory)
         self.strangers = Budget(settings.memory - settings.memory // 4, self.memory)
         self.expected = Expected(settings.keep_places_for, servers)
+        self.forwarders = Expected(settings.forwarded_from)
         self._written: dict[str, str] = {}
         for one in written:
             domain = one.strip(" \t").removeprefix("@").rstrip(".").lower()

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 from salmon_revsmtp.delivery.dispatcher import BUG, GONE, Deliverer, PendingDelivery
-from salmon_revsmtp.delivery.trace import Origin
+from salmon_revsmtp.delivery.trace import Origin, forwarded_client
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.safelog import LogBudget, log_safely
@@ -187,6 +187,7 @@ class Session(Driver):
             recipients.verdict,
             starttls=starttls is not None,
             etrn=etrn is not None,
+            xforward=origin.agent is not None,
             memory=service.memory,
             sinks=deliverer.sinks,
         )
@@ -252,6 +253,7 @@ class Session(Driver):
         self.origin = self.origin.over(self.peer, self.tls)
         if self.origin.agent is None:  # a provider is not where its messages come from
             self._receiver.client = self.peer
+            self._receiver.xforward = self.peer[0] in self.service.forwarders
         if refusal := self._admit(self):
             self.log.log(
                 *(log, logging.WARNING, "service=%s peer=%s %s"),
@@ -338,8 +340,8 @@ class Session(Driver):
             first, more = refused.recipients[:NAMED], len(refused.recipients) - NAMED
             to = ",".join(map(angle, first)) + (f" and {more} more" if more > 0 else "")
             self.log.log(
-                *(log, logging.WARNING, "peer=%s to=%s reply=%r"),
-                *(self.peer, to, str(refused.reply)),
+                *(log, logging.WARNING, "peer=%s%s to=%s reply=%r"),
+                *(self.peer, forwarded_client(refused.forwarded), to, str(refused.reply)),
             )
 
     def _deliver(self, transaction: Transaction) -> None:

@@ -111,6 +111,12 @@ class ServiceSettings(BaseModel):
     ] = ()
     """Networks for whose connections there is always a place, whoever else is there.  The addresses
     of an ``etrn`` agent's server always belong to them."""
+    forwarded_from: Annotated[
+        tuple[str, ...], Field(description="a list of networks such as '192.0.2.0/24'")
+    ] = ()
+    """Networks whose ``XFORWARD`` is believed: hosts of yours that pass mail on to the listening
+    service, and say which host it came from.  That is then the client that handlers and hooks see.
+    All others are refused it.  On a reversed connection the provider is always believed."""
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
     ] = None
@@ -122,7 +128,7 @@ class ServiceSettings(BaseModel):
     ] = None
     """The private key, unless ``tls_cert`` holds it."""
 
-    @field_validator("domains", "allow", "deny", "keep_places_for", mode="before")
+    @field_validator("domains", "allow", "deny", "keep_places_for", "forwarded_from", mode="before")
     @classmethod
     def _a_list(cls, value: object) -> object:
         if isinstance(value, str):
@@ -198,7 +204,7 @@ class ServiceSettings(BaseModel):
     def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(one if one == ANY_DOMAIN else to_ascii(one) for one in value)
 
-    @field_validator("allow", "deny", "keep_places_for")
+    @field_validator("allow", "deny", "keep_places_for", "forwarded_from")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(ipaddress.ip_network(one, strict=False)) for one in value)

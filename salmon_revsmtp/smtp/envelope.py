@@ -12,7 +12,9 @@ __all__ = ["Client", "Envelope"]
 
 @dataclass(frozen=True)
 class Client:
-    """The host that a message came from, as whoever took it from there saw it.
+    """The host that a message came from, as whoever took it from there saw it: we, or who tells us
+    of it by XFORWARD.  Then it is harmless: addresses are addresses, names are host names, and the
+    rest is ASCII that one can see, of 255 characters at most.
 
     ``address``   its IP address, without brackets; ``""`` where that is not known.
     ``port``      its TCP port; 0 where that is not known.
@@ -38,9 +40,11 @@ class Envelope:
     ``recipients``    the accepted recipients' mailboxes, in the order of their RCPTs.
     ``mail_options``  the parameters of MAIL, keys in upper case, ``""`` for a key without value.
     ``rcpt_options``  per recipient, the parameters of its RCPT (RFC 3461: NOTIFY, ORCPT).
-    ``helo``          what the client called itself in EHLO or HELO.
-    ``esmtp``         it said EHLO.
+    ``helo``          what the client called itself in EHLO or HELO; ``""`` where that is not known.
+    ``esmtp``         whoever sent it to us said EHLO.
     ``client``        the host that it came from; ``None`` where that is not known.
+    ``forwarded_by``  what the host called itself that told us of ``client`` (XFORWARD); ``""``: it
+                      is the client itself that sent it to us.
     ``prdr``          the client wants one reply per recipient after the data (draft-hall-prdr).
     ``smtputf8``      addresses or headers may be UTF-8 (RFC 6531).
     """
@@ -52,12 +56,24 @@ class Envelope:
     helo: str = ""
     esmtp: bool = True
     client: Client | None = None
+    forwarded_by: str = ""
     prdr: bool = field(init=False, repr=False, compare=False)
     smtputf8: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prdr", "PRDR" in self.mail_options)
         object.__setattr__(self, "smtputf8", "SMTPUTF8" in self.mail_options)
+
+    @property
+    def peer(self) -> tuple[str, int] | None:
+        """The client's address and port; ``None`` where the address is not known."""
+        client = self.client
+        return (client.address, client.port) if client is not None and client.address else None
+
+    @property
+    def forwarded(self) -> Client | None:
+        """The client, where it is another host that has told us of it."""
+        return self.client if self.forwarded_by else None
 
     @property
     def envelope_id(self) -> str | None:

@@ -55,6 +55,7 @@ from salmon_revsmtp.smtp.addresses import AddressError, parse_path
 from salmon_revsmtp.smtp.budget import Budget
 from salmon_revsmtp.smtp.commands import (
     NOT_IMPLEMENTED,
+    OK,
     SEQUENCE,
     SYNTAX,
     CommandError,
@@ -70,6 +71,7 @@ from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.limits import RECIPIENT_COST, SINK_AT, Limits
 from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.xforward import ATTRIBUTES, told
 
 __all__ = [
     "LATER",
@@ -138,10 +140,12 @@ class Refused:
     """A sender, recipient or message was refused; the client has the reply already.
 
     ``recipients`` whom it concerned; empty for a MAIL.
+    ``forwarded``  the host that the mail came from, where the client told us of it.
     """
 
     recipients: tuple[str, ...]
     reply: Reply
+    forwarded: Client | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,8 @@ class Receiver(Commands):
                           :class:`Reply` that refuses it, or :data:`LATER`, and there will be a
                           :class:`RecipientRequest`.  It must not block.
     ``etrn``              offer ETRN (RFC 1985).
+    ``xforward``          offer XFORWARD, and believe it.  It may be changed before the greeting is
+                          answered.
 
     ``sinks``             makes the place where a large message goes while it comes; without it, the
                           whole of it is kept in memory.
@@ -260,6 +266,7 @@ class Receiver(Commands):
         *,
         starttls: bool = False,
         etrn: bool = False,
+        xforward: bool = False,
         memory: Budget | None = None,
         sinks: Callable[[], Sink] | None = None,
     ) -> None:
@@ -271,6 +278,9 @@ class Receiver(Commands):
         self._accept_recipient = accept_recipient
         self.ahead = limits.unanswered_messages
         self.client: tuple[str, int] | None = None
+        self.xforward = xforward
+        # Of the client of the next transaction, or of this one.
+        self._told: dict[str, Any] = {}
         self.memory = memory or Budget()
         # In the order of the commands: transactions without an answer, and replies after them.
         self._waiting: deque[Transaction | RecipientRequest | bytearray] = deque()
@@ -314,6 +324,7 @@ class Receiver(Commands):
         self._content = bytearray()
         self._envelope = self._size = self._chunks = 0
         self._no_memory = False
+        self._told = {}
         self._drop_sink()
         self._let_go()
 
@@ -458,6 +469,10 @@ class Receiver(Commands):
         self._reset()
         super()._close(reply)
 
+    def tls_started(self) -> None:
+        super().tls_started()
+        self._told = {}
+
     def lost(self) -> None:
         """The connection is gone: no reply will be heard, and a message that was not whole is none.
         What waits for its answer still does."""
@@ -466,11 +481,20 @@ class Receiver(Commands):
         self._reset()
         self._ready.clear()
 
-    def _refuse(self, recipients: tuple[str, ...], reply: Reply) -> Reply | None:
+    def _refuse(
+        self, recipients: tuple[str, ...], reply: Reply, forwarded: Client | None = None
+    ) -> Reply | None:
         """A refusal that is policy and not the client's error: the client knows more than before,
         and goes on with what else it has."""
-        self._events.append(Refused(recipients, reply))
+        self._events.append(Refused(recipients, reply, forwarded or self._forwarded))
         return self._go_on_with(reply)
+
+    def _refuse_mail(self, reply: Reply) -> Reply | None:
+        """The same for a MAIL: what was said of its client is over with it, as at Postfix."""
+        self._mail_refused = True
+        said = self._refuse((), reply)
+        self._told = {}
+        return said
 
     def _go_on_with(self, reply: Reply) -> Reply | None:
         """``reply``, unless there were enough refusals in a row."""
@@ -489,10 +513,11 @@ class Receiver(Commands):
         if self._mail_refused and name in _OF_A_TRANSACTION and reply.code == 503:
             self._say(self._go_on_with(reply))
             return
+        if name in ("MAIL", "RCPT") and reply.code != 503:
+            self._events.append(Refused((), reply, self._forwarded))
         if name == "MAIL" and reply.code != 503:
             self._mail_refused = True
-        if name in ("MAIL", "RCPT") and reply.code != 503:
-            self._events.append(Refused((), reply))
+            self._told = {}
         self._refuse_command(reply)
 
     def _say(self, reply: Reply | None) -> None:
@@ -641,6 +666,7 @@ class Receiver(Commands):
             "PRDR",
             "HELP",
             *(("ETRN",) if self._etrn else ()),
+            *((f"XFORWARD {' '.join(ATTRIBUTES)}",) if self.xforward else ()),
             *super()._keywords(),
         )
 
@@ -664,11 +690,9 @@ class Receiver(Commands):
             raise CommandError(553, "a UTF-8 address needs SMTPUTF8", "5.6.7")
         size = int(options.get("SIZE", "0"))
         if size > self.limits.message:
-            self._mail_refused = True
-            return self._refuse((), self._too_big())  # RFC 1870 6.1
+            return self._refuse_mail(self._too_big())  # RFC 1870 6.1
         if not self.memory.room_for(len(argument) + max(size, 1)):
-            self._mail_refused = True
-            return self._refuse((), _NO_MEMORY)
+            return self._refuse_mail(_NO_MEMORY)
         self._envelope = len(argument)
         self._sender, self._mail_options = mailbox, options
         self._mail_refused = False
@@ -708,14 +732,16 @@ class Receiver(Commands):
     def _so_far(self) -> Envelope:
         """The envelope of the transaction that is under way.  The options of later recipients are
         added to it as they come."""
+        forwarded = self._forwarded
         return Envelope(
             self._sender,
             tuple(self._recipients),
             self._mail_options,
             self._rcpt_options,
-            self._helo,
+            self._helo if forwarded is None else forwarded.helo,
             self._esmtp,
-            self._client(),
+            forwarded or self._client(),
+            "" if forwarded is None else self._helo,
         )
 
     def _path(
@@ -842,7 +868,7 @@ class Receiver(Commands):
             content = b""
         if refusal := self._content_refusal(content):
             self._reset()
-            self._say(self._refuse(envelope.recipients, refusal))
+            self._say(self._refuse(envelope.recipients, refusal, envelope.forwarded))
             return
         transaction = Transaction(envelope, content, self._held, self._sink)
         self._held, self._sink = 0, None  # they are the transaction's now
@@ -853,12 +879,22 @@ class Receiver(Commands):
         self._junk = self._refusals = 0
         self._reset()
 
-    def _client(self) -> Client | None:
-        """The host that a message comes from."""
-        if self.client is None:
+    @property
+    def _forwarded(self) -> Client | None:
+        """The host that the mail comes from, where we were told of it; then nothing of it is filled
+        in from the connection (XFORWARD_README).  IDENT is of the message: by itself it says
+        nothing of a host."""
+        if not self._told or self._told.keys() == {"ident"}:
             return None
+        return Client(**self._told)
+
+    def _client(self) -> Client | None:
+        """The host that sends us the mail."""
+        ident = self._told.get("ident", "")
+        if self.client is None:
+            return Client(ident=ident) if ident else None
         protocol = "ESMTP" if self._esmtp else "SMTP"
-        return Client(*self.client, protocol=protocol, helo=self._helo)
+        return Client(*self.client, protocol=protocol, helo=self._helo, ident=ident)
 
     def _content_refusal(self, content: bytes) -> Reply | None:
         if self._size > self.limits.message:
@@ -901,7 +937,17 @@ class Receiver(Commands):
         self._state = State.STARTING
         self._events.append(EtrnRequest(argument))
 
-    # RFC 5321 4.1.4, RFC 3030 3, RFC 3207 4, RFC 1985 5.
+    def _on_xforward(self, argument: str) -> Reply:
+        """Several add up; they hold for one transaction."""
+        if not self.xforward:
+            raise CommandError(550, "not authorized to use XFORWARD", "5.7.0")
+        try:
+            self._told.update(told(argument))
+        except ValueError as error:
+            raise CommandError(501, str(error), SYNTAX) from None
+        return OK
+
+    # RFC 5321 4.1.4, RFC 3030 3, RFC 3207 4, RFC 1985 5, XFORWARD_README.
     VERBS: ClassVar[Mapping[str, Verb]] = {
         # verb      may come in, and leads to                     by
         "EHLO": Verb(to(_IDLE, _ANYWHERE), Commands._on_ehlo, junk=True),
@@ -914,6 +960,8 @@ class Receiver(Commands):
         "NOOP": Verb(stay(_ANYWHERE), Commands._on_noop, junk=True),
         "VRFY": Verb(stay(_GREETED), _on_vrfy, junk=True),
         "ETRN": Verb(to(State.STARTING, (_IDLE,)), _on_etrn),
+        # It may stand before each MAIL.
+        "XFORWARD": Verb(stay((_IDLE,)), _on_xforward, junk=True),
         "HELP": Verb(stay(_ANYWHERE), Commands._on_help, junk=True),
         "QUIT": Verb(to(State.CLOSED, _ANYWHERE), Commands._on_quit),
         # RFC 3207 4 allows it elsewhere too; no one needs that.

@@ -27,6 +27,10 @@ What is written ahead of an answer must be right whatever the answer is.  A peer
 every recipient may still be in that transaction, refuse the next MAIL, and take the message after
 it from the sender of this one; so RSET goes before a MAIL that is written ahead (RFC 5321 4.1.1.5).
 
+A peer that lists XFORWARD is told before MAIL which host the message came from.  It is told anew
+for each message, because the end of a transaction, and RSET, have it forget.  No message waits for
+the reply, and none is lost if that is a refusal.
+
 Content leaves here with CRLF line ends and nothing else, dot-stuffed for DATA, counted for BDAT: no
 next hop, however lax, can find the end of the message anywhere but at its end.  A message with a
 line that is a lone dot but for NULs (RFC 6152 3 has no NULs at all) is refused.
@@ -35,17 +39,28 @@ line that is a lone dot but for NULs (RFC 6152 3 has no NULs at all) is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from salmon_revsmtp.smtp.addresses import parse_path
 from salmon_revsmtp.smtp.content import Content, Octets
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.limits import AheadLimits
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
+from salmon_revsmtp.smtp.xforward import ATTRIBUTES, command_lines
 
-__all__ = ["BeginTls", "Broken", "Closed", "Event", "Outgoing", "Ready", "Sender", "Sent"]
+__all__ = [
+    "BeginTls",
+    "Broken",
+    "Closed",
+    "Event",
+    "NotForwarded",
+    "Outgoing",
+    "Ready",
+    "Sender",
+    "Sent",
+]
 
 # RFC 5321 4.1.2 esmtp-param, with RFC 6531's UTF-8.
 _WORD = re.compile(r"[A-Z]+=[^\x00-\x20=\x7f]+")
@@ -57,6 +72,10 @@ _NO_NUL = Reply(554, "a line of the message is a dot hidden by NULs", "5.6.0")
 _NO_8BIT = Reply(554, "the message has 8-bit octets and the peer takes none", "5.6.3")
 _NO_UTF8 = Reply(553, "the message needs SMTPUTF8 and the peer has it not", "5.6.7")
 _NO_ENVELOPE = Reply(553, "no SMTP command can carry this envelope", "5.1.0")
+# XFORWARDs that may be on their way to a peer that has not taken one.  It may refuse each, and
+# servers send a client away after some errors: Postfix, and ours, after 20.
+UNTRIED = 8
+
 _NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
 
 
@@ -99,6 +118,14 @@ class Sent:
 
 
 @dataclass(frozen=True)
+class NotForwarded:
+    """The peer lists XFORWARD, and refuses one.  The message goes on, as if it came from us.  There
+    is one of these in a session at most."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True)
 class Closed:
     """The peer answered our QUIT."""
 
@@ -115,7 +142,7 @@ class Broken:
     said_so: bool = False
 
 
-Event = BeginTls | Ready | Sent | Closed | Broken
+Event = BeginTls | Ready | Sent | NotForwarded | Closed | Broken
 
 _OnReply = Callable[[Reply], None]
 
@@ -140,6 +167,7 @@ REPLIES: Mapping[str, Expected] = {
     "EHLO": Expected(_2YZ | _5YZ, wait=True),  # 5yz: an old server (RFC 5321 3.2)
     "HELO": Expected(_2YZ, wait=True),
     "STARTTLS": Expected({220} | _4YZ | _5YZ, wait=True),  # RFC 3207 4
+    "XFORWARD": Expected(_FINAL),  # whatever it is, the mail goes on
     "MAIL": Expected(_FINAL),
     "RCPT": Expected(_FINAL),
     # Without the data having been sent, no 2yz can say that the message was taken.
@@ -213,6 +241,10 @@ class Sender:
         "_ready",
         "_starttls",
         "_under_way",
+        "_xforward",
+        "_xforward_refused",
+        "_xforward_taken",
+        "_xforwards",
         "content_octets",
         "steps",
     )
@@ -235,6 +267,9 @@ class Sender:
         self._under_way: list[_Transaction] = []
         self._octets_under_way = 0
         self._extensions: dict[str, str] = {}
+        self._xforward: Sequence[str] = ()  # what the peer wants to know
+        self._xforwards = 0  # without a reply
+        self._xforward_taken = self._xforward_refused = False
         self._ready = False
         self._quitting = False
         self._over = False
@@ -380,6 +415,8 @@ class Sender:
             return True
         if not (self._has("PIPELINING") and self._has("CHUNKING")):
             return False
+        if self._xforwards >= UNTRIED and not self._xforward_taken:
+            return False
         return (
             len(self._under_way) < self._ahead.messages
             and self._octets_under_way + octets <= self._ahead.octets
@@ -446,6 +483,8 @@ class Sender:
         self._get_ready()
 
     def _get_ready(self) -> None:
+        listed = self._extensions.get("XFORWARD", "").upper().split()
+        self._xforward = tuple(one for one in ATTRIBUTES if one in listed)
         self._ready = True
         self._events.append(Ready(dict(self._extensions)))
 
@@ -470,6 +509,8 @@ class Sender:
         transaction.asked = True
         if ahead:
             self._command("RSET", b"RSET", self._on_rset)
+        if self._xforward and message.envelope.client is not None:
+            self._forward(message.envelope.client)
         self._command("MAIL", self._mail(message.envelope, content), self._on_mail)
         for number, recipient in enumerate(message.envelope.recipients):
             line = f"RCPT TO:<{recipient}>{self._dsn(message.envelope, recipient)}"
@@ -545,6 +586,23 @@ class Sender:
     def _transaction(self) -> _Transaction:
         """The one that is being answered."""
         return self._under_way[0]
+
+    def _forward(self, client: Client) -> None:
+        """Tell the peer whom the next message came from."""
+        for line in command_lines(client, self._xforward):
+            self._xforwards += 1
+            self._command("XFORWARD", line, self._on_xforward)
+
+    def _on_xforward(self, reply: Reply) -> None:
+        self._xforwards -= 1
+        self._xforward_taken = self._xforward_taken or reply.positive
+        if reply.positive:
+            return
+        if reply.permanent and not self._xforward_taken:
+            self._xforward = ()  # it is not for us, whatever it lists
+        if not self._xforward_refused:
+            self._xforward_refused = True
+            self._events.append(NotForwarded(reply))
 
     def _on_mail(self, reply: Reply) -> None:
         if reply.positive:

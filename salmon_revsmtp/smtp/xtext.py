@@ -1,13 +1,14 @@
-"""The two encodings in the parameters of delivery status notifications: xtext (RFC 3461 4), and
-what stands for characters in an internationalized address (RFC 6533 3)."""
+"""Two encodings: xtext (RFC 3461 4), in the parameters of delivery status notifications and in
+XFORWARD, and what stands for characters in an internationalized address (RFC 6533 3)."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["decode_utf8_address", "decode_xtext", "encode_utf8_address"]
+__all__ = ["decode_utf8_address", "decode_xtext", "encode_utf8_address", "encode_xtext"]
 
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
+_NOT_ITSELF = re.compile(r"[^!-*,-<>-~]+")
 _HEXCHARS = re.compile(r"(?:\+[0-9A-F]{2})+")
 _EMBEDDED = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}")
 # RFC 6533 3: QCHAR, what stands for itself.
@@ -27,6 +28,15 @@ def decode_xtext(text: str) -> str:
 
 def _octets(found: re.Match[str]) -> str:
     return bytes.fromhex(found[0].replace("+", "")).decode("utf-8", "backslashreplace")
+
+
+def encode_xtext(text: str) -> str:
+    """``text`` as xtext."""
+    return _NOT_ITSELF.sub(_hexchars, text)
+
+
+def _hexchars(found: re.Match[str]) -> str:
+    return "".join(f"+{octet:02X}" for octet in found[0].encode("utf-8", "replace"))
 
 
 def decode_utf8_address(text: str) -> str:

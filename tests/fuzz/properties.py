@@ -18,6 +18,7 @@ functions under pytest.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import itertools
 import re
 from collections import deque
@@ -32,7 +33,7 @@ from salmon_revsmtp.smtp import replies as reply_limits
 from salmon_revsmtp.smtp import turn
 from salmon_revsmtp.smtp.addresses import domain_of, parse_path
 from salmon_revsmtp.smtp.commands import State
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
@@ -179,7 +180,13 @@ class _Served:
 
     def __post_init__(self) -> None:
         limits = AHEAD if b"ahead" in self.words else SERVER
-        self.machine = Receiver(HOSTNAME, limits, _policy, starttls=b"tls" in self.words)
+        self.machine = Receiver(
+            HOSTNAME,
+            limits,
+            _policy,
+            starttls=b"tls" in self.words,
+            xforward=b"believed" in self.words,
+        )
         self.unanswered: list[Transaction] = []
         self.handshake = self.dropped = self.shutdown = False
 
@@ -275,6 +282,7 @@ def receiver(data: bytes) -> None:
     ``ahead``     the machine may read ahead of its caller, three messages instead of one.
     ``newest``    the caller answers the newest message first.
     ``shutdown``  the caller shuts down after the first flight.
+    ``believed``  XFORWARD is offered.
     """
     words, sizes, dialogue = _read(data)
     flights = _flights(dialogue)
@@ -302,6 +310,10 @@ class _Mail:
     spoilt: bool = False
 
 
+# What may be in a field of a client that we were told of.
+_HARMLESS = re.compile(r"[!#-'*-:=?A-\[\]-~]{0,255}")
+
+
 class _ServerDialogue:
     """A second reading of what a client sent, all of it at once, with what it heard.
 
@@ -317,9 +329,13 @@ class _ServerDialogue:
         self.quits = sum(isinstance(one, Quit) for one in served.events)
         self.refused = sum(len(one.recipients) for one in served.events if isinstance(one, Refused))
         self.shutdown = b"shutdown" in served.words
+        self.believed = b"believed" in served.words
+        # The XFORWARDs that were accepted since the last transaction.
+        self.forwarded: list[bytes] = []
         self.position = 0
         self.mail: _Mail | None = None
         self.greeted = self.esmtp = self.over = self.endless = False
+        self.helo = b""
 
     def read(self) -> None:
         assert self._reply() == 220
@@ -367,19 +383,25 @@ class _ServerDialogue:
             self._data()
         elif code == 220:
             assert verb == b"STARTTLS" and self.mail is None
-            self.greeted = False
+            self.greeted, self.forwarded = False, []
         elif code == 250 and verb == b"MAIL":
             assert self.greeted and self.mail is None
             self.mail = _Mail(line)
+        elif verb == b"MAIL" and code != 503:
+            self.forwarded = []
+        elif code == 250 and verb == b"XFORWARD":
+            assert self.believed and self.greeted and self.mail is None
+            self.forwarded.append(line)
         elif code == 250 and verb == b"RCPT":
             assert self.mail and not self.mail.size, "a recipient in the middle of the data"
             self.mail.recipients.append(line)
             assert len(self.mail.recipients) <= SERVER.recipients
         elif code == 250 and verb in (b"EHLO", b"HELO"):
             self.greeted, self.esmtp, self.mail = True, verb == b"EHLO", None
+            self.helo, self.forwarded = line.partition(b" ")[2].strip(b" "), []
         elif (code == 250 and verb == b"RSET") or (code == 554 and verb == b"DATA"):
             assert verb == b"RSET" or not (self.mail and self.mail.recipients)
-            self.mail = None
+            self.mail, self.forwarded = None, []
         else:
             assert code >= 400 or verb in (b"NOOP", b"HELP", b"VRFY", b"QUIT"), (code, line)
 
@@ -393,6 +415,7 @@ class _ServerDialogue:
         mail = self.mail
         if mail is None:
             assert self._reply() == 503
+            self.forwarded = []
             return
         mail.size += octets
         if not mail.recipients:
@@ -400,6 +423,7 @@ class _ServerDialogue:
             # What was thrown away is missing: no message may come of the rest.
             mail.spoilt = True
             self.mail = None if last else mail
+            self.forwarded = [] if last else self.forwarded
             return
         mail.content += chunk
         if last:
@@ -430,6 +454,7 @@ class _ServerDialogue:
 
     def _message(self, content: bytes, size: int) -> None:
         mail, self.mail = self.mail, None
+        forwarded, self.forwarded = self.forwarded, []
         assert mail is not None and mail.recipients
         if size > _SIZE or mail.spoilt:
             far = size > SERVER.read_through
@@ -442,6 +467,7 @@ class _ServerDialogue:
         message = self.messages.popleft()
         assert message.data == content, "the data is not what was sent"
         self._envelope(message.envelope, mail)
+        self._client(message.envelope, forwarded)
         reply, each = _verdict(message.envelope, message.data)
         answers = [reply]
         if message.envelope.prdr:
@@ -466,6 +492,27 @@ class _ServerDialogue:
         for mailbox, options in envelope.rcpt_options.items():
             lines = [one for one in mail.recipients if mailbox.encode() in one]
             self._options(options, b" ".join(lines))
+
+    def _client(self, envelope: Envelope, forwarded: list[bytes]) -> None:
+        """It is that of this message's own XFORWARDs, and nothing in it does harm."""
+        said = b" ".join(line.partition(b" ")[2] for line in forwarded).upper()
+        keys = {word.partition(b"=")[0] for word in said.split()}
+        hosts = keys - {b"IDENT", b"SOURCE"}
+        assert bool(envelope.forwarded_by) == bool(hosts)
+        assert (envelope.client is not None) >= bool(hosts)
+        if not hosts:
+            assert envelope.helo.encode() == self.helo
+        if (client := envelope.client) is None:
+            return
+        if hosts:
+            assert envelope.helo == client.helo and envelope.forwarded_by.encode() == self.helo
+        if client.address:
+            assert str(ipaddress.ip_address(client.address)) == client.address
+        assert 0 <= client.port <= 65535
+        fields = ("NAME", client.name), ("PROTO", client.protocol), ("HELO", client.helo)
+        for key, value in (*fields, ("IDENT", client.ident), ("ADDR", client.address)):
+            assert key.encode() in keys or not value
+            assert _HARMLESS.fullmatch(value), value
 
     def _options(self, options: Mapping[str, str], line: bytes) -> None:
         words = {word.upper() for word in line.split(b" ")}
@@ -531,7 +578,8 @@ def sender(data: bytes) -> None:
 
     The dialogue is what the server says; or messages, GS (1D), and what the server says.  Messages
     are separated by RS; a message is reverse-path, recipients and data, separated by US (1F); FS
-    and ``KEY=VALUE`` may follow a mailbox.
+    and ``KEY=VALUE`` may follow a mailbox.  ``CLIENT=...`` after the reverse-path makes a client of
+    it that is called so.
     """
     words, sizes, dialogue = _read(data)
     before, separator, after = dialogue.partition(MESSAGES)
@@ -559,11 +607,16 @@ def _outgoing(source: bytes) -> Outgoing:
     data = rest.pop() if rest else b""
     reverse_path, mail_options = _mailbox(first)
     recipients = [_mailbox(one) for one in rest[:4]] or [("b@example.org", {})]
+    helo = mail_options.pop("CLIENT", None)
+    client = None
+    if helo is not None:
+        client = Client(helo if helo[:1].isdigit() else "2001:db8::1", 25, helo, helo, helo, helo)
     envelope = Envelope(
         reverse_path,
         tuple(mailbox for mailbox, _ in recipients),
         mail_options,
         dict(recipients),
+        client=client,
     )
     return Outgoing(source, envelope, data)
 
@@ -586,6 +639,10 @@ class _ClientDialogue:
         self.messages = deque(client.messages)
         self.everyone = client.messages
         self.extensions: set[str] = set()
+        self.xforward: set[str] = set()  # what the server lists
+        self.forwarded: list[bytes] = []  # said since the last transaction
+        self.refused_for_good = False  # before one was taken
+        self.taken = False
         self.position = 0
         # The message under way, and each message's replies as far as they are known.
         self.current: Outgoing | None = None
@@ -657,11 +714,20 @@ class _ClientDialogue:
             assert line == verb + b" odmr.example.net"
             reply = self._answer()
             if verb == b"EHLO" and reply and reply.positive:
-                self.extensions = {
-                    one.strip().partition(" ")[0].upper() for one in reply.text.split("\n")[1:]
-                }
+                lines = [one.strip().partition(" ") for one in reply.text.split("\n")[1:]]
+                self.extensions = {keyword.upper() for keyword, _, _ in lines}
+                for keyword, _, parameters in lines:
+                    if keyword.upper() == "XFORWARD":
+                        self.xforward = set(parameters.upper().split())
+        elif verb == b"XFORWARD":
+            assert len(line) + 2 <= 512
+            self.forwarded.append(line)
+            reply = self._answer()
+            if reply is not None:
+                self.taken = self.taken or reply.positive
+                self.refused_for_good |= reply.permanent and not self.taken
         elif verb == b"RSET":
-            assert line == b"RSET"
+            assert line == b"RSET" and not self.forwarded, "it would have the server forget"
             reply = self._answer()
             if reply and not reply.positive:
                 self.replies.clear()
@@ -681,7 +747,20 @@ class _ClientDialogue:
         self.current = self.messages.popleft()
         mailbox = re.escape(self.current.envelope.reverse_path.encode())
         assert re.fullmatch(rb"MAIL FROM:<%s>%s" % (mailbox, _PARAMETERS), line), line
+        self._identity(self.current.envelope.client)
         self.mail, self.rcpts = self._answer(), []
+
+    def _identity(self, client: Client | None) -> None:
+        """The server is told of this message's client, or of none."""
+        forwarded, self.forwarded = self.forwarded, []
+        said = [word for line in forwarded for word in line.split(b" ")[1:]]
+        keys = [word.partition(b"=")[0].decode() for word in said]
+        assert len(set(keys)) == len(keys) and self.xforward.issuperset(keys)
+        assert all(re.fullmatch(rb"[A-Z]+=[!-~]{1,255}", word) for word in said)
+        if client is None:
+            assert not said, "another message's client"
+        elif not self.refused_for_good and "ADDR" in self.xforward:
+            assert [word for word in said if word.startswith(b"ADDR=")], "no one was told"
 
     def _refusal(self, message: Outgoing) -> Reply | None:
         """What is refused without asking the server: taken from the event, judged here."""

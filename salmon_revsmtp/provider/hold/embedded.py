@@ -54,7 +54,7 @@ from salmon_revsmtp.provider.hold.store import (
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content, Traits
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 
 __all__ = ["EmbeddedStore"]
 
@@ -109,6 +109,9 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     """,
     CLOCK_TABLE,
+    # From here on ``said`` may have the client, too.  An older version would fail over it at each
+    # hand-over; so it is told, when it opens the store.
+    "SELECT 1",
 )
 
 _HELD = (
@@ -788,15 +791,19 @@ class _Feed:
 
 
 def _said(envelope: Envelope) -> str:
-    """What the client said beside the addresses."""
-    return json.dumps([dict(envelope.mail_options), envelope.helo, envelope.esmtp])
+    """What the client said beside the addresses, and who it is."""
+    said: list[Any] = [dict(envelope.mail_options), envelope.helo, envelope.esmtp]
+    if envelope.client is not None:
+        said.append(vars(envelope.client))
+    return json.dumps(said)
 
 
 def _envelope(sender: str, said: str, recipients: Sequence[tuple[str, Any]]) -> Envelope:
-    options, helo, esmtp = json.loads(said)
+    options, helo, esmtp, *known = json.loads(said)
+    client = Client(**known[0]) if known else None
     names = tuple(one for one, _ in recipients)
     each = {one: said for one, said in recipients if said is not None}
-    return Envelope(sender, names, options, each, helo, esmtp)
+    return Envelope(sender, names, options, each, helo, esmtp, client)
 
 
 def _held(row: Sequence[Any]) -> Held:
