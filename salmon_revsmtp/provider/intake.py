@@ -167,8 +167,9 @@ class Intake:
 
     def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
         for pending in deliveries:
-            answered, pending.answered = pending.answered, None
+            answered = pending.answered
             if answered is not None and pending.reply is not None:
+                pending.answered = None
                 try:
                     answered()
                 except Exception:  # the others have nothing to do with it
