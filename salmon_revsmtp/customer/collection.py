@@ -221,7 +221,8 @@ class Collection:
         if isinstance(verdict, Later):
             options = envelope.rcpt_options.get(recipient, {})
             request = RecipientRequest(replace(envelope, recipients=()), recipient, options)
-            return await self._recipients.decide(request)
+            reply = await self._recipients.decide(request)
+            return None if reply is None or reply.positive else reply
         return verdict
 
     def _origin(self, *, authenticated: bool = True) -> Origin:

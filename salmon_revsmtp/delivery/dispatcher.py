@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -46,6 +47,7 @@ __all__ = [
     "Dispatcher",
     "PendingDelivery",
     "delivered",
+    "last_of_many",
     "refusal_of",
 ]
 
@@ -57,6 +59,9 @@ LOOK_EVERY = 0.05
 # Recipients that are looked up together: of a batch of messages for one each all, of messages for
 # a thousand one.
 LOOK_UP = 256
+
+# As provider.idents has it.
+_IDENT = re.compile(r"[0-9a-f]{64}\.[0-9]{1,10}")
 
 BUG = Reply(451, "internal error, try again later", "4.3.0")
 GONE = Reply(451, "the connection is gone", "4.4.2")
@@ -89,6 +94,10 @@ def _nothing() -> None:
     pass
 
 
+def _no_one_asked(heard: bool) -> None:
+    pass
+
+
 @dataclass(eq=False)
 class PendingDelivery:
     """A message on its way to its recipients, how far that is, and what its client is to hear.
@@ -107,6 +116,8 @@ class PendingDelivery:
     ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
     ``number``     its place among those of its session when it came.
     ``over``       called when nothing will be done for it any more, from whatever thread.
+    ``heard``      called once, in the event loop, when its client has gone on after the answer, and
+                   so has heard it (``True``), or is gone.
     ``log``        what its lines are written with: all that its client can make us log is bounded.
     """
 
@@ -122,6 +133,7 @@ class PendingDelivery:
     until: float = 0.0
     number: int = 1
     over: Callable[[], None] = _nothing
+    heard: Callable[[bool], None] = _no_one_asked
     log: LogBudget = field(default_factory=LogBudget)
     begun: bool = False
     abandoned: bool = False
@@ -158,12 +170,12 @@ class PendingDelivery:
             if self.reply is None:
                 self.abandoned = True
                 self.replies += [reply] * (len(self.envelope.recipients) - len(self.replies))
-                last = _last_of_many(self.replies) if self.envelope.prdr else None
+                last = last_of_many(self.replies) if self.envelope.prdr else None
                 self.reply = last or reply
             return True
 
 
-def _last_of_many(replies: Sequence[Reply]) -> Reply | None:
+def last_of_many(replies: Sequence[Reply]) -> Reply | None:
     """The reply that a client hears after those of the recipients (PRDR), if any took it."""
     taken = sum(reply.positive for reply in replies)
     return Reply(250, f"taken for {taken} of {len(replies)} recipients", "2.0.0") if taken else None
@@ -202,6 +214,15 @@ def refusal_of(hook: str, said: object) -> Reply | None:
     text = "hook=%s returned %r, which refuses nothing; ignored"
     log_safely(log, logging.ERROR, text, hook, said)
     return None
+
+
+def _known_by(pending: PendingDelivery) -> bytes:
+    """What a repeat of this message has in common with it: its octets; or the ident that a provider
+    of ours has for it, which it has for a message that its own sender sends again, too."""
+    client = pending.envelope.client
+    if pending.origin.agent is not None and client is not None and _IDENT.fullmatch(client.ident):
+        return client.ident.encode()
+    return pending.data
 
 
 class Dispatcher:
@@ -362,7 +383,7 @@ class Dispatcher:
             if pending.key is None:
                 # Of one that is abandoned meanwhile it may be of no data; that one is not begun.
                 sender = pending.envelope.reverse_path
-                pending.key = MessageKey.of(self._service, sender, pending.data)
+                pending.key = MessageKey.of(self._service, sender, _known_by(pending))
             wanted.setdefault(pending.key, []).extend(pending.envelope.recipients)
             recipients += len(pending.envelope.recipients)
             self._looked_up.append(pending)
@@ -504,7 +525,7 @@ class Dispatcher:
     ) -> Reply:
         """One reply of those of all recipients; above is how."""
         replies = pending.replies
-        if pending.envelope.prdr and (last := _last_of_many(replies)):
+        if pending.envelope.prdr and (last := last_of_many(replies)):
             return last
         if len(replies) == 1:
             return replies[0]

@@ -60,7 +60,8 @@ def recipient_requested(agent: Agent | None, envelope: Envelope, recipient: str)
     """At each RCPT, before any data is sent: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz)
     to refuse the recipient.  Called for those that the service's own settings accept.
 
-    ``envelope`` has the sender, and those recipients that have been accepted so far.  The client waits for a minute at most, and hears 451 then.
+    ``envelope`` has the sender, and those recipients that have been accepted so far.  The client
+    waits for a minute at most, and hears 451 then.
     ``agent`` is ``None`` for mail that comes to a listening service.
     """
 

@@ -111,6 +111,11 @@ class Connection(Driver):
         return self._hand_over.sent if self._hand_over is not None else 0
 
     @property
+    def live(self) -> HandOver | None:
+        """What passes transactions on, in a session that stays open."""
+        return self._hand_over if self.push else None
+
+    @property
     def busy(self) -> bool:
         return self._waiting
 
@@ -134,7 +139,7 @@ class Connection(Driver):
 
     def disconnected(self) -> None:
         if self._hand_over is not None:
-            self._hand_over.look()
+            self._hand_over.lost()
 
     def end_soon(self) -> None:
         """Finish what is under way, and say QUIT; before the reversal, 421."""

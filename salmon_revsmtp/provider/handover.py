@@ -13,6 +13,9 @@ A session that its customer wants to keep rests when all has been sent: it waits
 tell of more, and says NOOP when it was silent for long.  What the customer deferred is tried again
 in it after a while.  Most such sessions have nothing to do most of the time, and there may be ten
 thousand of them: one that rests has an alarm, and neither a task nor a frame.
+
+A session that stays open passes transactions on as well, for which a sender waits: they go out
+before what is held, and who waits for one hears what the customer says to it.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
 from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import Content
+from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.sender import Broken, NotForwarded, Outgoing, Ready, Sender, Sent
 
-__all__ = ["MOST_STRIKES", "HandOver", "Page"]
+__all__ = ["MOST_STRIKES", "HandOver", "Page", "Passing"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,27 @@ def _nothing() -> None:
     pass
 
 
+class Passing:
+    """A transaction that is passed on, for which someone waits.
+
+    ``answer``  what the customer said; ``None`` when it never will.
+    ``message`` as it goes out.
+    ``late``    no one waits for it any more.
+    """
+
+    __slots__ = ("answer", "late", "message")
+
+    def __init__(self, envelope: Envelope, content: bytes | Content | None) -> None:
+        self.answer: asyncio.Future[Sent | None] = asyncio.get_running_loop().create_future()
+        self.message = Outgoing(self, envelope, content)
+        self.late = False
+
+    def end(self, sent: Sent | None = None) -> None:
+        """Whoever waits hears it."""
+        if not self.answer.done():
+            self.answer.set_result(sent)
+
+
 #: Messages of a feed, with their octets.
 Page = Sequence[tuple[Held, bytes | Content]]
 
@@ -60,7 +85,9 @@ class HandOver:
         await hand_over.close()                   # in any case
 
     ``settler``  takes the customer's answers.
-    ``sent``     messages that the customer has answered.
+    ``sent``     held messages that the customer has answered.
+    ``passed_on``, ``fell_back``  messages of which the sender heard the customer's answer, and that
+                 were held because there was none in time.
     ``resting``  nothing runs, and the session is open.
 
     The connection passes its events to :meth:`handle`, and says :meth:`look` when it is lost.
@@ -71,14 +98,17 @@ class HandOver:
         "_again_at",
         "_again_in",
         "_alarm",
+        "_alone",
         "_asked_again",
         "_awake",
         "_connection",
         "_deferred",
+        "_domains",
         "_excused",
         "_feed",
         "_heard_at",
         "_keepalive",
+        "_late",
         "_more",
         "_news",
         "_sender",
@@ -87,6 +117,8 @@ class HandOver:
         "_store",
         "_timeout",
         "_under_way",
+        "fell_back",
+        "passed_on",
         "resting",
         "sent",
     )
@@ -94,7 +126,7 @@ class HandOver:
     def __init__(
         self, connection: Driver, store: HoldStore, settler: Settler, account: str
     ) -> None:
-        self.sent = 0
+        self.sent = self.passed_on = self.fell_back = 0
         self._connection, self._store, self._settler = connection, store, settler
         self._account = account
         self._sender: Sender | None = None
@@ -108,7 +140,11 @@ class HandOver:
         self._news: asyncio.Future[None] | None = None  # is waited for
         self._more = False  # there may be mail that the feed has not shown
         self._asked_again = False
-        self._under_way: list[Held] = []  # in the order in which they are answered
+        # In the order in which they are answered.
+        self._under_way: list[Held | Passing] = []
+        self._late = 0  # of those under way
+        self._alone = False  # the one that is sent now
+        self._domains: Collection[str] | None = None
         self._excused = False  # if the session breaks, it is not over what is under way
         self._deferred = False
         self._again_in, self._again_at = AGAIN_FIRST, 0.0
@@ -133,7 +169,7 @@ class HandOver:
         elif isinstance(event, Broken):
             self._excused = self._excused or event.said_so
             self._connection.broken = self._connection.broken or event.reason
-            self.look()
+            self.lost()
 
     def heard(self) -> None:
         """The customer has said something."""
@@ -146,6 +182,13 @@ class HandOver:
                 self._news.set_result(None)
         elif self.resting:
             self._stir()
+
+    def lost(self) -> None:
+        """There will be no more answers."""
+        for one in self._under_way:
+            if isinstance(one, Passing):
+                one.end()
+        self.look()
 
     def excuse(self) -> None:
         """If the session breaks from now on, it is we who end it."""
@@ -172,11 +215,46 @@ class HandOver:
             self._feed.start_over()
         self.wake()
 
+    # -- from a sender to the customer ----------------------------------------------------------
+
+    def passes(self, domain: str) -> bool:
+        """Transactions with recipients in this domain can be passed on now: the session stays open,
+        and answers in time."""
+        return (
+            self._keepalive is not None
+            and self._sender is not None
+            and not self._stopped
+            and not self._late
+            and self._connection.broken is None
+            and (self._domains is None or domain in self._domains)
+            and not self._alone
+        )
+
+    def pass_on(self, envelope: Envelope, content: bytes | Content | None) -> Passing:
+        """Send a message for which someone waits, or ask for its recipients (``None``)."""
+        assert self._sender is not None
+        passing = Passing(envelope, content)
+        self._under_way.append(passing)
+        self.be_patient()
+        self._connection.happened(self._sender.send(passing.message))
+        return passing
+
+    def give_up(self, passing: Passing) -> None:
+        """Wait no more for its answer.  Until that has come after all, nothing is passed on."""
+        passing.end()
+        if self._sender is not None and self._sender.withdraw(passing.message):
+            self._under_way.remove(passing)
+            self.look()
+        elif passing in self._under_way:
+            passing.late = True
+            self._late += 1
+
     # -- from the feed to the customer ----------------------------------------------------------
 
     async def open(self, domains: Collection[str] | None = None) -> Page:
         """Open the feed, for recipients in ``domains`` if given; returns what goes out first.
         Raises :class:`OSError` when the store cannot be read."""
+        self._domains = domains
         self._feed = await asyncio.to_thread(self._store.feed, self._account, domains)
         return await self._next_page()
 
@@ -230,8 +308,10 @@ class HandOver:
         """What was answered is settled, what was not is anyone's; unless the session rests."""
         if self._feed is None or self.resting:
             return
-        if self._under_way and not self._excused:
-            await self._strike(self._under_way[0])
+        self.lost()
+        first = self._under_way[0] if self._under_way else None
+        if isinstance(first, Held) and not self._excused:
+            await self._strike(first)
         await asyncio.to_thread(self._feed.close)
         self._feed = None
 
@@ -262,14 +342,16 @@ class HandOver:
 
     async def _send(self, held: Held, content: bytes | Content) -> None:
         """Send a message; one over which a session broke goes alone."""
-        if held.strikes:
+        self._alone = bool(held.strikes)
+        if self._alone:
             await self._wait_until(lambda: not self._under_way)
         assert self._sender is not None
         self._under_way.append(held)
         self.be_patient()
         self._connection.happened(self._sender.send(Outgoing(held, held.envelope, content)))
-        if held.strikes:
+        if self._alone:
             await self._wait_until(lambda: not self._under_way)
+            self._alone = False
 
     async def _wait_until(self, so: Callable[[], bool]) -> None:
         """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
@@ -344,8 +426,20 @@ class HandOver:
     # -- what comes back ------------------------------------------------------------------------
 
     def _answered(self, sent: Sent) -> None:
-        held = sent.message.key
-        assert isinstance(held, Held) and self._feed is not None
+        key = sent.message.key
+        if isinstance(key, Passing):
+            self._under_way.remove(key)
+            self._late -= key.late
+            key.end(sent)
+        else:
+            assert isinstance(key, Held)
+            self._held_answered(key, sent)
+        if not self._under_way:
+            self.be_patient()
+        self.look()
+
+    def _held_answered(self, held: Held, sent: Sent) -> None:
+        assert self._feed is not None
         self._under_way.remove(held)
         self.sent += 1
         if any(reply.transient for reply in sent.replies):
@@ -356,9 +450,6 @@ class HandOver:
             self._again_in = AGAIN_FIRST
         self._feed.leave([held.key])
         self._settler.settle(Answered(held, sent.replies))
-        if not self._under_way:
-            self.be_patient()
-        self.look()
 
     async def _strike(self, held: Held) -> None:
         """The session broke, and this is the message that the customer was answering."""

@@ -2,6 +2,8 @@
 
 An :class:`Intake` stands where a service has its dispatcher: sessions give it whole messages, and
 hear when they are safe.  Those that wait at the same time are made safe together, in one thread.
+Where a message's customer is there it goes to that one first (``provider.live``), and is held only
+for those recipients of which the customer has not said anything for good.
 
 A domain that no account has is refused: this host relays for no one.
 """
@@ -11,10 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import cast
 
 from salmon_revsmtp.delivery.batches import BatchWorker
@@ -24,6 +29,7 @@ from salmon_revsmtp.delivery.dispatcher import (
     LOOP,
     STOPPED,
     PendingDelivery,
+    last_of_many,
     refusal_of,
 )
 from salmon_revsmtp.delivery.maildir import disk_reply
@@ -32,9 +38,12 @@ from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.hold.store import Arrival, HoldStore, Spool
+from salmon_revsmtp.provider.idents import Ident, Idents
+from salmon_revsmtp.provider.live import Live, Said
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
-from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.content import Content
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Intake"]
@@ -43,6 +52,9 @@ log = logging.getLogger(__name__)
 
 NOT_OURS = Reply(550, "we do not take mail for this domain", "5.7.1")
 OVER_QUOTA = Reply(452, "too much mail waits for this domain, try again later", "4.2.2")
+
+# The customer has said nothing, for no one has asked it.
+HELD = Said(())
 
 # Seconds between two log lines about one account's quota.
 SAY_AGAIN = 3600.0
@@ -61,14 +73,22 @@ class Intake:
         hooks: HookCaller,
         hostname: Callable[[], str],
         worker: BatchWorker[PendingDelivery],
+        live: Live | None = None,
+        idents: Idents | None = None,
     ) -> None:
+        self._live, self._idents = live, idents or Idents()
         self._accounts, self._store, self._hooks = accounts, store, hooks
         self._hostname = hostname
         self._worker = worker
         self._loop: asyncio.AbstractEventLoop | None = None
         self._said: dict[str, float] = {}  # when it was, that an account has no room
+        # Those that may be passed on, and those that have been, with what came of it.
+        self._for_live: set[PendingDelivery] = set()
+        self._passed_on: dict[PendingDelivery, tuple[Arrival, Said]] = {}
+        self._passing: set[asyncio.Task[None]] = set()
         # Of the batch in hand, in the thread.
-        self._arrivals: list[tuple[PendingDelivery, Arrival]] = []
+        self._arrivals: list[tuple[PendingDelivery, Arrival, Said]] = []
+        self._ready: list[tuple[PendingDelivery, Arrival]] = []
 
     # -- in the event loop ----------------------------------------------------------------------
 
@@ -120,9 +140,17 @@ class Intake:
             pending.size = spool.size
         pending.answered = answered
         pending.since = self._loop.time()
+        if self._live is not None and self._live.takes(pending.envelope) is not None:
+            self._for_live.add(pending)
+        self._submit(pending)
+
+    def _submit(self, pending: PendingDelivery) -> None:
+        assert self._loop is not None
         try:
             self._worker.submit(self, pending)
         except RuntimeError:  # the thread is closed
+            self._for_live.discard(pending)
+            self._passed_on.pop(pending, None)
             pending.abandon(STOPPED)
             _discard(pending)
             self._loop.call_soon(self._answer, [pending])
@@ -147,6 +175,26 @@ class Intake:
                     log_safely(log, logging.ERROR, "answering failed", error=True)
                 pending.data = b""
 
+    def _pass_on(self, ready: Sequence[tuple[PendingDelivery, Arrival]]) -> None:
+        """Send these to their customers, or hold them."""
+        for pending, arrival in ready:
+            task = asyncio.get_running_loop().create_task(self._send(pending, arrival))
+            self._passing.add(task)
+            task.add_done_callback(self._passing.discard)
+
+    async def _send(self, pending: PendingDelivery, arrival: Arrival) -> None:
+        said = Said([None] * len(arrival.accounts), "the customer's session ended")
+        try:
+            assert self._live is not None
+            if (session := self._live.takes(arrival.envelope)) is not None:
+                said = await self._live.send(session, arrival.envelope, _content(arrival))
+        except Exception as error:  # our own bug, or a disk that cannot be read
+            said = Said(said.replies, f"{type(error).__name__}: {error}")
+            text = "%s a message was not passed on"
+            log_safely(log, logging.ERROR, text, pending.origin.label, error=True)
+        self._passed_on[pending] = arrival, _for_one_answer(arrival.envelope, said)
+        self._submit(pending)
+
     # -- for a handler --------------------------------------------------------------------------
 
     def hold(self, envelope: Envelope, data: bytes) -> Reply:
@@ -156,7 +204,7 @@ class Intake:
         if (refusal := self.policy(recipient)) or account is None:
             return refusal or NOT_OURS
         pending = PendingDelivery(Origin("hold", self._hostname()), envelope, data, size=len(data))
-        self._keep([(pending, Arrival(envelope, (account.name,), [data]))])
+        self._keep([(pending, Arrival(envelope, (account.name,), [data]), HELD)])
         assert pending.reply is not None
         return pending.reply
 
@@ -164,12 +212,15 @@ class Intake:
 
     def begin(self, items: Sequence[PendingDelivery]) -> None:
         """A batch."""
-        self._arrivals = []
+        self._arrivals, self._ready = [], []
 
     def do(self, item: PendingDelivery) -> None:
-        """Get one message ready."""
+        """Get one message ready; or see what its customer has said of it."""
         try:
-            self._prepare(item)
+            if (passed_on := self._passed_on.pop(item, None)) is not None:
+                self._note_said(item, *passed_on)
+            else:
+                self._prepare(item)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             _discard(item)
@@ -178,17 +229,23 @@ class Intake:
     def end(self, items: Sequence[PendingDelivery]) -> None:
         """Make all of a batch safe, and answer them."""
         arrivals, self._arrivals = self._arrivals, []
+        ready, self._ready = self._ready, []
         if arrivals:
             self._keep(arrivals)
+        passed_on = {pending for pending, _ in ready}
         for pending in items:
-            if pending.reply is None:
+            if pending.reply is None and pending not in passed_on:
                 pending.abandon(BUG)
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
+            if ready:
+                self._loop.call_soon_threadsafe(self._pass_on, ready)
 
     def drop(self, item: PendingDelivery) -> None:
         """The thread is closed, or our own bug: whoever waits tries again."""
+        self._for_live.discard(item)
+        self._passed_on.pop(item, None)
         item.abandon(STOPPED)
         _discard(item)
         if self._loop is not None:
@@ -217,7 +274,39 @@ class Intake:
             return
         content = (trace.replace(b"\n", b"\r\n"), data)
         names = tuple(account.name for account in accounts if account is not None)
-        self._arrivals.append((pending, Arrival(envelope, names, content, spool)))
+        arrival = Arrival(self._named(pending, spool), names, content, spool)
+        if pending in self._for_live:
+            self._for_live.discard(pending)
+            self._ready.append((pending, arrival))
+        else:
+            self._arrivals.append((pending, arrival, HELD))
+
+    def _named(self, pending: PendingDelivery, spool: Spool | None) -> Envelope:
+        """Its envelope, with an ident that the customer knows it by."""
+        envelope = pending.envelope
+        digest = hashlib.sha256(pending.data).digest() if spool is None else spool.digest
+        ident = self._idents.give(envelope, digest)
+        pending.heard = functools.partial(self._note_heard, pending, ident)
+        client = replace(envelope.client or Client(), ident=str(ident))
+        return replace(envelope, client=client)
+
+    def _note_heard(self, pending: PendingDelivery, ident: Ident, heard: bool) -> None:
+        """Whether the client has heard the answer."""
+        taken = pending.reply is not None and pending.reply.positive
+        self._idents.settle(ident, heard and taken)
+
+    def _note_said(self, pending: PendingDelivery, arrival: Arrival, said: Said) -> None:
+        """Hold a message for those of which its customer has said nothing for good."""
+        envelope, replies = arrival.envelope, said.replies
+        left = [number for number, reply in enumerate(replies) if reply is None]
+        if not left:
+            _discard(pending)
+            self._settle(pending, _one_of(replies), said)
+            return
+        held = replace(envelope, recipients=tuple(envelope.recipients[one] for one in left))
+        names = tuple(arrival.accounts[one] for one in left)
+        arrival = Arrival(held, names, arrival.content, arrival.spool)
+        self._arrivals.append((pending, arrival, said))
 
     def _refusal(self, pending: PendingDelivery, message: bytes) -> Reply | None:
         """Whether a plugin refuses the message."""
@@ -226,43 +315,90 @@ class Intake:
         )
         return refusal_of("message_received", said)
 
-    def _keep(self, arrivals: Sequence[tuple[PendingDelivery, Arrival]]) -> None:
+    def _keep(self, arrivals: Sequence[tuple[PendingDelivery, Arrival, Said]]) -> None:
         try:
-            keys = self._store.put([arrival for _, arrival in arrivals])
+            keys = self._store.put([arrival for _, arrival, _ in arrivals])
         except Exception as error:
             reply = disk_reply(error) if isinstance(error, OSError) else BUG
             log_safely(log, logging.ERROR, "messages=%d not held: %s", len(arrivals), error)
-            for pending, _ in arrivals:
-                self._settle(pending, reply)
+            for pending, _, said in arrivals:
+                self._settle(pending, reply, said)
             return
-        for (pending, arrival), held in zip(arrivals, keys, strict=True):
-            self._settle(pending, Reply(250, f"held as {held[0]}", "2.6.0"), arrival, held)
+        for (pending, arrival, said), held in zip(arrivals, keys, strict=True):
+            reply = Reply(250, f"held as {held[0]}", "2.6.0")
+            self._settle(pending, reply, said, arrival, held)
 
     def _settle(
         self,
         pending: PendingDelivery,
         reply: Reply,
+        said: Said = HELD,
         arrival: Arrival | None = None,
         keys: Sequence[int] = (),
     ) -> None:
-        """Log a message, tell the plugins, and note its reply."""
+        """Log a message, tell the plugins, and note its reply: what the customer has said, and
+        ``reply`` for those of which it has said nothing."""
         envelope = pending.envelope
-        for recipient in envelope.recipients:
-            pending.add(reply, repeat=False)
-            pending.log.log(
-                log,
-                logging.INFO if reply.positive else logging.WARNING,
-                "%s from=%s to=%s bytes=%d reply=%r",
-                pending.origin.label_of(envelope),
-                angle(envelope.reverse_path),
-                angle(recipient),
-                pending.size,
-                str(reply),
-            )
+        for recipient, live in zip_longest(envelope.recipients, said.replies):
+            pending.add(live or reply, repeat=False)
+            self._log(pending, recipient, live or reply, live is not None, said.reason)
+            if live is not None and self._hooks.implemented("message_handed_over"):
+                account = self._account(recipient)
+                self._hooks.call(
+                    "message_handed_over",
+                    account=account.name if account is not None else "",
+                    envelope=envelope,
+                    recipient=recipient,
+                    reply=live,
+                )
         if arrival is not None and self._hooks.implemented("message_held"):
-            for account, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
-                self._hooks.call("message_held", account=account, envelope=envelope, key=key)
-        pending.settle(reply)
+            envelope = arrival.envelope
+            for name, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
+                self._hooks.call("message_held", account=name, envelope=envelope, key=key)
+        last = last_of_many(pending.replies) if pending.envelope.prdr else None
+        pending.settle(last or reply)
+
+    def _log(
+        self, pending: PendingDelivery, recipient: str, reply: Reply, live: bool, reason: str
+    ) -> None:
+        way = " live" if live else f" held: {reason}" if reason else ""
+        pending.log.log(
+            log,
+            logging.INFO if reply.positive else logging.WARNING,
+            "%s from=%s to=%s bytes=%d reply=%r%s",
+            pending.origin.label_of(pending.envelope),
+            angle(pending.envelope.reverse_path),
+            angle(recipient),
+            pending.size,
+            str(reply),
+            way,
+        )
+
+
+def _content(arrival: Arrival) -> bytes | Content:
+    """What is to be sent.  Raises :class:`OSError`."""
+    head = b"".join(arrival.content)
+    if arrival.spool is None:
+        return head
+    return arrival.spool.content(head) or head + arrival.spool.read()
+
+
+def _for_one_answer(envelope: Envelope, said: Said) -> Said:
+    """A sender that hears one reply for all cannot be told that some recipients refuse: for these
+    the message is held, and their refusal becomes a notification."""
+    replies = said.replies
+    if envelope.prdr or all(reply is not None and reply.permanent for reply in replies):
+        return said
+    kept = [reply if reply is not None and reply.positive else None for reply in replies]
+    refused = [reply for reply in replies if reply is not None and reply.permanent]
+    reason = f"the customer says {refused[0]}, and not of all" if refused else said.reason
+    return Said(kept, reason)
+
+
+def _one_of(replies: Sequence[Reply | None]) -> Reply:
+    """The reply for a whole message, of those of its recipients."""
+    said = [reply for reply in replies if reply is not None]
+    return next((reply for reply in said if reply.positive), said[0])
 
 
 def _spool(pending: PendingDelivery) -> Spool | None:

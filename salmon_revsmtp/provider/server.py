@@ -17,6 +17,7 @@ from salmon_revsmtp.net.listener import Admit, Listener
 from salmon_revsmtp.net.places import Places
 from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.connection import REPLACED_GRACE, Connection
+from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.logins import LoginGuard
 from salmon_revsmtp.provider.settling import Notify, Settler
@@ -96,6 +97,13 @@ class Provider:
     def sessions(self) -> list[Connection]:
         """The reversed sessions that are open, the oldest first."""
         return [one for sessions in self._sessions.values() for one in sessions]
+
+    def live(self, account: str, domain: str) -> HandOver | None:
+        """The newest session that passes on what a sender has for this domain of an account."""
+        for one in reversed(self._sessions.get(account, ())):
+            if one.live is not None and one.live.passes(domain):
+                return one.live
+        return None
 
     async def start(self) -> None:
         """Listen.  Raises :class:`OSError` when an address cannot be had."""

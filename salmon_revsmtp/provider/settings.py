@@ -76,6 +76,10 @@ class AccountSettings(BaseModel):
     """``True`` keeps the session open with customers that ask for it (``XHOLD``), and sends mail
     down it as it comes; ``"always"`` with all customers of the account, for those that do not
     know how to ask; ``False`` with none."""
+    live: Annotated[bool, Field(description="True or False")] = True
+    """While a push session is open, senders hear the customer's own answers: at ``RCPT``, and at
+    the end of the message, which is not held then.  With ``False``, or while there is no session,
+    or where the customer says nothing in time, messages are held, and pushed."""
     sessions: Annotated[int, Field(ge=1, le=100, description="1 to 100")] = 1
     """Reversed sessions at a time.  The newest wins: one more ends the oldest."""
     etrn: Annotated[str | None, Field(description=ADDRESS)] = None

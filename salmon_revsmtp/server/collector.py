@@ -296,6 +296,8 @@ class Collector:
         deciders: list[Decider] = [PluginsDecide(self._plugins, agent, service.spell, threads)]
         if service.settings.unknown_recipients == "refuse":
             deciders.insert(0, RoutesDecide(service.spell, threads))
+        if service.settings.delivery == "hold":
+            deciders.append(self.providing.live)
         return Recipients(policy, *deciders)
 
     def collection(self, agent: Agent) -> Collection:

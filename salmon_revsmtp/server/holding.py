@@ -171,7 +171,9 @@ def _envelope(message: MailRequest, sender: str | None, recipient: str | None) -
         return Envelope(_sender(message) if sender is None else sender, (to,))
     options = {to: came.rcpt_options.get(to, {})}
     path = came.reverse_path if sender is None else sender
-    return replace(came, reverse_path=path, recipients=(to,), rcpt_options=options)
+    # A handler may make several messages of one; none of them has its ident.
+    client = replace(came.client, ident="") if came.client is not None else None
+    return replace(came, reverse_path=path, recipients=(to,), rcpt_options=options, client=client)
 
 
 def _sender(message: MailRequest) -> str:

@@ -16,9 +16,12 @@ from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.expiry import Expiry
+from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import HoldStore
+from salmon_revsmtp.provider.idents import Idents
 from salmon_revsmtp.provider.intake import Intake
+from salmon_revsmtp.provider.live import Live
 from salmon_revsmtp.provider.notices import Notices
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import ProviderSettings
@@ -51,6 +54,7 @@ class Providing:
         self._plugins, self._outbox, self._rates = plugins, outbox, rates
         self._worker: BatchWorker[PendingDelivery] = BatchWorker("holding")
         self._provider: Provider | None = None
+        self._idents = Idents()
 
     @cached_property
     def settings(self) -> ProviderSettings:
@@ -95,8 +99,22 @@ class Providing:
     def intake(self, service: Service) -> Intake:
         """What a service with ``delivery: "hold"`` gives its messages to."""
         return Intake(
-            self.accounts, self.store, self._plugins, lambda: service.hostname, self._worker
+            self.accounts,
+            self.store,
+            self._plugins,
+            lambda: service.hostname,
+            self._worker,
+            self.live,
+            self._idents,
         )
+
+    @cached_property
+    def live(self) -> Live:
+        """What asks customers that are there."""
+        return Live(self.accounts, self._session)
+
+    def _session(self, account: str, domain: str) -> HandOver | None:
+        return self._provider.live(account, domain) if self._provider is not None else None
 
     def provider(self) -> Provider | None:
         """What customers call; ``None`` where the settings have none.  Blocks."""
@@ -134,7 +152,9 @@ class Providing:
         return intake.hold(envelope, data)
 
     async def stop(self, grace: float) -> None:
-        """Send no more mail for ETRN; what is under way has ``grace`` seconds."""
+        """Ask no customer, and send no more mail for ETRN; what is under way has ``grace``
+        seconds."""
+        self.live.stop()
         if "etrn" in self.__dict__:
             await self.etrn.stop(grace)
 

@@ -33,8 +33,8 @@ class Decider(Protocol):
         """What is known at once: accepted, refused, or to be asked for.  It does not block."""
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
-        """Accept a recipient (``None``), or refuse it.  Asked for all of which the verdict of
-        anyone was :data:`~salmon_revsmtp.smtp.receiver.LATER`."""
+        """Refuse a recipient, or accept it, in words of its own (2yz) or without (``None``).  Asked
+        for all of which the verdict of anyone was :data:`~salmon_revsmtp.smtp.receiver.LATER`."""
 
 
 class Recipients:
@@ -58,10 +58,13 @@ class Recipients:
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
         """What becomes of one of which :meth:`verdict` was LATER."""
+        words = None
         for one in self._deciders:
-            if refusal := await one.decide(request):
-                return refusal
-        return None
+            reply = await one.decide(request)
+            if reply is not None and not reply.positive:
+                return reply
+            words = reply or words
+        return words
 
 
 class RoutesDecide:

@@ -13,7 +13,7 @@ import logging
 import ssl
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from salmon_revsmtp.delivery.dispatcher import BUG, GONE, Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin, forwarded_client
@@ -86,6 +86,10 @@ AnswerEtrn = Callable[[str], Awaitable[Reply]]
 # unproductive commands count as in a row only where there was no silence of so many seconds between
 # them.
 CALM = 0.5
+
+# Unproductive commands, and refusals, in a session that stays open, and in which strangers' senders
+# and recipients are asked for.
+ENDLESS = 1_000_000_000
 
 # What a client hears whose session ends within a message, or with the process.
 ENDED = "has ended this session; send the mail again"
@@ -173,9 +177,13 @@ class Session(Driver):
         patience: float | None = PATIENCE,
         etrn: AnswerEtrn | None = None,
     ) -> None:
+        limits = service.limits
+        if patience is None:
+            # What a provider asks in a session that stays open it asks for others.
+            limits = replace(limits, junk=ENDLESS, refusals=ENDLESS)
         self._receiver = Receiver(
             service.hostname,
-            service.limits,
+            limits,
             recipients.verdict,
             starttls=starttls is not None,
             etrn=etrn is not None,
@@ -194,6 +202,8 @@ class Session(Driver):
         self._starttls, self._admit = starttls, admit
         self._refusals = 0
         self._deliveries: dict[Transaction, PendingDelivery] = {}
+        # Answered, and nothing has come since.
+        self._perhaps_unheard: list[PendingDelivery] = []
         self._answering = False  # soon
         self._etrn = etrn
         self._etrn_asked: asyncio.Task[None] | None = None
@@ -269,6 +279,7 @@ class Session(Driver):
         for transaction, pending in list(self._deliveries.items()):
             if self._deliverer.let_go(pending):
                 del self._deliveries[transaction]
+                pending.heard(False)
                 self._receiver.answer(transaction, GONE)
         self.advance()
 
@@ -277,6 +288,7 @@ class Session(Driver):
             task.cancel()
         self._deciding.clear()
         self._receiver.lost()
+        self._note_heard(False)
         self._forget()
         if self._refusals > LOGGED_REFUSALS:
             more = self._refusals - LOGGED_REFUSALS
@@ -284,12 +296,20 @@ class Session(Driver):
         self.log.settle(log)
 
     def data_received(self, data: bytes) -> None:
+        if self._perhaps_unheard and not self._answering:
+            self._note_heard(True)
         now = asyncio.get_running_loop().time()
         if self.origin.agent is not None and now - self._heard_at >= CALM:
             self._receiver.forgive()
             self._refusals = 0
         self._heard_at = now
         super().data_received(data)
+
+    def _note_heard(self, heard: bool) -> None:
+        """Whoever wants to know learns whether its answer was heard."""
+        for pending in self._perhaps_unheard:
+            pending.heard(heard)
+        self._perhaps_unheard.clear()
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -342,6 +362,9 @@ class Session(Driver):
     def _delivered(self, transaction: Transaction) -> None:
         """Only now is a message answered: 250 means safe."""
         pending = self._deliveries.pop(transaction)
+        self._perhaps_unheard.append(pending)
+        if self._lost:
+            self._note_heard(False)
         try:
             self._read_ahead(pending)
             self.served += self._tally.add(pending)
@@ -375,14 +398,14 @@ class Session(Driver):
     async def _decide(self, request: RecipientRequest) -> None:
         """Answer a RCPT when its answer is known."""
         try:
-            refusal = await asyncio.wait_for(self._recipients.decide(request), DECIDE_IN)
+            reply = await asyncio.wait_for(self._recipients.decide(request), DECIDE_IN)
         except (asyncio.TimeoutError, TimeoutError):
-            refusal = _UNDECIDED
+            reply = _UNDECIDED
         except Exception:  # our own bug, or no thread to be had
             log_safely(log, logging.ERROR, "deciding on a recipient failed", error=True)
-            refusal = BUG
+            reply = BUG
         self._deciding.pop(request, None)
-        self._receiver.answer_recipient(request, refusal)
+        self._receiver.answer_recipient(request, reply)
         self._answer_soon()
 
     async def _ask(self, name: str) -> None:

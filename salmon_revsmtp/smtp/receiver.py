@@ -413,12 +413,12 @@ class Receiver(Commands):
             self._ready += data
         return True
 
-    def answer_recipient(self, request: RecipientRequest, refusal: Reply | None) -> None:
-        """Accept a recipient (``None``), or refuse it.  :meth:`advance` then goes on with what
-        waited for that.  One that no one waits for any more is ignored."""
+    def answer_recipient(self, request: RecipientRequest, reply: Reply | None) -> None:
+        """Accept a recipient (2yz; ``None``: in our own words), or refuse it.  :meth:`advance` then
+        goes on with what waited for that.  One that no one waits for any more is ignored."""
         if self._asked.get(request) is not LATER:
             return
-        self._asked[request] = refusal
+        self._asked[request] = reply
         while self._asked:
             first, verdict = next(iter(self._asked.items()))
             if isinstance(verdict, Later):
@@ -427,16 +427,17 @@ class Receiver(Commands):
             self._decide(first, verdict)
         self._held_up = False
 
-    def _decide(self, request: RecipientRequest, refusal: Reply | None) -> None:
+    def _decide(self, request: RecipientRequest, reply: Reply | None) -> None:
         """What becomes of the first recipient that was asked for."""
-        self._put_in_place(request, (refusal or RECIPIENT_OK).encode())
-        if refusal is None:
+        reply = reply or RECIPIENT_OK
+        self._put_in_place(request, reply.encode())
+        if reply.positive:
             self._recipients.append(request.recipient)
             self._rcpt_options[request.recipient] = request.options
             self._over("a recipient's acceptance")
         else:
             self._envelope -= request.held
-            self._refuse((request.recipient,), refusal)
+            self._refuse((request.recipient,), reply)
 
     def answer_etrn(self, reply: Reply) -> None:
         """Answer an ETRN.  :meth:`advance` then goes on with what has come since.  One that its

@@ -35,6 +35,7 @@ from salmon_revsmtp.net import driver
 from salmon_revsmtp.net import listener as listening
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.service import session
 from salmon_revsmtp.service.session import LOGGED_REFUSALS
 
 MIB = 1024 * 1024
@@ -466,8 +467,9 @@ def test_a_provider_that_falls_silent_or_trickles(
 
 
 def test_a_provider_with_endless_refusals_does_not_fill_the_log(
-    salmon: Salmon, caplog: pytest.LogCaptureFixture
+    salmon: Salmon, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session, "CALM", 3600.0)  # however slow this machine is
     salmon.handle(".*")
 
     async def script(provider: Dialogue) -> None:

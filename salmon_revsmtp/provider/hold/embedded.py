@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import logging
@@ -30,6 +31,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -591,6 +593,7 @@ class _Spool:
     def __init__(self, path: Path) -> None:
         self.traits = Traits()
         self.failed: OSError | None = None
+        self._digest = hashlib.sha256()
         self._path = path
         self._beginning = b""
         self._descriptor: int | None = None
@@ -609,6 +612,7 @@ class _Spool:
         if len(self._beginning) < BEGINNING:
             self._beginning += data[: BEGINNING - len(self._beginning)]
         self.traits.add(data)
+        self._digest.update(data)
         if self.failed is not None or self._descriptor is None:
             return
         view = memoryview(data)
@@ -620,6 +624,17 @@ class _Spool:
 
     def beginning(self) -> bytes:
         return self._beginning
+
+    @property
+    def digest(self) -> bytes:
+        return self._digest.digest()
+
+    def content(self, head: bytes) -> Content | None:
+        self._check()
+        if not self.traits.streams or self._descriptor is None:
+            return None
+        ascii_ = self.traits.ascii and head.isascii()
+        return _Open(head, os.dup(self._descriptor), self.size, ascii_)
 
     def read(self) -> bytes:
         self._check()
@@ -669,6 +684,26 @@ class _File:
     def beginning(self, octets: int) -> bytes:
         with self._path.open("rb") as file:
             return (self._head + file.read(octets))[:octets]
+
+
+class _Open:
+    """A message that is sent from a file that may get another name, or none; it is open until no
+    one has this any more."""
+
+    def __init__(self, head: bytes, descriptor: int, size: int, ascii_: bool) -> None:
+        self.size, self.ascii = len(head) + size, ascii_
+        self._head, self._descriptor = head, descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self._head
+        at = 0
+        while piece := os.pread(self._descriptor, READ, at):
+            at += len(piece)
+            yield piece
+
+    def beginning(self, octets: int) -> bytes:
+        return (self._head + os.pread(self._descriptor, octets, 0))[:octets]
 
 
 class _Feed:

@@ -63,8 +63,16 @@ class Spool(Sink, Protocol):
     def beginning(self) -> bytes:
         """Its first octets, in which the header ends if it is no larger than most."""
 
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of what has come."""
+
     def read(self) -> bytes:
         """All of it.  Raises :class:`OSError`."""
+
+    def content(self, head: bytes) -> Content | None:
+        """All of it below ``head``, to be sent from where it is, also when it has been held or
+        discarded meanwhile; ``None`` where that cannot be done.  Raises :class:`OSError`."""
 
 
 @dataclass(frozen=True, eq=False)
