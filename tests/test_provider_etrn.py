@@ -466,6 +466,29 @@ def test_what_is_asked_for_meanwhile_goes_down_the_same_connection(
     assert taken == [["<b@example.org>"], ["<c@sub.example.org>"]]
 
 
+def test_what_the_customer_defers_is_not_sent_again_before_the_next_delivery(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often anyone asks for it while the connection stays open for other domains."""
+    monkeypatch.setattr(etrn, "LINGER", 1.0)
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server, "451 later")
+        await server.asks("RSET", "250 ok")
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: bool(here.held()[0].reason))
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("253 ")
+        await here.until(lambda: here.collector.providing.etrn._orders["acme"].call is None)
+
+    with_a_customer(salmon, work, home)
+
+
 def test_the_next_delivery_begins_a_while_after_the_last(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 Any stranger may ask, and nothing comes of it but a delivery to the address in the settings.  An
 account has one delivery at a time, and the next begins a minute after the last one began, at the
-earliest.  What is asked for meanwhile waits for that.
+earliest.  What is asked for meanwhile waits for that: a domain that a delivery has not sent yet
+goes down its connection, too, but none goes twice.  Otherwise a stranger could have what the
+customer defers sent again and again, as fast as the line allows.
 
 Only mail for the domains that were asked for is sent.  The customer's host may refuse mail for the
 others, and then their senders would be told that it cannot be delivered.
@@ -83,6 +85,7 @@ class _Order:
 
     ``asked``     the domains that no delivery has begun to send yet.
     ``sending``   those whose mail is being sent.
+    ``sent``      those whose mail the delivery under way has sent, or is sending.
     ``since``     those that were asked for since the delivery under way began: if it fails, it may
                   have been on its way to where the customer was before, and there is another.
     ``hostname``  what we call ourselves.
@@ -94,6 +97,7 @@ class _Order:
     account: Account
     asked: set[str] = field(default_factory=set)
     sending: set[str] = field(default_factory=set)
+    sent: set[str] = field(default_factory=set)
     since: set[str] = field(default_factory=set)
     hostname: str = "localhost"
     began: float = -math.inf
@@ -101,6 +105,11 @@ class _Order:
     hand_over: HandOver | None = None
     task: asyncio.Task[None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def next(self) -> set[str]:
+        """The domains that the delivery under way may send next."""
+        return self.asked - self.sent
 
     @property
     def address(self) -> str:
@@ -265,9 +274,10 @@ class Etrn:
         """Send what is asked for over a connection of our own.  Returns how many messages were
         answered, and whether it was encrypted.  Raises :class:`Failed` or :class:`OSError`."""
         order.call = call = await _reach(order)
+        order.sent.clear()
         messages = 0
         try:
-            while order.asked:
+            while order.next:
                 messages += await self._send(order, call)
                 await self._linger(order)
                 if call.broken is not None or self._stopping:
@@ -283,7 +293,9 @@ class Etrn:
         account = order.account
         hand_over = HandOver(call, self._store, self._settler, account.name)
         order.hand_over = call.hand_over = hand_over
-        order.sending, order.asked = order.asked, set()
+        order.sending = order.next
+        order.asked -= order.sending
+        order.sent |= order.sending
         try:
             first = await hand_over.open(_filter(account, order.sending))
             hand_over.begin(call.sender, TIMEOUT)
@@ -297,9 +309,9 @@ class Etrn:
         return hand_over.sent
 
     async def _linger(self, order: _Order) -> None:
-        """Wait a moment for another request."""
+        """Wait a moment for a request for another domain."""
         order.news.clear()
-        if not (order.asked or self._stopping):
+        if not (order.next or self._stopping):
             with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                 await asyncio.wait_for(order.news.wait(), LINGER)
 
