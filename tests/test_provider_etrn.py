@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider import etrn
 from salmon_revsmtp.provider.handover import MOST_STRIKES
-from salmon_revsmtp.provider.hold.store import Arrival, Held, State
+from salmon_revsmtp.provider.hold.store import Arrival, Feed, Held, Settled, State
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
@@ -597,6 +598,76 @@ def test_a_message_over_which_the_session_breaks_is_set_aside(
         assert answer.startswith("251 ")
 
     with_a_customer(salmon, work, *[home] * MOST_STRIKES)
+
+
+def test_what_is_under_way_when_the_store_fails_is_not_sent_by_two_at_once(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is dropped before the message is anyone's again, and has no strike for it."""
+    monkeypatch.setattr(etrn, "EVERY", 0.0)
+    monkeypatch.setattr(etrn, "SETTLING", 60.0)
+    fails, may_settle = threading.Event(), threading.Event()
+
+    async def cut(server: Dialogue) -> None:
+        await greet(server, "PIPELINING", "CHUNKING")
+        for _ in range(2):
+            while not (await server.hear()).startswith("BDAT "):
+                pass
+            await server.reader.readexactly(len(MESSAGE))
+        server.say("250 ok", "250 ok", "250 taken")
+        await here_is[0].until(lambda: settling == [1])
+        fails.set()
+        await server.ignore()
+        may_settle.set()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server)
+        await goodbye(server)
+
+    here_is: list[World] = []
+    settling: list[int] = []
+
+    async def work(here: World) -> None:
+        here_is.append(here)
+        first, second = here.hold("b@example.org"), here.hold("c@example.org")
+        feed, settle = here.store.feed, here.store.settle
+
+        def feeds(*arguments: Any) -> Feed:
+            made = feed(*arguments)
+            return made if fails.is_set() else FeedThatFails(made, fails)
+
+        def settles(done: Sequence[Settled]) -> None:
+            settling.append(len(done))
+            assert may_settle.wait(30)
+            settle(done)
+
+        monkeypatch.setattr(here.store, "feed", feeds)
+        monkeypatch.setattr(here.store, "settle", settles)
+        await here.ask("example.org")
+        await here.until(may_settle.is_set)
+        await here.until(lambda: here.collector.providing.etrn._orders["acme"].task is None)
+        [held] = here.held()
+        assert (held.key, held.strikes, held.reason) == (second, 0, "") and held.key != first
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, cut, home)
+
+
+class FeedThatFails:
+    """A feed of a store that cannot be read any more when the first messages are under way."""
+
+    def __init__(self, feed: Feed, fails: threading.Event) -> None:
+        self._feed, self._fails, self._took = feed, fails, False
+        self.leave, self.start_over, self.close = feed.leave, feed.start_over, feed.close
+
+    def take(self, messages: int, octets: int) -> Sequence[Held]:
+        if self._took:
+            assert self._fails.wait(30)
+            raise OSError("the disk is gone")
+        self._took = True
+        return self._feed.take(messages, octets)
 
 
 # -- TLS ---------------------------------------------------------------------------------------

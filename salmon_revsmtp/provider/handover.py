@@ -219,11 +219,16 @@ class HandOver:
         await self.run(())
 
     async def close(self) -> None:
-        """What was answered is settled, what was not is anyone's; unless the session rests."""
+        """What was answered is settled, what was not is anyone's; unless the session rests.
+
+        A connection on which anything is under way is dropped first: another session may send that
+        at once, and no one is to have two sessions that send it."""
         if self._feed is None or self.resting:
             return
-        if self._under_way and not self._excused:
-            await self._strike(self._under_way[0])
+        if self._under_way:
+            if self._connection.broken is not None and not self._excused:
+                await self._strike(self._under_way[0])
+            self._connection.abort("what is under way is given up")
         await asyncio.to_thread(self._feed.close)
         self._feed = None
 
