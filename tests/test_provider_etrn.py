@@ -670,6 +670,35 @@ class FeedThatFails:
         return self._feed.take(messages, octets)
 
 
+def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "EVERY", 0.0)
+
+    async def breaks(server: Dialogue) -> None:
+        await greet(server)
+        await server.hear("MAIL")
+        server.abort()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server)
+        await goodbye(server)
+
+    def no_thread(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        monkeypatch.setattr(here.store, "strike", no_thread)
+        await here.ask("example.org")
+        await here.until(lambda: here.collector.providing.etrn._orders["acme"].task is None)
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, breaks, home)
+
+
 # -- TLS ---------------------------------------------------------------------------------------
 
 

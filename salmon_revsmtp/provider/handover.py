@@ -225,12 +225,14 @@ class HandOver:
         at once, and no one is to have two sessions that send it."""
         if self._feed is None or self.resting:
             return
-        if self._under_way:
-            if self._connection.broken is not None and not self._excused:
-                await self._strike(self._under_way[0])
-            self._connection.abort("what is under way is given up")
-        await asyncio.to_thread(self._feed.close)
-        self._feed = None
+        feed, self._feed = self._feed, None
+        try:
+            if self._under_way:
+                if self._connection.broken is not None and not self._excused:
+                    await self._strike(self._under_way[0])
+                self._connection.abort("what is under way is given up")
+        finally:
+            feed.close()
 
     async def _next_page(self) -> Page:
         """The next messages of the feed, and their octets."""
@@ -362,7 +364,7 @@ class HandOver:
         reason = f"the session broke over it: {self._connection.broken}"
         try:
             struck = await asyncio.to_thread(self._store.strike, held.key, MOST_STRIKES, reason)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # or the machine has no thread to spare
             log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
             return
         if struck is not None and struck.state is State.ASIDE:
