@@ -257,6 +257,48 @@ def test_a_request_that_concerns_too_many_accounts(
     in_the_world(salmon, work, accounts=accounts())
 
 
+def test_mail_that_a_stranger_sent_costs_little_when_a_stranger_asks(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipients are counted, too: a message may have a thousand."""
+    monkeypatch.setattr(etrn, "LOOKED_AT_RECIPIENTS", 10)
+    monkeypatch.setattr(etrn, "LOOK", 2)
+
+    async def work(here: World) -> None:
+        for _ in range(3):
+            here.hold(*(f"b{number}@sub.example.org" for number in range(5)))
+        assert await here.ask("example.org") == [
+            "250 2.0.0 OK, queuing for node example.org started"
+        ]
+
+    in_the_world(salmon, work, accounts=accounts())
+
+
+def test_any_number_of_requests_leave_threads_for_others(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(here: World) -> None:
+        listing, looks, may_look = here.store.listing, threading.Event(), threading.Event()
+
+        def waits(*arguments: Any) -> Sequence[Held]:
+            looks.set()
+            assert may_look.wait(60)
+            return listing(*arguments)
+
+        here.hold("b@example.org")
+        monkeypatch.setattr(here.store, "listing", waits)
+        answer = here.collector.providing.etrn.answer
+        # More than a pool of threads has on any machine.
+        asking = [asyncio.create_task(answer("example.org", "mx")) for _ in range(40)]
+        await here.until(looks.is_set)
+        await asyncio.wait_for(asyncio.to_thread(int), 20)
+        may_look.set()
+        codes = [reply.code for reply in await asyncio.gather(*asking)]
+        assert sorted(codes) == [250] * 39 + [253]
+
+    in_the_world(salmon, work, accounts=accounts())
+
+
 def test_a_store_that_cannot_be_read(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any, **options: Any) -> Any:
         raise OSError("the disk is gone")

@@ -54,8 +54,13 @@ MOST_DELIVERIES = 100
 MOST_ACCOUNTS = 10
 # Octets of a name that an answer repeats; no domain is longer (RFC 1035 2.3.4).
 LONGEST_NAME = 253
-# Messages that are looked at to answer a request: a stranger's question must not cost more.
-LOOKED_AT = 256
+# Messages, and recipients of them, that are looked at to answer a request: a stranger's question
+# must not cost more, and a stranger may have sent the mail, too.
+LOOKED_AT, LOOKED_AT_RECIPIENTS = 256, 4096
+# Messages that are read for that at a time.
+LOOK = 16
+# Requests for which this is done at a time: the threads are for those who hand mail over, too.
+LOOKS = 1
 
 # Seconds for finding the addresses of a host, and for connecting to each.
 CONNECT_TIMEOUT = 60.0
@@ -142,6 +147,7 @@ class Etrn:
         }
         self._orders: dict[str, _Order] = {}
         self._slots = asyncio.Semaphore(MOST_DELIVERIES)
+        self._looks = asyncio.Semaphore(LOOKS)
         self._stopping = False
 
     # -- what a client hears --------------------------------------------------------------------
@@ -187,12 +193,13 @@ class Etrn:
         """Have an account's mail sent, if any waits.  Returns what does; ``None`` if it has been
         asked for already."""
         order = self._orders.setdefault(account.name, _Order(account))
-        if order.task is not None and domains <= order.asked | order.sending:
-            order.since |= domains
-            if order.hand_over is not None:
-                order.hand_over.ask_again()
-            return None
-        waiting = await asyncio.to_thread(self._look, account, domains)
+        async with self._looks:
+            if order.task is not None and domains <= order.asked | order.sending:
+                order.since |= domains
+                if order.hand_over is not None:
+                    order.hand_over.ask_again()
+                return None
+            waiting = await asyncio.to_thread(self._look, account, domains)
         if waiting != _Waiting(0, True) and not self._stopping:
             order.hostname = hostname
             order.asked |= domains - order.sending
@@ -204,16 +211,19 @@ class Etrn:
 
     def _look(self, account: Account, domains: Collection[str]) -> _Waiting:
         """In a thread: what waits."""
+        wanted = _filter(account, domains)
+        found = looked_at = recipients = after = 0
         if not self._store.usage(account.name).messages:
             return _Waiting(0, True)
-        page = self._store.listing(account.name, messages=LOOKED_AT)
-        wanted = _filter(account, domains)
-        found = [
-            held
-            for held in page
-            if held.state is State.WAITING and (wanted is None or _is_for(held, wanted))
-        ]
-        return _Waiting(len(found), len(page) < LOOKED_AT)
+        while looked_at < LOOKED_AT and recipients < LOOKED_AT_RECIPIENTS:
+            most = min(LOOK, LOOKED_AT - looked_at)
+            page = self._store.listing(account.name, after, most, State.WAITING)
+            found += sum(wanted is None or _is_for(held, wanted) for held in page)
+            if len(page) < most:
+                return _Waiting(found, True)
+            looked_at, after = looked_at + len(page), page[-1].key
+            recipients += sum(len(held.envelope.recipients) for held in page)
+        return _Waiting(found, False)
 
     # -- deliveries -----------------------------------------------------------------------------
 
