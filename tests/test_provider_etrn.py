@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from salmon.server import SMTPError
 from support.collecting import collect
 from support.configuration import PASSWORD, agent_keys, configuration, etrn_keys
 from support.dialogue import Dialogue, scripted
+from support.holding import Holding, NoHooks, account
 from support.listener import listener
 from support.messages import MESSAGE
 from support.salmon import Salmon
@@ -23,8 +25,10 @@ from support.world import World, in_the_world, world
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider import etrn
+from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.handover import MOST_STRIKES
 from salmon_revsmtp.provider.hold.store import Arrival, Feed, Held, Settled, State
+from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
@@ -255,6 +259,27 @@ def test_a_request_that_concerns_too_many_accounts(
         assert (await here.ask("@org"))[0].startswith("459 ")
 
     in_the_world(salmon, work, accounts=accounts())
+
+
+def test_how_many_domains_there_are_does_not_matter_to_who_asks_for_one(salmon: Salmon) -> None:
+    """The event loop answers, and no one else is served meanwhile."""
+    domains = [f"d{number}.example.org" for number in range(50_000)]
+    many = [
+        account(f"a{start}", domains=domains[start : start + 20], etrn=NOWHERE)
+        for start in range(0, len(domains), 20)
+    ]
+
+    async def main() -> float:
+        held = Holding(salmon.folder / "provider", *many)
+        answers = Etrn(held.accounts, held.store, Settler(held.store, held.notify, NoHooks()))
+        began = time.thread_time()
+        for _ in range(500):
+            for name in ("@example.net", "@d1", "@org"):
+                assert (await answers.answer(name, "mx")).code == 459
+        held.close()
+        return time.thread_time() - began
+
+    assert asyncio.run(main()) < 1.0
 
 
 def test_mail_that_a_stranger_sent_costs_little_when_a_stranger_asks(

@@ -22,7 +22,7 @@ import functools
 import logging
 import math
 import ssl
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -145,6 +145,10 @@ class Etrn:
             if account.settings.etrn is not None and account.settings.enabled
             for domain in account.domains
         }
+        self._below: dict[str, list[str]] = {}
+        for domain in self._accounts:
+            for parent in _parents(domain):
+                self._below.setdefault(parent, []).append(domain)
         self._orders: dict[str, _Order] = {}
         self._slots = asyncio.Semaphore(MOST_DELIVERIES)
         self._looks = asyncio.Semaphore(LOOKS)
@@ -175,18 +179,20 @@ class Etrn:
         return _answer(name, found)
 
     def _asked_for(self, name: str) -> dict[Account, set[str]]:
-        """The accounts of a node, with their domains.  Raises :class:`AddressError` for what is no
-        name of one (RFC 1985 5.2)."""
+        """The accounts of a node, with their domains, or more than may be of them.  Raises
+        :class:`AddressError` for what is no name of one (RFC 1985 5.2)."""
         if name.startswith("#"):
             if name == "#":
                 raise AddressError("a queue has a name")
             return {}
         node = to_ascii(name.removeprefix("@"))
-        below = f".{node}" if name.startswith("@") else None
+        below = self._below.get(node, []) if name.startswith("@") else []
         found: dict[Account, set[str]] = {}
-        for domain in [one for one in self._accounts if below and one.endswith(below)] + [node]:
+        for domain in (node, *below):
             if (account := self._accounts.get(domain)) is not None:
                 found.setdefault(account, set()).add(domain)
+                if len(found) > MOST_ACCOUNTS:
+                    break
         return found
 
     async def _order(self, account: Account, domains: set[str], hostname: str) -> _Waiting | None:
@@ -324,6 +330,12 @@ class Etrn:
         if not (order.next or self._stopping):
             with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                 await asyncio.wait_for(order.news.wait(), LINGER)
+
+
+def _parents(domain: str) -> Iterator[str]:
+    """The domains that a domain is below."""
+    while domain := domain.partition(".")[2]:
+        yield domain
 
 
 def _filter(account: Account, domains: Collection[str]) -> frozenset[str] | None:
