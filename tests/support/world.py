@@ -53,7 +53,10 @@ class World:
 
     def hold(self, *recipients: str, data: bytes = MESSAGE) -> int:
         """Hold a message as if it had come; returns its key."""
-        envelope = Envelope("a@example.net", recipients)
+        return self.put(Envelope("a@example.net", recipients), data)
+
+    def put(self, envelope: Envelope, data: bytes) -> int:
+        """The same, with the envelope that it came in."""
         [[key, *_]] = self.store.put([arrival(self.collector.providing.accounts, envelope, data)])
         return key
 
