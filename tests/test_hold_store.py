@@ -300,6 +300,37 @@ def test_what_is_claimed_is_anyones_again_although_the_store_cannot_be_read(
     assert take(store, "acme") == keys
 
 
+def test_what_is_held_can_be_asked_for_while_mail_comes(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    """Also for accounts that had none."""
+    store = open_store()
+    store.put([arrival(f"b@a{number}.org") for number in range(5000)])
+    failed: list[BaseException] = []
+    done = threading.Event()
+
+    def come() -> None:
+        try:
+            for number in range(100):
+                store.put([arrival(f"b@new{number}.org")])
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    coming = threading.Thread(target=come)
+    try:
+        coming.start()
+        while not done.is_set():
+            assert len(store.usages()) >= 5000
+    finally:
+        sys.setswitchinterval(before)
+        coming.join()
+    assert not failed and len(store.usages()) == 5100
+
+
 def test_what_is_claimed_is_as_it_is_now(open_store: Callable[[], HoldStore]) -> None:
     """A message that was set aside, and one that some recipients have got."""
     store = open_store()

@@ -490,7 +490,8 @@ class EmbeddedStore:
         return int(count)
 
     def usages(self) -> dict[str, Usage]:
-        return {account: used for account, used in self._usages.items() if used.messages}
+        usages = self._usages.copy()  # mail comes meanwhile, in other threads
+        return {account: used for account, used in usages.items() if used.messages}
 
     # -- the database -----------------------------------------------------------------------------
 
