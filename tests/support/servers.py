@@ -24,9 +24,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-__all__ = ["ACCOUNTS", "Exim", "Postfix", "Sendmail", "Server", "find", "free_port", "until"]
+__all__ = [
+    "ACCOUNTS",
+    "DEFERRED",
+    "REFUSED",
+    "Exim",
+    "Postfix",
+    "Sendmail",
+    "Server",
+    "find",
+    "free_port",
+    "until",
+]
 
 DEFAULT_ROOT = "/var/cache/salmon-revsmtp"
+
+#: Recipients that Exim and Postfix refuse for good, and for now.
+REFUSED, DEFERRED = "refused@example.org", "deferred@example.org"
 
 #: account -> password, of Exim
 ACCOUNTS = {"acme": "s3cret of acme"}
@@ -189,7 +203,7 @@ queue_only = {hold}
 queue_run_in_order = true
 smtp_etrn_command = /usr/sbin/exim4 -C {place}/exim.conf -Rf \
   "${{if inlist{{$domain}}{{example.org:example.com}}{{$value}}fail}}"
-acl_smtp_rcpt = accept_everything
+acl_smtp_rcpt = check_rcpt
 acl_smtp_data = accept_everything
 acl_smtp_atrn = check_atrn
 acl_smtp_etrn = check_etrn
@@ -198,6 +212,13 @@ acl_smtp_etrn = check_etrn
 begin acl
 
 accept_everything:
+  accept
+
+check_rcpt:
+  deny  condition = ${{if eq{{$local_part@$domain}}{{{refused}}}}}
+        message = 550 5.1.1 no such user
+  defer condition = ${{if eq{{$local_part@$domain}}{{{deferred}}}}}
+        message = 451 4.2.1 not now
   accept
 
 # From the chapter on ODMR in Exim's specification.
@@ -306,6 +327,7 @@ class Exim(Server):
         values = {"place": self.place, "port": self.port, "tls": tls, "next_hop": self.next_hop}
         values |= {"password": ACCOUNTS["acme"], "hold": "false" if self.next_hop else "true"}
         values |= {"most": 1 if self._as_we_advise else 500}  # 500 is Exim's default
+        values |= {"refused": REFUSED, "deferred": DEFERRED}
         (self.folder / "exim.conf").write_text(EXIM.format(**values))
         owner = (self.root / "var/spool/exim4").stat()
         (self.folder / "spool").mkdir()
@@ -332,6 +354,8 @@ mydestination =
 mynetworks = 127.0.0.0/8
 relay_domains = example.org, example.com
 smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_recipient_restrictions = check_recipient_access inline:{{
+    {{{refused} = 550 5.1.1 no such user}}, {{{deferred} = 451 4.2.1 not now}} }}
 smtp_dns_support_level = disabled
 smtputf8_enable = yes
 message_size_limit = 0
@@ -351,7 +375,8 @@ class Postfix(Server):
     def configure(self) -> None:
         conf = self.folder / "conf"
         conf.mkdir()
-        text = POSTFIX.format(place=self.place, next_hop=self.next_hop)
+        values = {"refused": REFUSED, "deferred": DEFERRED}
+        text = POSTFIX.format(place=self.place, next_hop=self.next_hop, **values)
         (conf / "main.cf").write_text(text)
         proto = (self.root / "usr/share/postfix/master.cf.dist").read_text()
         # No service in a chroot of its own, and the listener on our port.
