@@ -41,6 +41,7 @@ from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
+from salmon_revsmtp.smtp.envelope import Client
 
 
 @pytest.mark.parametrize(
@@ -1016,6 +1017,38 @@ def test_a_hook_may_refuse_a_message(salmon: Salmon) -> None:
     assert heard == ["550 5.7.1 spam"]
     assert salmon.handled == []
     assert ("delivered", "b@example.org", 550) in recorder.seen
+
+
+def test_hooks_hear_of_the_client_that_an_agent_knows(salmon: Salmon) -> None:
+    client = Client("192.0.2.25", 4711, helo="mx.example.net")
+    seen: list[Client | None] = []
+
+    class Archive(Agent):
+        protocol = "archive"
+        domains = ("example.org",)
+
+        async def collect(self, collection: Collection) -> Outcome:
+            for one in (client, None):
+                data = MESSAGE + repr(one).encode()
+                await collection.deliver(Envelope("", ("b@example.org",), client=one), data)
+            return Outcome.COLLECTED
+
+    class Plugin:
+        @hookimpl
+        def register_agent_types(self, register: Any) -> None:
+            register(Archive)
+
+        @hookimpl
+        def message_received(self, envelope: Envelope) -> None:
+            seen.append(envelope.client)
+
+    salmon.handle(".*")
+    plugins = Plugins.load()
+    plugins.register(Plugin())
+    agent = {"name": "old", "protocol": "archive"}
+    [report] = asyncio.run(collect(salmon, agent, plugins=plugins, default=DEFAULT))
+    assert (report.outcome, report.error) == (Outcome.COLLECTED, None)
+    assert seen == [client, None]
 
 
 class Marks:

@@ -202,6 +202,7 @@ class Collection:
                 envelope.rcpt_options,
                 envelope.helo,
                 envelope.esmtp,
+                envelope.client,
             )
             origin = self._origin(authenticated=False).over(peer, tls=False)
             pending = PendingDelivery(origin, accepted, data, log=self._log)
