@@ -77,8 +77,8 @@ def _of(number: int, most: int | None) -> str:
 def sessions(options: Options, as_json: bool) -> None:
     """List the sessions that are open: who collects mail now, or waits for it.
 
-    A push session stays open, and mail goes down it as it arrives: `live`, so that its sender hears
-    the customer's own answer, or, where there is none in time, held first (`fell back`).
+    A push session stays open, and mail goes down it as it arrives: live, so that its sender hears
+    the customer's own answer, or, where there is none in time, it falls back on being held.
     """
     from salmon_revsmtp.cli.desk import Desk
 
@@ -90,17 +90,17 @@ def sessions(options: Options, as_json: bool) -> None:
         return
     table(
         "Sessions",
-        ("account", "peer", "since", "push", "live", "fell back", "held messages", "tls"),
+        ("account", "peer", "since", "push", "messages", "tls", "live", "fell back"),
         [
             (
                 row["account"],
                 row["peer"],
                 at(row["since"]),
                 "yes" if row["push"] else "no",
-                f"{row['live']:,}",
-                f"{row['fell_back']:,}",
                 f"{row['messages']:,}",
                 row["tls"] or "-",
+                f"{row['live']:,}",
+                f"{row['fell_back']:,}",
             )
             for row in rows
         ],

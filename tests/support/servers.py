@@ -1,8 +1,8 @@
-"""Real mail servers, in the chroots of ``install-server``, as long as a test wants them.
+"""Real servers, in the chroots of ``install-server``, as long as a test wants them.
 
-Each listens on a free port of the loopback, keeps its files in a folder of its own, and takes mail
-for ``example.org`` and ``example.com``: Exim holds it for a customer's ATRN, and all of them try to
-deliver it to ``next_hop`` (a port of the loopback) if there is one.
+Each listens on a free port of the loopback and keeps its files in a folder of its own.  The mail
+servers take mail for ``example.org`` and ``example.com``: Exim holds it for a customer's ATRN, and
+all of them try to deliver it to ``next_hop`` (a port of the loopback) if there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "REFUSED",
     "Exim",
     "Postfix",
+    "Program",
     "Sendmail",
     "Server",
     "find",
@@ -45,7 +46,7 @@ REFUSED, DEFERRED = "refused@example.org", "deferred@example.org"
 #: account -> password, of Exim
 ACCOUNTS = {"acme": "s3cret of acme"}
 
-Self = TypeVar("Self", bound="Server")
+Self = TypeVar("Self", bound="Program")
 
 
 def find(name: str) -> Path | str:
@@ -58,18 +59,16 @@ def find(name: str) -> Path | str:
     return root
 
 
-class Server(ABC):
-    """A server that runs while the context lasts.
+class Program(ABC):
+    """A server of any kind that runs while the context lasts.
 
-    ``port``      where it listens, on 127.0.0.1.
-    ``next_hop``  the port to which it delivers; 0: nowhere.
+    ``port``  where it listens, on 127.0.0.1.
     """
 
     program: ClassVar[str]
 
-    def __init__(self, root: Path, next_hop: int = 0) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self.next_hop = next_hop
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -81,7 +80,7 @@ class Server(ABC):
         try:
             self.configure()
             self._process = subprocess.Popen(
-                ["chroot", str(self.root), *self.command()],
+                ["chroot", *self.chroot_options(), str(self.root), *self.command()],
                 stdin=subprocess.DEVNULL,
                 stdout=(self.folder / "output").open("wb"),
                 stderr=subprocess.STDOUT,
@@ -120,9 +119,9 @@ class Server(ABC):
     def command(self) -> list[str]:
         """What runs it in the foreground, inside the chroot."""
 
-    @abstractmethod
-    def waiting(self) -> int:
-        """How many messages it holds."""
+    def chroot_options(self) -> list[str]:
+        """Of the command that runs it."""
+        return []
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         process.terminate()
@@ -148,6 +147,21 @@ class Server(ABC):
             except ConnectionRefusedError:
                 time.sleep(0.02)
         raise RuntimeError(f"{self.program} does not listen: {self.log()}")
+
+
+class Server(Program):
+    """A mail server.
+
+    ``next_hop``  the port to which it delivers; 0: nowhere.
+    """
+
+    def __init__(self, root: Path, next_hop: int = 0) -> None:
+        super().__init__(root)
+        self.next_hop = next_hop
+
+    @abstractmethod
+    def waiting(self) -> int:
+        """How many messages it holds."""
 
     def submit(
         self, sender: str, recipients: Sequence[str], message: bytes, options: Sequence[str] = ()
