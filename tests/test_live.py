@@ -266,7 +266,8 @@ def test_recipients_of_several_accounts_are_checked_and_held(
         heard = await ends.send(message("one"), "never", "b", "x@example.com")
         assert codes(heard) == [550, 250, 250, 250] and "held as" in heard[-1].text
         await ends.until(lambda: ends.handled == ["one"])
-        assert [one.account for one in ends.provider.store.listing()] == ["other"]
+        listing = ends.provider.store.listing
+        await ends.until(lambda: [one.account for one in listing()] == ["other"])
 
     both_ends(salmon, work, plugins=plugins, accounts=[OTHER])
 
