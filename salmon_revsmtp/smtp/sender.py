@@ -76,8 +76,8 @@ _NO_ENVELOPE = Reply(553, "no SMTP command can carry this envelope", "5.1.0")
 # servers send a client away after some errors: Postfix, and ours, after 20.
 UNTRIED = 8
 
-# Octets that are written in one piece.
-TOGETHER = 64 * 1024
+# Octets of a piece that is written together with those beside it.
+SMALL = 1024
 
 _NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
 
@@ -720,16 +720,20 @@ def _parameters(options: Mapping[str, str], *keys: str) -> list[str]:
 
 def _together(pieces: Sequence[bytes]) -> list[bytes]:
     """The same octets in fewer pieces: each is a call of the system, or a TLS record, which costs
-    more than to copy a command and a small message."""
-    blocks: list[list[bytes]] = [[]]
-    size = 0
+    more than to copy a few commands.  Content is not copied, unless there is little of it."""
+    found: list[bytes] = []
+    small: list[bytes] = []
     for piece in pieces:
-        size += len(piece)
-        if size > TOGETHER and blocks[-1]:
-            blocks.append([])
-            size = len(piece)
-        blocks[-1].append(piece)
-    return [b"".join(block) for block in blocks]
+        if len(piece) <= SMALL:
+            small.append(piece)
+            continue
+        if small:
+            found.append(b"".join(small))
+            small.clear()
+        found.append(piece)
+    if small:
+        found.append(b"".join(small))
+    return found
 
 
 def _with_crlf(data: bytes) -> bytes:
