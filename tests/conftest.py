@@ -36,7 +36,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def chroot() -> Callable[[str], Path]:
     """A function that gives the root of a real server's chroot.  A server that is not there is a
     reason to skip the test, but not in CI."""

@@ -19,6 +19,7 @@ import pytest
 from support.configuration import PASSWORD
 from support.dialogue import Dialogue, no_more_mail
 from support.messages import MESSAGE
+from support.plugins import install
 from support.project import Project, isp, one_message, provider
 
 HERE = Path(__file__).parent
@@ -454,19 +455,8 @@ def test_collect_beside_a_running_salmon(project: Project) -> None:
 
 @pytest.fixture(scope="session")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The plugin of the docs, installed by pip into a folder of its own."""
-    import shutil
-
-    place = tmp_path_factory.mktemp("spool")
-    shutil.copytree(HERE / "plugins/spool", place / "source")
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, str(place / "installed"), "."],
-        cwd=place / "source",
-        check=True,
-        capture_output=True,
-    )
-    return str(place / "installed")
+    """The plugin of the docs, in a folder of its own."""
+    return install("spool", tmp_path_factory.mktemp("spool"))
 
 
 def test_the_agent_of_the_documentation_collects(project: Project, spool: str) -> None:

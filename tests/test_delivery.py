@@ -41,6 +41,7 @@ from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
+from salmon_revsmtp.smtp.envelope import Client
 
 
 @pytest.mark.parametrize(
@@ -1016,6 +1017,133 @@ def test_a_hook_may_refuse_a_message(salmon: Salmon) -> None:
     assert heard == ["550 5.7.1 spam"]
     assert salmon.handled == []
     assert ("delivered", "b@example.org", 550) in recorder.seen
+
+
+def test_hooks_hear_of_the_client_that_an_agent_knows(salmon: Salmon) -> None:
+    client = Client("192.0.2.25", 4711, helo="mx.example.net")
+    seen: list[Client | None] = []
+
+    class Archive(Agent):
+        protocol = "archive"
+        domains = ("example.org",)
+
+        async def collect(self, collection: Collection) -> Outcome:
+            for one in (client, None):
+                data = MESSAGE + repr(one).encode()
+                await collection.deliver(Envelope("", ("b@example.org",), client=one), data)
+            return Outcome.COLLECTED
+
+    class Plugin:
+        @hookimpl
+        def register_agent_types(self, register: Any) -> None:
+            register(Archive)
+
+        @hookimpl
+        def message_received(self, envelope: Envelope) -> None:
+            seen.append(envelope.client)
+
+    salmon.handle(".*")
+    plugins = Plugins.load()
+    plugins.register(Plugin())
+    agent = {"name": "old", "protocol": "archive"}
+    [report] = asyncio.run(collect(salmon, agent, plugins=plugins, default=DEFAULT))
+    assert (report.outcome, report.error) == (Outcome.COLLECTED, None)
+    assert seen == [client, None]
+
+
+class Marks:
+    """A plugin that marks what it is asked about, and may refuse it."""
+
+    def __init__(self, value: str, reply: Reply | None = None) -> None:
+        self.value, self.reply = value, reply
+        self.seen: list[bytes] = []
+
+    @hookimpl
+    def message_received(
+        self, message: bytes, add_field: Callable[[str, str], None]
+    ) -> Reply | None:
+        self.seen.append(message)
+        add_field("X-Filter", self.value)
+        return self.reply
+
+
+def header_of(stored: bytes) -> list[tuple[str, str]]:
+    """Name and value of each field, folded lines as one, and of Received the name only."""
+    fields = email.message_from_bytes(stored).items()
+    return [(name, "" if name == "Received" else " ".join(one.split())) for name, one in fields]
+
+
+@pytest.mark.parametrize("delivery", ["router", "queue"])
+def test_what_hooks_add_is_beneath_our_received_line_and_above_what_came(
+    salmon: Salmon, delivery: str
+) -> None:
+    salmon.handle(".*")
+    long = "score=4.2 " + " ".join(f"RULE_{number}" for number in range(30))
+    marks, plugins = [Marks(long), Marks("second")], Plugins.load()
+    for one in reversed(marks):  # pluggy asks the last one first
+        plugins.register(one)
+    forged = b"X-Filter: forged\r\n" + MESSAGE
+    heard, _ = exchange(
+        salmon, "a@example.org", "b@example.org", data=forged, plugins=plugins, delivery=delivery
+    )
+    assert [line[:3] for line in heard] == ["250"]
+    if delivery == "queue":
+        QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    assert len(salmon.handled) == 2
+    for message in salmon.handled:
+        assert header_of(message.Data)[:5] == [
+            ("Received", ""),
+            ("X-Filter", long),
+            ("X-Filter", "second"),
+            ("X-Filter", "forged"),
+            ("From", "Ann <ann@example.net>"),
+        ]
+        assert max(map(len, message.Data.splitlines())) <= 78
+        assert message.Data.endswith(MESSAGE.replace(b"\r\n", b"\n").removesuffix(b"\n"))
+    assert [one.count(b"X-Filter") for mark in marks for one in mark.seen] == [1] * 4
+
+
+def test_a_hook_may_refuse_what_another_has_marked(salmon: Salmon) -> None:
+    salmon.handle(".*")
+    first, last = Marks("first"), Marks("not asked")
+    refuses, plugins = Marks("refused", Reply(550, "5.7.1 spam")), Plugins.load()
+    for one in (last, refuses, first):
+        plugins.register(one)
+    heard, _ = exchange(salmon, "b@example.org", plugins=plugins)
+    assert heard == ["550 5.7.1 spam"]
+    assert (len(first.seen), len(refuses.seen), len(last.seen)) == (1, 1, 0)
+    assert salmon.handled == []
+
+
+def test_a_redelivered_message_is_known_whatever_hooks_add_to_it(salmon: Salmon) -> None:
+    salmon.handle(".*")
+    marks, plugins = Marks("1"), Plugins.load()
+    plugins.register(marks)
+    exchange(salmon, "b@example.org", plugins=plugins)
+    marks.value = "2"
+    heard, _ = exchange(salmon, "b@example.org", plugins=plugins)
+    assert heard == ["250 2.0.0 delivered"]
+    [message] = salmon.handled
+    assert ("X-Filter", "1") in header_of(message.Data)
+
+
+def test_a_hook_that_adds_what_is_no_field_is_left_out(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    salmon.handle(".*")
+    plugins = Plugins.load()
+    plugins.register(Marks("fine"))
+    plugins.register(Marks("yes\nBcc: evil@elsewhere.example"), "careless")
+    heard, _ = exchange(salmon, "b@example.org", plugins=plugins)
+    assert heard == ["250 2.0.0 delivered"]
+    assert "plugin=careless hook=message_received raised" in caplog.text
+    assert "the value of X-Filter has '\\n'" in caplog.text
+    [message] = salmon.handled
+    assert header_of(message.Data)[:3] == [
+        ("Received", ""),
+        ("X-Filter", "fine"),
+        ("From", "Ann <ann@example.net>"),
+    ]
 
 
 def test_hooks_that_raise_are_logged_and_cost_no_mail(

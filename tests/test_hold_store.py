@@ -22,6 +22,7 @@ from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import (
     Arrival,
     Feed,
+    Held,
     HoldStore,
     HoldStoreError,
     Settled,
@@ -272,6 +273,62 @@ def test_what_is_claimed_no_feed_gets_until_it_is_released(
     assert [one.key for one in feed.take(10, 1 << 40)] == keys[1:2]
     feed.close()
     assert list(store.claim(keys)) == keys[1:]
+
+
+@pytest.mark.parametrize("when", ["claim", "release"])
+def test_what_is_claimed_is_anyones_again_although_the_store_cannot_be_read(
+    open_store: Callable[[], HoldStore], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    store = open_store()
+    keys = [key for [key] in store.put([arrival("b@acme.org"), arrival("c@acme.org")])]
+    find = store.find
+
+    def fails(key: int) -> Held | None:
+        if when == "claim" and key == keys[0]:
+            return find(key)
+        raise OSError("the disk is gone")
+
+    if when == "claim":
+        monkeypatch.setattr(store, "find", fails)
+        with pytest.raises(OSError, match="the disk is gone"):
+            store.claim(keys)
+    else:
+        claimed = store.claim(keys)
+        monkeypatch.setattr(store, "find", fails)
+        store.release(claimed)
+    monkeypatch.undo()
+    assert take(store, "acme") == keys
+
+
+def test_what_is_held_can_be_asked_for_while_mail_comes(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    """Also for accounts that had none."""
+    store = open_store()
+    store.put([arrival(f"b@a{number}.org") for number in range(5000)])
+    failed: list[BaseException] = []
+    done = threading.Event()
+
+    def come() -> None:
+        try:
+            for number in range(100):
+                store.put([arrival(f"b@new{number}.org")])
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    coming = threading.Thread(target=come)
+    try:
+        coming.start()
+        while not done.is_set():
+            assert len(store.usages()) >= 5000
+    finally:
+        sys.setswitchinterval(before)
+        coming.join()
+    assert not failed and len(store.usages()) == 5100
 
 
 def test_what_is_claimed_is_as_it_is_now(open_store: Callable[[], HoldStore]) -> None:

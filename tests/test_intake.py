@@ -192,6 +192,36 @@ def test_a_plugin_sees_what_is_held_and_may_refuse(salmon: Salmon) -> None:
     in_the_world(salmon, work, plugins=plugins)
 
 
+@pytest.mark.parametrize("lines", [1, 20_000], ids=["small", "on the disk as it came"])
+def test_what_a_plugin_adds_is_held_and_handed_over(salmon: Salmon, lines: int) -> None:
+    class Filter:
+        @hookimpl
+        def message_received(self, envelope: Any, add_field: Any) -> None:
+            if envelope.client is not None:  # at the provider, not at home
+                add_field("X-Spam", "Yes")
+
+    salmon.handle(".*")
+    data = b"X-Spam: No\r\nSubject: x\r\n\r\n" + b"a line of the message\r\n" * lines
+    plugins = Plugins.load()
+    plugins.register(Filter())
+
+    async def work(here: World) -> None:
+        await here.send("b@example.org", "c@example.org", data=data)
+        [held] = here.held()
+        octets = here.data(held)
+        assert held.size == len(octets)
+        assert octets.startswith(b"Received: ") and octets.endswith(b"\r\nX-Spam: Yes\r\n" + data)
+        valid = configuration(agent_keys(here.odmr), plugins=plugins)
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            [report] = await collector.collect(valid.agents)
+        assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
+
+    in_the_world(salmon, work, plugins=plugins)
+    assert [message.To for message in salmon.handled] == ["b@example.org", "c@example.org"]
+    for message in salmon.handled:
+        assert b"\nX-Spam: Yes\n" + data[:14].replace(b"\r\n", b"\n") in message.Data
+
+
 def test_what_is_held_is_collected_by_a_customer_in_the_same_process(salmon: Salmon) -> None:
     salmon.handle(".*")
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import smtplib
 import ssl
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.configuration import agent_keys, configuration
 from support.listener import listener
 from support.messages import MESSAGE
+from support.plugins import module
 from support.salmon import Salmon
 from support.tls import CERTIFICATE, PRIVATE_KEY
 
@@ -133,9 +132,8 @@ def test_the_plugin_of_the_documentation_hears_of_mail_that_no_agent_collected(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugins/spool"))
     plugins = Plugins.load()
-    plugins.register(importlib.import_module("salmon_revsmtp_spool"), "spool")
+    plugins.register(module("spool", monkeypatch), "spool")
     salmon.handle(".*")
 
     def talk(port: int) -> None:

@@ -509,6 +509,8 @@ def test_the_tables_of_a_server_that_runs(salmon: Salmon) -> None:
             "peer": peer,
             "push": True,
             "messages": 1,
+            "live": 0,
+            "fell_back": 0,
             "tls": None,
         }
         [row, _] = rows((await here.run("accounts", "--json")).stdout)
@@ -534,7 +536,7 @@ def test_sessions_shows_the_version_of_tls_and_who_does_not_push(salmon: Salmon)
         tls = customer.writer.get_extra_info("ssl_object").version()
         assert (row["tls"], row["push"], row["messages"]) == (tls, False, 0)
         [_, line] = (await here.run("sessions")).stdout.splitlines()
-        assert line.split("\t")[3:] == ["no", "0", tls]
+        assert line.split("\t")[3:] == ["no", "0", tls, "0", "0"]
         customer.writer.close()
 
     tls = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}

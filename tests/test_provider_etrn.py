@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,37 +15,34 @@ from salmon.server import SMTPError
 from support.collecting import collect
 from support.configuration import PASSWORD, agent_keys, configuration, etrn_keys
 from support.dialogue import Dialogue, scripted
+from support.holding import Holding, NoHooks, account
 from support.listener import listener
 from support.messages import MESSAGE
 from support.salmon import Salmon
 from support.tls import CERTIFICATE, PRIVATE_KEY, server_tls
+from support.world import World, in_the_world, world
 
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider import etrn
+from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.handover import MOST_STRIKES
-from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStore, State
+from salmon_revsmtp.provider.hold.store import Arrival, Feed, Held, Settled, State
+from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.server.collector import Collector
-from salmon_revsmtp.server.daemon import Daemon
-from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import EtrnRequest, Receiver, Transaction
 from salmon_revsmtp.smtp.replies import Reply
 
-OWNERS = {
-    "example.org": "acme",
-    "sub.example.org": "acme",
-    "xn--bcher-kva.example": "acme",
-    "example.com": "plain",
-    "off.example": "off",
-}
+#: An address where no one is.
+NOWHERE = "127.0.0.1:9"
 
 
-def accounts(address: str) -> list[dict[str, Any]]:
+def accounts(address: str = NOWHERE) -> list[dict[str, Any]]:
     """Two that have an address for ETRN, one that has none, one that is disabled."""
     keys = {"password": PASSWORD}
-    mine = [name for name, owner in OWNERS.items() if owner == "acme"]
+    mine = ["example.org", "sub.example.org", "xn--bcher-kva.example"]
     return [
         {**keys, "name": "acme", "domains": mine, "etrn": address},
         {**keys, "name": "alone", "domains": ["alone.example"], "etrn": address},
@@ -53,107 +51,19 @@ def accounts(address: str) -> list[dict[str, Any]]:
     ]
 
 
-class World:
-    """A server that is a provider."""
-
-    def __init__(self, collector: Collector, daemon: Daemon) -> None:
-        self.collector, self.daemon = collector, daemon
-
-    @property
-    def store(self) -> HoldStore:
-        return self.collector.providing.store
-
-    @property
-    def port(self) -> int:
-        """Where mail comes, and ETRN."""
-        return self.daemon.listeners[0].port
-
-    @property
-    def odmr(self) -> int:
-        assert self.daemon.provider is not None
-        return self.daemon.provider.port
-
-    def hold(self, *recipients: str, data: bytes = MESSAGE) -> int:
-        """Hold a message; returns its key."""
-        names = tuple(OWNERS[domain_of(one)] for one in recipients)
-        envelope = Envelope("a@example.net", recipients)
-        [[key, *_]] = self.store.put([Arrival(envelope, names, [data])])
-        return key
-
-    def held(self, name: str = "acme") -> list[Held]:
-        return list(self.store.listing(name, messages=10_000))
-
-    async def until(self, so: Callable[[], bool]) -> None:
-        async def wait() -> None:
-            while not so():
-                await asyncio.sleep(0.01)
-
-        await asyncio.wait_for(wait(), 30)
-
-    @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Dialogue]:
-        """Any client that has greeted."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        client = Dialogue(reader, writer)
-        await client.replied(220)
-        client.say("EHLO x")
-        await client.replied(250)
-        yield client
-        await client.quit()
-        writer.close()
-
-    async def ask(self, *names: str) -> list[str]:
-        """Ask for each of these, as any client does; returns the answers."""
-        answers = []
-        async with self.client() as client:
-            for name in names:
-                client.say(f"ETRN {name}")
-                answers.append(await client.hear())
-        return answers
-
-
 Work = Callable[[World], Awaitable[None]]
-
-
-@contextlib.asynccontextmanager
-async def world(salmon: Salmon, address: str, **service: Any) -> AsyncIterator[World]:
-    plugins = Plugins.load()
-    mx = {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold", **service}
-    valid = configuration(
-        plugins=plugins,
-        accounts=accounts(address),
-        provider={"hostname": "mx.example.net", "listen": "127.0.0.1:0"},
-        mx=mx,
-    )
-    with Collector(valid, plugins, lambda: salmon.relay) as collector:
-        daemon = Daemon(collector, plugins)
-        listening = asyncio.Event()
-        running = asyncio.create_task(daemon.run(listening.set))
-        waiting = asyncio.create_task(listening.wait())
-        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
-        try:
-            yield World(collector, daemon)
-        finally:
-            waiting.cancel()
-            daemon.stop()
-            await asyncio.wait_for(running, 60)
-
-
-def in_the_world(salmon: Salmon, work: Work, address: str = "127.0.0.1:9") -> None:
-    async def main() -> None:
-        async with world(salmon, address) as here:
-            await work(here)
-
-    asyncio.run(main())
 
 
 def with_a_customer(
     salmon: Salmon, work: Work, *scripts: Callable[[Dialogue], Awaitable[None]]
 ) -> None:
-    """The account's address is that of a server that follows these scripts."""
+    """The accounts' address is that of a server that follows these scripts."""
 
     async def main() -> None:
-        async with scripted(*scripts) as port, world(salmon, f"127.0.0.1:{port}") as here:
+        async with (
+            scripted(*scripts) as port,
+            world(salmon, accounts=accounts(f"127.0.0.1:{port}")) as here,
+        ):
             await work(here)
 
     asyncio.run(main())
@@ -321,7 +231,7 @@ def test_names(salmon: Salmon, name: str, answer: str) -> None:
         [heard] = await here.ask(name)
         assert heard.startswith(answer)
 
-    in_the_world(salmon, work)
+    in_the_world(salmon, work, accounts=accounts())
 
 
 def test_no_one_learns_which_domains_are_held(salmon: Salmon) -> None:
@@ -337,7 +247,7 @@ def test_no_one_learns_which_domains_are_held(salmon: Salmon) -> None:
             assert answer == f"459 4.7.1 node {name} not allowed: {reason}"
         assert len(here.held("plain")) == len(here.held("off")) == 1
 
-    in_the_world(salmon, work)
+    in_the_world(salmon, work, accounts=accounts())
 
 
 def test_a_request_that_concerns_too_many_accounts(
@@ -348,7 +258,70 @@ def test_a_request_that_concerns_too_many_accounts(
     async def work(here: World) -> None:
         assert (await here.ask("@org"))[0].startswith("459 ")
 
-    in_the_world(salmon, work)
+    in_the_world(salmon, work, accounts=accounts())
+
+
+def test_how_many_domains_there_are_does_not_matter_to_who_asks_for_one(salmon: Salmon) -> None:
+    """The event loop answers, and no one else is served meanwhile."""
+    domains = [f"d{number}.example.org" for number in range(50_000)]
+    many = [
+        account(f"a{start}", domains=domains[start : start + 20], etrn=NOWHERE)
+        for start in range(0, len(domains), 20)
+    ]
+
+    async def main() -> float:
+        held = Holding(salmon.folder / "provider", *many)
+        answers = Etrn(held.accounts, held.store, Settler(held.store, held.notify, NoHooks()))
+        began = time.thread_time()
+        for _ in range(500):
+            for name in ("@example.net", "@d1", "@org"):
+                assert (await answers.answer(name, "mx")).code == 459
+        held.close()
+        return time.thread_time() - began
+
+    assert asyncio.run(main()) < 1.0
+
+
+def test_mail_that_a_stranger_sent_costs_little_when_a_stranger_asks(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipients are counted, too: a message may have a thousand."""
+    monkeypatch.setattr(etrn, "LOOKED_AT_RECIPIENTS", 10)
+    monkeypatch.setattr(etrn, "LOOK", 2)
+
+    async def work(here: World) -> None:
+        for _ in range(3):
+            here.hold(*(f"b{number}@sub.example.org" for number in range(5)))
+        assert await here.ask("example.org") == [
+            "250 2.0.0 OK, queuing for node example.org started"
+        ]
+
+    in_the_world(salmon, work, accounts=accounts())
+
+
+def test_any_number_of_requests_leave_threads_for_others(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(here: World) -> None:
+        listing, looks, may_look = here.store.listing, threading.Event(), threading.Event()
+
+        def waits(*arguments: Any) -> Sequence[Held]:
+            looks.set()
+            assert may_look.wait(60)
+            return listing(*arguments)
+
+        here.hold("b@example.org")
+        monkeypatch.setattr(here.store, "listing", waits)
+        answer = here.collector.providing.etrn.answer
+        # More than a pool of threads has on any machine.
+        asking = [asyncio.create_task(answer("example.org", "mx")) for _ in range(40)]
+        await here.until(looks.is_set)
+        await asyncio.wait_for(asyncio.to_thread(int), 20)
+        may_look.set()
+        codes = [reply.code for reply in await asyncio.gather(*asking)]
+        assert sorted(codes) == [250] * 39 + [253]
+
+    in_the_world(salmon, work, accounts=accounts())
 
 
 def test_a_store_that_cannot_be_read(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +334,7 @@ def test_a_store_that_cannot_be_read(salmon: Salmon, monkeypatch: pytest.MonkeyP
         [answer] = await here.ask("example.org")
         assert answer.startswith("458 4.3.0 unable to queue messages for node example.org")
 
-    in_the_world(salmon, work)
+    in_the_world(salmon, work, accounts=accounts())
 
 
 # -- what is sent ------------------------------------------------------------------------------
@@ -451,7 +424,7 @@ def test_the_number_of_messages_is_not_counted_for_long(
             "250 2.0.0 OK, queuing for node b?cher.example started",
         ]
 
-    in_the_world(salmon, work)
+    in_the_world(salmon, work, accounts=accounts())
 
 
 def test_each_answer_is_settled_as_it_is(salmon: Salmon) -> None:
@@ -561,6 +534,29 @@ def test_what_is_asked_for_meanwhile_goes_down_the_same_connection(
     assert taken == [["<b@example.org>"], ["<c@sub.example.org>"]]
 
 
+def test_what_the_customer_defers_is_not_sent_again_before_the_next_delivery(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often anyone asks for it while the connection stays open for other domains."""
+    monkeypatch.setattr(etrn, "LINGER", 1.0)
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server, "451 later")
+        await server.asks("RSET", "250 ok")
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        await here.ask("example.org")
+        await here.until(lambda: bool(here.held()[0].reason))
+        [answer] = await here.ask("example.org")
+        assert answer.startswith("253 ")
+        await here.until(lambda: here.collector.providing.etrn._orders["acme"].call is None)
+
+    with_a_customer(salmon, work, home)
+
+
 def test_the_next_delivery_begins_a_while_after_the_last(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,7 +619,7 @@ def test_an_address_where_no_one_is(salmon: Salmon, caplog: pytest.LogCaptureFix
         [held] = here.held()
         assert (held.state, held.strikes) == (State.WAITING, 0)
 
-    in_the_world(salmon, work, "127.0.0.1:1")
+    in_the_world(salmon, work, accounts=accounts("127.0.0.1:1"))
     assert "account=acme to=127.0.0.1:1 sending its mail, as ETRN asked: 127.0.0.1: " in caplog.text
 
 
@@ -671,7 +667,112 @@ def test_a_message_over_which_the_session_breaks_is_set_aside(
     with_a_customer(salmon, work, *[home] * MOST_STRIKES)
 
 
+def test_what_is_under_way_when_the_store_fails_is_not_sent_by_two_at_once(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is dropped before the message is anyone's again, and has no strike for it."""
+    monkeypatch.setattr(etrn, "EVERY", 0.0)
+    monkeypatch.setattr(etrn, "SETTLING", 60.0)
+    fails, may_settle = threading.Event(), threading.Event()
+
+    async def cut(server: Dialogue) -> None:
+        await greet(server, "PIPELINING", "CHUNKING")
+        for _ in range(2):
+            while not (await server.hear()).startswith("BDAT "):
+                pass
+            await server.reader.readexactly(len(MESSAGE))
+        server.say("250 ok", "250 ok", "250 taken")
+        await here_is[0].until(lambda: settling == [1])
+        fails.set()
+        await server.ignore()
+        may_settle.set()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server)
+        await goodbye(server)
+
+    here_is: list[World] = []
+    settling: list[int] = []
+
+    async def work(here: World) -> None:
+        here_is.append(here)
+        first, second = here.hold("b@example.org"), here.hold("c@example.org")
+        feed, settle = here.store.feed, here.store.settle
+
+        def feeds(*arguments: Any) -> Feed:
+            made = feed(*arguments)
+            return made if fails.is_set() else FeedThatFails(made, fails)
+
+        def settles(done: Sequence[Settled]) -> None:
+            settling.append(len(done))
+            assert may_settle.wait(30)
+            settle(done)
+
+        monkeypatch.setattr(here.store, "feed", feeds)
+        monkeypatch.setattr(here.store, "settle", settles)
+        await here.ask("example.org")
+        await here.until(may_settle.is_set)
+        await here.until(lambda: here.collector.providing.etrn._orders["acme"].task is None)
+        [held] = here.held()
+        assert (held.key, held.strikes, held.reason) == (second, 0, "") and held.key != first
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, cut, home)
+
+
+class FeedThatFails:
+    """A feed of a store that cannot be read any more when the first messages are under way."""
+
+    def __init__(self, feed: Feed, fails: threading.Event) -> None:
+        self._feed, self._fails, self._took = feed, fails, False
+        self.leave, self.start_over, self.close = feed.leave, feed.start_over, feed.close
+
+    def take(self, messages: int, octets: int) -> Sequence[Held]:
+        if self._took:
+            assert self._fails.wait(30)
+            raise OSError("the disk is gone")
+        self._took = True
+        return self._feed.take(messages, octets)
+
+
+def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etrn, "EVERY", 0.0)
+
+    async def breaks(server: Dialogue) -> None:
+        await greet(server)
+        await server.hear("MAIL")
+        server.abort()
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        await take(server)
+        await goodbye(server)
+
+    def no_thread(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org")
+        monkeypatch.setattr(here.store, "strike", no_thread)
+        await here.ask("example.org")
+        await here.until(lambda: here.collector.providing.etrn._orders["acme"].task is None)
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, breaks, home)
+
+
 # -- TLS ---------------------------------------------------------------------------------------
+
+
+async def one_message(here: World) -> None:
+    here.hold("b@example.org")
+    await here.ask("example.org")
+    await here.until(lambda: not here.held())
 
 
 def test_it_is_encrypted_where_that_is_offered_whoever_it_is(salmon: Salmon) -> None:
@@ -683,12 +784,7 @@ def test_it_is_encrypted_where_that_is_offered_whoever_it_is(salmon: Salmon) -> 
         assert (await take(server))[1] == MESSAGE
         await server.asks("QUIT", "221 bye")
 
-    async def work(here: World) -> None:
-        here.hold("b@example.org")
-        await here.ask("example.org")
-        await here.until(lambda: not here.held())
-
-    with_a_customer(salmon, work, home)
+    with_a_customer(salmon, one_message, home)
 
 
 def test_a_server_that_says_no_to_tls_gets_it_in_the_clear(salmon: Salmon) -> None:
@@ -698,12 +794,7 @@ def test_a_server_that_says_no_to_tls_gets_it_in_the_clear(salmon: Salmon) -> No
         await take(server)
         await goodbye(server)
 
-    async def work(here: World) -> None:
-        here.hold("b@example.org")
-        await here.ask("example.org")
-        await here.until(lambda: not here.held())
-
-    with_a_customer(salmon, work, home)
+    with_a_customer(salmon, one_message, home)
 
 
 def test_a_server_whose_tls_fails_is_called_again_in_the_clear(salmon: Salmon) -> None:
@@ -719,12 +810,7 @@ def test_a_server_whose_tls_fails_is_called_again_in_the_clear(salmon: Salmon) -
         await take(server)
         await goodbye(server)
 
-    async def work(here: World) -> None:
-        here.hold("b@example.org")
-        await here.ask("example.org")
-        await here.until(lambda: not here.held())
-
-    with_a_customer(salmon, work, broken, home)
+    with_a_customer(salmon, one_message, broken, home)
 
 
 # -- beside it ---------------------------------------------------------------------------------
@@ -748,7 +834,10 @@ def test_a_stop_finishes_what_is_under_way_and_leaves_the_rest(salmon: Salmon) -
     left: list[Held] = []
 
     async def main() -> None:
-        async with scripted(home) as port, world(salmon, f"127.0.0.1:{port}") as here:
+        async with (
+            scripted(home) as port,
+            world(salmon, accounts=accounts(f"127.0.0.1:{port}")) as here,
+        ):
             first = here.hold("b@example.org")
             here.hold("c@example.org")
             await here.ask("example.org")
@@ -777,12 +866,12 @@ def test_our_own_agent_and_our_own_service(salmon: Salmon, monkeypatch: pytest.M
         domains = ["example.org", "sub.example.org"]
         async with (
             listener(salmon, domains=domains, **tls) as service,
-            world(salmon, f"localhost:{service.port}", **tls) as here,
+            world(salmon, accounts=accounts(f"localhost:{service.port}"), **tls) as here,
         ):
             for number in range(50):
                 here.hold("good@example.org", data=b"Subject: %d\r\n\r\nx\r\n" % number)
             here.hold("good@sub.example.org", "never@sub.example.org")
-            keys = etrn_keys(here.port, "example.org", "sub.example.org", "example.net")
+            keys = etrn_keys(here.mx, "example.org", "sub.example.org", "example.net")
             keys["tls"] = "opportunistic"
             [report] = await collect(salmon, keys)
             assert report.outcome is Outcome.REFUSED

@@ -77,7 +77,8 @@ def _of(number: int, most: int | None) -> str:
 def sessions(options: Options, as_json: bool) -> None:
     """List the sessions that are open: who collects mail now, or waits for it.
 
-    A push session stays open, and mail goes down it as it arrives.
+    A push session stays open, and mail goes down it as it arrives: live, so that its sender hears
+    the customer's own answer, or, where there is none in time, it falls back on being held.
     """
     from salmon_revsmtp.cli.desk import Desk
 
@@ -89,7 +90,7 @@ def sessions(options: Options, as_json: bool) -> None:
         return
     table(
         "Sessions",
-        ("account", "peer", "since", "push", "messages", "tls"),
+        ("account", "peer", "since", "push", "messages", "tls", "live", "fell back"),
         [
             (
                 row["account"],
@@ -98,6 +99,8 @@ def sessions(options: Options, as_json: bool) -> None:
                 "yes" if row["push"] else "no",
                 f"{row['messages']:,}",
                 row["tls"] or "-",
+                f"{row['live']:,}",
+                f"{row['fell_back']:,}",
             )
             for row in rows
         ],

@@ -31,7 +31,7 @@ from typing import Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.notifier import Notifier
-from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
+from salmon_revsmtp.delivery.trace import MAX_HOPS, AddedFields, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.claims import Claims
@@ -458,10 +458,12 @@ class Dispatcher:
     ) -> DeliveryRecord | None:
         """Handled, and recorded; ``None`` if no one waits for that any more."""
         envelope, origin = pending.envelope, pending.origin
-        trace = origin.received(envelope, recipient) + separator(content)
+        received, added = origin.received(envelope, recipient), AddedFields()
         reply = None
         if self._plugins.implemented("message_received"):
-            reply = self._refusal(origin, envelope, trace, content)
+            pieces = (received, separator(content), content)
+            reply = self._refusal(origin, envelope, pieces, added)
+        trace = received + added.lines + separator(content)
         if reply is None:
             with self._turn:
                 if pending.abandoned:
@@ -480,12 +482,15 @@ class Dispatcher:
         )
 
     def _refusal(
-        self, origin: Origin, envelope: Envelope, trace: bytes, content: Content
+        self, origin: Origin, envelope: Envelope, pieces: Iterable[Content], added: AddedFields
     ) -> Reply | None:
-        """Whether a plugin refuses the message."""
-        message = b"".join((trace, content))
+        """Whether a plugin refuses the message; what the plugins add to it is in ``added`` then."""
         said = self._plugins.call(
-            "message_received", agent=origin.agent, envelope=envelope, message=message
+            "message_received",
+            agent=origin.agent,
+            envelope=envelope,
+            message=b"".join(pieces),
+            add_field=added.add,
         )
         return refusal_of("message_received", said)
 

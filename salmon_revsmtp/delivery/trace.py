@@ -1,4 +1,4 @@
-"""The header lines that we add: Received, and the envelope (RFC 5321 4.4, RFC 9228)."""
+"""The header lines that we add: Received, the envelope (RFC 5321 4.4, RFC 9228), and plugins'."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from salmon_revsmtp.smtp.xforward import told, words
 
 __all__ = [
     "MAX_HOPS",
+    "AddedFields",
     "Named",
     "Origin",
     "envelope_lines",
@@ -32,12 +33,21 @@ __all__ = [
 # RFC 5321 6.3: that many Received lines are a loop.
 MAX_HOPS = 100
 
+# RFC 5322 2.1.1: octets of a line, as they should be and as they must be.
+FOLDED_LINE = 78
+LONGEST_LINE = 998
+
+# Octets of all that plugins add to one message; there are servers that take no header of 64 KiB.
+MAX_ADDED = 16 * 1024
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 # RFC 5322 2.2 and 4.5.8: what a line of a header begins with, where it is not a folded one.
 _FIELD_NAME = rb"[!-9;-~]+[ \t]*:"
 _FIRST_LINE = re.compile(_FIELD_NAME)
 _AFTER_HEADER = re.compile(rb"\n(?![ \t]|" + _FIELD_NAME + rb")")
 _RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
+_NAME = re.compile(r"[!-9;-~]+")
+_NOT_IN_A_VALUE = re.compile(r"[^\t -~]")
 # What a sender says of notifications, on disk; the values as RFC 3461 4 has them on the wire.
 _OF_MAIL = ("SMTPUTF8", "RET", "ENVID")
 _OF_RCPT = ("NOTIFY", "ORCPT")
@@ -132,6 +142,42 @@ def _host(name: str) -> str:
 def forwarded_client(client: Client | None) -> str:
     """For log lines: the client that we were told of, after a space; nothing without one."""
     return "" if client is None else f" client={client.address or 'unknown'}"
+
+
+class AddedFields:
+    """The header fields that plugins add to one message.
+
+    ``lines``  they, in the order in which they were added, with LF line ends.
+    """
+
+    def __init__(self) -> None:
+        self.lines = b""
+
+    def add(self, name: str, value: str) -> None:
+        """Add one.  A long value is folded at its blanks.
+
+        Raises :class:`ValueError` for what would be no field: a name with other characters than
+        RFC 5322 2.2 has, a value with others than printable ASCII, blanks and tabs, a word in it
+        that is longer than a line may be, or more than :data:`MAX_ADDED` octets in all.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a header field")
+        if found := _NOT_IN_A_VALUE.search(value):
+            raise ValueError(f"the value of {name} has {found[0]!r}; allowed: printable ASCII")
+        lines = [f"{name}:"]
+        for word in value.split():
+            if len(lines[-1]) + 1 + len(word) <= FOLDED_LINE or lines == [f"{name}:"]:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(f"\t{word}")
+        if max(map(len, lines)) > LONGEST_LINE:
+            raise ValueError(f"a word in the value of {name} is longer than a line may be")
+        added = "".join(f"{line}\n" for line in lines).encode()
+        if len(self.lines) + len(added) > MAX_ADDED:
+            raise ValueError(
+                f"{name} would be more than the {MAX_ADDED:,} octets that may be added"
+            )
+        self.lines += added
 
 
 @functools.lru_cache(maxsize=1)

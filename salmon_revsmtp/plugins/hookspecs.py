@@ -67,11 +67,28 @@ def recipient_requested(agent: Agent | None, envelope: Envelope, recipient: str)
 
 
 @hookspec(firstresult=True)
-def message_received(agent: Agent | None, envelope: Envelope, message: bytes) -> Reply | None:
-    """Before delivery: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz) to refuse the message.
+def message_received(
+    agent: Agent | None,
+    envelope: Envelope,
+    message: bytes,
+    add_field: Callable[[str, str], None],
+) -> Reply | None:
+    """Before delivery: return a :class:`~salmon_revsmtp.Reply` (4yz or 5yz) to refuse the message,
+    and no other plugin is asked about it; or ``None``, and the next one is.  Once for each
+    recipient; where mail is held, once for all of a message.
 
     ``message`` is what the handlers would get: bytes with LF line ends, ``Received:`` on top.
     ``agent`` is ``None`` for mail that came to a listening service.
+
+    ``add_field(name, value)`` marks the message, whichever way it is delivered or held: it gets a
+    header field more, beneath our ``Received:`` and above all that came.  A sender may have written
+    a field of the same name; the first one is the plugin's.  Those of several plugins stand in the
+    order in which they were added, and no plugin finds them in its ``message``.  A long value is
+    folded at its blanks.  What would be no field raises :class:`ValueError`: a name with a blank or
+    a colon in it, a value that is not printable ASCII (RFC 2047 says how to write other characters
+    in it), a word of more than 998 octets, or more than 16 KiB in all.
+
+    A message that is redelivered is known by what came, without these fields.
     """
 
 

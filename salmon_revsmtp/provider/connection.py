@@ -107,8 +107,9 @@ class Connection(Driver):
 
     @property
     def sent(self) -> int:
-        """Messages that the customer has answered."""
-        return self._hand_over.sent if self._hand_over is not None else 0
+        """Messages that the customer has answered, held or live."""
+        done = self._hand_over
+        return done.sent + done.passed_on if done is not None else 0
 
     @property
     def live(self) -> HandOver | None:

@@ -2,7 +2,9 @@
 
 Any stranger may ask, and nothing comes of it but a delivery to the address in the settings.  An
 account has one delivery at a time, and the next begins a minute after the last one began, at the
-earliest.  What is asked for meanwhile waits for that.
+earliest.  What is asked for meanwhile waits for that: a domain that a delivery has not sent yet
+goes down its connection, too, but none goes twice.  Otherwise a stranger could have what the
+customer defers sent again and again, as fast as the line allows.
 
 Only mail for the domains that were asked for is sent.  The customer's host may refuse mail for the
 others, and then their senders would be told that it cannot be delivered.
@@ -20,7 +22,7 @@ import functools
 import logging
 import math
 import ssl
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -52,8 +54,13 @@ MOST_DELIVERIES = 100
 MOST_ACCOUNTS = 10
 # Octets of a name that an answer repeats; no domain is longer (RFC 1035 2.3.4).
 LONGEST_NAME = 253
-# Messages that are looked at to answer a request: a stranger's question must not cost more.
-LOOKED_AT = 256
+# Messages, and recipients of them, that are looked at to answer a request: a stranger's question
+# must not cost more, and a stranger may have sent the mail, too.
+LOOKED_AT, LOOKED_AT_RECIPIENTS = 256, 4096
+# Messages that are read for that at a time.
+LOOK = 16
+# Requests for which this is done at a time: the threads are for those who hand mail over, too.
+LOOKS = 1
 
 # Seconds for finding the addresses of a host, and for connecting to each.
 CONNECT_TIMEOUT = 60.0
@@ -83,6 +90,7 @@ class _Order:
 
     ``asked``     the domains that no delivery has begun to send yet.
     ``sending``   those whose mail is being sent.
+    ``sent``      those whose mail the delivery under way has sent, or is sending.
     ``since``     those that were asked for since the delivery under way began: if it fails, it may
                   have been on its way to where the customer was before, and there is another.
     ``hostname``  what we call ourselves.
@@ -94,6 +102,7 @@ class _Order:
     account: Account
     asked: set[str] = field(default_factory=set)
     sending: set[str] = field(default_factory=set)
+    sent: set[str] = field(default_factory=set)
     since: set[str] = field(default_factory=set)
     hostname: str = "localhost"
     began: float = -math.inf
@@ -101,6 +110,11 @@ class _Order:
     hand_over: HandOver | None = None
     task: asyncio.Task[None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def next(self) -> set[str]:
+        """The domains that the delivery under way may send next."""
+        return self.asked - self.sent
 
     @property
     def address(self) -> str:
@@ -131,8 +145,13 @@ class Etrn:
             if account.settings.etrn is not None and account.settings.enabled
             for domain in account.domains
         }
+        self._below: dict[str, list[str]] = {}
+        for domain in self._accounts:
+            for parent in _parents(domain):
+                self._below.setdefault(parent, []).append(domain)
         self._orders: dict[str, _Order] = {}
         self._slots = asyncio.Semaphore(MOST_DELIVERIES)
+        self._looks = asyncio.Semaphore(LOOKS)
         self._stopping = False
 
     # -- what a client hears --------------------------------------------------------------------
@@ -160,30 +179,33 @@ class Etrn:
         return _answer(name, found)
 
     def _asked_for(self, name: str) -> dict[Account, set[str]]:
-        """The accounts of a node, with their domains.  Raises :class:`AddressError` for what is no
-        name of one (RFC 1985 5.2)."""
+        """The accounts of a node, with their domains, or more than may be of them.  Raises
+        :class:`AddressError` for what is no name of one (RFC 1985 5.2)."""
         if name.startswith("#"):
             if name == "#":
                 raise AddressError("a queue has a name")
             return {}
         node = to_ascii(name.removeprefix("@"))
-        below = f".{node}" if name.startswith("@") else None
+        below = self._below.get(node, []) if name.startswith("@") else []
         found: dict[Account, set[str]] = {}
-        for domain in [one for one in self._accounts if below and one.endswith(below)] + [node]:
+        for domain in (node, *below):
             if (account := self._accounts.get(domain)) is not None:
                 found.setdefault(account, set()).add(domain)
+                if len(found) > MOST_ACCOUNTS:
+                    break
         return found
 
     async def _order(self, account: Account, domains: set[str], hostname: str) -> _Waiting | None:
         """Have an account's mail sent, if any waits.  Returns what does; ``None`` if it has been
         asked for already."""
         order = self._orders.setdefault(account.name, _Order(account))
-        if order.task is not None and domains <= order.asked | order.sending:
-            order.since |= domains
-            if order.hand_over is not None:
-                order.hand_over.ask_again()
-            return None
-        waiting = await asyncio.to_thread(self._look, account, domains)
+        async with self._looks:
+            if order.task is not None and domains <= order.asked | order.sending:
+                order.since |= domains
+                if order.hand_over is not None:
+                    order.hand_over.ask_again()
+                return None
+            waiting = await asyncio.to_thread(self._look, account, domains)
         if waiting != _Waiting(0, True) and not self._stopping:
             order.hostname = hostname
             order.asked |= domains - order.sending
@@ -195,16 +217,19 @@ class Etrn:
 
     def _look(self, account: Account, domains: Collection[str]) -> _Waiting:
         """In a thread: what waits."""
+        wanted = _filter(account, domains)
+        found = looked_at = recipients = after = 0
         if not self._store.usage(account.name).messages:
             return _Waiting(0, True)
-        page = self._store.listing(account.name, messages=LOOKED_AT)
-        wanted = _filter(account, domains)
-        found = [
-            held
-            for held in page
-            if held.state is State.WAITING and (wanted is None or _is_for(held, wanted))
-        ]
-        return _Waiting(len(found), len(page) < LOOKED_AT)
+        while looked_at < LOOKED_AT and recipients < LOOKED_AT_RECIPIENTS:
+            most = min(LOOK, LOOKED_AT - looked_at)
+            page = self._store.listing(account.name, after, most, State.WAITING)
+            found += sum(wanted is None or _is_for(held, wanted) for held in page)
+            if len(page) < most:
+                return _Waiting(found, True)
+            looked_at, after = looked_at + len(page), page[-1].key
+            recipients += sum(len(held.envelope.recipients) for held in page)
+        return _Waiting(found, False)
 
     # -- deliveries -----------------------------------------------------------------------------
 
@@ -265,9 +290,10 @@ class Etrn:
         """Send what is asked for over a connection of our own.  Returns how many messages were
         answered, and whether it was encrypted.  Raises :class:`Failed` or :class:`OSError`."""
         order.call = call = await _reach(order)
+        order.sent.clear()
         messages = 0
         try:
-            while order.asked:
+            while order.next:
                 messages += await self._send(order, call)
                 await self._linger(order)
                 if call.broken is not None or self._stopping:
@@ -283,7 +309,9 @@ class Etrn:
         account = order.account
         hand_over = HandOver(call, self._store, self._settler, account.name)
         order.hand_over = call.hand_over = hand_over
-        order.sending, order.asked = order.asked, set()
+        order.sending = order.next
+        order.asked -= order.sending
+        order.sent |= order.sending
         try:
             first = await hand_over.open(_filter(account, order.sending))
             hand_over.begin(call.sender, TIMEOUT)
@@ -297,11 +325,17 @@ class Etrn:
         return hand_over.sent
 
     async def _linger(self, order: _Order) -> None:
-        """Wait a moment for another request."""
+        """Wait a moment for a request for another domain."""
         order.news.clear()
-        if not (order.asked or self._stopping):
+        if not (order.next or self._stopping):
             with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                 await asyncio.wait_for(order.news.wait(), LINGER)
+
+
+def _parents(domain: str) -> Iterator[str]:
+    """The domains that a domain is below."""
+    while domain := domain.partition(".")[2]:
+        yield domain
 
 
 def _filter(account: Account, domains: Collection[str]) -> frozenset[str] | None:

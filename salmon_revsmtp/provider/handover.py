@@ -305,15 +305,22 @@ class HandOver:
         await self.run(())
 
     async def close(self) -> None:
-        """What was answered is settled, what was not is anyone's; unless the session rests."""
+        """What was answered is settled, what was not is anyone's; unless the session rests.
+
+        A connection on which anything is under way is dropped first: another session may send that
+        at once, and no one is to have two sessions that send it."""
         if self._feed is None or self.resting:
             return
+        feed, self._feed = self._feed, None
         self.lost()
-        first = self._under_way[0] if self._under_way else None
-        if isinstance(first, Held) and not self._excused:
-            await self._strike(first)
-        await asyncio.to_thread(self._feed.close)
-        self._feed = None
+        try:
+            if self._under_way:
+                first, broken = self._under_way[0], self._connection.broken is not None
+                if isinstance(first, Held) and broken and not self._excused:
+                    await self._strike(first)
+                self._connection.abort("what is under way is given up")
+        finally:
+            feed.close()
 
     async def _next_page(self) -> Page:
         """The next messages of the feed, and their octets."""
@@ -456,7 +463,7 @@ class HandOver:
         reason = f"the session broke over it: {self._connection.broken}"
         try:
             struck = await asyncio.to_thread(self._store.strike, held.key, MOST_STRIKES, reason)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # or the machine has no thread to spare
             log_safely(log, logging.ERROR, "account=%s %s", held.account, error)
             return
         if struck is not None and struck.state is State.ASIDE:

@@ -33,7 +33,7 @@ from salmon_revsmtp.delivery.dispatcher import (
     refusal_of,
 )
 from salmon_revsmtp.delivery.maildir import disk_reply
-from salmon_revsmtp.delivery.trace import MAX_HOPS, Origin, hops, separator
+from salmon_revsmtp.delivery.trace import MAX_HOPS, AddedFields, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.provider.accounts import Account, Accounts
@@ -167,8 +167,9 @@ class Intake:
 
     def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
         for pending in deliveries:
-            answered, pending.answered = pending.answered, None
+            answered = pending.answered
             if answered is not None and pending.reply is not None:
+                pending.answered = None
                 try:
                     answered()
                 except Exception:  # the others have nothing to do with it
@@ -264,14 +265,15 @@ class Intake:
         if refusal is None and not all(accounts):
             refusal = NOT_OURS  # it was accepted, and the account is gone since
         one, *others = envelope.recipients
-        trace = pending.origin.received(envelope, "" if others else one) + separator(head)
+        received, added = pending.origin.received(envelope, "" if others else one), AddedFields()
         if refusal is None and self._hooks.implemented("message_received"):
-            whole = data if spool is None else spool.read()
-            refusal = self._refusal(pending, trace + whole.replace(b"\r\n", b"\n"))
+            whole = (data if spool is None else spool.read()).replace(b"\r\n", b"\n")
+            refusal = self._refusal(pending, received + separator(head) + whole, added)
         if refusal is not None:
             _discard(pending)
             self._settle(pending, refusal)
             return
+        trace = received + added.lines + separator(head)
         content = (trace.replace(b"\n", b"\r\n"), data)
         names = tuple(account.name for account in accounts if account is not None)
         arrival = Arrival(self._named(pending, spool), names, content, spool)
@@ -308,10 +310,16 @@ class Intake:
         arrival = Arrival(held, names, arrival.content, arrival.spool)
         self._arrivals.append((pending, arrival, said))
 
-    def _refusal(self, pending: PendingDelivery, message: bytes) -> Reply | None:
-        """Whether a plugin refuses the message."""
+    def _refusal(
+        self, pending: PendingDelivery, message: bytes, added: AddedFields
+    ) -> Reply | None:
+        """Whether a plugin refuses the message; what the plugins add to it is in ``added`` then."""
         said = self._hooks.call(
-            "message_received", agent=None, envelope=pending.envelope, message=message
+            "message_received",
+            agent=None,
+            envelope=pending.envelope,
+            message=message,
+            add_field=added.add,
         )
         return refusal_of("message_received", said)
 

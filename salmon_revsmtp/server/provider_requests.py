@@ -138,6 +138,8 @@ class ProviderRequests:
                     "peer": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
                     "since": iso(one.reversed_at + ahead),
                     "push": one.push,
+                    "live": one.live.passed_on if one.live is not None else 0,
+                    "fell_back": one.live.fell_back if one.live is not None else 0,
                     "messages": one.sent,
                     "tls": one.tls_version,
                 }

@@ -7,6 +7,7 @@ import email
 import quopri
 import re
 import time
+from collections.abc import Callable
 from email import policy
 from email.message import Message
 
@@ -20,9 +21,11 @@ from support.collecting import exchange
 from support.messages import MESSAGE
 from support.salmon import Salmon
 
-from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp import QueueConsumer, hookimpl
 from salmon_revsmtp.delivery.dsn import MAX_HEADERS, RecipientStatus, notification
 from salmon_revsmtp.delivery.trace import (
+    MAX_ADDED,
+    AddedFields,
     Origin,
     envelope_lines,
     header_end,
@@ -30,6 +33,7 @@ from salmon_revsmtp.delivery.trace import (
     separator,
     split_envelope,
 )
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.replies import Reply
@@ -370,3 +374,97 @@ def test_the_end_of_a_header_is_found_in_linear_time() -> None:
             hops(content)
             notification("h", Envelope("a@b.example", ()), [], content[: 2 * MAX_HEADERS])
             assert time.process_time() - began < 5, piece
+
+
+# -- what plugins add -----------------------------------------------------------------------------
+
+NO_NAMES = ["", " ", "X Spam", "X-Spam:", "X\nBcc", "X\r", "\tX", "X-Sp\u00e4m", "X\u2028", "X\0"]
+NO_VALUES = [
+    "yes\nBcc: evil@elsewhere.example",
+    "yes\r\nBcc: evil@elsewhere.example",
+    "yes\rBcc: x",
+    "yes\n\nbody",
+    "yes\n folded",
+    "yes\n",
+    "yes\x0bBcc: x",
+    "yes\x0cBcc: x",
+    "yes\x1cBcc: x",
+    "yes\x85Bcc: x",
+    "yes\u2028Bcc: x",
+    "Gr\u00fc\u00dfe",
+    "a\0",
+    "\x7f",
+    "\udcff",
+    "x" * 998,
+    "x y " * MAX_ADDED,
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, "yes") for name in NO_NAMES), *(("X-Spam", value) for value in NO_VALUES)],
+)
+def test_what_would_be_no_field_is_not_added(name: str, value: str) -> None:
+    added = AddedFields()
+    added.add("X-First", "1")
+    with pytest.raises(ValueError):
+        added.add(name, value)
+    assert added.lines == b"X-First: 1\n"
+
+
+FIELD_NAMES = st.text(st.sampled_from("Xx-_1!~: \n\u00e4"), max_size=6)
+FIELD_VALUES = st.text(st.sampled_from('ab:;=?<>" \t\n\r\x0b\x1c\x85\u2028\u00e4'), max_size=200)
+
+
+@given(FIELD_NAMES, FIELD_VALUES, st.sampled_from([*BODIES, MESSAGE.replace(b"\r\n", b"\n")]))
+@settings(deadline=None)
+def test_any_field_that_is_added_is_one_field(name: str, value: str, content: bytes) -> None:
+    added = AddedFields()
+    try:
+        added.add(name, value)
+    except ValueError:
+        assert added.lines == b""
+        return
+    received = Origin("default", "mail.example.org").received(Envelope("", ("b@x",)), "b@x")
+    data = received + added.lines + separator(content) + content
+    message = email.message_from_bytes(data)
+    assert list(message.keys())[:2] == ["Received", name]
+    ours = received + added.lines
+    assert header_end(data) == len(ours) + header_end(content)
+    assert header_end(ours) == len(ours)
+    assert message.values()[1].split() == value.split()
+    assert data.endswith(content)
+    assert max(map(len, data.splitlines())) <= 998
+
+
+class Marks:
+    @hookimpl
+    def message_received(self, add_field: Callable[[str, str], None]) -> None:
+        # Names that mean something at the beginning of what is stored.
+        add_field("X-Envelope-Parameters", "MAIL RCPT NOTIFY=NEVER")
+        add_field("Delivered-To", "evil@elsewhere.example")
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("mode", ["router", "queue", "undeliverable"])
+def test_what_a_plugin_adds_stands_between_our_line_and_the_message(
+    salmon: Salmon, body: bytes, mode: str
+) -> None:
+    if mode != "undeliverable":
+        salmon.handle(".*")
+    plugins = Plugins.load()
+    plugins.register(Marks())
+    delivery = "queue" if mode == "queue" else "router"
+    data = body.replace(b"\n", b"\r\n") + b"\r\n"
+    exchange(salmon, "b@example.org", data=data, delivery=delivery, plugins=plugins)
+    if mode == "queue":
+        QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
+    added = ["X-Envelope-Parameters", "Delivered-To"]
+    kept, ours = (
+        (salmon.undeliverable()[0], [*KEPT[:3], *added])
+        if mode == "undeliverable"
+        else (salmon.handled[0].Data, ["Received", *added])
+    )
+    header, _, rest = kept.partition(b"\n\n")
+    assert names(header + b"\n\n") == ours
+    assert rest.strip(b"\n") == body.strip(b"\n")

@@ -24,18 +24,27 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 from parsing import parser
 
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.settings import AccountSettings
+from salmon_revsmtp.smtp import receiver as receiver_module
 from salmon_revsmtp.smtp import replies as reply_limits
 from salmon_revsmtp.smtp import turn
 from salmon_revsmtp.smtp.addresses import domain_of, parse_path
 from salmon_revsmtp.smtp.commands import State
 from salmon_revsmtp.smtp.envelope import Client, Envelope
-from salmon_revsmtp.smtp.limits import Limits
-from salmon_revsmtp.smtp.receiver import Quit, Receiver, Refused, StartTls, Transaction
+from salmon_revsmtp.smtp.limits import RECIPIENT_COST, Limits
+from salmon_revsmtp.smtp.receiver import (
+    EtrnRequest,
+    Quit,
+    Receiver,
+    Refused,
+    StartTls,
+    Transaction,
+)
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
 
@@ -147,13 +156,21 @@ SERVER = Limits(
     chunks=4,
     refusals=4,
     junk=6,
+    requests=3,
     errors=8,
     unanswered_messages=1,
     unanswered_octets=100,
 )
-AHEAD = Limits(**{**vars(SERVER), "unanswered_messages": 3})
+# Two small messages with their envelopes, and some replies after them.
+AHEAD = Limits(**{**vars(SERVER), "unanswered_messages": 3, "unanswered_octets": 700})
+# In a sink a message takes less memory, so more is read ahead: here octets do not count.
+AHEAD_WITH_SINKS = Limits(**{**vars(AHEAD), "unanswered_octets": 10_000})
 # The largest thing that one command can make us say.
 LONGEST_REPLY = 512
+# What the transactions of a session take beside their content: their commands, and two recipients.
+ENVELOPE = 3 * SERVER.command_line + 2 * RECIPIENT_COST
+# Octets of content from which on it goes into a sink, if there are sinks.
+SINK_AT = 8
 
 
 def _policy(mailbox: str) -> Reply | None:
@@ -170,51 +187,113 @@ def _verdict(envelope: Envelope, data: bytes) -> tuple[Reply, list[Reply]]:
     return choices[first], each
 
 
+def _etrn(argument: str) -> Reply:
+    """How the caller answers an ETRN; the last counts as an error."""
+    answers = (
+        Reply(250, "started"),
+        Reply(253, "2\nof them"),
+        Reply(458, "no"),
+        Reply(501, "what?"),
+    )
+    return answers[len(argument) % 4]
+
+
+@dataclass(eq=False)
+class _Sink:
+    """Where a message goes, and what became of it."""
+
+    data: bytes = b""
+    discarded: bool = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.discarded, "written for no one"
+        self.data += data
+
+    def discard(self) -> None:
+        assert not self.discarded, "forgotten twice"
+        self.discarded = True
+
+
+def _content(transaction: Transaction) -> bytes:
+    """A message, wherever it went."""
+    if transaction.sink is None:
+        return transaction.data
+    assert isinstance(transaction.sink, _Sink) and not transaction.sink.discarded
+    assert not transaction.data, "a message in two places"
+    return transaction.sink.data
+
+
 @dataclass
 class _Served:
-    """A session of the receiver with its caller, and what came of it."""
+    """A session of the receiver with its caller, and what came of it.
+
+    ``sinks``  the messages go into sinks.
+    """
 
     words: set[bytes]
+    sinks: bool = False
     heard: bytes = b""
     events: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        limits = AHEAD if b"ahead" in self.words else SERVER
+        ahead = AHEAD_WITH_SINKS if b"sinks" in self.words else AHEAD
+        limits = ahead if b"ahead" in self.words else SERVER
+        self.made: list[_Sink] = []
         self.machine = Receiver(
             HOSTNAME,
             limits,
             _policy,
             starttls=b"tls" in self.words,
             xforward=b"believed" in self.words,
+            etrn=b"etrn" in self.words,
+            sinks=self._make_sink if self.sinks else None,
         )
         self.unanswered: list[Transaction] = []
+        self.request: EtrnRequest | None = None
+        self.kept = 0  # octets that came while the machine was paused
         self.handshake = self.dropped = self.shutdown = False
+
+    def _make_sink(self) -> _Sink:
+        self.made.append(_Sink())
+        return self.made[-1]
 
     def run(self, flights: list[bytes], sizes: list[int] | None) -> None:
         self.heard += self.machine.data_to_send()
         for number, flight in enumerate(flights):
             for piece in [flight] if sizes is None else _pieces(flight, sizes):
                 self._hear(self.machine.receive_bytes(piece), len(piece))
-                while self.machine.paused:
+                while self.machine.paused and not self._lets_wait:
                     self._answer()
                 if self.handshake and self.machine.pending:
                     break
-            while self.unanswered:
+            while self.unanswered or (self.request and b"never" not in self.words):
                 self._answer()
             self._shake_hands()
             if self.dropped:
-                return
+                break
             if number == 0 and b"shutdown" in self.words:
                 self.shutdown = True
                 self.machine.shut_down()
                 self._hear(self.machine.advance(), 0)
+            if self.machine.paused:  # for ever
+                break
         self._stop()
+
+    @property
+    def _lets_wait(self) -> bool:
+        """The caller takes its time for an ETRN; what comes meanwhile is kept."""
+        return self.request is not None and bool({b"late", b"never"} & self.words)
 
     def _hear(self, events: Iterable[object], size: int) -> None:
         for event in events:
+            assert self.request is None or self.shutdown, (
+                "something is read before the answer to ETRN"
+            )
             self.events.append(event)
             if isinstance(event, Transaction):
                 self.unanswered.append(event)
+            elif isinstance(event, EtrnRequest):
+                self.request = event
             self.handshake = self.handshake or isinstance(event, StartTls)
         self.heard += self.machine.data_to_send()
         self._weigh(size)
@@ -226,20 +305,38 @@ class _Served:
     def _weigh(self, size: int) -> None:
         """Memory: a message, a command line and what waits for the caller, never what came."""
         machine, limits = self.machine, self.machine.limits
+        self.kept = self.kept + size if machine.paused else 0
         held = len(machine._buffer) + len(machine._content)
         # With a stuffed dot in each of its lines, which have three octets.
         message = limits.message * 4 // 3 + 7
         if not machine.paused and not self.handshake:
             assert held <= message + limits.command_line, "more is held than allowed"
-        assert held <= message + limits.command_line + size
+        assert held <= message + limits.command_line + max(size, self.kept)
         waiting = sum(len(one) for one in machine._waiting if isinstance(one, bytearray))
         assert waiting <= limits.unanswered_octets + LONGEST_REPLY, "replies pile up"
+        counted = machine.memory.held - sum(one.held for one in self.unanswered)
+        assert 0 <= counted <= message + ENVELOPE, "memory that no message has"
+        if machine.at_boundary:
+            assert counted == 0, "memory is not given back"
+            self._check_sinks()
+
+    def _check_sinks(self) -> None:
+        """Nothing is coming: each sink is a message's, or forgotten."""
+        given = {id(one.sink) for one in self.events if isinstance(one, Transaction) and one.sink}
+        for sink in self.made:
+            assert sink.discarded != (id(sink) in given), "a sink that no one has"
 
     def _answer(self) -> None:
-        transaction = self.unanswered.pop(-1 if b"newest" in self.words else 0)
-        reply, each = _verdict(transaction.envelope, transaction.data)
         size = len(self.machine._buffer)
-        self.machine.answer(transaction, reply, each)
+        newest = b"newest" in self.words
+        # Nothing is read after an ETRN, so it is the newest.
+        if self.request and (newest or not self.unanswered) and b"never" not in self.words:
+            request, self.request = self.request, None
+            self.machine.answer_etrn(_etrn(request.argument))
+        else:
+            transaction = self.unanswered.pop(-1 if newest else 0)
+            reply, each = _verdict(transaction.envelope, _content(transaction))
+            self.machine.answer(transaction, reply, each)
         self._hear(self.machine.advance(), size)
 
     def _shake_hands(self) -> None:
@@ -263,11 +360,18 @@ class _Served:
         if self.machine.closed:
             assert self.machine.receive_bytes(b"NOOP\r\n\x00" * 50) == []
             assert self.machine.data_to_send() == b"" and not self.machine.pending
+        # The connection is gone, and someone may still be about to answer.
+        self.machine.lost()
+        if self.request is not None:
+            self.machine.answer_etrn(_etrn(self.request.argument))
+        assert self.machine.advance() == [] and self.machine.data_to_send() == b""
+        assert self.machine.memory.held == 0, "memory is not given back at the end"
+        self._check_sinks()
 
     @property
     def outcome(self) -> tuple[bytes, list[object]]:
         return self.heard, [
-            (event.envelope, event.data) if isinstance(event, Transaction) else event
+            (event.envelope, _content(event)) if isinstance(event, Transaction) else event
             for event in self.events
         ]
 
@@ -280,18 +384,28 @@ def receiver(data: bytes) -> None:
 
     ``tls``       STARTTLS is offered.
     ``ahead``     the machine may read ahead of its caller, three messages instead of one.
-    ``newest``    the caller answers the newest message first.
+    ``newest``    the caller answers the newest first.
     ``shutdown``  the caller shuts down after the first flight.
     ``believed``  XFORWARD is offered.
+    ``etrn``      ETRN is offered.
+    ``late``      the caller answers it at the end of the flight; ``never``: not at all.
+    ``sinks``     there are sinks for content; it must be the same as without.
     """
     words, sizes, dialogue = _read(data)
     flights = _flights(dialogue)
-    whole, pieces = _Served(words), _Served(words)
+    whole = _Served(words)
     whole.run(flights, None)
     assert not whole.dropped
     _ServerDialogue(b"".join(flights), whole).read()
-    pieces.run(flights, sizes)
-    assert pieces.outcome == whole.outcome, "another split, other replies or events"
+    others = [_Served(words)]
+    others[0].run(flights, sizes)
+    if b"sinks" in words:
+        with patch.object(receiver_module, "SINK_AT", SINK_AT):
+            others += [_Served(words, sinks=True), _Served(words, sinks=True)]
+            others[1].run(flights, sizes)
+            others[2].run(flights, None)
+    for other in others:
+        assert other.outcome == whole.outcome, "another split, other replies or events"
 
 
 _BDAT = re.compile(rb"BDAT +([0-9]{1,20})( +LAST)? *", re.IGNORECASE)
@@ -325,6 +439,10 @@ class _ServerDialogue:
         self.stream = stream
         self.replies = _said(served.heard)
         self.messages = deque(one for one in served.events if isinstance(one, Transaction))
+        self.requests = deque(one for one in served.events if isinstance(one, EtrnRequest))
+        self.etrn = b"etrn" in served.words
+        self.never = b"never" in served.words
+        self.waits = False
         self.last = served.events[-1] if served.events else None
         self.quits = sum(isinstance(one, Quit) for one in served.events)
         self.refused = sum(len(one.recipients) for one in served.events if isinstance(one, Refused))
@@ -339,7 +457,7 @@ class _ServerDialogue:
 
     def read(self) -> None:
         assert self._reply() == 220
-        while not self.over and (line := self._line()) is not None:
+        while not (self.over or self.waits) and (line := self._line()) is not None:
             self._command(line)
         if not self.over and self.replies:
             # No one waits for the end of a shutdown, of endless data, or of another protocol.
@@ -348,6 +466,7 @@ class _ServerDialogue:
             assert self.shutdown or self.endless or _FOREIGN.match(rest)
         assert not self.replies, f"replies that no one asked for: {self.replies}"
         assert not self.messages, f"messages that no one sent: {self.messages}"
+        assert not self.requests, f"ETRN that no one said: {self.requests}"
         assert self.quits == self.over, "a session ends once, and says so"
         assert not self.over or isinstance(self.last, Quit), "events after the end"
 
@@ -366,11 +485,14 @@ class _ServerDialogue:
         return line if len(line) + 2 <= SERVER.command_line else b""
 
     def _command(self, line: bytes) -> None:
+        line = line.replace(b"\t", b" ")
+        verb = line.partition(b" ")[0].upper()
+        asks = verb == b"ETRN" and self._asks(line)
         if self.replies and self.replies[0][0] == 421:
             self._reply()  # the last straw, or it went out before the command came
             return
-        line = line.replace(b"\t", b" ")
-        verb = line.partition(b" ")[0].upper()
+        if asks:
+            return
         if chunk := _BDAT.fullmatch(line):
             self._chunk(int(chunk[1]), chunk[2] is not None)
             return
@@ -404,6 +526,26 @@ class _ServerDialogue:
             self.mail, self.forwarded = None, []
         else:
             assert code >= 400 or verb in (b"NOOP", b"HELP", b"VRFY", b"QUIT"), (code, line)
+
+    def _asks(self, line: bytes) -> bool:
+        """Whether the caller was asked (RFC 1985 5), and has answered or will not."""
+        if not (self.etrn and self.greeted and self.esmtp and self.mail is None):
+            return False
+        argument = line[4:].strip(b" ")
+        if not self.requests or self.requests[0].argument.encode() != argument:
+            well_formed = re.fullmatch(rb"ETRN +[!-~]+ *", line, re.IGNORECASE)
+            last = self.replies and self.replies[0][0] == 421
+            assert last or not well_formed, "no one was asked"
+            return False
+        answer = _etrn(self.requests.popleft().argument)
+        if self.never:
+            self.waits = True
+            return True
+        if self.replies and self.replies[0][0] == 421:
+            assert answer.permanent, "no answer to ETRN"  # and one error too many
+            return True
+        assert self.replies.popleft()[1] == answer.encode()
+        return True
 
     def _chunk(self, octets: int, last: bool) -> None:
         """RFC 3030 4.2: after BDAT come as many octets as it said, also when it is refused."""
@@ -465,10 +607,10 @@ class _ServerDialogue:
             return
         assert self.messages, "a message was lost"
         message = self.messages.popleft()
-        assert message.data == content, "the data is not what was sent"
+        assert _content(message) == content, "the data is not what was sent"
         self._envelope(message.envelope, mail)
         self._client(message.envelope, forwarded)
-        reply, each = _verdict(message.envelope, message.data)
+        reply, each = _verdict(message.envelope, content)
         answers = [reply]
         if message.envelope.prdr:
             answers = [Reply(353, "one reply per recipient follows"), *each, reply]

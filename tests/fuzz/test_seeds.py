@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from salmon_revsmtp.delivery import bounds
 from salmon_revsmtp.smtp import commands, receiver, sasl, sender
+from salmon_revsmtp.smtp.replies import Reply
 
 EVERYTHING = [(target, path) for target in properties.TARGETS for path in seeds(target)]
 
@@ -48,6 +49,18 @@ def test_the_properties_hold_for_noise(target: str) -> None:
     run()
 
 
+def _answered_at_once(machine: receiver.Receiver, reply: Reply) -> None:
+    """Before the messages that the client sent before ETRN."""
+    if machine._state is commands.State.STARTING:
+        machine._over("the answer to ETRN")
+        machine._ready += reply.encode()
+
+
+def _forgotten(machine: receiver.Receiver) -> None:
+    """Without a word to the sink."""
+    machine._sink = None
+
+
 @pytest.mark.parametrize(
     ("target", "module", "name", "wrong"),
     [
@@ -55,6 +68,11 @@ def test_the_properties_hold_for_noise(target: str) -> None:
         ("receiver", receiver, "_has_long_line", lambda content, limit: False),
         ("receiver", receiver.Receiver, "_end_if_shutting_down", lambda self: None),
         ("receiver", receiver.Receiver, "_too_big", lambda self: commands.OK),
+        ("receiver", receiver.Receiver, "answer_etrn", _answered_at_once),
+        ("receiver", receiver.Receiver, "_stuffed_content", receiver.Receiver._whole_content),
+        ("receiver", receiver.Receiver, "_count_line", lambda self, block: None),
+        ("receiver", receiver.Receiver, "_drop_sink", _forgotten),
+        ("receiver", receiver.Receiver, "_let_go", lambda self: None),
         ("sender", sender, "_stuffed", lambda content: content),
         ("sender", sender, "_with_crlf", lambda data: data),
         ("sender", sender.Sender, "_can_be_said", lambda self, envelope: True),

@@ -17,8 +17,8 @@ from support.holding import Holding, account
 from support.listener import listener
 from support.salmon import Salmon
 from support.servers import ACCOUNTS, Exim, Postfix, free_port
+from support.strangers import arrived, expected, mail
 
-from salmon_revsmtp.demo.samples import samples
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.server.collector import Collector
@@ -33,44 +33,6 @@ Roots = Callable[[str], Path]
 PATIENCE = 60
 
 STRANGERS = [Fetchmail, EximCustomer]
-
-LARGE = Envelope("a@example.net", ("ada@example.org",), {"BODY": "8BITMIME"})
-LINE = "..Grüße, und noch eine Zeile, die mit Punkten beginnt\r\n.\r\n".encode()
-
-
-def large() -> bytes:
-    """10 MB in 8-bit lines that begin with dots."""
-    return b"From: a@example.net\r\nSubject: large\r\n\r\n" + LINE * (10_000_000 // len(LINE))
-
-
-def mail() -> list[tuple[Envelope, bytes]]:
-    return [*((one.envelope, one.data) for one in samples()), (LARGE, large())]
-
-
-def expected(given: list[tuple[Envelope, bytes]]) -> list[tuple[str, bytes]]:
-    """Recipient and message of all that came, as Salmon has it."""
-    return sorted(
-        (recipient, data.replace(b"\r\n", b"\n").removesuffix(b"\n"))
-        for envelope, data in given
-        for recipient in envelope.recipients
-    )
-
-
-def arrived(salmon: Salmon) -> list[tuple[str, bytes]]:
-    """The same without the Received lines on top, of which the samples have none."""
-    found = [(one.To, one.Data) for one in salmon.handled]
-    for one in salmon.undeliverable():
-        _, recipient, message = one.split(b"\n", 2)
-        found.append((recipient.removeprefix(b"Delivered-To: ").decode(), message))
-    # Exim writes a UTF-8 mailbox as an old server would understand it.
-    return sorted((to.replace("xn--jxalpdlp@", "δοκιμή@"), _beneath(data)) for to, data in found)
-
-
-def _beneath(data: bytes) -> bytes:
-    lines = data.split(b"\n")
-    while lines[0].startswith((b"Received: ", b" ", b"\t")):
-        del lines[0]
-    return b"\n".join(lines)
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ from typing import ClassVar, TypeVar
 
 from support.configuration import PASSWORD
 
-__all__ = ["DOMAINS", "Customer", "EximCustomer", "Fetchmail"]
+__all__ = ["DOMAINS", "Customer", "EtrnFetchmail", "EximCustomer", "Fetchmail"]
 
 DOMAINS = ("example.org", "example.com")
 
@@ -110,10 +110,19 @@ poll 127.0.0.1 service {port} protocol odmr timeout 60
 """
 
 
+FETCHMAILRC_ETRN = """
+set no bouncemail
+poll 127.0.0.1 service {port} protocol etrn timeout 60
+    user "acme" password "{password}" fetchdomains {domains}
+    sslproto ""
+"""
+
+
 class Fetchmail(Customer):
     """fetchmail passes on what the provider says to the server behind it, and back."""
 
     program = "fetchmail"
+    settings: ClassVar[str] = FETCHMAILRC
 
     def configure(self) -> None:
         # It does not run where the machine's name has no address.
@@ -122,7 +131,7 @@ class Fetchmail(Customer):
         (self.root / "etc/hosts").write_text(hosts)
         file = self.folder / "fetchmailrc"
         values = {"port": self.port, "behind": self.behind, "domains": " ".join(DOMAINS)}
-        file.write_text(FETCHMAILRC.format(password=PASSWORD, **values))
+        file.write_text(self.settings.format(password=PASSWORD, **values))
         file.chmod(0o600)
 
     def command(self) -> list[str]:
@@ -133,6 +142,15 @@ class Fetchmail(Customer):
 
     def deliver(self) -> None:
         """It has."""
+
+
+class EtrnFetchmail(Fetchmail):
+    """fetchmail asks for the mail by ETRN, which then goes to the server that the provider calls.
+
+    ``port``  where the provider takes mail.
+    """
+
+    settings = FETCHMAILRC_ETRN
 
 
 EXIM = """

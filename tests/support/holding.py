@@ -20,7 +20,7 @@ from salmon_revsmtp.smtp.replies import Reply
 from support.configuration import PASSWORD
 from support.tls import CERTIFICATE, PRIVATE_KEY
 
-__all__ = ["ACME", "Holding", "NoHooks", "account"]
+__all__ = ["ACME", "Holding", "NoHooks", "account", "arrival"]
 
 
 def account(
@@ -49,6 +49,16 @@ class NoHooks:
         return False
 
 
+def arrival(accounts: Accounts, envelope: Envelope, data: bytes) -> Arrival:
+    """A message for the accounts that have its recipients' domains."""
+    names = []
+    for recipient in envelope.recipients:
+        found = accounts.of_domain(domain_of(recipient))
+        assert found is not None, recipient
+        names.append(found.name)
+    return Arrival(envelope, tuple(names), [data])
+
+
 class Holding:
     """Held mail of some accounts.
 
@@ -69,12 +79,7 @@ class Holding:
 
     def put(self, envelope: Envelope, data: bytes) -> int:
         """Hold a message; returns its key."""
-        names = []
-        for recipient in envelope.recipients:
-            found = self.accounts.of_domain(domain_of(recipient))
-            assert found is not None, recipient
-            names.append(found.name)
-        [[key, *_]] = self.store.put([Arrival(envelope, tuple(names), [data])])
+        [[key, *_]] = self.store.put([arrival(self.accounts, envelope, data)])
         return key
 
     def notify(

@@ -1,8 +1,8 @@
-"""Real mail servers, in the chroots of ``install-server``, as long as a test wants them.
+"""Real servers, in the chroots of ``install-server``, as long as a test wants them.
 
-Each listens on a free port of the loopback, keeps its files in a folder of its own, and takes mail
-for ``example.org`` and ``example.com``: Exim holds it for a customer's ATRN, and all of them try to
-deliver it to ``next_hop`` (a port of the loopback) if there is one.
+Each listens on a free port of the loopback and keeps its files in a folder of its own.  The mail
+servers take mail for ``example.org`` and ``example.com``: Exim holds it for a customer's ATRN, and
+all of them try to deliver it to ``next_hop`` (a port of the loopback) if there is one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-__all__ = ["ACCOUNTS", "Exim", "Postfix", "Sendmail", "Server", "find", "free_port", "until"]
+__all__ = [
+    "ACCOUNTS",
+    "DEFERRED",
+    "REFUSED",
+    "Exim",
+    "Postfix",
+    "Program",
+    "Sendmail",
+    "Server",
+    "find",
+    "free_port",
+    "until",
+]
 
 DEFAULT_ROOT = "/var/cache/salmon-revsmtp"
+
+#: Recipients that Exim and Postfix refuse for good, and for now.
+REFUSED, DEFERRED = "refused@example.org", "deferred@example.org"
 
 #: account -> password, of Exim
 ACCOUNTS = {"acme": "s3cret of acme"}
 
-Self = TypeVar("Self", bound="Server")
+Self = TypeVar("Self", bound="Program")
 
 
 def find(name: str) -> Path | str:
@@ -44,18 +59,16 @@ def find(name: str) -> Path | str:
     return root
 
 
-class Server(ABC):
-    """A server that runs while the context lasts.
+class Program(ABC):
+    """A server of any kind that runs while the context lasts.
 
-    ``port``      where it listens, on 127.0.0.1.
-    ``next_hop``  the port to which it delivers; 0: nowhere.
+    ``port``  where it listens, on 127.0.0.1.
     """
 
     program: ClassVar[str]
 
-    def __init__(self, root: Path, next_hop: int = 0) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self.next_hop = next_hop
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -67,7 +80,7 @@ class Server(ABC):
         try:
             self.configure()
             self._process = subprocess.Popen(
-                ["chroot", str(self.root), *self.command()],
+                ["chroot", *self.chroot_options(), str(self.root), *self.command()],
                 stdin=subprocess.DEVNULL,
                 stdout=(self.folder / "output").open("wb"),
                 stderr=subprocess.STDOUT,
@@ -106,9 +119,9 @@ class Server(ABC):
     def command(self) -> list[str]:
         """What runs it in the foreground, inside the chroot."""
 
-    @abstractmethod
-    def waiting(self) -> int:
-        """How many messages it holds."""
+    def chroot_options(self) -> list[str]:
+        """Of the command that runs it."""
+        return []
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         process.terminate()
@@ -134,6 +147,21 @@ class Server(ABC):
             except ConnectionRefusedError:
                 time.sleep(0.02)
         raise RuntimeError(f"{self.program} does not listen: {self.log()}")
+
+
+class Server(Program):
+    """A mail server.
+
+    ``next_hop``  the port to which it delivers; 0: nowhere.
+    """
+
+    def __init__(self, root: Path, next_hop: int = 0) -> None:
+        super().__init__(root)
+        self.next_hop = next_hop
+
+    @abstractmethod
+    def waiting(self) -> int:
+        """How many messages it holds."""
 
     def submit(
         self, sender: str, recipients: Sequence[str], message: bytes, options: Sequence[str] = ()
@@ -189,7 +217,7 @@ queue_only = {hold}
 queue_run_in_order = true
 smtp_etrn_command = /usr/sbin/exim4 -C {place}/exim.conf -Rf \
   "${{if inlist{{$domain}}{{example.org:example.com}}{{$value}}fail}}"
-acl_smtp_rcpt = accept_everything
+acl_smtp_rcpt = check_rcpt
 acl_smtp_data = accept_everything
 acl_smtp_atrn = check_atrn
 acl_smtp_etrn = check_etrn
@@ -198,6 +226,13 @@ acl_smtp_etrn = check_etrn
 begin acl
 
 accept_everything:
+  accept
+
+check_rcpt:
+  deny  condition = ${{if eq{{$local_part@$domain}}{{{refused}}}}}
+        message = 550 5.1.1 no such user
+  defer condition = ${{if eq{{$local_part@$domain}}{{{deferred}}}}}
+        message = 451 4.2.1 not now
   accept
 
 # From the chapter on ODMR in Exim's specification.
@@ -306,6 +341,7 @@ class Exim(Server):
         values = {"place": self.place, "port": self.port, "tls": tls, "next_hop": self.next_hop}
         values |= {"password": ACCOUNTS["acme"], "hold": "false" if self.next_hop else "true"}
         values |= {"most": 1 if self._as_we_advise else 500}  # 500 is Exim's default
+        values |= {"refused": REFUSED, "deferred": DEFERRED}
         (self.folder / "exim.conf").write_text(EXIM.format(**values))
         owner = (self.root / "var/spool/exim4").stat()
         (self.folder / "spool").mkdir()
@@ -332,6 +368,8 @@ mydestination =
 mynetworks = 127.0.0.0/8
 relay_domains = example.org, example.com
 smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_recipient_restrictions = check_recipient_access inline:{{
+    {{{refused} = 550 5.1.1 no such user}}, {{{deferred} = 451 4.2.1 not now}} }}
 smtp_dns_support_level = disabled
 smtputf8_enable = yes
 message_size_limit = 0
@@ -351,7 +389,8 @@ class Postfix(Server):
     def configure(self) -> None:
         conf = self.folder / "conf"
         conf.mkdir()
-        text = POSTFIX.format(place=self.place, next_hop=self.next_hop)
+        values = {"refused": REFUSED, "deferred": DEFERRED}
+        text = POSTFIX.format(place=self.place, next_hop=self.next_hop, **values)
         (conf / "main.cf").write_text(text)
         proto = (self.root / "usr/share/postfix/master.cf.dist").read_text()
         # No service in a chroot of its own, and the listener on our port.

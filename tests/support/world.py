@@ -15,7 +15,10 @@ from salmon_revsmtp.provider.hold.store import Held, HoldStore
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.smtp.content import whole
+from salmon_revsmtp.smtp.envelope import Envelope
 from support.configuration import PASSWORD, configuration
+from support.dialogue import Dialogue
+from support.holding import arrival
 from support.messages import MESSAGE
 from support.salmon import Salmon
 
@@ -48,8 +51,47 @@ class World:
         """Its octets."""
         return whole(self.store.load([held.key])[held.key])
 
+    def hold(self, *recipients: str, data: bytes = MESSAGE) -> int:
+        """Hold a message as if it had come; returns its key."""
+        return self.put(Envelope("a@example.net", recipients), data)
+
+    def put(self, envelope: Envelope, data: bytes) -> int:
+        """The same, with the envelope that it came in."""
+        [[key, *_]] = self.store.put([arrival(self.collector.providing.accounts, envelope, data)])
+        return key
+
     def held(self, name: str = "acme") -> list[Held]:
-        return list(self.store.listing(name))
+        return list(self.store.listing(name, messages=10_000))
+
+    async def until(self, so: Callable[[], bool]) -> None:
+        """Wait until something is so."""
+
+        async def wait() -> None:
+            while not so():
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(wait(), 30)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Dialogue]:
+        """Any client that has greeted."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.mx)
+        client = Dialogue(reader, writer)
+        await client.replied(220)
+        client.say("EHLO x")
+        await client.replied(250)
+        yield client
+        await client.quit()
+        writer.close()
+
+    async def ask(self, *names: str) -> list[str]:
+        """Send ETRN for each of these, as any client does; returns the answers."""
+        answers = []
+        async with self.client() as client:
+            for name in names:
+                client.say(f"ETRN {name}")
+                answers.append(await client.hear())
+        return answers
 
     async def send(
         self, *recipients: str, data: bytes = MESSAGE, sender: str = "a@example.net"

@@ -337,26 +337,31 @@ class EmbeddedStore:
             return self._taken.setdefault(account, set())
 
     def claim(self, keys: Iterable[int]) -> dict[int, Held]:
-        claimed = {}
-        for key in keys:
-            if (held := self.find(key)) is None:
-                continue
-            taken = self._taken_of(held.account)
-            with self._taking:
-                # Whoever had it until now may have settled it, or a part of it.
-                if key in taken or (held := self.find(key)) is None:
+        claimed: dict[int, Held] = {}
+        try:
+            for key in keys:
+                if (held := self.find(key)) is None:
                     continue
-                taken.add(key)
-            claimed[key] = held
+                taken = self._taken_of(held.account)
+                with self._taking:
+                    # Whoever had it until now may have settled it, or a part of it.
+                    if key in taken or (held := self.find(key)) is None:
+                        continue
+                    taken.add(key)
+                claimed[key] = held
+        except BaseException:
+            self.release(claimed)
+            raise
         return claimed
 
     def release(self, keys: Iterable[int]) -> None:
-        left = [held for held in map(self.find, keys) if held is not None]
-        for held in left:
-            taken = self._taken_of(held.account)
-            with self._taking:
-                taken.discard(held.key)
-        self._begin_anew({held.account for held in left})
+        # Whether they are still held is of no matter, and the store may be unable to say.
+        released = set(keys)
+        with self._taking:
+            left = [name for name, taken in self._taken.items() if not taken.isdisjoint(released)]
+            for name in left:
+                self._taken[name].difference_update(released)
+        self._begin_anew(left)
 
     def settle(self, done: Sequence[Settled]) -> None:
         used: Counter[str] = Counter()
@@ -490,7 +495,8 @@ class EmbeddedStore:
         return int(count)
 
     def usages(self) -> dict[str, Usage]:
-        return {account: used for account, used in self._usages.items() if used.messages}
+        usages = self._usages.copy()  # mail comes meanwhile, in other threads
+        return {account: used for account, used in usages.items() if used.messages}
 
     # -- the database -----------------------------------------------------------------------------
 
