@@ -306,7 +306,7 @@ class Commands:
             return False
         self.steps += 1
         if isinstance(line, Reply):
-            self._refuse_command(line)
+            self._wrong("", line)
         else:
             self._command(line)
         return True

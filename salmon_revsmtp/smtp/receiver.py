@@ -517,6 +517,9 @@ class Receiver(Commands):
             self._events.append(Refused((), reply, self._forwarded))
         if name == "MAIL" and reply.code != 503:
             self._mail_refused = True
+        # What is not recognized between transactions may have been the MAIL that it was said for.
+        unknown = reply.code == 500 and self._state is _IDLE
+        if unknown or (name == "MAIL" and reply.code != 503):
             self._told = {}
         self._refuse_command(reply)
 

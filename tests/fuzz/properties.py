@@ -509,8 +509,10 @@ class _ServerDialogue:
         elif code == 250 and verb == b"MAIL":
             assert self.greeted and self.mail is None
             self.mail = _Mail(line)
-        elif verb == b"MAIL" and code != 503:
+        elif verb == b"MAIL" and code not in (500, 503):
             self.forwarded = []
+        elif code == 500:  # between two transactions it may have been a MAIL
+            self.forwarded = self.forwarded if self.mail else []
         elif code == 250 and verb == b"XFORWARD":
             assert self.believed and self.greeted and self.mail is None
             self.forwarded.append(line)
