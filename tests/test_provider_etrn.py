@@ -449,6 +449,25 @@ def test_each_answer_is_settled_as_it_is(salmon: Salmon) -> None:
     assert "never@example.org" in report and "550 never" in report
 
 
+def test_a_large_message_of_dots_goes_to_a_server_without_chunking(salmon: Salmon) -> None:
+    """A piece of it, with the dots that DATA adds, is more than is written at a time."""
+    taken: list[bytes] = []
+    data = b"Subject: x\r\n\r\n" + (b".\r\n" + b"x" * 1000 + b"\r\n") * 600
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append((await take(server))[1])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org", data=data)
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+    assert taken == [data]
+
+
 def test_a_second_request_meanwhile_starts_nothing_more(salmon: Salmon) -> None:
     begun, asked = asyncio.Event(), asyncio.Event()
 
