@@ -30,6 +30,7 @@ from salmon_revsmtp.provider.handover import MOST_STRIKES
 from salmon_revsmtp.provider.hold.store import Arrival, Feed, Held, Settled, State
 from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.smtp import content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import EtrnRequest, Receiver, Transaction
@@ -783,6 +784,41 @@ def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
         await here.until(lambda: not here.held())
 
     with_a_customer(salmon, work, breaks, home)
+
+
+def test_no_one_waits_while_a_large_message_of_strange_lines_is_made_ready(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line ends of 50 MB are a second's work, and anyone may send such mail."""
+    line, lines, looked_at = b"x" * 1000 + b"\0", 300, set[threading.Thread]()
+    taken: list[bytes] = []
+    with_crlf, hides_an_end = content._with_crlf, content._hides_an_end
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append((await take(server))[1])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        for name, real in (("_with_crlf", with_crlf), ("_hides_an_end", hides_an_end)):
+            monkeypatch.setattr(content, name, noting_the_thread(real, looked_at))
+        here.hold("b@example.org", data=b"Subject: x\r\n\r\n" + (b"\n.\r" + line) * lines)
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+    assert taken == [b"Subject: x\r\n\r\n" + (b"\r\n.\r\n" + line) * lines + b"\r\n"]
+    assert looked_at and threading.main_thread() not in looked_at
+
+
+def noting_the_thread(
+    work: Callable[[bytes], Any], threads: set[threading.Thread]
+) -> Callable[[bytes], Any]:
+    def noted(data: bytes) -> Any:
+        threads.add(threading.current_thread())
+        return work(data)
+
+    return noted
 
 
 # -- TLS ---------------------------------------------------------------------------------------
