@@ -101,6 +101,13 @@ async def goodbye(server: Dialogue) -> None:
     await server.silence()
 
 
+async def take_one(server: Dialogue) -> None:
+    """A customer's server to which one message comes, and no more."""
+    await greet(server)
+    await take(server)
+    await goodbye(server)
+
+
 # -- the machine -------------------------------------------------------------------------------
 
 
@@ -613,11 +620,6 @@ def test_who_asks_while_an_attempt_fails_gets_another(
         await asked.wait()
         server.abort()
 
-    async def home(server: Dialogue) -> None:
-        await greet(server)
-        await take(server)
-        await goodbye(server)
-
     async def work(here: World) -> None:
         here.hold("b@example.org")
         await here.ask("example.org")
@@ -627,7 +629,7 @@ def test_who_asks_while_an_attempt_fails_gets_another(
         asked.set()
         await here.until(lambda: not here.held())
 
-    with_a_customer(salmon, work, gone, home)
+    with_a_customer(salmon, work, gone, take_one)
 
 
 def test_an_address_where_no_one_is(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
@@ -707,11 +709,6 @@ def test_what_is_under_way_when_the_store_fails_is_not_sent_by_two_at_once(
         await server.ignore()
         may_settle.set()
 
-    async def home(server: Dialogue) -> None:
-        await greet(server)
-        await take(server)
-        await goodbye(server)
-
     here_is: list[World] = []
     settling: list[int] = []
 
@@ -739,7 +736,7 @@ def test_what_is_under_way_when_the_store_fails_is_not_sent_by_two_at_once(
         await here.ask("example.org")
         await here.until(lambda: not here.held())
 
-    with_a_customer(salmon, work, cut, home)
+    with_a_customer(salmon, work, cut, take_one)
 
 
 class FeedThatFails:
@@ -767,11 +764,6 @@ def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
         await server.hear("MAIL")
         server.abort()
 
-    async def home(server: Dialogue) -> None:
-        await greet(server)
-        await take(server)
-        await goodbye(server)
-
     def no_thread(*arguments: Any) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -783,7 +775,7 @@ def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
         await here.ask("example.org")
         await here.until(lambda: not here.held())
 
-    with_a_customer(salmon, work, breaks, home)
+    with_a_customer(salmon, work, breaks, take_one)
 
 
 def test_no_one_waits_while_a_large_message_of_strange_lines_is_made_ready(
