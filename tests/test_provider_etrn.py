@@ -30,6 +30,7 @@ from salmon_revsmtp.provider.handover import MOST_STRIKES
 from salmon_revsmtp.provider.hold.store import Arrival, Feed, Held, Settled, State
 from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.smtp import content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import EtrnRequest, Receiver, Transaction
@@ -98,6 +99,13 @@ async def take(server: Dialogue, answer: str = "250 taken") -> tuple[list[str], 
 async def goodbye(server: Dialogue) -> None:
     await server.asks("QUIT", "221 bye")
     await server.silence()
+
+
+async def take_one(server: Dialogue) -> None:
+    """A customer's server to which one message comes, and no more."""
+    await greet(server)
+    await take(server)
+    await goodbye(server)
 
 
 # -- the machine -------------------------------------------------------------------------------
@@ -449,6 +457,25 @@ def test_each_answer_is_settled_as_it_is(salmon: Salmon) -> None:
     assert "never@example.org" in report and "550 never" in report
 
 
+def test_a_large_message_of_dots_goes_to_a_server_without_chunking(salmon: Salmon) -> None:
+    """A piece of it, with the dots that DATA adds, is more than is written at a time."""
+    taken: list[bytes] = []
+    data = b"Subject: x\r\n\r\n" + (b".\r\n" + b"x" * 1000 + b"\r\n") * 600
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append((await take(server))[1])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        here.hold("b@example.org", data=data)
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+    assert taken == [data]
+
+
 def test_a_second_request_meanwhile_starts_nothing_more(salmon: Salmon) -> None:
     begun, asked = asyncio.Event(), asyncio.Event()
 
@@ -593,11 +620,6 @@ def test_who_asks_while_an_attempt_fails_gets_another(
         await asked.wait()
         server.abort()
 
-    async def home(server: Dialogue) -> None:
-        await greet(server)
-        await take(server)
-        await goodbye(server)
-
     async def work(here: World) -> None:
         here.hold("b@example.org")
         await here.ask("example.org")
@@ -607,7 +629,7 @@ def test_who_asks_while_an_attempt_fails_gets_another(
         asked.set()
         await here.until(lambda: not here.held())
 
-    with_a_customer(salmon, work, gone, home)
+    with_a_customer(salmon, work, gone, take_one)
 
 
 def test_an_address_where_no_one_is(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
@@ -687,11 +709,6 @@ def test_what_is_under_way_when_the_store_fails_is_not_sent_by_two_at_once(
         await server.ignore()
         may_settle.set()
 
-    async def home(server: Dialogue) -> None:
-        await greet(server)
-        await take(server)
-        await goodbye(server)
-
     here_is: list[World] = []
     settling: list[int] = []
 
@@ -719,7 +736,7 @@ def test_what_is_under_way_when_the_store_fails_is_not_sent_by_two_at_once(
         await here.ask("example.org")
         await here.until(lambda: not here.held())
 
-    with_a_customer(salmon, work, cut, home)
+    with_a_customer(salmon, work, cut, take_one)
 
 
 class FeedThatFails:
@@ -747,11 +764,6 @@ def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
         await server.hear("MAIL")
         server.abort()
 
-    async def home(server: Dialogue) -> None:
-        await greet(server)
-        await take(server)
-        await goodbye(server)
-
     def no_thread(*arguments: Any) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -763,7 +775,42 @@ def test_a_session_that_breaks_lets_go_of_its_mail_whatever_fails_beside(
         await here.ask("example.org")
         await here.until(lambda: not here.held())
 
-    with_a_customer(salmon, work, breaks, home)
+    with_a_customer(salmon, work, breaks, take_one)
+
+
+def test_no_one_waits_while_a_large_message_of_strange_lines_is_made_ready(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line ends of 50 MB are a second's work, and anyone may send such mail."""
+    line, lines, looked_at = b"x" * 1000 + b"\0", 300, set[threading.Thread]()
+    taken: list[bytes] = []
+    with_crlf, hides_an_end = content._with_crlf, content._hides_an_end
+
+    async def home(server: Dialogue) -> None:
+        await greet(server)
+        taken.append((await take(server))[1])
+        await goodbye(server)
+
+    async def work(here: World) -> None:
+        for name, real in (("_with_crlf", with_crlf), ("_hides_an_end", hides_an_end)):
+            monkeypatch.setattr(content, name, noting_the_thread(real, looked_at))
+        here.hold("b@example.org", data=b"Subject: x\r\n\r\n" + (b"\n.\r" + line) * lines)
+        await here.ask("example.org")
+        await here.until(lambda: not here.held())
+
+    with_a_customer(salmon, work, home)
+    assert taken == [b"Subject: x\r\n\r\n" + (b"\r\n.\r\n" + line) * lines + b"\r\n"]
+    assert looked_at and threading.main_thread() not in looked_at
+
+
+def noting_the_thread(
+    work: Callable[[bytes], Any], threads: set[threading.Thread]
+) -> Callable[[bytes], Any]:
+    def noted(data: bytes) -> Any:
+        threads.add(threading.current_thread())
+        return work(data)
+
+    return noted
 
 
 # -- TLS ---------------------------------------------------------------------------------------

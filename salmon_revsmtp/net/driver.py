@@ -313,7 +313,11 @@ class Driver(asyncio.Protocol):
         """Write what the machine has more of, as long as there is room for it."""
         if not self.machine.streaming:
             return
-        while self.machine.streaming and not (self._outgoing or self._congested or self._lost):
+        while self.machine.streaming and not self._lost:
+            if self._outgoing:  # a piece with stuffed dots is more than goes out at a time
+                self._pump()
+            if self._outgoing or self._congested:
+                break
             self._say(self.machine.data_to_send())
         if not self.machine.streaming:  # what waited for that
             self.happened(self.machine.advance())

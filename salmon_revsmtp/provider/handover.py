@@ -28,7 +28,7 @@ from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
 from salmon_revsmtp.provider.settling import Answered, Settler
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.smtp.content import Content
+from salmon_revsmtp.smtp.content import PIECE, Content, Octets
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.sender import Broken, NotForwarded, Outgoing, Ready, Sender, Sent
 
@@ -49,6 +49,13 @@ AGAIN_FIRST, AGAIN_LAST = 60.0, 900.0
 
 def _nothing() -> None:
     pass
+
+
+def _made_ready(content: bytes | Content) -> bytes | Content:
+    """The event loop is not to work on a large message that cannot be sent as it is."""
+    if isinstance(content, bytes) and len(content) > PIECE:
+        return Octets(content)
+    return content
 
 
 class Passing:
@@ -330,7 +337,7 @@ class HandOver:
         def read() -> Page:
             page = feed.take(PAGE, PAGE_OCTETS)
             found = store.load([held.key for held in page]) if page else {}
-            return [(held, found[held.key]) for held in page if held.key in found]
+            return [(held, _made_ready(found[held.key])) for held in page if held.key in found]
 
         self._more = False
         return await asyncio.to_thread(read)

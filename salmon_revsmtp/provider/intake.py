@@ -42,7 +42,7 @@ from salmon_revsmtp.provider.idents import Ident, Idents
 from salmon_revsmtp.provider.live import Live, Said
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
-from salmon_revsmtp.smtp.content import Content
+from salmon_revsmtp.smtp.content import Content, Octets
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
@@ -240,7 +240,9 @@ class Intake:
         try:
             assert self._live is not None
             if (session := self._live.takes(arrival.envelope)) is not None:
-                said = await self._live.send(session, arrival.envelope, _content(arrival))
+                ready = arrival.spool is None  # else it may have to be read
+                content = _content(arrival) if ready else await asyncio.to_thread(_content, arrival)
+                said = await self._live.send(session, arrival.envelope, content)
         except Exception as error:  # our own bug, or a disk that cannot be read
             said = Said(said.replies, f"{type(error).__name__}: {error}")
             text = "%s a message was not passed on"
@@ -440,7 +442,7 @@ def _content(arrival: Arrival) -> bytes | Content:
     head = b"".join(arrival.content)
     if arrival.spool is None:
         return head
-    return arrival.spool.content(head) or head + arrival.spool.read()
+    return arrival.spool.content(head) or Octets(head + arrival.spool.read())
 
 
 def _for_one_answer(envelope: Envelope, said: Said) -> Said:

@@ -7,7 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-__all__ = ["Content", "Octets", "Sink", "Traits", "beginning", "whole"]
+__all__ = ["PIECE", "Content", "Octets", "Sink", "Traits", "beginning", "whole"]
+
+
+# Octets of a message in memory that are written at a time.
+PIECE = 256 * 1024
 
 
 class Sink(Protocol):
@@ -45,10 +49,17 @@ class Content(Protocol):
 
 
 class Octets:
-    """A message in memory as :class:`Content`."""
+    """A message in memory as :class:`Content`, but for NULs, which it may have.
+
+    ``data``  any octets.  That every line ends in CRLF is seen to here: of a large message that
+              takes up to a second, so who has an event loop to run makes this in a thread.
+    ``hides_an_end``  a line is a dot but for NULs, of which the first is before it.  Some servers
+              drop NULs before they look for the end of data: to them this is one.
+    """
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._data = _with_crlf(data)
+        self.hides_an_end = b"\x00" in data and _hides_an_end(self._data)
 
     @property
     def size(self) -> int:
@@ -59,10 +70,28 @@ class Octets:
         return self._data.isascii()
 
     def pieces(self) -> Iterator[bytes]:
-        yield self._data
+        for start in range(0, len(self._data), PIECE):
+            yield self._data[start : start + PIECE]
 
     def beginning(self, octets: int) -> bytes:
         return self._data[:octets]
+
+
+def _with_crlf(data: bytes) -> bytes:
+    """The message with CRLF and no other CR or LF, its last line ended."""
+    ends = data.count(b"\r\n")
+    if data.count(b"\r") != ends or data.count(b"\n") != ends:
+        # Three passes over octets cost less than one over what a pattern finds: 50 MiB of bare LF
+        # were 4.5 GB.
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
+
+
+def _hides_an_end(data: bytes) -> bool:
+    """In a message with CRLF: a dot that stands alone when the NULs are gone, and did not before.
+    (A pattern takes five times as long.)"""
+    dropped = (b"\n" + data).replace(b"\n.", b"\n..").replace(b"\x00", b"")
+    return b"\n.\r\n" in dropped
 
 
 def beginning(data: bytes | Content, octets: int) -> bytes:

@@ -12,7 +12,7 @@ from grammar import inputs, seeds
 from hypothesis import given, settings
 
 from salmon_revsmtp.delivery import bounds
-from salmon_revsmtp.smtp import commands, receiver, sasl, sender
+from salmon_revsmtp.smtp import commands, content, receiver, sasl, sender
 from salmon_revsmtp.smtp.replies import Reply
 
 EVERYTHING = [(target, path) for target in properties.TARGETS for path in seeds(target)]
@@ -74,7 +74,8 @@ def _forgotten(machine: receiver.Receiver) -> None:
         ("receiver", receiver.Receiver, "_drop_sink", _forgotten),
         ("receiver", receiver.Receiver, "_let_go", lambda self: None),
         ("sender", sender, "_stuffed", lambda content: content),
-        ("sender", sender, "_with_crlf", lambda data: data),
+        ("sender", content, "_with_crlf", lambda data: data),
+        ("sender", content, "_hides_an_end", lambda data: False),
         ("sender", sender.Sender, "_can_be_said", lambda self, envelope: True),
         ("session", sasl, "_proved", lambda passwords, name, password: "other"),
         ("parser", bounds, "LIMITS", bounds.ParserLimits(depth=10_000)),
