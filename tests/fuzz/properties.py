@@ -487,11 +487,10 @@ class _ServerDialogue:
     def _command(self, line: bytes) -> None:
         line = line.replace(b"\t", b" ")
         verb = line.partition(b" ")[0].upper()
-        asks = verb == b"ETRN" and self._asks(line)
+        if verb == b"ETRN" and self._asks(line):
+            return
         if self.replies and self.replies[0][0] == 421:
             self._reply()  # the last straw, or it went out before the command came
-            return
-        if asks:
             return
         if chunk := _BDAT.fullmatch(line):
             self._chunk(int(chunk[1]), chunk[2] is not None)
@@ -545,6 +544,7 @@ class _ServerDialogue:
             return True
         if self.replies and self.replies[0][0] == 421:
             assert answer.permanent, "no answer to ETRN"  # and one error too many
+            self._reply()
             return True
         assert self.replies.popleft()[1] == answer.encode()
         return True
