@@ -421,6 +421,66 @@ def test_a_sender_that_comes_again_is_answered_as_before(salmon: Salmon) -> None
     both_ends(salmon, work)
 
 
+@pytest.mark.parametrize("end", ["reset", "closed"])
+def test_a_sender_that_comes_again_while_the_first_is_under_way(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Its connection broke while home was at work: that is no second message."""
+    monkeypatch.setattr(live, "RECIPIENT_IN", 0.2)
+    go, begun = threading.Event(), threading.Event()
+
+    def slow(message: MailRequest) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+
+    salmon.handle(".*", slow)
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        data = message("one")
+        _, writer = await asyncio.open_connection("127.0.0.1", ends.provider.mx)
+        writer.write(
+            b"EHLO x\r\nMAIL FROM:<a@example.net>\r\nRCPT TO:<b@example.org>\r\n"
+            b"BDAT %d LAST\r\n%s" % (len(data), data)
+        )
+        assert await asyncio.to_thread(begun.wait, PATIENCE)
+        if end == "reset":
+            writer.transport.abort()
+        else:
+            writer.close()
+        assert "held as" in str((await ends.send(data))[-1])
+        go.set()
+        await ends.until(lambda: ends.held == 0)
+        assert ends.handled == ["one"]
+
+    both_ends(salmon, work)
+
+
+def test_with_prdr_a_sender_comes_again_for_those_of_whom_it_heard_nothing(salmon: Salmon) -> None:
+    """Exim does, whose connection breaks after a 550 and before the last reply."""
+    salmon.handle(".*", by_name)
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        data = message("one")
+        for names, last in ((("yes", "no"), b"550 5.7.1 not this"), (("yes",), b"250 2.0.0")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", ends.way_in.port)
+            writer.write(b"EHLO x\r\nMAIL FROM:<a@example.net> PRDR\r\n")
+            writer.writelines(b"RCPT TO:<%s@example.org>\r\n" % one.encode() for one in names)
+            writer.write(b"BDAT %d LAST\r\n%s" % (len(data), data))
+            line = b""
+            while not line.startswith(last):
+                line = await asyncio.wait_for(reader.readline(), PATIENCE)
+                assert line
+            writer.transport.abort()
+            await ends.way_in.quiet()
+        handled = [str(one.To).partition("@")[0] for one in ends.salmon.handled]
+        assert sorted(handled) == ["no", "yes"] and ends.held == 0
+
+    both_ends(salmon, work)
+    assert salmon.relayed == []
+
+
 @pytest.mark.parametrize("live_too", [True, False])
 def test_the_same_octets_twice_are_two_messages_where_the_first_was_heard(
     salmon: Salmon, live_too: bool

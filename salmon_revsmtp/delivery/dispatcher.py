@@ -116,8 +116,9 @@ class PendingDelivery:
     ``since``, ``until``  when it came, and when its time is up, on the event loop's clock.
     ``number``     its place among those of its session when it came.
     ``over``       called when nothing will be done for it any more, from whatever thread.
-    ``heard``      called once, in the event loop, when its client has gone on after the answer, and
-                   so has heard it (``True``), or is gone.
+    ``heard``      called once when its client has gone on after the answer, and so has heard it
+                   (``True``), or is gone: :meth:`ask_whether_heard`.
+    ``unheard``    its client is gone.
     ``log``        what its lines are written with: all that its client can make us log is bounded.
     """
 
@@ -134,6 +135,7 @@ class PendingDelivery:
     number: int = 1
     over: Callable[[], None] = _nothing
     heard: Callable[[bool], None] = _no_one_asked
+    unheard: bool = False
     log: LogBudget = field(default_factory=LogBudget)
     begun: bool = False
     abandoned: bool = False
@@ -160,6 +162,23 @@ class PendingDelivery:
         with self.lock:
             if not self.abandoned:
                 self.reply = reply
+
+    def ask_whether_heard(self, tell: Callable[[bool], None]) -> None:
+        """Have ``tell`` called once: with ``True`` when the client has heard the answer, or with
+        ``False`` as soon as it is gone, which may be long before there is one."""
+        with self.lock:
+            gone = self.unheard
+            if not gone:
+                self.heard = tell
+        if gone:
+            tell(False)
+
+    def note_heard(self, heard: bool) -> None:
+        """The client has heard the answer, or it never will."""
+        with self.lock:
+            tell, self.heard = self.heard, _no_one_asked
+            self.unheard = not heard
+        tell(heard)
 
     def abandon(self, reply: Reply, *, if_not_begun: bool = False) -> bool:
         """Wait no longer: ``reply`` goes to whoever has not been served so far.  Returns whether no

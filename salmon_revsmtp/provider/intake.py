@@ -337,7 +337,7 @@ class Intake:
         envelope = pending.envelope
         digest = hashlib.sha256(pending.data).digest() if spool is None else spool.digest
         ident = self._idents.give(envelope, digest)
-        pending.heard = functools.partial(self._note_heard, pending, ident)
+        pending.ask_whether_heard(functools.partial(self._note_heard, pending, ident))
         client = replace(envelope.client or Client(), ident=str(ident))
         return replace(envelope, client=client)
 

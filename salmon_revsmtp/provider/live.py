@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.foreign import ERROR_TEXT, angle, shortened
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.handover import HandOver, Passing
 from salmon_revsmtp.safelog import log_safely
@@ -45,6 +45,8 @@ MESSAGE_IN = 60.0
 # Refusals of a command's form or order (RFC 5321 4.2.2), and of what a session may do at all, say
 # nothing of the mail.
 _NOT_ABOUT_MAIL = frozenset({500, 501, 502, 503, 504, 530, 534, 535, 538, 555})
+# What a 2yz to RCPT, or to a message, may be (RFC 5321 4.3.2).
+_POSITIVE = frozenset({250, 251, 252})
 
 #: The session of an account that passes on what there is for a domain, if there is one.
 Find = Callable[[str, str], HandOver | None]
@@ -165,8 +167,17 @@ def _said(sent: Sent) -> Said:
     if not sent.asked:
         return _nothing(sent.message.envelope, f"the customer cannot be sent it: {sent.replies[0]}")
     replies = [
-        None if reply.transient or reply.code in _NOT_ABOUT_MAIL else reply
+        None if reply.transient or reply.code in _NOT_ABOUT_MAIL else _passed_on(reply)
         for reply in sent.replies
     ]
     missing = [was for was, reply in zip(sent.replies, replies, strict=True) if reply is None]
     return Said(replies, f"the customer says {missing[0]}" if missing else "")
+
+
+def _passed_on(reply: Reply) -> Reply:
+    """A reply as the sender hears it.  A 5yz is short by itself; a 2yz of thousands of lines, or
+    one that greets or says goodbye, is nothing that a sender has to expect."""
+    if not reply.positive:
+        return reply
+    code = reply.code if reply.code in _POSITIVE else 250
+    return replace(reply, code=code, text=shortened(reply.text, ERROR_TEXT))

@@ -271,15 +271,17 @@ class Session(Driver):
     def eof_received(self) -> bool:
         if self._deliveries:
             asyncio.get_running_loop().call_later(HALF_CLOSED, self._forget)
+        for pending in self._deliveries.values():
+            pending.note_heard(False)  # there will be no command after the answer
         return super().eof_received()
 
     def _forget(self) -> None:
         """No one waits for the answers any more, as far as we can tell: what has not begun is not
         done now."""
         for transaction, pending in list(self._deliveries.items()):
+            pending.note_heard(False)
             if self._deliverer.let_go(pending):
                 del self._deliveries[transaction]
-                pending.heard(False)
                 self._receiver.answer(transaction, GONE)
         self.advance()
 
@@ -308,7 +310,7 @@ class Session(Driver):
     def _note_heard(self, heard: bool) -> None:
         """Whoever wants to know learns whether its answer was heard."""
         for pending in self._perhaps_unheard:
-            pending.heard(heard)
+            pending.note_heard(heard)
         self._perhaps_unheard.clear()
 
     # -- events -----------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ async def ends(
         plugins = plugins or Plugins.load()
         keys = {"hostname": "home.example.org", **service}
         valid = configuration(
-            agent_keys(proxy.port, every=0.1, **(agent or {})), plugins=plugins, default=keys
+            agent_keys(proxy.port, **{"every": 0.1, **(agent or {})}), plugins=plugins, default=keys
         )
         home = salmon.folder / "home"
         home.mkdir()

@@ -3,8 +3,10 @@
     python -m support.killable FOLDER KEYS DELIVERY
 
 A line of JSON on standard input is a run: ``{"do": "collect", "die_at": 17}`` forks a child that
-collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue), and that
-kills itself at the 17th line that it comes to of the code which makes a message safe; ``"die_in":
+collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue; ``"serve"``:
+a server, which has a session open), and that kills itself at the 17th line that it comes to of the
+code which makes a message safe, or, with ``"after"``, from the first call of that function on, such
+as ``"service/recipients.py:verdict"``; ``"die_in":
 "RCPT"`` kills it when a session has answered RCPT, and ``"stop_in"`` stops that.  Answers: ``pid
 4711``, and when it is dead ``ended -9``.  The handlers write a ledger: ``begin`` and ``end``, the
 message, its recipient, and the digest of what queue mode stored for it.
@@ -14,37 +16,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import json
 import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from salmon.mail import MailRequest
 from salmon.routing import Router, route, stateless
 from salmon.server import SMTPError
 
-import salmon_revsmtp
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.delivery.router import RouterDelivery
 from salmon_revsmtp.delivery.trace import envelope_lines
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.service.session import Session
 from salmon_revsmtp.smtp.commands import State
 from support.configuration import configuration
+from support.dying import die_at
 
-PACKAGE = Path(salmon_revsmtp.__file__).parent
 # Where a death may cost or double a message; elsewhere it is no more than a cut connection.
-PERILOUS = tuple(
-    f"{PACKAGE}/{name}" for name in ("delivery/", "journal/", "net/driver.py", "service/")
-)
+PERILOUS = ("delivery/", "journal/", "net/driver.py", "service/")
 LEDGER = "ledger"
 
 
@@ -76,22 +72,6 @@ class Sent:
         descriptor = os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, f"sent notification {To} -\n".encode())
         os.close(descriptor)
-
-
-def die_at(number: int) -> None:
-    """Kill this process at the n-th of those lines, in whatever thread."""
-    lines = itertools.count(1)
-
-    def lined(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and next(lines) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return lined
-
-    def called(frame: FrameType, event: str, argument: Any) -> Any:
-        return lined if frame.f_code.co_filename.startswith(PERILOUS) else None
-
-    threading.settrace(called)
-    sys.settrace(called)
 
 
 def _is_in(session: Session, instant: str) -> bool:
@@ -130,23 +110,23 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def collect(keys: dict[str, Any], delivery: str) -> None:
+def collect(keys: dict[str, Any], delivery: str, serve: bool) -> None:
     plugins = Plugins.load()
     service = {"hostname": "mail.example.org", "delivery": delivery}
     valid = configuration(keys, plugins=plugins, default=service)
     with Collector(valid, plugins, Sent) as collector:
-        asyncio.run(collector.collect(valid.agents))
+        asyncio.run(Daemon(collector, plugins).run() if serve else collector.collect(valid.agents))
 
 
 def run(request: dict[str, Any], keys: dict[str, Any], delivery: str) -> None:
     if number := request.get("die_at"):
-        die_at(number)
+        die_at(number, PERILOUS, request.get("after", ""))
     if instant := request.get("die_in"):
         die_in(instant)
     if instant := request.get("stop_in"):
         do_in(instant, Session.shut_down)
-    if request["do"] == "collect":
-        collect(keys, delivery)
+    if request["do"] in ("collect", "serve"):
+        collect(keys, delivery, request["do"] == "serve")
     else:
         QueueConsumer("run/inbound", relay=Sent).start(one_shot=True)
 

@@ -13,52 +13,22 @@ each notification that the relay was given.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import os
 import signal
 import sys
-import threading
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import salmon_revsmtp
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
 from support.configuration import configuration
+from support.dying import die_at
 from support.killable import Sent
 
-PACKAGE = f"{Path(salmon_revsmtp.__file__).parent}/"
 # Where a death may cost or double a message.
-PERILOUS = tuple(
-    PACKAGE + name for name in ("provider/", "delivery/", "net/driver.py", "service/", "files.py")
-)
-
-
-def die_at(number: int, after: str) -> None:
-    """Kill this process at the n-th of those lines, in whatever thread."""
-    file, _, function = after.partition(":")
-    lines = itertools.count(1)
-    counting = threading.Event()
-
-    def lined(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and counting.is_set() and next(lines) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return lined
-
-    def called(frame: FrameType, event: str, argument: Any) -> Any:
-        code = frame.f_code
-        if not code.co_filename.startswith(PERILOUS):
-            return None
-        if code.co_name == function and code.co_filename == PACKAGE + file:
-            counting.set()
-        return lined
-
-    threading.settrace(called)
-    sys.settrace(called)
+PERILOUS = ("provider/", "delivery/", "net/driver.py", "service/", "files.py")
 
 
 async def serve(settings: dict[str, Any]) -> None:
@@ -84,7 +54,7 @@ def main() -> None:
         pid = os.fork()
         if not pid:
             if request.get("die_at"):
-                die_at(request["die_at"], request["after"])
+                die_at(request["die_at"], PERILOUS, request["after"])
             asyncio.run(serve(json.loads(settings)))
             os._exit(0)
         print("pid", pid, flush=True)

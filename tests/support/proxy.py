@@ -74,6 +74,22 @@ class Proxy:
         for end in self._ends:
             end.stall(direction)
 
+    @property
+    def connections(self) -> float:
+        """How many are open; one that is open at one end only is half of one."""
+        return len(self._ends) / 2
+
+    def fault_from_now(self, fault: Fault | None) -> None:
+        """The one connection that there is has this fault, after so many more octets; or none."""
+        one, other = self._ends
+        for end in (one, other):
+            end.fault_from_now(fault)
+
+    def abort(self) -> None:
+        """Break every connection off, at both ends."""
+        for end in list(self._ends):
+            end.abort()
+
     async def quiet(self) -> None:
         """Wait until every connection is closed at both ends."""
         await self._quiet.wait()
@@ -91,8 +107,7 @@ class Proxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        for end in list(self._ends):
-            end.abort()
+        self.abort()
         await self.quiet()
 
     def _accept(self) -> _End:
@@ -176,6 +191,11 @@ class _End(asyncio.Protocol):
 
     def stall(self, direction: Direction) -> None:
         self._deaf = self._deaf or self._direction is direction
+
+    def fault_from_now(self, fault: Fault | None) -> None:
+        self._pair_fault = fault
+        self._fault = fault if fault and fault.direction in (self._direction, None) else None
+        self._passed[self._direction] = 0
 
     # -- octets ---------------------------------------------------------------------------------
 
