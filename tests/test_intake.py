@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import smtplib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,59 @@ def test_what_a_plugin_adds_is_held_and_handed_over(salmon: Salmon, lines: int) 
     assert [message.To for message in salmon.handled] == ["b@example.org", "c@example.org"]
     for message in salmon.handled:
         assert b"\nX-Spam: Yes\n" + data[:14].replace(b"\r\n", b"\n") in message.Data
+
+
+class Takes:
+    """A plugin that takes its time for some messages, and ends the process for others."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    @hookimpl
+    def message_received(self, agent: Any, envelope: Any, message: bytes) -> None:
+        if envelope.recipients[0].startswith("slow"):
+            self.begun.set()
+            self.go.wait(60)
+        if envelope.recipients[0].startswith("exits"):
+            raise SystemExit(1)
+
+
+def test_no_message_waits_for_a_plugin_that_looks_at_another(salmon: Salmon) -> None:
+    takes, plugins = Takes(), Plugins.load()
+    plugins.register(takes)
+
+    async def work(here: World) -> None:
+        slow = [asyncio.ensure_future(here.send("slow@example.org")) for _ in range(3)]
+        await asyncio.to_thread(takes.begun.wait, 60)
+        await here.send("b@example.org")
+        await here.send("exits@example.org")
+        assert len(here.held()) == 2 and not any(one.done() for one in slow)
+        takes.go.set()
+        await asyncio.gather(*slow)
+        assert len(here.held()) == 5
+
+    try:
+        in_the_world(salmon, work, plugins=plugins)
+    finally:
+        takes.go.set()
+
+
+def test_a_plugin_that_hangs_costs_its_message_an_answer(salmon: Salmon) -> None:
+    takes, plugins = Takes(), Plugins.load()
+    plugins.register(takes)
+
+    async def work(here: World) -> None:
+        with pytest.raises(aiosmtplib.SMTPDataError, match="not looked at in") as error:
+            await here.send("slow@example.org")
+        assert error.value.code == 451
+        takes.go.set()
+        await here.send("b@example.org")
+        assert [one.envelope.recipients for one in here.held()] == [("b@example.org",)]
+
+    try:
+        in_the_world(salmon, work, plugins=plugins, handler_timeout=0.5)
+    finally:
+        takes.go.set()
 
 
 def test_what_is_held_is_collected_by_a_customer_in_the_same_process(salmon: Salmon) -> None:

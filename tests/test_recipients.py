@@ -261,6 +261,8 @@ class Decides:
             self.go.wait(30)
         if name == "raises":
             raise RuntimeError("a bug of the plugin's")
+        if name == "exits":
+            raise SystemExit("a bug of the plugin's, too")
         if name == "positive":
             return Reply(250, "this refuses nothing")
         return {"later": Reply(450, "mailbox busy", "4.2.1"), "never": NO}.get(name)
@@ -304,12 +306,12 @@ def test_a_plugin_decides_on_recipients(
     salmon.handle(".*")
 
     async def work(port: int) -> None:
-        names = ("ann", "never", "later", "raises", "positive")
+        names = ("ann", "never", "later", "raises", "positive", "exits")
         heard = await asyncio.to_thread(session_of, port, *names)
-        assert heard == [250, 550, 450, 250, 250, 250]
+        assert heard == [250, 550, 450, 250, 250, 250, 250]
 
     in_listener(salmon, work, plugins=plugins)
-    assert [one["To"] is not None for one in salmon.handled] == [True] * 3
+    assert [one["To"] is not None for one in salmon.handled] == [True] * 4
     assert decides.calls[1] == (None, "a@example.net", ("ann@example.org",), "never@example.org")
     assert "plugin=decides hook=recipient_requested raised" in caplog.text
     assert "which refuses nothing" in caplog.text

@@ -81,6 +81,16 @@ def test_pipelining_and_chunking_make_one_write() -> None:
     assert peer.sent == [[250, 550]]
 
 
+def test_commands_are_written_together_and_content_is_not_copied() -> None:
+    peer = Peer("PIPELINING", "CHUNKING")
+    large = (b"x" * 76 + b"\r\n") * 50
+    for data in (MESSAGE, MESSAGE, large, MESSAGE):
+        peer.send(outgoing(data=data))
+    before, content, after = peer.sender.data_to_send()
+    assert before.count(b"MAIL FROM") == 3 and after.count(b"MAIL FROM") == 1
+    assert content is large
+
+
 def test_without_chunking_it_is_data_with_dots_stuffed() -> None:
     peer = Peer("PIPELINING")
     peer.send(outgoing())

@@ -468,7 +468,7 @@ class Dispatcher:
             with self._turn:
                 if pending.abandoned:
                     return None
-                peer = envelope.peer or origin.peer
+                peer = (envelope.client and envelope.peer) or origin.peer
                 reply = self._delivery.deliver(peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 

@@ -95,11 +95,21 @@ class Origin:
 
     def label_of(self, envelope: Envelope) -> str:
         """The same for a message, with its client where it was forwarded."""
-        return self.label + forwarded_client(envelope.forwarded)
+        if not envelope.forwarded_by:  # as most are, and each of their log lines comes here
+            return self.label
+        return self.label + forwarded_client(envelope.client)
 
     def received(self, envelope: Envelope, recipient: str) -> bytes:
         """A whole ``Received:`` header with LF line ends; ``recipient`` is empty where there are
         several, who need not know of each other."""
+        helo = _UNSAFE.sub("?", envelope.helo)[:255] or "unknown"
+        address = self.peer[0]
+        peer = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+        came = f"{helo} ({peer})"
+        if envelope.forwarded_by:
+            came = (
+                f"{helo}{_seen(envelope)}\n\t(forwarded by {_host(envelope.forwarded_by)} {peer})"
+            )
         # RFC 3848, RFC 6531 4.3: ESMTPSA and its kin.
         protocol = "SMTP"
         if envelope.esmtp:
@@ -107,32 +117,26 @@ class Origin:
             protocol += ("S" if self.tls else "") + ("A" if self.authenticated else "")
         whom = f"\n\tfor <{recipient}>" if recipient else ""
         return (
-            f"Received: from {self._from(envelope)}\n"
+            f"Received: from {came}\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.label.replace('=', ' ', 1)})\n"
             f"\twith {protocol} id {secrets.token_hex(8)}{whom}; {_date(int(time.time()))}\n"
         ).encode()
 
-    def _from(self, envelope: Envelope) -> str:
-        """The client, and, in a comment, who told us of it: RFC 5321 4.4 has a place for one
-        host."""
-        helo, by = _host(envelope.helo), envelope.forwarded_by
-        peer = _literal(self.peer[0])
-        if not by:
-            return f"{helo} ({peer})"
-        name, address = (envelope.client.name, envelope.peer) if envelope.client else ("", None)
-        seen = f"{_host(name)} " if name else ""
-        where = f" ({seen}{_literal(address[0])})" if address is not None else ""
-        return f"{helo}{where}\n\t(forwarded by {_host(by)} {peer})"
+
+def _seen(envelope: Envelope) -> str:
+    """What is known of a client that we were told of: the TCP-info of RFC 5321 4.4.  The host that
+    told us goes into a comment after it, for there is a place for one."""
+    client = envelope.client
+    if client is None or not client.address:
+        return ""
+    kind = "IPv6:" if ":" in client.address else ""
+    name = f"{_host(client.name)} " if client.name else ""
+    return f" ({name}[{kind}{client.address}])"
 
 
 def _host(name: str) -> str:
     """What a host calls itself, with nothing in it that means something in a header."""
     return _UNSAFE.sub("?", name)[:255] or "unknown"
-
-
-def _literal(address: str) -> str:
-    """RFC 5321 4.1.3."""
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
 
 
 def forwarded_client(client: Client | None) -> str:

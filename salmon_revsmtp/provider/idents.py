@@ -58,7 +58,7 @@ class Idents:
 
     def give(self, envelope: Envelope, content: bytes) -> Ident:
         """The ident of a message; ``content`` is the SHA-256 of its octets as they came."""
-        who = "\0".join((envelope.reverse_path, *envelope.recipients))
+        who = "\0".join((envelope.reverse_path, *sorted(envelope.recipients)))
         digest = hashlib.sha256(content + who.encode("utf-8", "surrogateescape")).digest()
         with self._lock:
             numbers = self._numbers.setdefault(digest, _Numbers())

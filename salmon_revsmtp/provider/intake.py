@@ -17,10 +17,10 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import cast
+from typing import Any, cast
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import (
@@ -45,6 +45,7 @@ from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.threads import Threads
 
 __all__ = ["Intake"]
 
@@ -64,6 +65,8 @@ class Intake:
     """Takes messages into ``store``, for ``accounts``.
 
     ``hostname``  asked for our name: mail for its postmaster is mail for that of the host.
+    ``filters``   the threads in which plugins look at messages.
+    ``patience``  seconds that they have for one.
     """
 
     def __init__(
@@ -73,9 +76,12 @@ class Intake:
         hooks: HookCaller,
         hostname: Callable[[], str],
         worker: BatchWorker[PendingDelivery],
+        filters: Threads,
+        patience: float = 300.0,
         live: Live | None = None,
         idents: Idents | None = None,
     ) -> None:
+        self._filters, self._patience = filters, patience
         self._live, self._idents = live, idents or Idents()
         self._accounts, self._store, self._hooks = accounts, store, hooks
         self._hostname = hostname
@@ -85,7 +91,9 @@ class Intake:
         # Those that may be passed on, and those that have been, with what came of it.
         self._for_live: set[PendingDelivery] = set()
         self._passed_on: dict[PendingDelivery, tuple[Arrival, Said]] = {}
-        self._passing: set[asyncio.Task[None]] = set()
+        # What plugins have made of a message: our Received, and what they add or refuse.
+        self._filtered: dict[PendingDelivery, tuple[bytes, AddedFields, Reply | None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         # Of the batch in hand, in the thread.
         self._arrivals: list[tuple[PendingDelivery, Arrival, Said]] = []
         self._ready: list[tuple[PendingDelivery, Arrival]] = []
@@ -142,18 +150,64 @@ class Intake:
         pending.since = self._loop.time()
         if self._live is not None and self._live.takes(pending.envelope) is not None:
             self._for_live.add(pending)
+        if self._hooks.implemented("message_received"):
+            self._start(self._ask_plugins(pending))
+        else:
+            self._submit(pending)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask_plugins(self, pending: PendingDelivery) -> None:
+        """Have plugins look at a message before its turn comes.  They may take their time, and no
+        other message waits for that."""
+        head = _head_of(pending)
+        received = self._received(pending)
+        added = AddedFields()
+        refusal = self._known_refusal(pending, head)
+        if refusal is None:
+            look = functools.partial(self._filter, pending, received + separator(head), added)
+            try:
+                refusal = await asyncio.wait_for(self._filters.call(look), self._patience)
+            except (asyncio.TimeoutError, TimeoutError):
+                text = f"not looked at in {self._patience:g} seconds, try again later"
+                refusal = Reply(451, text, "4.3.0")
+            except Exception:  # our own bug, or no thread to be had
+                log_safely(log, logging.ERROR, "a message was not looked at", error=True)
+                refusal = BUG
+        if refusal is not None:
+            added = AddedFields()
+        self._filtered[pending] = received, added, refusal
         self._submit(pending)
+
+    def _received(self, pending: PendingDelivery) -> bytes:
+        one, *others = pending.envelope.recipients
+        return pending.origin.received(pending.envelope, "" if others else one)
+
+    def _known_refusal(self, pending: PendingDelivery, head: bytes) -> Reply | None:
+        """The one that plugins need not be asked for."""
+        if hops(head) >= MAX_HOPS:
+            return LOOP
+        if not all(map(self._account, pending.envelope.recipients)):
+            return NOT_OURS  # it was accepted, and the account is gone since
+        return None
 
     def _submit(self, pending: PendingDelivery) -> None:
         assert self._loop is not None
         try:
             self._worker.submit(self, pending)
         except RuntimeError:  # the thread is closed
-            self._for_live.discard(pending)
-            self._passed_on.pop(pending, None)
+            self._forget(pending)
             pending.abandon(STOPPED)
             _discard(pending)
             self._loop.call_soon(self._answer, [pending])
+
+    def _forget(self, pending: PendingDelivery) -> None:
+        self._for_live.discard(pending)
+        self._passed_on.pop(pending, None)
+        self._filtered.pop(pending, None)
 
     def let_go(self, pending: PendingDelivery) -> bool:
         """No one will hear the answer: what has not begun is forgotten, and its client keeps it."""
@@ -179,9 +233,7 @@ class Intake:
     def _pass_on(self, ready: Sequence[tuple[PendingDelivery, Arrival]]) -> None:
         """Send these to their customers, or hold them."""
         for pending, arrival in ready:
-            task = asyncio.get_running_loop().create_task(self._send(pending, arrival))
-            self._passing.add(task)
-            task.add_done_callback(self._passing.discard)
+            self._start(self._send(pending, arrival))
 
     async def _send(self, pending: PendingDelivery, arrival: Arrival) -> None:
         said = Said([None] * len(arrival.accounts), "the customer's session ended")
@@ -245,8 +297,7 @@ class Intake:
 
     def drop(self, item: PendingDelivery) -> None:
         """The thread is closed, or our own bug: whoever waits tries again."""
-        self._for_live.discard(item)
-        self._passed_on.pop(item, None)
+        self._forget(item)
         item.abandon(STOPPED)
         _discard(item)
         if self._loop is not None:
@@ -254,31 +305,27 @@ class Intake:
                 self._loop.call_soon_threadsafe(self._answer, [item])
 
     def _prepare(self, pending: PendingDelivery) -> None:
+        for_live, filtered = pending in self._for_live, self._filtered.get(pending)
+        self._forget(pending)
         with pending.lock:
             if pending.abandoned:
                 return
             pending.begun = True
-        envelope, data, spool = pending.envelope, pending.data, _spool(pending)
-        head = _head(data if spool is None else spool.beginning())
-        accounts = [self._account(one) for one in envelope.recipients]
-        refusal = LOOP if hops(head) >= MAX_HOPS else None
-        if refusal is None and not all(accounts):
-            refusal = NOT_OURS  # it was accepted, and the account is gone since
-        one, *others = envelope.recipients
-        received, added = pending.origin.received(envelope, "" if others else one), AddedFields()
-        if refusal is None and self._hooks.implemented("message_received"):
-            whole = (data if spool is None else spool.read()).replace(b"\r\n", b"\n")
-            refusal = self._refusal(pending, received + separator(head) + whole, added)
+        head = _head_of(pending)
+        if filtered is None:
+            filtered = self._received(pending), AddedFields(), self._known_refusal(pending, head)
+        received, added, refusal = filtered
+        accounts = [self._account(one) for one in pending.envelope.recipients]
         if refusal is not None:
             _discard(pending)
             self._settle(pending, refusal)
             return
+        spool = _spool(pending)
         trace = received + added.lines + separator(head)
-        content = (trace.replace(b"\n", b"\r\n"), data)
+        content = (trace.replace(b"\n", b"\r\n"), pending.data)
         names = tuple(account.name for account in accounts if account is not None)
         arrival = Arrival(self._named(pending, spool), names, content, spool)
-        if pending in self._for_live:
-            self._for_live.discard(pending)
+        if for_live:
             self._ready.append((pending, arrival))
         else:
             self._arrivals.append((pending, arrival, HELD))
@@ -310,15 +357,20 @@ class Intake:
         arrival = Arrival(held, names, arrival.content, arrival.spool)
         self._arrivals.append((pending, arrival, said))
 
-    def _refusal(
-        self, pending: PendingDelivery, message: bytes, added: AddedFields
-    ) -> Reply | None:
-        """Whether a plugin refuses the message; what the plugins add to it is in ``added`` then."""
+    def _filter(self, pending: PendingDelivery, trace: bytes, added: AddedFields) -> Reply | None:
+        """In a thread of its own: whether a plugin refuses the message; what the plugins add to it
+        is in ``added`` then.  Raises :class:`OSError`."""
+        with pending.lock:
+            if pending.abandoned:
+                return GONE
+            pending.begun = True
+        spool = _spool(pending)
+        data = pending.data if spool is None else spool.read()
         said = self._hooks.call(
             "message_received",
             agent=None,
             envelope=pending.envelope,
-            message=message,
+            message=trace + data.replace(b"\r\n", b"\n"),
             add_field=added.add,
         )
         return refusal_of("message_received", said)
@@ -417,6 +469,11 @@ def _spool(pending: PendingDelivery) -> Spool | None:
 def _discard(pending: PendingDelivery) -> None:
     if pending.sink is not None:
         pending.sink.discard()
+
+
+def _head_of(pending: PendingDelivery) -> bytes:
+    spool = _spool(pending)
+    return _head(pending.data if spool is None else spool.beginning())
 
 
 def _head(data: bytes) -> bytes:

@@ -30,8 +30,12 @@ from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.threads import Threads
 
 __all__ = ["Providing"]
+
+# Messages that plugins look at, at a time.
+FILTERS = 16
 
 
 class Providing:
@@ -55,6 +59,7 @@ class Providing:
         self._worker: BatchWorker[PendingDelivery] = BatchWorker("holding")
         self._provider: Provider | None = None
         self._idents = Idents()
+        self._filters = Threads("filters", FILTERS)
 
     @cached_property
     def settings(self) -> ProviderSettings:
@@ -104,6 +109,8 @@ class Providing:
             self._plugins,
             lambda: service.hostname,
             self._worker,
+            self._filters,
+            service.settings.handler_timeout,
             self.live,
             self._idents,
         )
@@ -147,7 +154,12 @@ class Providing:
     def hold(self, envelope: Envelope, data: bytes) -> Reply:
         """Hold a message for one recipient; returns 250 when it is safe on disk.  Blocks."""
         intake = Intake(
-            self.accounts, self.store, self._plugins, lambda: self.hostname, self._worker
+            self.accounts,
+            self.store,
+            self._plugins,
+            lambda: self.hostname,
+            self._worker,
+            self._filters,
         )
         return intake.hold(envelope, data)
 
@@ -160,6 +172,7 @@ class Providing:
 
     def close(self) -> None:
         """Take no more than what is under way."""
+        self._filters.close()
         self._worker.close()
 
     def wait(self, seconds: float | None = None) -> None:

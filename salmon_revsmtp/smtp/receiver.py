@@ -732,7 +732,7 @@ class Receiver(Commands):
     def _so_far(self) -> Envelope:
         """The envelope of the transaction that is under way.  The options of later recipients are
         added to it as they come."""
-        forwarded = self._forwarded
+        forwarded = self._forwarded if self._told else None
         return Envelope(
             self._sender,
             tuple(self._recipients),
@@ -884,9 +884,7 @@ class Receiver(Commands):
         """The host that the mail comes from, where we were told of it; then nothing of it is filled
         in from the connection (XFORWARD_README).  IDENT is of the message: by itself it says
         nothing of a host."""
-        if not self._told or self._told.keys() == {"ident"}:
-            return None
-        return Client(**self._told)
+        return Client(**self._told) if self._told.keys() - {"ident"} else None
 
     def _client(self) -> Client | None:
         """The host that sends us the mail."""

@@ -76,6 +76,9 @@ _NO_ENVELOPE = Reply(553, "no SMTP command can carry this envelope", "5.1.0")
 # servers send a client away after some errors: Postfix, and ours, after 20.
 UNTRIED = 8
 
+# Octets of a piece that is written together with those beside it.
+SMALL = 1024
+
 _NO_REPLY = Reply(451, "the peer answered nothing", "4.4.2")
 
 
@@ -347,7 +350,7 @@ class Sender:
         if not self._out and self.streaming:
             self._go_on_with_content()
         pieces, self._out = self._out, []
-        return pieces
+        return _together(pieces) if len(pieces) > 1 else pieces
 
     def _go_on_with_content(self) -> None:
         assert self._content is not None
@@ -713,6 +716,24 @@ class Sender:
 
 def _parameters(options: Mapping[str, str], *keys: str) -> list[str]:
     return [f"{key}={options[key]}" for key in keys if key in options]
+
+
+def _together(pieces: Sequence[bytes]) -> list[bytes]:
+    """The same octets in fewer pieces: each is a call of the system, or a TLS record, which costs
+    more than to copy a few commands.  Content is not copied, unless there is little of it."""
+    found: list[bytes] = []
+    small: list[bytes] = []
+    for piece in pieces:
+        if len(piece) <= SMALL:
+            small.append(piece)
+            continue
+        if small:
+            found.append(b"".join(small))
+            small.clear()
+        found.append(piece)
+    if small:
+        found.append(b"".join(small))
+    return found
 
 
 def _with_crlf(data: bytes) -> bytes:

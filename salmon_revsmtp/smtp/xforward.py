@@ -60,9 +60,11 @@ def told(said: str) -> dict[str, Any]:
         if len(value) > VALUE:
             raise ValueError(f"{key} has more than {VALUE} octets")
         field, nothing, read = _FIELDS[key]
-        value = decode_xtext(value)
+        if "+" in value:
+            value = decode_xtext(value)
         try:
-            fields[field] = nothing if value.upper() == UNAVAILABLE else read(value)
+            unavailable = value[:1] == "[" and value.upper() == UNAVAILABLE
+            fields[field] = nothing if unavailable else read(value)
         except ValueError:
             raise ValueError(f"{key} has a wrong value") from None
     if not fields:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.collecting import exchange
 from support.configuration import agent_keys, configuration
+from support.ends import Ends, both_ends
 from support.listener import listener
 from support.plugins import module
 from support.rspamd import Rspamd
@@ -250,6 +251,32 @@ def test_the_line_that_our_provider_writes_tells_the_client_of_what_was_held(
     in_the_world(salmon, work)
     allowed, forbidden = (symbols(message.Data) for message in salmon.handled)
     assert "R_SPF_ALLOW" in allowed and "R_SPF_FAIL" in forbidden
+
+
+def test_behind_a_provider_the_sender_hears_the_filter_at_home(
+    salmon: Salmon, plugins: Plugins
+) -> None:
+    """The message comes live, and rspamd is told of the host that the provider has it from."""
+    salmon.handle(".*")
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        port = ends.provider.mx
+        said = [
+            await asyncio.to_thread(send, port, data, source)
+            for data, source in (
+                (HAM + GTUBE, "127.0.0.2"),
+                (HAM, "127.0.0.2"),
+                (HAM + b"PS\r\n", "127.0.0.3"),
+            )
+        ]
+        assert said[0] == (550, "5.7.1 Gtube pattern")
+        assert [code for code, _ in said[1:]] == [250, 250] and ends.held == 0
+        allowed, forbidden = (message.Data for message in salmon.handled)
+        assert "R_SPF_ALLOW" in symbols(allowed) and "R_SPF_FAIL" in symbols(forbidden)
+
+    both_ends(salmon, work, plugins=plugins)
+    assert salmon.relayed == []
 
 
 # -- at the provider -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from salmon_revsmtp.delivery.trace import unpack
 from salmon_revsmtp.demo.samples import samples
 from salmon_revsmtp.smtp.envelope import Envelope
 from support.salmon import Salmon
@@ -34,8 +35,8 @@ def arrived(salmon: Salmon) -> list[tuple[str, bytes]]:
     """The same without the Received lines on top, of which the samples have none."""
     found = [(one.To, one.Data) for one in salmon.handled]
     for one in salmon.undeliverable():
-        _, recipient, message = one.split(b"\n", 2)
-        found.append((recipient.removeprefix(b"Delivered-To: ").decode(), message))
+        envelope, message = unpack(one)
+        found.append((envelope.recipients[0], message))
     # Exim writes a UTF-8 mailbox as an old server would understand it.
     return sorted((to.replace("xn--jxalpdlp@", "δοκιμή@"), _beneath(data)) for to, data in found)
 
