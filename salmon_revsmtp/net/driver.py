@@ -29,7 +29,7 @@ import socket
 import ssl
 import struct
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from salmon_revsmtp.net.guard import Guard, guard
@@ -41,8 +41,6 @@ __all__ = ["DEAD_AFTER", "Driver", "Machine"]
 
 # Octets handed to the transport at a time.
 PIECE = 256 * 1024
-# Pieces up to so many octets are written together: a command by itself costs as much as ten.
-TOGETHER = 64 * 1024
 
 # Octets a second, on an average over one timeout, that count as progress.  A tenth of what a 9,600
 # baud line brings: a message of the largest size would take for ever if each octet did.
@@ -321,13 +319,12 @@ class Driver(asyncio.Protocol):
             self.happened(self.machine.advance())
 
     def _say(self, said: bytes | Sequence[bytes]) -> None:
-        pieces = (said,) if isinstance(said, bytes) else said
-        if self._trace is not None:
-            show = self._trace.server if self.machine.answers else self._trace.client
-            for data in pieces:
-                if shown := show(data):
+        for data in (said,) if isinstance(said, bytes) else said:
+            if self._trace is not None:
+                answers = self.machine.answers
+                shown = self._trace.server(data) if answers else self._trace.client(data)
+                if shown:
                     dialogue.debug("%s: %s", self.WE, shown)
-        for data in _together(pieces):
             self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -578,17 +575,3 @@ class Driver(asyncio.Protocol):
         """The end, if it is that."""
         if self._lost and not self.unfinished and not self.ended.done():
             self.ended.set_result(None)
-
-
-def _together(pieces: Sequence[bytes]) -> Iterator[bytes]:
-    """The same octets; small pieces are one."""
-    small: list[bytes] = []
-    octets = 0
-    for piece in pieces:
-        if small and octets + len(piece) > TOGETHER:
-            yield b"".join(small)
-            small, octets = [], 0
-        small.append(piece)
-        octets += len(piece)
-    if small:
-        yield b"".join(small)
