@@ -14,7 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks import alone, distance, idle, intake, machine, many, provider, startup, table, tls
+from benchmarks import (
+    alone,
+    distance,
+    idle,
+    intake,
+    live,
+    machine,
+    many,
+    provider,
+    startup,
+    table,
+    tls,
+)
 from benchmarks.processes import ROOT, Failure
 from benchmarks.table import Case, Missing, Section
 
@@ -26,6 +38,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "distance": distance.sections,
     "many": many.sections,
     **provider.SECTIONS,
+    **live.SECTIONS,
     "idle": idle.sections,
 }
 ROUNDS = 5
@@ -45,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in section.cases:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
-    targets += [*distance.targets(), *provider.targets(), *idle.targets()]
+    targets += [*distance.targets(), *provider.targets(), *live.targets()]
+    targets += idle.targets()
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:

@@ -31,8 +31,8 @@ from pathlib import Path
 _keys = json.loads(Path("bench.json").read_text())
 collection_agents, smtp_services = _keys["agents"], {"default": _keys["service"]}
 port = _keys.get("port", 0)
-globals().update(_keys["settings"])
 relay_config = {"host": "localhost", "port": 8825}
+globals().update(_keys["settings"])
 handlers = ["app.handlers." + _keys["handler"]]
 router_defaults = {"host": r"([0-9]+\\.)?example\\.org"}
 """
@@ -86,6 +86,17 @@ _file = open("run/arrivals", "a", buffering=1)
 def ARRIVALS(message, person=None, host=None):
     print(message["Message-Id"], time.monotonic(), file=_file)
 """,
+    "refuses_spam": """
+from salmon.routing import route, stateless
+from salmon.server import SMTPError
+
+
+@route("(person)@(host)", person="[a-z]+")
+@stateless
+def REFUSES_SPAM(message, person=None, host=None):
+    if message["Subject"] == "spam":
+        raise SMTPError(554, "5.7.1 this is spam")
+""",
 }
 
 
@@ -116,7 +127,8 @@ def project(
     """A project in a temporary folder, which is removed at the end.
 
     ``port``      where Salmon's own receivers listen, if one is started.
-    ``handler``   ``"nothing"``, or ``"arrivals"``: it writes down when it saw which message.
+    ``handler``   ``"nothing"``; ``"arrivals"``: it writes down when it saw which message; or
+                  ``"refuses_spam"``.
     ``settings``  more of them, such as those of a provider.
     """
     folder = Path(tempfile.mkdtemp(prefix="revsmtp-bench-"))

@@ -11,20 +11,21 @@ import statistics
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import peers, serving
 from benchmarks.crowd import open_files
 from benchmarks.feeding import RECIPIENT, SENDER
+from benchmarks.home import connected, until
 from benchmarks.intake import BOUND
-from benchmarks.processes import Child, Failure, module
-from benchmarks.project import DOMAIN, PASSWORD, agent, project
-from benchmarks.serving import Serving, running
+from benchmarks.processes import Failure, module
+from benchmarks.project import DOMAIN, PASSWORD
+from benchmarks.serving import running
 from benchmarks.table import Case, Section, Target
 
-__all__ = ["SECTIONS", "targets"]
+__all__ = ["SECTIONS", "Run", "by_source", "median_of", "targets", "times"]
 
 OCTETS = 4_000
 OURS, POSTFIX, EXIM = "ours", "Postfix, into its hold queue", "Exim, queue_only"
@@ -59,21 +60,21 @@ def targets() -> list[Target]:
     of = [
         Target(
             f"intake of the provider from {_sessions(number)}, times {other}",
-            _times(INTAKE_TITLE.format(_sessions(number)), OURS, other),
+            times(INTAKE_TITLE.format(_sessions(number)), OURS, other),
             lambda _: 1.0,
         )
         for number in INTAKE
         for other in (POSTFIX, EXIM)
     ]
     of += [
-        Target(f"{OUR_CHUNKS}, times {other}", _times(one, OUR_CHUNKS, other), lambda _: 3.0)
+        Target(f"{OUR_CHUNKS}, times {other}", times(one, OUR_CHUNKS, other), lambda _: 3.0)
         for other in (POSTFIX, EXIM)
     ]
-    of.append(Target("hand-over, times Exim", _times(many, OURS, "Exim"), lambda _: 20.0))
+    of.append(Target("hand-over, times Exim", times(many, OURS, "Exim"), lambda _: 20.0))
     return of + _moment_targets() + _size_targets()
 
 
-def _times(title: str, ours: str, theirs: str) -> Callable[[dict[str, Section]], float | None]:
+def times(title: str, ours: str, theirs: str) -> Callable[[dict[str, Section]], float | None]:
     """One median divided by another of the same section."""
 
     def figure(sections: dict[str, Section]) -> float | None:
@@ -88,7 +89,7 @@ def _sessions(number: int) -> str:
     return "1 session" if number == 1 else f"{number:,} sessions"
 
 
-class _Run(ABC):
+class Run(ABC):
     """One measurement gives all figures of a round, each of which is asked for once."""
 
     def __init__(self) -> None:
@@ -120,15 +121,15 @@ INTAKE_TITLE = "Intake of the provider, synced, 4 KB messages, {} of smtp-source
 def _intake(number: int, messages: int, quick: bool) -> Section:
     missing = peers.missing
     cases = [
-        Case(OURS, lambda: _ours(_by_source, number, messages), missing("smtp-source")),
+        Case(OURS, lambda: _ours(by_source, number, messages), missing("smtp-source")),
         Case(
             POSTFIX,
-            lambda: _by_server(peers.postfix_server, _by_source, number, messages),
+            lambda: _by_server(peers.postfix_server, by_source, number, messages),
             missing("postfix", "smtp-source"),
         ),
         Case(
             EXIM,
-            lambda: _by_server(peers.exim_server, _by_source, number, messages),
+            lambda: _by_server(peers.exim_server, by_source, number, messages),
             missing("exim", "smtp-source"),
         ),
     ]
@@ -166,10 +167,12 @@ def _by_server(
         return way(running_server.port, sessions, messages)
 
 
-def _by_source(port: int, sessions: int, messages: int) -> float:
-    """Messages per second of smtp-source."""
-    arguments = f"-d -s {sessions} -m {messages} -l {OCTETS} -f {SENDER} -t {RECIPIENT}"
-    command = shlex.split(f"{peers.smtp_source()} {arguments} 127.0.0.1:{port}")
+def by_source(port: int, sessions: int, messages: int, kept: bool = True) -> float:
+    """Messages per second of smtp-source.  Its connections are ``kept``, or each message has one of
+    its own."""
+    arguments = f"-s {sessions} -m {messages} -l {OCTETS} -f {SENDER} -t {RECIPIENT}"
+    way = "-d" if kept else ""
+    command = shlex.split(f"{peers.smtp_source()} {way} {arguments} 127.0.0.1:{port}")
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BOUND)
     seconds = time.perf_counter() - started
@@ -208,7 +211,7 @@ def _handed_over_by_us(messages: int) -> float:
 
 def _handed_over_by_exim(messages: int) -> float:
     with peers.exim_server() as server:
-        _by_source(server.port, 10, messages)
+        by_source(server.port, 10, messages)
         return _taken(server.port, messages, peers.EXIM_PASSWORD)
 
 
@@ -222,15 +225,12 @@ def _taken(port: int, messages: int, password: str) -> float:
 
 # -- from the 250 to the handler ------------------------------------------------------------------
 
-NEAR, FAR = "Moments from the provider's 250 to the handler, {}", 200
-
-# Seconds until the customers have greeted after the reversal, beside five round trips.
-GREETED = 0.5
+NEAR, FAR = "Moments from the provider's 250 to the handler, live off, {}", 200
 
 
-class _Moments(_Run):
-    """``sessions`` are held under TLS, and each message is for one of them; ``milliseconds`` is the
-    round trip to the customer."""
+class _Moments(Run):
+    """``sessions`` are held under TLS, and each message is for one of them, and held before it goes
+    there; ``milliseconds`` is the round trip to the customer."""
 
     def __init__(self, sessions: int, messages: int = MOMENTS, milliseconds: int = 0) -> None:
         self.sessions, self.messages, self.milliseconds = sessions, messages, milliseconds
@@ -241,58 +241,26 @@ class _Moments(_Run):
 
     def _measure(self) -> dict[str, float]:
         names = [f"{number}.{DOMAIN}" for number in range(self.sessions)]
-        accounts = [serving.account(f"customer-{one}", one) for one in names]
+        accounts = [serving.account(f"customer-{one}", one, live=False) for one in names]
+        far = self.milliseconds
         with (
             serving.host(*accounts, tls=True) as folder,
             running(folder) as provider,
-            self._customer(provider, names) as arrivals,
+            connected(provider, accounts, True, far, handler="arrivals") as customers,
         ):
             arguments = (provider.smtp, self.messages, OCTETS, self.sessions)
             with module("moments", *arguments) as sender:
                 answered = sender.says(BOUND)
-            arrived = _arrived(arrivals, self.messages)
+            arrived = _arrived(customers / "run/arrivals", self.messages)
         waits = sorted(1000 * (arrived[one] - at) for one, at in answered.items())
         return {"p50": statistics.median(waits), "p99": waits[int(0.99 * (len(waits) - 1))]}
-
-    @contextmanager
-    def _customer(self, provider: Serving, domains: list[str]) -> Iterator[Path]:
-        """All customers in one process, each with a session that is open; yields the file in which
-        the handler notes what it has."""
-        with ExitStack() as stack:
-            port = provider.odmr
-            if self.milliseconds:
-                link = module("delay", self.milliseconds / 2000, port)
-                port = stack.enter_context(link).says(20)["port"]
-            agents = [
-                agent(
-                    *(port, f"isp-{number}", True),
-                    account=f"customer-{one}",
-                    domains=[one],
-                    every=1,  # so that many dial soon after one another
-                )
-                for number, one in enumerate(domains)
-            ]
-            folder = stack.enter_context(project(*agents, handler="arrivals", domains=[]))
-            command = [str(peers.COMMAND), "--chdir", str(folder), "run"]
-            stack.enter_context(Child(command, name="the customer"))
-            _until(lambda: provider.log.count("the connection is reversed") >= self.sessions, BOUND)
-            time.sleep(GREETED + 5 * self.milliseconds / 1000)
-            yield folder / "run/arrivals"
 
 
 def _arrived(file: Path, messages: int) -> dict[str, float]:
     """When each message was in the handler."""
-    _until(lambda: file.read_text().count("\n") >= messages)
+    until(lambda: file.read_text().count("\n") >= messages)
     pairs = (line.split(" ") for line in file.read_text().splitlines())
     return {name: float(at) for name, at in pairs}
-
-
-def _until(so: Callable[[], bool], seconds: float = 60.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not so():
-        if time.monotonic() > give_up:
-            raise Failure(f"it did not come to that in {seconds:.0f} seconds")
-        time.sleep(0.1)
 
 
 def _moments(quick: bool) -> list[Section]:
@@ -315,7 +283,7 @@ def _moment_targets() -> list[Target]:
     return [
         Target(
             f"from the 250 to the handler, {run.name}, {name} in ms",
-            _median(NEAR.format(name), run.name),
+            median_of(NEAR.format(name), run.name),
             lambda _, bound=bound + run.milliseconds / 2: bound,  # type: ignore[misc]
             at_least=False,
         )
@@ -324,7 +292,7 @@ def _moment_targets() -> list[Target]:
     ]
 
 
-def _median(title: str, name: str) -> Callable[[dict[str, Section]], float | None]:
+def median_of(title: str, name: str) -> Callable[[dict[str, Section]], float | None]:
     def figure(sections: dict[str, Section]) -> float | None:
         return sections[title].median(name) if title in sections else None
 
@@ -352,7 +320,7 @@ BURST_SECONDS = "Large messages at once, until all are held"
 BURST_DEFERRED = "Large messages at once, how often one was deferred and sent again"
 
 
-class _Burst(_Run):
+class _Burst(Run):
     def __init__(self, messages: int) -> None:
         super().__init__()
         self._messages = messages
@@ -384,7 +352,7 @@ def _held(quick: bool) -> list[Section]:
 HELD_INTAKE, HELD_HAND_OVER = "Intake with so many held", "Hand-over with so many held"
 
 
-class _Hold(_Run):
+class _Hold(Run):
     """A hold that is filled once; every round adds some messages, and takes as many."""
 
     def __init__(self, messages: int, some: int) -> None:
@@ -412,12 +380,12 @@ class _Hold(_Run):
 def _size_targets() -> list[Target]:
     def share(title: str) -> Callable[[dict[str, Section]], float | None]:
         few, many = (f"{number:,} messages held" for number in HELD)
-        return _times(title, many, few)
+        return times(title, many, few)
 
     return [
         Target(
             f"peak memory with {BURST} messages of 25 MB at once, in MiB",
-            _median(BURST_MEMORY, f"{BURST} messages of 25 MB at once"),
+            median_of(BURST_MEMORY, f"{BURST} messages of 25 MB at once"),
             lambda _: 200.0,
             at_least=False,
         ),

@@ -35,15 +35,18 @@ class Serving:
         return (self.folder / "logs/salmon.log").read_text()
 
 
-def account(name: str = ACCOUNT, domain: str = DOMAIN) -> dict[str, Any]:
+def account(name: str = ACCOUNT, domain: str = DOMAIN, **keys: Any) -> dict[str, Any]:
     """One of ``customer_accounts``, with room for whatever comes."""
     room = {"quota_messages": 10**9, "quota_bytes": 10**15}
-    return {"name": name, "password": PASSWORD, "domains": [domain], **room}
+    return {"name": name, "password": PASSWORD, "domains": [domain], **room, **keys}
 
 
 @contextmanager
-def host(*accounts: dict[str, Any], tls: bool = False) -> Iterator[Path]:
-    """The project of a provider."""
+def host(*accounts: dict[str, Any], tls: bool = False, relay: int = 0) -> Iterator[Path]:
+    """The project of a provider.
+
+    ``relay``  the port of the loopback to which its notifications go.
+    """
     certificate = {"tls_cert": str(CERTIFICATE), "tls_key": str(KEY)} if tls else {}
     smtp, odmr = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     settings = {
@@ -54,6 +57,7 @@ def host(*accounts: dict[str, Any], tls: bool = False) -> Iterator[Path]:
             "max_sessions_per_address": 10_000,
             **certificate,
         },
+        **({"relay_config": {"host": "127.0.0.1", "port": relay}} if relay else {}),
     }
     places = {"max_connections": 300, "keep_places_for": ["127.0.0.0/8"]}
     service: dict[str, Any] = {"domains": [], "listen": [smtp], "delivery": "hold", **places}

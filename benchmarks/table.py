@@ -71,13 +71,14 @@ class Target:
         figure, bound = self.figure(sections), self.bound(sections)
         if figure is None or bound is None:
             return figure, bound, "not measured"
-        return figure, bound, "yes" if (figure >= bound) is self.at_least else "no"
+        reached = figure >= bound if self.at_least else figure <= bound
+        return figure, bound, "yes" if reached else "no"
 
 
 def shown(figure: float | None) -> str:
     """A figure with three significant digits or so."""
-    if figure is None:
-        return "-"
+    if not figure:
+        return "-" if figure is None else "0"
     for digits, least in ((0, 100), (1, 10), (2, 1)):
         if abs(figure) >= least:
             return f"{figure:,.{digits}f}"

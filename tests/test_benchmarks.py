@@ -25,6 +25,8 @@ def sections() -> list[Section]:
 TARGETS = [
     Target("twice the peer", lambda found: found["Intake"].median("ours"), lambda _: 10.0),
     Target("at most 10", lambda found: found["Intake"].median("ours"), lambda _: 10.0, False),
+    Target("at most 20", lambda found: found["Intake"].median("ours"), lambda _: 20.0, False),
+    Target("none", lambda _: 0.0, lambda _: 0.0, False),
     Target("of what is not here", lambda found: found["Intake"].median("absent"), lambda _: 1.0),
 ]
 
@@ -37,6 +39,8 @@ def test_medians_spread_ratios_and_what_is_not_here() -> None:
     assert "| broken | failed: it hung |  |  |  |" in lines
     assert "| twice the peer | 10.0 | 20.0 | yes |" in lines
     assert "| at most 10 | 10.0 | 20.0 | no |" in lines
+    assert "| at most 20 | 20.0 | 20.0 | yes |" in lines
+    assert "| none | 0 | 0 | yes |" in lines
     assert "| of what is not here | 1.00 | - | not measured |" in lines
 
 
@@ -45,7 +49,13 @@ def test_the_same_for_programs() -> None:
     [section] = found["sections"]
     assert [case["median"] for case in section["cases"]] == [20.0, 5.0, None, None, 40.0]
     assert section["cases"][0]["figures"] == [30.0, 10.0, 20.0]
-    assert [target["reached"] for target in found["targets"]] == ["yes", "no", "not measured"]
+    assert [target["reached"] for target in found["targets"]] == [
+        "yes",
+        "no",
+        "yes",
+        "yes",
+        "not measured",
+    ]
 
 
 def test_every_message_is_its_own_and_has_its_size() -> None:

@@ -24,6 +24,8 @@ from support.salmon import Salmon
 from salmon_revsmtp import Reply, SettingsError, hookimpl
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.service import session
+from salmon_revsmtp.service.recipients import Recipients
+from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import (
     LATER,
@@ -313,6 +315,29 @@ def test_a_plugin_decides_on_recipients(
     assert decides.calls[1] == (None, "a@example.net", ("ann@example.org",), "never@example.org")
     assert "plugin=decides hook=recipient_requested raised" in caplog.text
     assert "which refuses nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "heard"),
+    [(None, NO, NO), (NO, None, NO), (None, None, OK), (LATER, LATER, OK)],
+)
+def test_who_has_no_question_is_not_asked(first: Verdict, second: Verdict, heard: Reply) -> None:
+    """Where no plugin decides, its threads have no part in what the customer at home decides."""
+
+    class Says:
+        def __init__(self, verdict: Verdict) -> None:
+            self._verdict = verdict
+
+        def verdict(self, mailbox: str) -> Verdict:
+            return self._verdict
+
+        async def decide(self, request: RecipientRequest) -> Reply | None:
+            assert self._verdict is LATER, "it had no question"
+            return OK
+
+    recipients = Recipients(lambda _: None, Says(first), Says(LATER), Says(second))
+    request = RecipientRequest(Envelope("a@example.net", ()), "b@example.org", {})
+    assert asyncio.run(recipients.decide(request)) == heard
 
 
 def test_a_plugin_is_not_asked_for_strangers(

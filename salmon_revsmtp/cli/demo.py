@@ -17,7 +17,8 @@ __all__ = ["demo"]
 def demo(options: Options) -> None:
     """Show it all on this machine, without an account.
 
-    It starts a provider that holds sample mail, and an example project that collects it.
+    It starts a provider that holds sample mail, and an example project that collects it, and to
+    which more is passed on while its senders wait.
     """
     from salmon_revsmtp.demo import show
 

@@ -1,5 +1,5 @@
 """The demo: the example project collects sample mail from a provider in the same process, and has
-more pushed to it.
+more passed on to it live.
 
 Everything is real but the distance: TLS with a certificate, a login, ATRN, the reversal, the
 project's own boot module and handlers.  It happens in a temporary folder, which is removed.
@@ -42,8 +42,10 @@ CERTIFICATE = HERE / "localhost-certificate.pem"
 PRIVATE_KEY = HERE / "localhost-key.pem"
 ACCOUNT = "acme"
 
-# Messages that are pushed.
-PUSHED = 10
+# Messages that are passed on while their senders wait.
+PASSED_ON = 10
+# What home refuses: a recipient without a route, and a message that a handler does not want.
+NO_ONE, SOLD_OUT = "no-one@example.org", "order-anvil@example.com"
 
 
 class Witness:
@@ -101,13 +103,16 @@ def run(plugins: Plugins) -> int:
     _show(console, held, witness)
     for report in seen.reports:
         console.print(report.summary(), soft_wrap=True)
-    fastest, slowest = (round(1000 * one, 1) for one in (min(seen.pushed), max(seen.pushed)))
+    fastest, slowest = (round(1000 * one, 1) for one in (min(seen.passed_on), max(seen.passed_on)))
     console.print(
-        f"\nThen the customer kept its session open, and {PUSHED} messages were handed to the "
-        "provider as any mail\nserver would. After the provider's 250 each was through its handler "
-        f"in {fastest} to {slowest} ms.",
+        f"\nThen the customer kept its session open, and {PASSED_ON} messages were sent to the "
+        f"provider as any mail\nserver would. {seen.live} of them went down that session live: "
+        "when its sender heard 250, each was through\nits handler, "
+        f"{fastest} to {slowest} ms after DATA. Two other senders heard what home refuses:\n",
         soft_wrap=True,
     )
+    for recipient, reply in seen.refused.items():
+        console.print(f"  to {recipient:<24} {reply}", soft_wrap=True)
     console.print(
         f"\nThe provider has {seen.left} messages left. "
         f"All of this took {seen.seconds:.1f} seconds.\n"
@@ -115,6 +120,8 @@ def run(plugins: Plugins) -> int:
         soft_wrap=True,
     )
     lost = [one.kind for one in held if not _delivered(one, witness)]
+    if seen.live < PASSED_ON:
+        lost.append(f"{PASSED_ON - seen.live} live messages")
     if lost or seen.left or not all(report.outcome.good for report in seen.reports):
         console.print(f"Something went wrong; not delivered: {', '.join(lost) or 'nothing'}")
         return 1
@@ -156,13 +163,15 @@ def _provider_settings(folder: Path, password: str) -> Any:
 @dataclass
 class _Seen:
     """What happened: the reports of the collections, how many messages the provider has left, the
-    seconds that it took, and those from the provider's 250 to the end of the handler of each
-    message that was pushed."""
+    seconds that it took, those from DATA to the 250 of each message that was passed on, how many of
+    these were through their handlers then, and what the senders of others heard, by recipient."""
 
     reports: list[Report] = field(default_factory=list)
     left: int = 0
     seconds: float = 0.0
-    pushed: list[float] = field(default_factory=list)
+    passed_on: list[float] = field(default_factory=list)
+    live: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 async def _run(
@@ -188,7 +197,7 @@ async def _run(
 
 
 async def _collect(folder: Path, server: Daemon, plugins: Plugins, witness: Witness) -> _Seen:
-    """Be the customer: collect, and then wait for what is pushed."""
+    """Be the customer: collect, and then wait for what is passed on."""
     seen = _Seen()
     sys.path.insert(0, str(folder))
     project = Project.open(folder, "config.settings")
@@ -199,28 +208,45 @@ async def _collect(folder: Path, server: Daemon, plugins: Plugins, witness: Witn
     with Collector(configuration, plugins, lambda: project.settings.relay) as collector:
         for _ in range(2):
             seen.reports += await collector.collect(configuration.agents)
+    project.settings.smtp_services["default"]["unknown_recipients"] = "refuse"
+    configuration = load(project.settings, plugins)
+    with Collector(configuration, plugins, lambda: project.settings.relay) as collector:
         async with _served(collector, plugins):
-            while not any(one.push for one in server.sessions):
+            while not any(one.live and one.live.passes("example.org") for one in server.sessions):
                 await asyncio.sleep(0.01)
-            [port] = [one.port for one in server.listeners]
-            for number in range(PUSHED):
-                seen.pushed.append(await _push(port, number, witness))
+            await _pass_on(server, seen, witness)
     seen.seconds = time.monotonic() - started
     return seen
 
 
-async def _push(port: int, number: int, witness: Witness) -> float:
-    """Hand a message to the provider as any mail server would; returns the seconds from its 250
-    until the handler has returned."""
+async def _pass_on(server: Daemon, seen: _Seen, witness: Witness) -> None:
+    """Send to the provider as any mail server would."""
+    [port] = [one.port for one in server.listeners]
+    for number in range(PASSED_ON):
+        name = f"<passed-on-{number}@example.net>"
+        started = time.monotonic()
+        reply = await _send(port, name, "ada@example.org")
+        answered = time.monotonic()
+        seen.passed_on.append(answered - started)
+        seen.live += reply.startswith("250") and witness.handled_at.get(name, answered) < answered
+    for recipient in (NO_ONE, SOLD_OUT):
+        seen.refused[recipient] = await _send(port, f"<{recipient}>", recipient)
+
+
+async def _send(port: int, message_id: str, recipient: str) -> str:
+    """Send a message; returns the reply that ended its transaction."""
     import aiosmtplib
 
-    data = f"From: ann@example.net\r\nMessage-ID: <pushed-{number}@example.net>\r\n\r\nhello\r\n"
+    data = f"From: ann@example.net\r\nMessage-ID: {message_id}\r\n\r\nhello\r\n".encode()
     async with aiosmtplib.SMTP(hostname="127.0.0.1", port=port, start_tls=False) as client:
-        await client.sendmail("ann@example.net", ["sales@example.org"], data)
-        answered = time.monotonic()
-        while not (at := witness.handled_at.get(f"<pushed-{number}@example.net>")):
-            await asyncio.sleep(0.0005)
-    return max(at - answered, 0.0)
+        await client.ehlo()
+        try:
+            await client.mail("ann@example.net")
+            await client.rcpt(recipient)
+            reply = await client.data(data)
+        except aiosmtplib.SMTPResponseException as error:
+            return f"{error.code} {error.message}"
+    return f"{reply.code} {reply.message}"
 
 
 @contextlib.asynccontextmanager

@@ -110,7 +110,8 @@ def message_held(account: str, envelope: Envelope, key: int) -> None:
 @hookspec
 def message_handed_over(account: str, envelope: Envelope, recipient: str, reply: Reply) -> None:
     """At a provider, after each recipient: what the customer answered.  2yz: it has the message
-    now; 4yz: it is still held; 5yz: its sender has been told."""
+    now; 4yz: it is still held; 5yz: its sender is told, by this answer where the message went
+    through live, and by a notification where it was held."""
 
 
 @hookspec

@@ -34,7 +34,7 @@ class Decider(Protocol):
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
         """Refuse a recipient, or accept it, in words of its own (2yz) or without (``None``).  Asked
-        for all of which the verdict of anyone was :data:`~salmon_revsmtp.smtp.receiver.LATER`."""
+        for those of which its verdict is :data:`~salmon_revsmtp.smtp.receiver.LATER`."""
 
 
 class Recipients:
@@ -60,7 +60,10 @@ class Recipients:
         """What becomes of one of which :meth:`verdict` was LATER."""
         words = None
         for one in self._deciders:
-            reply = await one.decide(request)
+            verdict = one.verdict(request.recipient)
+            if verdict is None:
+                continue
+            reply = verdict if isinstance(verdict, Reply) else await one.decide(request)
             if reply is not None and not reply.positive:
                 return reply
             words = reply or words

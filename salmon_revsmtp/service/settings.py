@@ -65,8 +65,9 @@ class ServiceSettings(BaseModel):
         Literal["router", "queue", "hold"], Field(description="'router', 'queue' or 'hold'")
     ] = "router"
     """``"router"`` runs your handlers before the 250.  ``"queue"`` stores the message in ``queue``
-    before the 250, and a ``QueueConsumer`` runs the handlers later.  ``"hold"`` holds it for the
-    account in ``customer_accounts`` that has the recipient's domain, before the 250."""
+    before the 250, and a ``QueueConsumer`` runs the handlers later.  With ``"hold"`` the account in
+    ``customer_accounts`` that has the recipient's domain takes it before the 250, or it is held for
+    that account."""
     queue: Annotated[str, Field(min_length=1, description="the folder of a Salmon Queue")] = (
         "run/inbound"
     )
