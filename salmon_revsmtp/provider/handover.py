@@ -247,14 +247,20 @@ class HandOver:
         return passing
 
     def give_up(self, passing: Passing) -> None:
-        """Wait no more for its answer.  Until that has come after all, nothing is passed on."""
-        passing.end()
-        if self._sender is not None and self._sender.withdraw(passing.message):
-            self._under_way.remove(passing)
-            self.look()
-        elif passing in self._under_way:
+        """Wait no more for its answer, which is late.  Until that has come after all, nothing is
+        passed on."""
+        if not self.forget(passing) and passing in self._under_way:
             passing.late = True
             self._late += 1
+
+    def forget(self, passing: Passing) -> bool:
+        """No one wants its answer any more.  Whether it will never be sent."""
+        passing.end()
+        withdrawn = self._sender is not None and self._sender.withdraw(passing.message)
+        if withdrawn:
+            self._under_way.remove(passing)
+            self.look()
+        return withdrawn
 
     # -- from the feed to the customer ----------------------------------------------------------
 

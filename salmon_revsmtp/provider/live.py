@@ -144,6 +144,9 @@ class Live:
         except (asyncio.TimeoutError, TimeoutError):
             session.give_up(passing)
             return _nothing(envelope, f"the customer did not answer in {seconds:g} seconds")
+        except asyncio.CancelledError:  # the sender is gone
+            session.forget(passing)
+            raise
         finally:
             self._under_way.discard(passing)
         if sent is None:

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from support.configuration import PASSWORD
@@ -69,6 +70,7 @@ class Customer:
         self._dialogue, self._says, self._endless, self._to = dialogue, says, endless, to
 
     async def open(self) -> None:
+        """Log in, and have a session."""
         customer = self._dialogue
         await customer.replied(220)
         customer.say("EHLO home.example.org")
@@ -192,3 +194,46 @@ def test_replies_of_which_there_is_one_per_recipient_and_no_last_one(
         assert len(here.held()) == 1
 
     with_customer(salmon, "353", "BDAT", work)
+
+
+def test_what_senders_ask_that_are_gone_is_asked_no_more(salmon: Salmon) -> None:
+    """Strangers ask and leave, while a customer that takes one command at a time is slow: who asks
+    then does not wait for what no one wants to know."""
+
+    async def main(here: World) -> None:
+        dialogue = Dialogue(*await asyncio.open_connection("127.0.0.1", here.odmr))
+        await Customer(dialogue, b"", False, "").open()
+        await dialogue.asks("EHLO", "250 home")
+        providing = here.collector.providing
+        await here.until(lambda: providing.live.verdict("b@example.org") is not None)
+        listener: Any = here.daemon.listeners[0]
+
+        async def asks(line: Line, name: str) -> None:
+            await line.hear()
+            await line.ask("EHLO sender.example.net")
+            await line.ask("MAIL FROM:<a@example.net>")
+            line.say(f"RCPT TO:<{name}@example.org>\r\n".encode())
+            sessions = len(listener._connections)
+            await here.until(lambda: sum(one.busy for one in listener._connections) == sessions)
+
+        async with connected(here.mx) as first:
+            await asks(first, "first")
+            await dialogue.asks("MAIL", "250 ok")
+            await dialogue.hear("RCPT TO:<first@example.org>")
+            for number in range(5):
+                async with connected(here.mx) as gone:
+                    await asks(gone, f"gone{number}")
+                    gone.abort()
+                await here.until(lambda: len(listener._connections) == 1)
+            async with connected(here.mx) as last:
+                await asks(last, "last")
+                dialogue.say("250 ok")
+                assert (await first.hear()).code == 250
+                await dialogue.asks("RSET", "250 ok")
+                await dialogue.asks("MAIL", "250 ok")
+                await dialogue.asks("RCPT TO:<last@example.org>", "550 5.1.1 no such user")
+                await dialogue.asks("RSET", "250 ok")
+                assert (await last.hear()).code == 550
+        dialogue.abort()
+
+    in_the_world(salmon, main)

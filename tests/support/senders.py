@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +45,12 @@ class Line:
 
     def say(self, data: bytes) -> None:
         self._writer.write(data)
+
+    def abort(self) -> None:
+        """Break it off, with a reset."""
+        connection = self._writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._writer.transport.abort()
 
     async def hear(self) -> Reply:
         """The next reply.  Raises :class:`OSError` when there is none."""
