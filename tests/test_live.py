@@ -92,6 +92,7 @@ def test_an_unknown_recipient_is_refused_by_home(
         heard = await ends.send(message("one"), "never", "b")
         assert str(heard[0]) == "550 5.1.1 no such mailbox"
         assert codes(heard) == [550, 250, 250]
+        assert await ends.counts() == {"recipient": 1, "recipient refused": 1, "live": 1}
         assert codes(await ends.send(message("two"), "never")) == [550]
         assert ends.handled == ["one"] and ends.held == 0
 

@@ -5,6 +5,8 @@ process where none runs.
         {"account": {...}}
     {"do": "provider sessions"}
         {"session": {...}}
+    {"do": "provider live"}                             what became of live mail since the start
+        {"live": {"live": 5, "fell back": 1, "recipient": 6, ...}}
     {"do": "provider held", "keys": [7]}                these, as far as there are any
     {"do": "provider held", "account": "acme", "state": "aside", "after": 7, "limit": 50}
         {"held": {...}}
@@ -61,6 +63,7 @@ class ProviderRequests:
         self._kinds: Mapping[str, Callable[[Row], AsyncIterator[Row]]] = {
             "provider accounts": self._accounts,
             "provider sessions": self._sessions,
+            "provider live": self._live,
             "provider held": self._held,
             "provider show": self._show,
             "provider retry": lambda request: self._treat(request, Upkeep.retry),
@@ -123,6 +126,9 @@ class ProviderRequests:
         for rows in self._open_sessions().values():
             for row in rows:
                 yield {"session": row}
+
+    async def _live(self, request: Row) -> AsyncIterator[Row]:
+        yield {"live": dict(self._providing.live.counts)}
 
     def _open_sessions(self) -> dict[str, list[Row]]:
         """By account, the oldest first.  On the event loop's own thread."""

@@ -100,6 +100,11 @@ class Ends:
 
         return await asyncio.to_thread(talk)
 
+    async def counts(self) -> dict[str, int]:
+        """What the provider's running server has counted of live mail."""
+        [answer, _] = [one async for one in self.provider.daemon._answer({"do": "provider live"})]
+        return dict(answer["live"])
+
     async def log_lines(self) -> list[dict[str, Any]]:
         """What the provider's running server says of its sessions."""
         request = {"do": "provider sessions"}
