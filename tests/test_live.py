@@ -17,7 +17,7 @@ from support.salmon import Salmon, fails, waits_for
 
 from salmon_revsmtp import Reply, hookimpl
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider import live
+from salmon_revsmtp.provider import handover, live
 
 OTHER = {"name": "other", "password": PASSWORD, "domains": ["example.com"]}
 
@@ -501,6 +501,107 @@ def test_the_same_octets_twice_are_two_messages_where_the_first_was_heard(
         await ends.until(lambda: len(ends.handled) == 8 and ends.held == 0)
 
     both_ends(salmon, work, account={"live": live_too})
+
+
+def test_what_was_refused_and_comes_again_is_judged_again(salmon: Salmon) -> None:
+    times = 0
+
+    def judge(message: MailRequest) -> None:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise SMTPError(554, "5.7.1 not this")
+
+    salmon.handle(".*", judge)
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        assert [codes(await ends.send(message("one"))) for _ in range(3)] == [
+            [250, 554],
+            [250, 250],
+            [250, 250],
+        ]
+        assert times == 3
+
+    both_ends(salmon, work)
+
+
+async def send_and_leave(port: int, data: bytes, source: str) -> None:
+    """Send a message, and break the connection when its answer is there."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+    writer.write(
+        b"EHLO x\r\nMAIL FROM:<a@example.net>\r\nRCPT TO:<b@example.org>\r\n"
+        b"BDAT %d LAST\r\n%s" % (len(data), data)
+    )
+    heard = b""
+    while not heard.endswith((b"delivered\r\n", b"not this\r\n")):
+        heard += await asyncio.wait_for(reader.read(1000), PATIENCE)
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_stranger_cannot_have_a_message_taken_for_his(salmon: Salmon, refused: bool) -> None:
+    """He knows its octets, and sends them first, from elsewhere."""
+
+    def judge(message: MailRequest) -> None:
+        if refused and str(message.Peer[0]) == "127.0.1.1":
+            raise SMTPError(554, "5.7.1 not this")
+
+    salmon.handle(".*", judge)
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        await send_and_leave(ends.provider.mx, message("one"), "127.0.1.1")
+        assert str((await ends.send(message("one")))[-1]) == "250 2.0.0 delivered"
+        assert ends.handled == ["one", "one"]
+
+    both_ends(salmon, work)
+
+
+@pytest.mark.parametrize("octets", [400_000, 2_000_000])
+def test_a_large_message_that_is_no_smtp_goes_live_only_if_it_is_small(
+    salmon: Salmon, octets: int
+) -> None:
+    salmon.handle(".*")
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        data = message("bare", octets) + b"a bare\nline end\r\n"
+        reply = (await ends.send(data))[-1]
+        assert reply.code == 250
+        assert ("held as" in reply.text) == (octets > 1_000_000)
+        await ends.until(lambda: ends.handled == ["bare"] and ends.held == 0)
+
+    both_ends(salmon, work)
+
+
+def test_beyond_some_questions_recipients_are_accepted_at_once(
+    salmon: Salmon, plugins: Plugins, refuses: Refuses
+) -> None:
+    salmon.handle(".*")
+
+    async def work(ends: Ends) -> None:
+        await ends.open()
+        reader, writer = await asyncio.open_connection("127.0.0.1", ends.way_in.port)
+        # The first waits for its answer; those that find room behind it wait for the first.
+        names = ["slow", *(f"b{number}" for number in range(899))]
+        writer.write(b"EHLO x\r\nMAIL FROM:<a@example.net>\r\n")
+        writer.write(b"".join(f"RCPT TO:<{name}@example.org>\r\n".encode() for name in names))
+        [session] = ends.sessions
+        live_session = session.live
+        assert live_session is not None
+        await ends.until(lambda: len(live_session._under_way) == handover.MOST_WAITING)
+        heard = await ends.send(message("one"))
+        assert codes(heard) == [250, 250] and "held as" in heard[1].text
+        refuses.go.set()
+        for _ in range(1 + 10 + len(names)):
+            assert (await asyncio.wait_for(reader.readline(), PATIENCE))[:3] in (b"220", b"250")
+        writer.close()
+
+    try:
+        both_ends(salmon, work, plugins=plugins)
+    finally:
+        refuses.go.set()
 
 
 # -- the rest --------------------------------------------------------------------------------------

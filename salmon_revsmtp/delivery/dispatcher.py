@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.notifier import Notifier
@@ -48,6 +48,7 @@ __all__ = [
     "PendingDelivery",
     "delivered",
     "last_of_many",
+    "refusal_by",
     "refusal_of",
 ]
 
@@ -239,9 +240,19 @@ def _known_by(pending: PendingDelivery) -> bytes:
     """What a repeat of this message has in common with it: its octets; or the ident that a provider
     of ours has for it, which it has for a message that its own sender sends again, too."""
     client = pending.envelope.client
-    if pending.origin.agent is not None and client is not None and _IDENT.fullmatch(client.ident):
+    if client is not None and _IDENT.fullmatch(client.ident):  # of a host that is believed
         return client.ident.encode()
     return pending.data
+
+
+def refusal_by(plugins: HookCaller, hook: str, **arguments: Any) -> Reply | None:
+    """Whether a plugin refuses something, asked in a thread that others work in, too: a hook that
+    tries to end the process defers it."""
+    try:
+        return refusal_of(hook, plugins.call(hook, **arguments))
+    except SystemExit:
+        log_safely(log, logging.ERROR, "hook=%s tried to end the process", hook, error=True)
+        return BUG
 
 
 class Dispatcher:

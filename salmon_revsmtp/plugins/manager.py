@@ -199,7 +199,7 @@ def _guarded(function: Callable[..., Any], hook: str, plugin: str) -> Callable[.
                 return function(*arguments)
             finally:
                 end_child_of(process)
-        except (Exception, SystemExit):  # a hook may even try to end the process
+        except Exception:
             log.exception("plugin=%s hook=%s raised; it is left out this time", plugin, hook)
             return None
 

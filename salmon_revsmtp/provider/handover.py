@@ -41,6 +41,8 @@ PAGE = 256
 PAGE_OCTETS = 1024 * 1024
 # A session that broke so often over a message is not the reason: the message is set aside.
 MOST_STRIKES = 5
+# Transactions in a session, under way or waiting for that, at which no more are passed on.
+MOST_WAITING = 512
 # Seconds until what was deferred is tried again in the same session: the first time, and, each time
 # twice as long, at the most.  A session looks for all that waits after so long in any case: an
 # answer that the disk could not take is settled later, and what was deferred waits only then.
@@ -122,6 +124,7 @@ class HandOver:
         "_settler",
         "_stopped",
         "_store",
+        "_stuck",
         "_timeout",
         "_under_way",
         "fell_back",
@@ -150,6 +153,7 @@ class HandOver:
         # In the order in which they are answered.
         self._under_way: list[Held | Passing] = []
         self._late = 0  # of those under way
+        self._stuck = False  # one was late, and nothing has been answered since
         self._alone = False  # the one that is sent now
         self._domains: Collection[str] | None = None
         self._excused = False  # if the session breaks, it is not over what is under way
@@ -232,6 +236,8 @@ class HandOver:
             and self._sender is not None
             and not self._stopped
             and not self._late
+            and not self._stuck
+            and len(self._under_way) < MOST_WAITING
             and self._connection.broken is None
             and (self._domains is None or domain in self._domains)
             and not self._alone
@@ -252,6 +258,7 @@ class HandOver:
         if not self.forget(passing) and passing in self._under_way:
             passing.late = True
             self._late += 1
+        self._stuck = bool(self._under_way)
 
     def forget(self, passing: Passing) -> bool:
         """No one wants its answer any more.  Whether it will never be sent."""
@@ -447,6 +454,7 @@ class HandOver:
 
     def _answered(self, sent: Sent) -> None:
         key = sent.message.key
+        self._stuck = False
         if isinstance(key, Passing):
             self._under_way.remove(key)
             self._late -= key.late

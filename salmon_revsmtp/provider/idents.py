@@ -2,21 +2,27 @@
 
 A sender that hears nothing sends its message again.  Between the two, this process may have died,
 and the customer may have handled the first: so the ident of both is to be the same, and nothing but
-the message can it be made of.  It is made of what was sent, and by whom; not of the recipients, for
-a sender that has heard of some of them comes again for the others (PRDR), and the customer knows
-each recipient by itself.
+the message can it be made of.  It is made of what was sent, by whom, and from which network: a
+stranger who knows the octets of a message cannot have it taken for one that he has sent before.  It
+is not made of the recipients, for a sender that has heard of some of them comes again for the
+others (PRDR), and the customer knows each recipient by itself.
 
 But some senders send the same octets twice and mean two messages.  These have heard the answer to
 the first: a command of theirs came after it.  So an ident has a number beside the digest: the least
 that, of none of the recipients, anyone has heard the answer to, and that is not under way at the
 same time.  What is under way for a client that is gone is in no one's way: that client comes again.
+What was refused and comes again is another message, too, for the customer may say something else
+now.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import ipaddress
 import threading
 from collections import OrderedDict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,7 +55,8 @@ class _Numbers:
     under_way: set[int] = field(default_factory=set)
 
     def take(self, number: int) -> None:
-        self.taken.add(number)
+        if number >= self.next:
+            self.taken.add(number)
         while self.next in self.taken:
             self.taken.remove(self.next)
             self.next += 1
@@ -68,7 +75,9 @@ class Idents:
     def give(self, envelope: Envelope, content: bytes) -> Ident:
         """The ident of a message; ``content`` is the SHA-256 of its octets as they came."""
         sender = envelope.reverse_path.encode("utf-8", "surrogateescape")
-        digest, recipients = hashlib.sha256(content + sender).digest(), set(envelope.recipients)
+        network = _network(envelope.client.address) if envelope.client is not None else ""
+        whole = b"\0".join((content, sender, network.encode()))
+        digest, recipients = hashlib.sha256(whole).digest(), set(envelope.recipients)
         with self._lock:
             of_each = [self._of(digest, one) for one in recipients]
             number = max(one.next for one in of_each)
@@ -85,15 +94,33 @@ class Idents:
         self._numbers.move_to_end((digest, recipient))
         return numbers
 
-    def settle(self, ident: Ident, heard: bool) -> None:
-        """Its sender is gone, or, ``heard``, has gone on after it was answered 2yz.  Once."""
+    def refused(self, ident: Ident, recipients: Iterable[str]) -> None:
+        """These have been refused for good."""
+        with self._lock:
+            for recipient in recipients:
+                if (numbers := self._numbers.get((ident.digest, recipient))) is not None:
+                    numbers.take(ident.number)
+
+    def settle(self, ident: Ident, heard: Collection[str]) -> None:
+        """Its sender is gone, or has gone on after the answer, and so has heard that it was taken
+        for ``heard``.  Once."""
         with self._lock:
             for recipient in ident.recipients:
                 key = ident.digest, recipient
                 if (numbers := self._numbers.get(key)) is None:
                     continue
                 numbers.under_way.discard(ident.number)
-                if heard:
+                if recipient in heard:
                     numbers.take(ident.number)
                 elif not (numbers.next or numbers.taken or numbers.under_way):
                     del self._numbers[key]
+
+
+@functools.lru_cache(maxsize=1024)
+def _network(address: str) -> str:
+    """A sender may come again from another address of its site: a /24, or an IPv6 /48."""
+    try:
+        length = 24 if ipaddress.ip_address(address).version == 4 else 48
+        return str(ipaddress.ip_network((address, length), strict=False))
+    except ValueError:  # there is none
+        return address

@@ -30,7 +30,7 @@ from salmon_revsmtp.delivery.dispatcher import (
     STOPPED,
     PendingDelivery,
     last_of_many,
-    refusal_of,
+    refusal_by,
 )
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.trace import MAX_HOPS, AddedFields, Origin, hops, separator
@@ -56,6 +56,12 @@ OVER_QUOTA = Reply(452, "too much mail waits for this domain, try again later", 
 
 # The customer has said nothing, for no one has asked it.
 HELD = Said(())
+
+# Octets of messages that plugins look at, at a time; of each there are some copies.  One may be
+# larger.
+MOST_LOOKED_AT = 32 * 1024 * 1024
+# Octets of a message that is passed on although it cannot be sent from its file.
+MOST_IN_MEMORY = 1024 * 1024
 
 # Seconds between two log lines about one account's quota.
 SAY_AGAIN = 3600.0
@@ -94,6 +100,9 @@ class Intake:
         # What plugins have made of a message: our Received, and what they add or refuse.
         self._filtered: dict[PendingDelivery, tuple[bytes, AddedFields, Reply | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._given: dict[PendingDelivery, Ident] = {}  # to those that are not settled
+        self._looked_at = 0  # octets of messages that plugins have
+        self._less_looked_at = asyncio.Event()
         # Of the batch in hand, in the thread.
         self._arrivals: list[tuple[PendingDelivery, Arrival, Said]] = []
         self._ready: list[tuple[PendingDelivery, Arrival]] = []
@@ -170,7 +179,7 @@ class Intake:
         if refusal is None:
             look = functools.partial(self._filter, pending, received + separator(head), added)
             try:
-                refusal = await asyncio.wait_for(self._filters.call(look), self._patience)
+                refusal = await asyncio.wait_for(self._look(pending, look), self._patience)
             except (asyncio.TimeoutError, TimeoutError):
                 text = f"not looked at in {self._patience:g} seconds, try again later"
                 refusal = Reply(451, text, "4.3.0")
@@ -181,6 +190,20 @@ class Intake:
             added = AddedFields()
         self._filtered[pending] = received, added, refusal
         self._submit(pending)
+
+    async def _look(
+        self, pending: PendingDelivery, look: Callable[[], Reply | None]
+    ) -> Reply | None:
+        """Have plugins look at it, when there is memory for that."""
+        while self._looked_at and self._looked_at + pending.size > MOST_LOOKED_AT:
+            self._less_looked_at.clear()
+            await self._less_looked_at.wait()
+        self._looked_at += pending.size
+        try:
+            return await self._filters.call(look)
+        finally:
+            self._looked_at -= pending.size
+            self._less_looked_at.set()
 
     def _received(self, pending: PendingDelivery) -> bytes:
         one, *others = pending.envelope.recipients
@@ -208,6 +231,7 @@ class Intake:
         self._for_live.discard(pending)
         self._passed_on.pop(pending, None)
         self._filtered.pop(pending, None)
+        self._given.pop(pending, None)
 
     def let_go(self, pending: PendingDelivery) -> bool:
         """No one will hear the answer: what has not begun is forgotten, and its client keeps it."""
@@ -243,6 +267,8 @@ class Intake:
                 ready = arrival.spool is None  # else it may have to be read
                 content = _content(arrival) if ready else await asyncio.to_thread(_content, arrival)
                 said = await self._live.send(session, arrival.envelope, content)
+        except _TooLarge as error:
+            said = Said(said.replies, str(error))
         except Exception as error:  # our own bug, or a disk that cannot be read
             said = Said(said.replies, f"{type(error).__name__}: {error}")
             text = "%s a message was not passed on"
@@ -337,14 +363,17 @@ class Intake:
         envelope = pending.envelope
         digest = hashlib.sha256(pending.data).digest() if spool is None else spool.digest
         ident = self._idents.give(envelope, digest)
+        self._given[pending] = ident
         pending.ask_whether_heard(functools.partial(self._note_heard, pending, ident))
         client = replace(envelope.client or Client(), ident=str(ident))
         return replace(envelope, client=client)
 
     def _note_heard(self, pending: PendingDelivery, ident: Ident, heard: bool) -> None:
         """Whether the client has heard the answer."""
-        taken = pending.reply is not None and pending.reply.positive
-        self._idents.settle(ident, heard and taken)
+        replies = dict(zip(pending.envelope.recipients, pending.replies, strict=False))
+        if pending.reply is None or not (heard and pending.reply.positive):
+            replies = {}
+        self._idents.settle(ident, [one for one, reply in replies.items() if reply.positive])
 
     def _note_said(self, pending: PendingDelivery, arrival: Arrival, said: Said) -> None:
         """Hold a message for those of which its customer has said nothing for good."""
@@ -368,14 +397,14 @@ class Intake:
             pending.begun = True
         spool = _spool(pending)
         data = pending.data if spool is None else spool.read()
-        said = self._hooks.call(
+        return refusal_by(
+            self._hooks,
             "message_received",
             agent=None,
             envelope=pending.envelope,
             message=trace + data.replace(b"\r\n", b"\n"),
             add_field=added.add,
         )
-        return refusal_of("message_received", said)
 
     def _keep(self, arrivals: Sequence[tuple[PendingDelivery, Arrival, Said]]) -> None:
         try:
@@ -417,6 +446,9 @@ class Intake:
             envelope = arrival.envelope
             for name, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
                 self._hooks.call("message_held", account=name, envelope=envelope, key=key)
+        if (ident := self._given.pop(pending, None)) is not None:
+            each = zip(pending.envelope.recipients, pending.replies, strict=False)
+            self._idents.refused(ident, [one for one, answer in each if answer.permanent])
         last = last_of_many(pending.replies) if pending.envelope.prdr else None
         pending.settle(last or reply)
 
@@ -437,12 +469,20 @@ class Intake:
         )
 
 
+class _TooLarge(Exception):
+    """A message is not passed on; the text says why."""
+
+
 def _content(arrival: Arrival) -> bytes | Content:
-    """What is to be sent.  Raises :class:`OSError`."""
+    """What is to be sent.  Raises :class:`OSError` and :class:`_TooLarge`."""
     head = b"".join(arrival.content)
     if arrival.spool is None:
         return head
-    return arrival.spool.content(head) or Octets(head + arrival.spool.read())
+    if (content := arrival.spool.content(head)) is not None:
+        return content
+    if arrival.size > MOST_IN_MEMORY:
+        raise _TooLarge("it is too large to be made fit for SMTP in memory")
+    return Octets(head + arrival.spool.read())
 
 
 def _for_one_answer(envelope: Envelope, said: Said) -> Said:

@@ -38,9 +38,12 @@ __all__ = ["Live", "Said"]
 log = logging.getLogger(__name__)
 
 # Seconds that a sender waits for the customer's word on a recipient, and on a message.  RFC 5321
-# 4.5.3.2 has it wait for 5 and for 10 minutes; what is late is held, and pushed.
+# 4.5.3.2 has it wait for 5 and for 10 minutes; what is late is held, and pushed.  A large message
+# has the time that it takes on a line of so many octets a second, too, within bounds.
 RECIPIENT_IN = 15.0
 MESSAGE_IN = 60.0
+MESSAGE_AT_MOST = 300.0
+LEAST_RATE = 64 * 1024
 
 # Refusals of a command's form or order (RFC 5321 4.2.2), and of what a session may do at all, say
 # nothing of the mail.
@@ -74,7 +77,7 @@ class Live:
 
     def __init__(self, accounts: Accounts, find: Find) -> None:
         self._accounts, self._find = accounts, find
-        self._under_way: set[Passing] = set()
+        self._under_way: dict[Passing, HandOver] = {}
         self._stopped = False
         self.counts: Counter[str] = Counter()
 
@@ -121,7 +124,9 @@ class Live:
 
     async def send(self, session: HandOver, envelope: Envelope, content: bytes | Content) -> Said:
         """Send a message; returns what the customer says, or why it says nothing."""
-        said = await self._pass_on(session, envelope, content, MESSAGE_IN)
+        octets = len(content) if isinstance(content, bytes) else content.size
+        seconds = min(MESSAGE_IN + octets / LEAST_RATE, max(MESSAGE_IN, MESSAGE_AT_MOST))
+        said = await self._pass_on(session, envelope, content, seconds)
         if any(reply is not None for reply in said.replies):
             session.passed_on += 1
             self.counts["live"] += 1
@@ -138,17 +143,17 @@ class Live:
         seconds: float,
     ) -> Said:
         passing = session.pass_on(envelope, content)
-        self._under_way.add(passing)
+        self._under_way[passing] = session
         try:
             sent = await asyncio.wait_for(asyncio.shield(passing.answer), seconds)
         except (asyncio.TimeoutError, TimeoutError):
             session.give_up(passing)
-            return _nothing(envelope, f"the customer did not answer in {seconds:g} seconds")
+            return _nothing(envelope, f"the customer did not answer in {seconds:.3g} seconds")
         except asyncio.CancelledError:  # the sender is gone
             session.forget(passing)
             raise
         finally:
-            self._under_way.discard(passing)
+            self._under_way.pop(passing, None)
         if sent is None:
             why = "this server is stopping" if self._stopped else "the customer's session ended"
             return _nothing(envelope, why)
@@ -157,8 +162,8 @@ class Live:
     def stop(self) -> None:
         """Pass nothing on any more; whoever waits for an answer waits no longer."""
         self._stopped = True
-        for passing in self._under_way:
-            passing.end()
+        for passing, session in list(self._under_way.items()):
+            session.forget(passing)
 
 
 def _nothing(envelope: Envelope, reason: str) -> Said:

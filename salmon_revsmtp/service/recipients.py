@@ -7,20 +7,30 @@ the one whose reply is said.
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from salmon_revsmtp.delivery.dispatcher import refusal_of
+from salmon_revsmtp.delivery.dispatcher import BUG, refusal_by
 from salmon_revsmtp.delivery.routes import is_routed
 from salmon_revsmtp.hooks import HookCaller
+from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.receiver import LATER, RecipientRequest, Verdict
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
 
-__all__ = ["MOST_THREADS", "Decider", "PluginsDecide", "Recipients", "RoutesDecide"]
+__all__ = ["DECIDE_IN", "MOST_THREADS", "Decider", "PluginsDecide", "Recipients", "RoutesDecide"]
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = Reply(550, "no such recipient here", "5.1.1")
+
+UNDECIDED = Reply(451, "this recipient could not be checked in time, try again later", "4.4.5")
+
+# Seconds in which it is decided on a recipient: RFC 5321 4.5.3.2.3 has a client wait for 5 minutes.
+DECIDE_IN = 60.0
 
 # Threads in which the plugins of one agent, or of one listening service, decide.
 MOST_THREADS = 16
@@ -57,7 +67,17 @@ class Recipients:
         return found
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
-        """What becomes of one of which :meth:`verdict` was LATER."""
+        """What becomes of one of which :meth:`verdict` was LATER; known in :data:`DECIDE_IN`
+        seconds.  Never raises."""
+        try:
+            return await asyncio.wait_for(self._ask(request), DECIDE_IN)
+        except (asyncio.TimeoutError, TimeoutError):
+            return UNDECIDED
+        except Exception:  # our own bug, or no thread to be had
+            log_safely(log, logging.ERROR, "deciding on a recipient failed", error=True)
+            return BUG
+
+    async def _ask(self, request: RecipientRequest) -> Reply | None:
         words = None
         for one in self._deciders:
             verdict = one.verdict(request.recipient)
@@ -111,13 +131,13 @@ class PluginsDecide:
         return LATER if self._plugins.implemented("recipient_requested") else None
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
-        said = await self._threads.call(
+        return await self._threads.call(
             functools.partial(
-                self._plugins.call,
+                refusal_by,
+                self._plugins,
                 "recipient_requested",
                 agent=self._agent,
                 envelope=request.envelope.spelled(self._spell),
                 recipient=self._spell(request.recipient),
             )
         )
-        return refusal_of("recipient_requested", said)

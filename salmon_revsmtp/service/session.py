@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from salmon_revsmtp.delivery.dispatcher import BUG, GONE, Deliverer, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import GONE, Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin, forwarded_client
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.net.driver import Driver
@@ -71,11 +71,6 @@ HALF_CLOSED = 30.0
 # brings no one forward; what it has not sent it sends over the next connection.
 PATIENCE = 1800.0
 
-
-# Seconds in which it is decided on a recipient: RFC 5321 4.5.3.2.3 has a client wait for 5 minutes.
-DECIDE_IN = 60.0
-
-_UNDECIDED = Reply(451, "this recipient could not be checked in time, try again later", "4.4.5")
 
 _Digest = bytes
 
@@ -399,13 +394,7 @@ class Session(Driver):
 
     async def _decide(self, request: RecipientRequest) -> None:
         """Answer a RCPT when its answer is known."""
-        try:
-            reply = await asyncio.wait_for(self._recipients.decide(request), DECIDE_IN)
-        except (asyncio.TimeoutError, TimeoutError):
-            reply = _UNDECIDED
-        except Exception:  # our own bug, or no thread to be had
-            log_safely(log, logging.ERROR, "deciding on a recipient failed", error=True)
-            reply = BUG
+        reply = await self._recipients.decide(request)
         self._deciding.pop(request, None)
         self._receiver.answer_recipient(request, reply)
         self._answer_soon()
