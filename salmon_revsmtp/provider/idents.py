@@ -11,8 +11,8 @@ But some senders send the same octets twice and mean two messages.  These have h
 the first: a command of theirs came after it.  So an ident has a number beside the digest: the least
 that, of none of the recipients, anyone has heard the answer to, and that is not under way at the
 same time.  What is under way for a client that is gone is in no one's way: that client comes again.
-What was refused and comes again is another message, too, for the customer may say something else
-now.
+What was refused as a whole and comes again is another message, too, for the customer may say
+something else now.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import hashlib
 import ipaddress
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,15 +94,15 @@ class Idents:
         self._numbers.move_to_end((digest, recipient))
         return numbers
 
-    def refused(self, ident: Ident, recipients: Iterable[str]) -> None:
-        """These have been refused for good."""
+    def refused(self, ident: Ident) -> None:
+        """It has been refused for good, for all of its recipients."""
         with self._lock:
-            for recipient in recipients:
+            for recipient in ident.recipients:
                 if (numbers := self._numbers.get((ident.digest, recipient))) is not None:
                     numbers.take(ident.number)
 
     def settle(self, ident: Ident, heard: Collection[str]) -> None:
-        """Its sender is gone, or has gone on after the answer, and so has heard that it was taken
+        """Its sender is gone, or has gone on after the answer, and so has heard what became of it
         for ``heard``.  Once."""
         with self._lock:
             for recipient in ident.recipients:

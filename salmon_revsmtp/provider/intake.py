@@ -371,9 +371,9 @@ class Intake:
     def _note_heard(self, pending: PendingDelivery, ident: Ident, heard: bool) -> None:
         """Whether the client has heard the answer."""
         replies = dict(zip(pending.envelope.recipients, pending.replies, strict=False))
-        if pending.reply is None or not (heard and pending.reply.positive):
+        if pending.reply is None or pending.reply.transient or not heard:
             replies = {}
-        self._idents.settle(ident, [one for one, reply in replies.items() if reply.positive])
+        self._idents.settle(ident, [one for one, reply in replies.items() if not reply.transient])
 
     def _note_said(self, pending: PendingDelivery, arrival: Arrival, said: Said) -> None:
         """Hold a message for those of which its customer has said nothing for good."""
@@ -446,9 +446,9 @@ class Intake:
             envelope = arrival.envelope
             for name, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
                 self._hooks.call("message_held", account=name, envelope=envelope, key=key)
-        if (ident := self._given.pop(pending, None)) is not None:
-            each = zip(pending.envelope.recipients, pending.replies, strict=False)
-            self._idents.refused(ident, [one for one, answer in each if answer.permanent])
+        ident = self._given.pop(pending, None)
+        if ident is not None and all(answer.permanent for answer in pending.replies):
+            self._idents.refused(ident)
         last = last_of_many(pending.replies) if pending.envelope.prdr else None
         pending.settle(last or reply)
 

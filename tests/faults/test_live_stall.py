@@ -22,6 +22,7 @@ RECIPIENT, MESSAGE, MORE = 0.4, 0.8, 5.0
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "RECIPIENT_IN", RECIPIENT)
     monkeypatch.setattr(live, "MESSAGE_IN", MESSAGE)
+    monkeypatch.setattr(live, "MESSAGE_AT_MOST", MESSAGE)
     for name in ("FIRST", "SPREAD", "DIAL_AGAIN"):
         monkeypatch.setattr(schedule, name, 0.005)
 
