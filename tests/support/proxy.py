@@ -143,6 +143,8 @@ class _End(asyncio.Protocol):
         self._fault = fault if fault and fault.direction in (direction, None) else None
         self._transport: asyncio.Transport | None = None
         self._deaf = False  # what comes is thrown away
+        # What came before there was another end: Python 3.10 reads on although it was told not to.
+        self._early: bytearray | None = bytearray()
         self._eof = False
         self._trickling: asyncio.Task[None] | None = None
         self._held = bytearray()  # came, and goes on one octet at a time
@@ -179,6 +181,10 @@ class _End(asyncio.Protocol):
         if not self.lost:
             assert self._transport is not None
             self._transport.resume_reading()
+        if self._early is not None:
+            early, self._early = self._early, None
+            if early:
+                self.data_received(bytes(early))
 
     def pause(self) -> None:
         if not self.lost:
@@ -200,6 +206,9 @@ class _End(asyncio.Protocol):
     # -- octets ---------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        if self._early is not None and self._direction is Direction.TO_PROVIDER:
+            self._early += data
+            return
         if self._deaf:
             return
         fault = self._fault
