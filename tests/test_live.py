@@ -17,7 +17,7 @@ from support.salmon import Salmon, fails, waits_for
 
 from salmon_revsmtp import Reply, hookimpl
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider import handover, live
+from salmon_revsmtp.provider import handover, intake, live
 
 OTHER = {"name": "other", "password": PASSWORD, "domains": ["example.com"]}
 
@@ -620,6 +620,35 @@ def test_a_large_message_goes_through_and_leaves_no_file(salmon: Salmon, octets:
         assert handled.Data.endswith(data.replace(b"\r\n", b"\n").rstrip(b"\n"))
         folder = ends.salmon.folder / "run/hold"
         await ends.until(lambda: not [*folder.glob("tmp/*"), *folder.glob("bodies/*")])
+
+    both_ends(salmon, work)
+
+
+def test_a_session_that_breaks_while_a_large_message_is_made_ready(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No one waits for an answer that cannot come."""
+    monkeypatch.setattr(live, "MESSAGE_IN", 10.0 * PATIENCE)
+    salmon.handle(".*")
+    make_ready = intake._content
+
+    async def work(ends: Ends) -> None:
+        session = await ends.open()
+        loop = asyncio.get_running_loop()
+
+        def slowly(arrival: Any) -> Any:
+            loop.call_soon_threadsafe(session.abort, "the test breaks it")
+            asyncio.run_coroutine_threadsafe(gone(), loop).result(PATIENCE)
+            return make_ready(arrival)
+
+        async def gone() -> None:
+            await ends.until(lambda: session not in ends.sessions)
+
+        monkeypatch.setattr(intake, "_content", slowly)
+        sending = ends.send(message("large", 600_000))
+        assert (await asyncio.wait_for(sending, PATIENCE))[-1].code == 250
+        monkeypatch.undo()
+        await ends.until(lambda: ends.handled == ["large"] and ends.held == 0)
 
     both_ends(salmon, work)
 

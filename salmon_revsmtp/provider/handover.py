@@ -247,6 +247,9 @@ class HandOver:
         """Send a message for which someone waits, or ask for its recipients (``None``)."""
         assert self._sender is not None
         passing = Passing(envelope, content)
+        if self._connection.broken is not None:
+            passing.end()
+            return passing
         self._under_way.append(passing)
         self.be_patient()
         self._connection.happened(self._sender.send(passing.message))

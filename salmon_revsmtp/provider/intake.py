@@ -263,9 +263,9 @@ class Intake:
         said = Said([None] * len(arrival.accounts), "the customer's session ended")
         try:
             assert self._live is not None
+            ready = arrival.spool is None  # else it may have to be read
+            content = _content(arrival) if ready else await asyncio.to_thread(_content, arrival)
             if (session := self._live.takes(arrival.envelope)) is not None:
-                ready = arrival.spool is None  # else it may have to be read
-                content = _content(arrival) if ready else await asyncio.to_thread(_content, arrival)
                 said = await self._live.send(session, arrival.envelope, content)
         except _TooLarge as error:
             said = Said(said.replies, str(error))
