@@ -303,6 +303,7 @@ class Intake:
             else:
                 self._prepare(item)
         except BaseException:  # a hook may even try to end the process
+            self._forget(item)
             item.abandon(BUG)
             _discard(item)
             log_safely(log, logging.ERROR, "%s a message failed", item.origin.label, error=True)
