@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import shutil
 import ssl
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import trustme
 from support.holding import Holding
 
-from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.net.certificate import Certificate, certificate_ends, fingerprint
 from salmon_revsmtp.service.settings import ServiceSettings
 
 
@@ -120,3 +122,25 @@ def test_a_provider_serves_a_renewed_certificate_without_a_restart(
             return [before, await name_at(one.port)]
 
     assert asyncio.run(main()) == ["old.example.org", "new.example.org"]
+
+
+@pytest.mark.parametrize("year", [2001, 2049])
+def test_the_end_of_a_certificate_is_known_also_when_it_is_over(tmp_path: Path, year: int) -> None:
+    end = datetime.datetime(year, 5, 17, 4, 30, tzinfo=datetime.timezone.utc)
+    made = trustme.CA().issue_cert("mx.example.net", not_after=end)
+    made.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    assert certificate_ends(tmp_path / "both.pem", None) == end.timestamp()
+
+
+def test_a_fingerprint_is_that_which_openssl_shows(tmp_path: Path) -> None:
+    write(tmp_path, trustme.CA(), "mx.example.net")
+    pem = tmp_path / "cert.pem"
+    shown = subprocess.run(
+        ["openssl", "x509", "-in", pem, "-noout", "-fingerprint", "-sha256"],
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    first, end = pem.read_text().partition("-----END CERTIFICATE-----")[:2]
+    ours = fingerprint(ssl.PEM_cert_to_DER_cert(first + end))
+    assert ours == "sha256:" + shown.strip().partition("=")[2].replace(":", "").lower()

@@ -1,12 +1,18 @@
-"""The certificate of a server, read again when it has been renewed."""
+"""The certificate of a server, read again when it was renewed; its end, and its fingerprint."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import ssl
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Certificate", "certificate_problem"]
+__all__ = ["Certificate", "certificate_ends", "certificate_problem", "fingerprint"]
+
+# X509_V_FLAG_NO_CHECK_TIME, which Python has no name for.
+_WHATEVER_THE_TIME = 0x200000
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +26,30 @@ def certificate_problem(certificate: Path | None, key: Path | None) -> str | Non
     except (OSError, ssl.SSLError) as error:
         return f"tls_cert, tls_key: {error.strerror or error}"
     return None
+
+
+def certificate_ends(certificate: Path, key: Path | None) -> float:
+    """The end of a server's certificate (notAfter), in seconds since the epoch, also when that is
+    in the past.  Raises :class:`OSError`, of which :class:`ssl.SSLError` is one."""
+    # Python shows what is in a certificate to the client of a handshake only, and only if it was
+    # verified: against itself, whoever has signed it.
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    theirs.check_hostname = False
+    theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_WHATEVER_THE_TIME)
+    theirs.load_verify_locations(certificate)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = _context(certificate, key).wrap_bio(to_server, to_client, server_side=True)
+    client = theirs.wrap_bio(to_client, to_server)
+    for side in (client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    found: Any = client.getpeercert()
+    return float(ssl.cert_time_to_seconds(found["notAfter"]))
+
+
+def fingerprint(certificate: bytes) -> str:
+    """``sha256:...`` of a certificate in DER form, as the agents' key ``fingerprint`` has it."""
+    return f"sha256:{hashlib.sha256(certificate).hexdigest()}"
 
 
 class Certificate:
