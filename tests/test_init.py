@@ -313,7 +313,9 @@ def test_a_customer_collects_what_the_line_says_and_stores_it(
             "every": 10,
         }
     ]
-    assert found.smtp_services == {"default": {"hostname": "mail.example.org"}}
+    assert found.smtp_services == {
+        "default": {"hostname": "mail.example.org", "unknown_recipients": "refuse"}
+    }
     assert found.handlers == ["salmon_revsmtp.handlers.maildir"]
     assert found.maildirs == "run/mail"
 

@@ -64,6 +64,7 @@ def customer_files(folder: Path, made: Customer, user: ProjectUser) -> list[File
 def _settings(made: Customer) -> bytes:
     join = made.join
     pinned = f'        "fingerprint": {literal(join.fingerprint)},\n' if join.fingerprint else ""
+    hostname = f'        "hostname": {literal(made.hostname)},\n' if made.hostname else ""
     handler, settings = _handler(made)
     return filled(
         "customer-settings.py",
@@ -74,7 +75,7 @@ def _settings(made: Customer) -> bytes:
         account=literal(join.account),
         variable=made.variable,
         domains=literal(join.domains, 8, len('"domains": ,')),
-        hostname_key=f'"hostname": {literal(made.hostname)}' if made.hostname else "",
+        hostname_line=hostname,
         handler=literal(f"{HANDLERS}.{handler}"),
         handler_settings=settings,
         relay_host=literal(made.relay.host),

@@ -93,7 +93,10 @@ class Control:
         self._asking.add(task)
         try:
             with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-                async for answer in self._answers(await reader.readline()):
+                line = await reader.readline()
+                if not line:  # who only wanted to know whether we are here
+                    return
+                async for answer in self._answers(line):
                     writer.write(json.dumps(answer).encode() + b"\n")
                     await writer.drain()
         finally:
