@@ -67,7 +67,7 @@ def test_each_address_has_a_maildir(salmon: Salmon, monkeypatch: pytest.MonkeyPa
             b"\n",
             b"no header at all",
             b" folded\n\nx",
-            b"\xff\x00\xfe: \x80\n\n\r\rx\r",
+            b"\xff\x00\xfe: \x80\n\n\r\rx\r\ny\r",
             b"a: b",
         ),
         b"Return-Path: <eve@example.com>\nDelivered-To: eve@example.org\n\nx",
