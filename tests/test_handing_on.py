@@ -365,6 +365,23 @@ def test_a_server_that_is_there_again_is_said_and_used(
     ]
 
 
+def test_another_trouble_is_said_too_but_not_for_each_message(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(monkeypatch, "unix:socket")
+    monkeypatch.setattr(nexthop, "SILENCE", 0.0)
+    assert deliver().code == 451
+
+    def script(words: str) -> Script:
+        return lambda call: call.say(words)
+
+    monkeypatch.setattr(nexthop, "SILENCE", 60.0)
+    with next_host(*(script(f"{one} is no reply") for one in "abc"), path="socket"):
+        assert [deliver().code for _ in range(3)] == [451, 451, 451]
+    lines = [line.partition(" ")[2].partition(";")[0] for line in said(caplog)]
+    assert lines == ["No such file or directory", "b'a is no reply' is no SMTP reply"]
+
+
 @pytest.mark.parametrize("goodbye", ["", "421 4.4.2 idle for too long"])
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_connection_that_was_closed_meanwhile_costs_nothing(

@@ -370,6 +370,7 @@ def test_any_name_is_one_that_the_file_system_takes(
     [
         ("maildir", {"maildirs": 17}, "maildirs: found 17, allowed: a folder"),
         ("maildir", {"maildirs": ""}, "maildirs: found '', allowed: a folder"),
+        ("maildir", {"maildirs": "~no.one/x"}, "maildirs: found '~no.one/x' (Could not determine"),
         (
             "maildir",
             {"mailboxes": "bob@example.org"},
