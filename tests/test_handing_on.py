@@ -689,6 +689,27 @@ def test_one_that_says_nothing_is_given_up_in_time_and_left_alone_for_a_while(
     assert len(said(caplog)) == 1
 
 
+def test_a_message_that_is_given_up_in_the_middle_ends_with_a_reset(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No server, however lax, takes the part of it that has come for a message."""
+    given_up = threading.Event()
+
+    def stands_still(call: Call) -> None:
+        call.greet()
+        call.up_to_data()
+        assert given_up.wait(20)
+        with pytest.raises(ConnectionResetError):
+            while call.socket.recv(1_000_000):
+                pass
+
+    with next_host(stands_still) as server:
+        services = {"default": {"handler_timeout": 1}}
+        load(monkeypatch, "lmtp", lmtp_server=server, smtp_services=services)
+        assert deliver(b"Subject: x\n\n" + b"x" * 40_000_000).code == 451
+        given_up.set()
+
+
 def test_one_that_answers_twice_is_not_believed_the_next_time(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
