@@ -320,6 +320,14 @@ def test_a_customer_collects_what_the_line_says_and_stores_it(
     assert found.maildirs == "run/mail"
 
 
+def test_a_customer_has_the_mailboxes_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["ann@example.org", "postmaster@example.org"]
+    customer(tmp_path / "c", *(word for one in named for word in ("--mailbox", one)))
+    assert settings(tmp_path / "c", monkeypatch).mailboxes == named
+
+
 @pytest.mark.parametrize(
     ("option", "server"),
     [("lmtp", "localhost:24"), ("lmtp", "unix:/run/dovecot/lmtp"), ("smtp", "[::1]:25")],
@@ -344,6 +352,8 @@ def test_a_customer_hands_its_mail_on(
         ("--lmtp", "localhost:24", "--smtp", "localhost:25"),
         ("--lmtp", "unix:run/lmtp"),
         ("--name", "a b"),
+        ("--mailbox", "bob"),
+        ("--mailbox", "bob@example.org", "--lmtp", "localhost:24"),
         ("--hostname", "a b"),
     ],
 )

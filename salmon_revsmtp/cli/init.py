@@ -142,6 +142,14 @@ def provider(options: Options, directory: str, **given: Any) -> None:
 )
 @click.option("--smtp", metavar="HOST:PORT", help="Hand the mail to this server by SMTP.")
 @click.option(
+    "--mailbox",
+    "mailboxes",
+    metavar="ADDRESS",
+    multiple=True,
+    help="An address that there is. May be given several times; all others are refused. Without it "
+    "every address of your domains is one.",
+)
+@click.option(
     "--name",
     metavar="NAME",
     default="isp",
@@ -340,12 +348,17 @@ def _customer(given: dict[str, Any]) -> Customer:
     ):
         if given[option] is not None:
             problems.valid(f"--{option}", given[option], check, allowed)
+    for one in given["mailboxes"]:
+        problems.valid("--mailbox", one, _mailbox, "an address such as bob@example.org")
+    if given["mailboxes"] and (given["lmtp"] or given["smtp"]):
+        problems.found.append("--mailbox: the server that takes the mail knows its addresses")
     name = problems.valid("--name", given["name"], _agent, "letters, digits, - and _")
     relay = problems.valid("--relay", given["relay"], _server, SERVER)
     join = _join_line(given["join"], problems)
     problems.end()
     assert join is not None
-    return Customer(join, name, given["hostname"], given["lmtp"], given["smtp"], relay)
+    boxes = tuple(dict.fromkeys(given["mailboxes"]))
+    return Customer(join, name, given["hostname"], given["lmtp"], given["smtp"], boxes, relay)
 
 
 def _lmtp(text: str) -> object:
@@ -360,6 +373,12 @@ def _host_or_address(text: str) -> str:
     from salmon_revsmtp.net.address import host_name
 
     return host_name(text)
+
+
+def _mailbox(text: str) -> None:
+    from salmon_revsmtp.handlers.names import Mailbox
+
+    Mailbox.of_setting(text)
 
 
 def _agent(text: str) -> str:
