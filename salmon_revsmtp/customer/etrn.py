@@ -17,8 +17,8 @@ from salmon_revsmtp.customer.settings import (
     TlsMode,
     without_control_characters,
 )
+from salmon_revsmtp.net.address import domain_name
 from salmon_revsmtp.net.outcome import Failed, Outcome
-from salmon_revsmtp.smtp.addresses import to_ascii
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.collection import Collection
@@ -99,7 +99,7 @@ def _node(name: str) -> str:
         if not name.isascii() or len(name.split()) != 1 or name == "#":
             raise ValueError(f"{name!r}: the name of a queue is one word of ASCII")
         return name
-    return "@" + to_ascii(name[1:]) if name.startswith("@") else to_ascii(name)
+    return "@" + domain_name(name[1:]) if name.startswith("@") else domain_name(name)
 
 
 class EtrnAgent(Agent):
