@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import ssl
 from collections.abc import Callable, Container
 from functools import partial
@@ -13,6 +12,7 @@ from functools import partial
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.places import Places
 from salmon_revsmtp.net.vestibule import Vestibule
+from salmon_revsmtp.net.words import came_back, listen_advice
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Admit", "Listener", "cannot_listen", "places_for"]
@@ -37,12 +37,13 @@ Admit = Callable[[Driver], Reply | None]
 
 
 def cannot_listen(name: str, host: str, port: int, error: OSError) -> OSError:
-    """Which service cannot have its address, and why, as an error of the same kind."""
+    """Which service cannot have its address, why, and what to try, as an error of the same
+    kind."""
     where = f"{name} cannot listen on {host or '*'}:{port}"
     number = error.errno or errno.EADDRNOTAVAIL
-    # asyncio wraps the reason into a sentence of its own; a name that is not found has no number.
-    reason = os.strerror(number) if number > 0 else error.strerror
-    return OSError(number, f"{where}: {reason}")
+    advice = listen_advice(error, port)
+    reason = came_back(error if error.errno else OSError(number, ""))
+    return OSError(number, f"{where}: {reason}" + (f"; {advice}" if advice else ""))
 
 
 def places_for(most: int, expected: Container[str]) -> Places:

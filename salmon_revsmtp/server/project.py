@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -117,8 +118,25 @@ def _explained(what: str) -> Iterator[None]:
         raise ProjectError(
             f"{what}: the variable or key {error} is not set{_where(error)}; is it in .env?"
         ) from None
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and not error.filename:
+            # Salmon's receivers listen when they are made.
+            raise ProjectError(f"{what}: {_receivers(error)}{_where(error)}") from None
+        raise ProjectError(f"{what}: {type(error).__name__}: {error}{_where(error)}") from None
     except Exception as error:
         raise ProjectError(f"{what}: {type(error).__name__}: {error}{_where(error)}") from None
+
+
+def _receivers(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"{error.strerror}: another program has the port of Salmon's receiver "
+            "(receiver_config), maybe a mail server, or this one a second time; `ss -ltnp` says "
+            "which"
+        )
+    return (
+        f"{error.strerror}: the host of Salmon's receiver (receiver_config) is not this machine's"
+    )
 
 
 def _where(error: BaseException) -> str:
