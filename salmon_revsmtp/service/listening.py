@@ -82,6 +82,7 @@ def listeners(
             etrn=etrn,
         )
 
+    service.listens = True
     service.expected.look_up()
     places = places_for(settings.max_connections, service.expected)
     name = f"service={service.name}"
