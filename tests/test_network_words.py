@@ -26,10 +26,9 @@ from support.project import Project, isp
 from support.tls import server_tls
 
 from salmon_revsmtp.delivery.relay import address_of, try_relay, why
-from salmon_revsmtp.net.listener import Listener, cannot_listen
+from salmon_revsmtp.net.listener import cannot_listen, why_not_listen
 from salmon_revsmtp.net.outcome import CollectionError
 from salmon_revsmtp.net.words import came_back, reach_advice
-from salmon_revsmtp.service.listening import _unconnected
 from salmon_revsmtp.service.policy import Service
 
 
@@ -194,13 +193,7 @@ def test_what_cannot_be_reached(number: int, words: str) -> None:
 
 
 def not_listening(host: str, port: int) -> str:
-    async def main() -> str:
-        one = Listener("service=default", _unconnected, host, port)
-        with pytest.raises(OSError) as raised:
-            await one.start(quietly=True)
-        return str(raised.value.strerror)
-
-    return asyncio.run(main())
+    return asyncio.run(why_not_listen("service=default", host, port)) or ""
 
 
 def test_an_address_that_another_program_has() -> None:

@@ -10,7 +10,14 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Certificate", "certificate_ends", "certificate_problem", "fingerprint"]
+__all__ = [
+    "Certificate",
+    "certificate_ends",
+    "certificate_is_for",
+    "certificate_names",
+    "certificate_problem",
+    "fingerprint",
+]
 
 # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for.
 _WHATEVER_THE_TIME = 0x200000
@@ -97,20 +104,45 @@ def _refused(certificate: Path, key: Path | None, error: OSError) -> str:
 def certificate_ends(certificate: Path, key: Path | None) -> float:
     """The end of a server's certificate (notAfter), in seconds since the epoch, also when that is
     in the past.  Raises :class:`OSError`, of which :class:`ssl.SSLError` is one."""
+    found: Any = _shown(certificate, key)
+    return float(ssl.cert_time_to_seconds(found["notAfter"]))
+
+
+def certificate_is_for(certificate: Path, key: Path | None, name: str) -> bool:
+    """Whether a client that calls the server by ``name``, a host name or an address, accepts its
+    certificate for it.  Raises :class:`OSError`."""
+    try:
+        _shown(certificate, key, name)
+    except ssl.SSLCertVerificationError:
+        return False
+    return True
+
+
+def certificate_names(certificate: Path, key: Path | None) -> tuple[str, ...]:
+    """The names and addresses that a server's certificate is for.  Raises :class:`OSError`."""
+    found: Any = _shown(certificate, key)
+    alternatives = [str(value) for _, value in found.get("subjectAltName", ())]
+    subject = dict(pair for part in found.get("subject", ()) for pair in part)
+    return tuple(alternatives) or tuple(filter(None, [subject.get("commonName")]))
+
+
+def _shown(certificate: Path, key: Path | None, name: str | None = None) -> Any:
+    """What is in a certificate, as :meth:`ssl.SSLSocket.getpeercert` has it; for a ``name``, if the
+    certificate is for that.  Raises :class:`OSError`, and
+    :class:`ssl.SSLCertVerificationError` if it is for others."""
     # Python shows what is in a certificate to the client of a handshake only, and only if it was
     # verified: against itself, whoever has signed it.
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    theirs.check_hostname = False
+    theirs.check_hostname = name is not None
     theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_WHATEVER_THE_TIME)
     theirs.load_verify_locations(certificate)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = _context(certificate, key).wrap_bio(to_server, to_client, server_side=True)
-    client = theirs.wrap_bio(to_client, to_server)
+    client = theirs.wrap_bio(to_client, to_server, server_hostname=name)
     for side in (client, server, client):
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
-    found: Any = client.getpeercert()
-    return float(ssl.cert_time_to_seconds(found["notAfter"]))
+    return client.getpeercert()
 
 
 def fingerprint(certificate: bytes) -> str:

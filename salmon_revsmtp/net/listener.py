@@ -15,7 +15,7 @@ from salmon_revsmtp.net.vestibule import Vestibule
 from salmon_revsmtp.net.words import came_back, listen_advice
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Admit", "Listener", "cannot_listen", "places_for"]
+__all__ = ["Admit", "Listener", "cannot_listen", "places_for", "why_not_listen"]
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,22 @@ def cannot_listen(name: str, host: str, port: int, error: OSError) -> OSError:
     advice = listen_advice(error, port)
     reason = came_back(error if error.errno else OSError(number, ""))
     return OSError(number, f"{where}: {reason}" + (f"; {advice}" if advice else ""))
+
+
+async def why_not_listen(name: str, host: str, port: int) -> str | None:
+    """Why an address cannot be listened on now, and what to try; ``None`` if it can."""
+    unused = Listener(name, _unconnected, host, port)
+    try:
+        await unused.start(quietly=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        await unused.stop(0)
+    return None
+
+
+def _unconnected(admit: Admit) -> Driver:
+    raise ConnectionAbortedError("nothing is served here yet")
 
 
 def places_for(most: int, expected: Container[str]) -> Places:

@@ -66,6 +66,18 @@ class Configuration:
             one.delivery == "hold" for one in self.services.values()
         )
 
+    @property
+    def routed(self) -> tuple[str, ...]:
+        """The domains whose mail the project's handlers get, as a person wrote them; ``("*",)`` for
+        any.  Empty if they get none."""
+        used = {agent.settings.service for agent in self.agents}
+        found = [
+            self.written.get(name) or ("*",)
+            for name, one in self.services.items()
+            if one.delivery != "hold" and (one.listen or name in used)
+        ]
+        return tuple(dict.fromkeys(domain for domains in found for domain in domains))
+
     def asked_for(self, service: str) -> tuple[str, ...]:
         """The domains that the agents of a service ask for."""
         agents = [agent for agent in self.agents if agent.settings.service == service]

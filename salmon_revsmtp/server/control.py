@@ -6,6 +6,7 @@ A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, 
         {"agent": "isp", "messages": 2, "bytes": 4711,      as it goes on: the counts, what it does
          "doing": "connecting to ...", "seconds": 0.7}      or waits for, and for how long
         {"report": {...}}                                   one per agent
+        {"warning": "..."}                                  if there is something wrong with it
         {"end": true}
     {"do": "state"}
         {"next": {"isp": 1795498202.5}, "push": {}}         seconds since the epoch
@@ -93,9 +94,11 @@ class Control:
         self._asking.add(task)
         try:
             with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-                async for answer in self._answers(await reader.readline()):
-                    writer.write(json.dumps(answer).encode() + b"\n")
-                    await writer.drain()
+                # Who only looks whether a server is there asks nothing.
+                if line := await reader.readline():
+                    async for answer in self._answers(line):
+                        writer.write(json.dumps(answer).encode() + b"\n")
+                        await writer.drain()
         finally:
             self._asking.discard(task)
             writer.close()
