@@ -31,6 +31,7 @@ from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.settings import AgentSettings
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.files import LITTLE_ROOM, NO_ROOM, Room, room_in
+from salmon_revsmtp.journal.collections import Entry, Journal
 from salmon_revsmtp.net.outcome import Deferred, Outcome
 from salmon_revsmtp.server import checks, reaching
 from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
@@ -86,9 +87,9 @@ def test_a_project_that_works(project: Project, receiver: Callable[[], None]) ->
         ("settings", "config.settings", "1 agent, 1 service listening"),
         ("boot", "config.boot", "it can be imported"),
         ("handlers", "app.handlers.sample", "1 module, 1 route"),
-        ("run", "run", "it can be written"),
-        ("logs", "logs", "it can be written"),
-        ("journal", "run/revsmtp.sqlite3", "it can be written"),
+        ("folder", "run", "it can be written"),
+        ("folder", "logs", "it can be written"),
+        ("journal", "run/revsmtp.sqlite3", "not there yet, it is made when it is needed"),
         ("undeliverable", "run/undeliverable", "it can be written; empty"),
         ("unsent", "run/unsent", "not there yet, it is made when it is needed"),
         ("listen", "127.0.0.1:0", "service=default can listen there"),
@@ -379,6 +380,18 @@ def test_what_waits_is_counted(project: Project) -> None:
     assert [results(found)[name] for name in ("unsent", "undeliverable", "queue")] == [
         *(WARNING, WARNING, OK)
     ]
+
+
+def test_a_journal_of_another_time(project: Project) -> None:
+    """Its clock was right, and ours is not, or the other way round."""
+    project.configure(isp(1))
+    ended = time.time() + 86400
+    entry = Entry("isp", "odmr", ended, ended, "no-mail", 0, 0, 0, 0, 1, None, None, None)
+    Journal(project.folder / "run/revsmtp.sqlite3").record(entry, True)
+    found = check(project, "--offline")
+    assert found["journal", "run/revsmtp.sqlite3"].text == "it can be written"
+    assert "which is in the future: is the clock right?" in found["clock", "journal"].text
+    assert found["clock", "journal"].result == WARNING
 
 
 def test_a_journal_that_is_none(project: Project) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 __all__ = [
     "Certificate",
     "certificate_ends",
-    "certificate_is_for",
     "certificate_names",
     "certificate_problem",
     "fingerprint",
+    "is_for",
 ]
 
 # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for.
@@ -104,15 +104,17 @@ def _refused(certificate: Path, key: Path | None, error: OSError) -> str:
 def certificate_ends(certificate: Path, key: Path | None) -> float:
     """The end of a server's certificate (notAfter), in seconds since the epoch, also when that is
     in the past.  Raises :class:`OSError`, of which :class:`ssl.SSLError` is one."""
-    found: Any = _shown(certificate, key)
+    found: Any = _shown(certificate, key, _itself(certificate)).getpeercert()
     return float(ssl.cert_time_to_seconds(found["notAfter"]))
 
 
-def certificate_is_for(certificate: Path, key: Path | None, name: str) -> bool:
-    """Whether a client that calls the server by ``name``, a host name or an address, accepts its
-    certificate for it.  Raises :class:`OSError`."""
+def is_for(certificate: Path, key: Path | None, hostname: str) -> bool:
+    """Whether a server's certificate is for a host name, or an address.  Raises :class:`OSError`,
+    but not :class:`ssl.SSLCertVerificationError`."""
+    theirs = _itself(certificate)
+    theirs.check_hostname = True
     try:
-        _shown(certificate, key, name)
+        _shown(certificate, key, theirs, hostname)
     except ssl.SSLCertVerificationError:
         return False
     return True
@@ -120,29 +122,34 @@ def certificate_is_for(certificate: Path, key: Path | None, name: str) -> bool:
 
 def certificate_names(certificate: Path, key: Path | None) -> tuple[str, ...]:
     """The names and addresses that a server's certificate is for.  Raises :class:`OSError`."""
-    found: Any = _shown(certificate, key)
+    found: Any = _shown(certificate, key, _itself(certificate)).getpeercert()
     alternatives = [str(value) for _, value in found.get("subjectAltName", ())]
     subject = dict(pair for part in found.get("subject", ()) for pair in part)
     return tuple(alternatives) or tuple(filter(None, [subject.get("commonName")]))
 
 
-def _shown(certificate: Path, key: Path | None, name: str | None = None) -> Any:
-    """What is in a certificate, as :meth:`ssl.SSLSocket.getpeercert` has it; for a ``name``, if the
-    certificate is for that.  Raises :class:`OSError`, and
-    :class:`ssl.SSLCertVerificationError` if it is for others."""
+def _itself(certificate: Path) -> ssl.SSLContext:
+    """A client's context that takes one certificate, whoever has signed it, whatever the time."""
     # Python shows what is in a certificate to the client of a handshake only, and only if it was
-    # verified: against itself, whoever has signed it.
+    # verified: against itself.
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    theirs.check_hostname = name is not None
+    theirs.check_hostname = False
     theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_WHATEVER_THE_TIME)
     theirs.load_verify_locations(certificate)
+    return theirs
+
+
+def _shown(
+    certificate: Path, key: Path | None, theirs: ssl.SSLContext, hostname: str | None = None
+) -> ssl.SSLObject:
+    """The client of a handshake with a server that has this certificate, in memory."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = _context(certificate, key).wrap_bio(to_server, to_client, server_side=True)
-    client = theirs.wrap_bio(to_client, to_server, server_hostname=name)
+    client = theirs.wrap_bio(to_client, to_server, server_hostname=hostname)
     for side in (client, server, client):
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
-    return client.getpeercert()
+    return client
 
 
 def fingerprint(certificate: bytes) -> str:

@@ -29,8 +29,8 @@ from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 from salmon_revsmtp.net.certificate import (
     certificate_ends,
-    certificate_is_for,
     certificate_names,
+    is_for,
 )
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
@@ -90,7 +90,7 @@ def local_findings(
     yield _boot(project, boot, listen)
     yield from _handlers(project, configuration)
     for name in ("run", "logs"):
-        yield _folder(name, Path(name))
+        yield _folder("folder", Path(name))
     yield from _journal(DEFAULT_JOURNAL)
     yield from _queues(configuration)
     yield from _disks(configuration)
@@ -212,6 +212,9 @@ def _not_writable(folder: Path, error: OSError) -> str:
 
 def _journal(path: Path) -> Iterator[Finding]:
     """It can be written; and its times are none of the future, which a clock set back would do."""
+    if not path.exists():
+        yield Finding("journal", str(path), OK, "not there yet, it is made when it is needed")
+        return
     try:
         with contextlib.closing(JournalFile(path).open(JOURNAL_PATIENCE)) as database:
             database.execute("BEGIN IMMEDIATE")
@@ -364,7 +367,7 @@ def _certificate(where: str, settings: Any, offline: bool) -> Iterator[Finding]:
     if name is None:
         return
     name = name.strip("[]").removeprefix("IPv6:")
-    if not certificate_is_for(*files, name):
+    if not is_for(*files, name):
         names = ", ".join(certificate_names(*files)) or "no name"
         yield Finding(
             "certificate",
