@@ -247,6 +247,7 @@ def test_a_boot_module_that_fails_keeps_nothing_else_from_being_looked_at(
         "ValueError: no such thing (config/boot.py, line 1)"
     )
     assert results(found)["journal"] == OK and results(found)["agent"] == SKIPPED
+    assert results(found)["handlers"] == SKIPPED
     assert found["relay", "settings.relay"].text.startswith("there is none")
     assert found["summary", ""].text.startswith("the server cannot start; ")
 
@@ -360,6 +361,20 @@ def test_folders_that_cannot_be_written(project: Project) -> None:
         "run/unsent cannot be written: Not a directory; it is no folder"
     )
     assert results(found)["queue"] == OK, "what is missing of a queue is made"
+
+
+def test_the_hold_store_of_a_provider(project: Project) -> None:
+    project.configure()
+    settings = project.folder / "config/settings.py"
+    settings.write_text(
+        settings.read_text()
+        + "customer_accounts = [{'name': 'a', 'password': 'p', 'domains': ['example.org']}]\n"
+        + "provider = {'hostname': 'mx.example.net', 'hold': 'mail/hold'}\n"
+    )
+    assert check(project, "--offline")["folder", "mail/hold"].text.startswith("not there yet")
+    (project.folder / "mail").write_text("")
+    hold = check(project, "--offline", status=1)["folder", "mail/hold"]
+    assert hold.text == "mail cannot be written: Not a directory; it is no folder"
 
 
 def test_what_waits_is_counted(project: Project) -> None:
@@ -610,3 +625,4 @@ def test_beside_a_server_that_runs(project: Project) -> None:
         settings.write_text(settings.read_text().replace(str(port), str(other)))
         changed = check(project)["listen", f"127.0.0.1:{other}"]
         assert changed.result == WARNING and "restart it" in changed.text
+    assert "a request failed" not in (project.folder / "logs/salmon.log").read_text()

@@ -32,6 +32,7 @@ from salmon_revsmtp.net.certificate import (
     certificate_names,
     is_for,
 )
+from salmon_revsmtp.provider.settings import ProviderSettings
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
 
@@ -87,9 +88,17 @@ def local_findings(
     ``offline``  nothing asks DNS.
     """
     yield from _settings(project, configuration)
-    yield _boot(project, boot, listen)
-    yield from _handlers(project, configuration)
-    for name in ("run", "logs"):
+    booted = _boot(project, boot, listen)
+    yield booted
+    if booted.result == OK:
+        yield from _handlers(project, configuration)
+    else:
+        text = "not tried, for the boot module, which loads them, failed"
+        yield Finding("handlers", "all", SKIPPED, text)
+    folders = ["run", "logs"]
+    if configuration.holds:
+        folders.append(_hold(configuration))
+    for name in folders:
         yield _folder("folder", Path(name))
     yield from _journal(DEFAULT_JOURNAL)
     yield from _queues(configuration)
@@ -287,8 +296,8 @@ def _queue(check: str, folder: Path, if_not_empty: str, what: str) -> Finding:
 def _disks(configuration: Configuration) -> Iterator[Finding]:
     """The room on each disk that mail comes to."""
     folders = [Path("run"), Path("logs")]
-    if configuration.provider is not None:
-        folders.append(Path(configuration.provider.hold))
+    if configuration.holds:
+        folders.append(Path(_hold(configuration)))
     seen: set[int] = set()
     for folder in folders:
         try:
@@ -299,6 +308,11 @@ def _disks(configuration: Configuration) -> Iterator[Finding]:
         if room.disk not in seen:
             seen.add(room.disk)
             yield _room(folder, room)
+
+
+def _hold(configuration: Configuration) -> str:
+    """The folder of the hold store."""
+    return (configuration.provider or ProviderSettings()).hold
 
 
 def _room(folder: Path, room: Room) -> Finding:

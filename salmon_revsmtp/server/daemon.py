@@ -276,7 +276,9 @@ class Daemon:
             yield {"error": "no such request"}
 
     async def _answer_collect(self, names: list[str]) -> Answers:
-        if warning := sample_warning(self._collector.configuration.routed):
+        # Salmon may be loading the handlers again.
+        routed = self._collector.configuration.routed
+        if warning := await asyncio.to_thread(sample_warning, routed):
             yield {"warning": warning}
         unknown = [name for name in names if name not in self._agents]
         for name in unknown:
