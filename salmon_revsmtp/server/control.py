@@ -94,8 +94,7 @@ class Control:
         self._asking.add(task)
         try:
             with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-                # Who only looks whether a server is there asks nothing.
-                if line := await reader.readline():
+                if line := await reader.readline():  # else someone looked whether we are here
                     async for answer in self._answers(line):
                         writer.write(json.dumps(answer).encode() + b"\n")
                         await writer.drain()
