@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,8 @@ def _check_everything(options: Options, offline: bool, as_json: bool) -> None:
         findings.append(finding)
         print_json(finding.as_dict()) if as_json else _show(finding)
 
-    running = _look(options, project, configuration, offline, tell)
+    live = sys.stdout.isatty() and not (as_json or options.verbose)
+    running = _look(options, project, configuration, offline, tell, live)
     problems = [one.text for one in findings if one.result == "failed"]
     text = _verdict(findings, running)
     results = {one.result for one in findings}
@@ -91,8 +93,10 @@ def _look(
     configuration: Configuration,
     offline: bool,
     tell: Callable[[Finding], None],
+    live: bool,
 ) -> bool:
-    """Look at everything; returns whether a server of this project runs."""
+    """Look at everything; returns whether a server of this project runs.  ``live``: on a terminal,
+    say what is waited for."""
     from salmon_revsmtp.journal.collections import Journal
     from salmon_revsmtp.server.checks import local_findings
     from salmon_revsmtp.server.control import running
@@ -114,8 +118,24 @@ def _look(
             tell(finding)
     else:
         relay = getattr(project.settings, "relay", None)
-        run(reached(configuration, enabled, relay, runs, tell))
+        with _waiting(sum(enabled.values()), live):
+            run(reached(configuration, enabled, relay, runs, tell))
     return runs
+
+
+@contextlib.contextmanager
+def _waiting(agents: int, live: bool) -> Iterator[None]:
+    """Say below what is printed meanwhile whom we wait for."""
+    if not live:
+        yield
+        return
+    from rich.console import Console
+
+    console = Console()
+    spinner = "dots" if console.encoding.startswith("utf") else "line"
+    whom = f" and the servers of {agents} agent{'' if agents == 1 else 's'}" if agents else ""
+    with console.status(f"asking the relay{whom}", spinner=spinner):
+        yield
 
 
 def _verdict(findings: Sequence[Finding], running: bool) -> str:
