@@ -458,6 +458,15 @@ def test_a_clock_that_has_not_been_set(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the provider ----------------------------------------------------------------------------------
 
 
+def test_a_certificate_that_is_read_again_is_found_wherever_a_handler_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    provider, accounts = certified(tmp_path, "mx.example.net", 90, tls_cert="both.pem")
+    settings = configuration(provider=provider, accounts=accounts).provider
+    assert settings is not None and settings.tls_cert == tmp_path / "both.pem"
+
+
 def certified(
     tmp_path: Path, name: str, days: float, **keys: Any
 ) -> tuple[Any, list[dict[str, Any]]]:
@@ -489,6 +498,15 @@ def test_a_certificate(tmp_path: Path, name: str, days: float, expected: dict[st
     assert [one.result for one in found] == list(expected)
     for one, words in zip(found, expected.values(), strict=True):
         assert words in one.text and one.subject.startswith("provider, ")
+
+
+@pytest.mark.parametrize(("listen", "warned"), [("0.0.0.0:366", True), ("127.0.0.1:366", False)])
+def test_a_provider_without_a_certificate(listen: str, warned: bool) -> None:
+    accounts = [{"name": "acme", "password": PASSWORD, "domains": ["example.org"]}]
+    valid = configuration(provider={"listen": listen}, accounts=accounts)
+    found = list(checks._certificates(valid, True))
+    assert [one.result for one in found] == ([WARNING] if warned else [])
+    assert all("is not encrypted; set tls_cert" in one.text for one in found)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,12 @@ class ProviderSettings(BaseModel):
             host_and_port(one)
         return value
 
+    @field_validator("tls_cert", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # The files are read again, and a handler may have changed the folder of the process.
+        return value.absolute() if value is not None else None
+
     @field_validator("hold")
     @classmethod
     def _folder(cls, value: str) -> str:

@@ -356,12 +356,24 @@ def _certificates(configuration: Configuration, offline: bool) -> Iterator[Findi
         places.append(("provider", configuration.provider))
     for where, settings in places:
         if settings.tls_cert is None:
+            if where == "provider" and not _only_here(configuration.provider):
+                text = (
+                    "it has none, so what customers collect is not encrypted; set tls_cert and "
+                    "tls_key"
+                )
+                yield Finding("certificate", where, WARNING, text)
             continue
         try:
             yield from _certificate(where, settings, offline)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             yield Finding("certificate", where, WARNING, f"its end cannot be seen: {reason}")
+
+
+def _only_here(provider: ProviderSettings | None) -> bool:
+    """It listens on the loopback only, maybe behind something that does TLS."""
+    hosts = [address.host for address, _ in provider.addresses] if provider is not None else []
+    return all(host == "localhost" or host == "::1" or host.startswith("127.") for host in hosts)
 
 
 def _certificate(where: str, settings: Any, offline: bool) -> Iterator[Finding]:
