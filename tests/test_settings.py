@@ -454,6 +454,13 @@ def test_a_name_that_is_nearly_ours_is_a_warning(name: str, meant: str) -> None:
     assert warnings == ((said,) if meant else ())
 
 
+def test_a_name_beside_ours_is_somebodys_own() -> None:
+    agents = [agent_keys(366)]
+    module: Any = SimpleNamespace(agents=agents, collection_agents=agents, services={"a": {}})
+    [warning] = load(module, Plugins.load()).warnings
+    assert warning.startswith("services: there is no such setting")
+
+
 def test_whatever_stands_in_the_settings_no_value_is_a_traceback() -> None:
     values: list[Any] = [
         None,

@@ -21,13 +21,8 @@ from salmon_revsmtp.settings import SettingsError, quote, validated, words_of
 
 __all__ = ["Configuration", "load"]
 
-# The names in a settings module that are ours, and what each has to be.
-_OURS: dict[str, type | tuple[type, ...]] = {
-    "collection_agents": (list, tuple),
-    "smtp_services": dict,
-    "customer_accounts": (list, tuple),
-    "provider": dict,
-}
+# The names in a settings module that are ours.
+_OURS = ("collection_agents", "smtp_services", "customer_accounts", "provider")
 # Names of Salmon's own settings, which are none of ours misspelt.
 _SALMONS = (
     *("handlers", "receiver", "receiver_config", "relay", "relay_config", "router_defaults"),
@@ -130,14 +125,16 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
 
 
 def _misspelt(module: ModuleType) -> Iterator[str]:
-    """Names in the settings that are nearly ours: what they have is ignored."""
+    """Names in the settings that are nearly one of ours which is not there, or empty: what
+    they have is ignored.  Where ours is there, the other is somebody's own."""
+    missing = [name for name in _OURS if not getattr(module, name, None)]
     for name, value in vars(module).items():
         if name in _OURS or name in _SALMONS or name.startswith("_"):
             continue
-        word = name.lower()
-        near = difflib.get_close_matches(word, _OURS, 1, _ALIKE) or [_OTHER_NAMES.get(word, "")]
-        if near[0] and isinstance(value, Mapping | list | tuple) and value:
-            yield (f"{name}: there is no such setting, so it is ignored; did you mean {near[0]}?")
+        near = difflib.get_close_matches(name.lower(), missing, 1, _ALIKE)
+        meant = near[0] if near else _OTHER_NAMES.get(name.lower())
+        if meant in missing and isinstance(value, Mapping | list | tuple) and value:
+            yield f"{name}: there is no such setting, so it is ignored; did you mean {meant}?"
 
 
 def _no_list(name: str, found: object, key: str) -> str:
