@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import io
 import json
+import os
 import socket
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +35,7 @@ from salmon_revsmtp.customer.settings import AgentSettings
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.files import LITTLE_ROOM, NO_ROOM, Room, room_in
 from salmon_revsmtp.journal.collections import Entry, Journal
+from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.net.outcome import Deferred, Outcome
 from salmon_revsmtp.server import checks, reaching
 from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
@@ -405,7 +409,7 @@ def test_a_journal_of_another_time(project: Project) -> None:
     Journal(project.folder / "run/revsmtp.sqlite3").record(entry, True)
     found = check(project, "--offline")
     assert found["journal", "run/revsmtp.sqlite3"].text == "it can be written"
-    assert "which is in the future: is the clock right?" in found["clock", "journal"].text
+    assert "ended 1.0 days in the future, as the clock says" in found["clock", "journal"].text
     assert found["clock", "journal"].result == WARNING
 
 
@@ -414,6 +418,36 @@ def test_a_journal_that_is_none(project: Project) -> None:
     (project.folder / "run/revsmtp.sqlite3").write_text("no database " * 100)
     journal = check(project, "--offline", status=1)["journal", "run/revsmtp.sqlite3"]
     assert "file is not a database" in journal.text and "move it away" in journal.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folders_that_are_closed_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir(mode=0)
+    found = checks._folder("folder", Path("run/hold"))
+    assert found.result == FAILED and "Permission denied" in found.text
+    assert [one.result for one in checks._journal(Path("run/revsmtp.sqlite3"))] == [FAILED]
+    assert checks._queue("unsent", Path("run/unsent"), WARNING, "").result == FAILED
+
+
+def test_a_journal_of_a_later_version_is_not_moved_away(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite3"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 1000")
+    [finding] = checks._journal(path)
+    assert finding.result == FAILED
+    assert "of a later salmon-revsmtp" in finding.text and "move it away" not in finding.text
+
+
+def test_a_journal_that_another_process_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "JOURNAL_PATIENCE", 0.1)
+    path = tmp_path / "journal.sqlite3"
+    with contextlib.closing(JournalFile(path).open()) as database:
+        database.execute("BEGIN IMMEDIATE")
+        [finding] = checks._journal(path)
+    assert finding.result == WARNING and "another process is writing to it" in finding.text
 
 
 def test_secrets_that_others_can_read(project: Project) -> None:

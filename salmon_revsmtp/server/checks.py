@@ -197,9 +197,9 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
 def _folder(check: str, folder: Path) -> Finding:
     """Whether files can be made in a folder, or it itself."""
     where = folder
-    while not where.exists():  # "." does
-        where = where.parent
     try:
+        while not where.exists():  # "." does
+            where = where.parent
         with tempfile.TemporaryFile(dir=where, prefix=".check-"):
             pass
     except OSError as error:
@@ -221,40 +221,38 @@ def _not_writable(folder: Path, error: OSError) -> str:
 
 def _journal(path: Path) -> Iterator[Finding]:
     """It can be written; and its times are none of the future, which a clock set back would do."""
-    if not path.exists():
-        yield Finding("journal", str(path), OK, "not there yet, it is made when it is needed")
-        return
     try:
+        if not path.exists():
+            yield Finding("journal", str(path), OK, "not there yet, it is made when it is needed")
+            return
         with contextlib.closing(JournalFile(path).open(JOURNAL_PATIENCE)) as database:
             database.execute("BEGIN IMMEDIATE")
             [newest] = database.execute("SELECT max(ended) FROM collections").fetchone()
             database.execute("ROLLBACK")
     except (sqlite3.Error, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        busy = "locked" in str(error)
-        yield Finding(
-            "journal",
-            str(path),
-            WARNING if busy else FAILED,
-            f"{reason}; "
-            + (
-                "another process is writing to it for long"
-                if busy
-                else "without it a message that is redelivered after a restart is handled twice; "
-                "move it away, and a new one is made"
-            ),
-        )
+        yield _journal_trouble(path, error)
         return
     yield Finding("journal", str(path), OK, "it can be written")
     if newest is not None and newest > time.time() + AHEAD:
-        then = datetime.fromtimestamp(newest).isoformat(" ", timespec="minutes")
+        days = (newest - time.time()) / DAY
         yield Finding(
             "clock",
             "journal",
             WARNING,
-            f"the last collection ended at {then}, which is in the "
-            "future: is the clock right? TLS and logins depend on it",
+            f"the last collection ended {days:,.1f} days in the future, as the clock says: is it "
+            "right? TLS and logins depend on it",
         )
+
+
+def _journal_trouble(path: Path, error: sqlite3.Error | OSError) -> Finding:
+    reason = str(getattr(error, "strerror", None) or error)
+    cost = "without it a message that is redelivered after a restart is handled twice"
+    if "locked" in reason:
+        text = f"{reason}: another process is writing to it for long"
+        return Finding("journal", str(path), WARNING, text)
+    if isinstance(error, sqlite3.DatabaseError) and ("not a" in reason or "malformed" in reason):
+        cost += "; move it away, and a new one is made"
+    return Finding("journal", str(path), FAILED, f"{reason}; {cost}")
 
 
 def _queues(configuration: Configuration) -> Iterator[Finding]:
@@ -282,15 +280,24 @@ def _undeliverable() -> Path:
 
 
 def _queue(check: str, folder: Path, if_not_empty: str, what: str) -> Finding:
-    parts = [one for one in (folder / "new", folder / "cur", folder / "tmp") if one.is_dir()]
+    parts = [part for name in ("new", "cur", "tmp") if _is_folder(part := folder / name)]
     for place in [folder, *parts]:
         found = _folder(check, place)
         if found.result == FAILED:
             return Finding(check, str(folder), FAILED, found.text)
-    waiting = sum(1 for part in parts if part.name != "tmp" for _ in part.iterdir())
+    try:
+        waiting = sum(1 for part in parts if part.name != "tmp" for _ in part.iterdir())
+    except OSError as error:
+        return Finding(check, str(folder), FAILED, f"it cannot be read: {error.strerror}")
     if not waiting:
         return Finding(check, str(folder), OK, f"{found.text}; empty" if parts else found.text)
     return Finding(check, str(folder), if_not_empty, f"{_number(waiting, 'message')}{what}")
+
+
+def _is_folder(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # those above it may be closed to us
+        return path.is_dir()
+    return False
 
 
 def _disks(configuration: Configuration) -> Iterator[Finding]:
