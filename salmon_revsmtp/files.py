@@ -8,20 +8,61 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from salmon_revsmtp.forks import ours_alone
 
 __all__ = [
+    "LITTLE_ROOM",
+    "NO_ROOM",
     "FolderLock",
+    "Room",
     "exclusive_lock",
     "give_to_owner",
     "make_folder",
     "make_private_file",
+    "room_in",
     "sync_folder",
 ]
 
 log = logging.getLogger(__name__)
+
+
+# Octets free on a disk: of less than the first a person should hear before mail is answered 452;
+# less than the second has no room for two of the largest messages (50 MiB by default).
+LITTLE_ROOM = 1024**3
+NO_ROOM = 100 * 1024**2
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free on a disk, for us: octets, and files (``None`` where there is no such limit).
+
+    ``disk``  which one it is, as ``st_dev`` has it.
+    """
+
+    disk: int
+    octets: int
+    files: int | None
+
+    @property
+    def none(self) -> bool:
+        """There is too little to take mail."""
+        return self.octets < NO_ROOM or self.files == 0
+
+    @property
+    def little(self) -> bool:
+        """It will be soon."""
+        return self.octets < LITTLE_ROOM or (self.files is not None and self.files < 1000)
+
+
+def room_in(folder: Path) -> Room:
+    """The room on the disk that has ``folder``, or would have it.  Raises :class:`OSError`."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    found = os.statvfs(there)
+    files = found.f_favail if found.f_files else None
+    return Room(there.stat().st_dev, found.f_bavail * found.f_frsize, files)
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,9 +6,10 @@ No sentence, repr or exception holds a password: values of secret or unknown key
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,35 +27,157 @@ class SettingsError(Exception):
         self.problems = list(problems)
 
 
+# What people write who know another program, and the key that is meant where the model has it.
+_OTHER_WORDS = {
+    "server": ("host", "hostname", "address", "provider"),
+    "hostname": ("host", "server", "name"),
+    "account": ("user", "username", "login", "name"),
+    "password": ("pass", "passwd", "secret"),
+    "every": ("interval", "minutes", "poll", "schedule"),
+    "tls": ("ssl", "starttls", "encryption", "security"),
+    "tls_cert": ("cert", "certificate", "certfile", "ssl_cert"),
+    "tls_key": ("key", "keyfile", "private_key", "ssl_key"),
+    "ca_file": ("ca", "cafile", "ca_cert", "ca_certs"),
+    "domains": ("domain", "domain_names"),
+    "listen": ("bind", "address", "port", "host"),
+    "allow": ("allowed", "networks"),
+    "protocol": ("type", "kind"),
+}
+
+# A number with a unit, which the keys do not take: what the unit is as a factor.
+_WITH_UNIT = re.compile(r"([0-9]+(?:[.][0-9]+)?) *([A-Za-z]+)")
+_OCTETS = {"k": "1024", "m": "1024**2", "g": "1024**3", "t": "1024**4"}
+
+_WORDS_FOR_TRUE = ("yes", "on", "true", "1")
+_WORDS_FOR_FALSE = ("no", "off", "false", "0")
+
+# What stands between names that should be a list.
+_BETWEEN = re.compile(r"[\s,;]+")
+# A name and a password in a URL, as a join line has them.
+_LOGIN_IN_URL = re.compile(r"//[^/\s]*@")
+
+
 def validated(model: type[BaseModel], keys: object, where: str, problems: list[str]) -> Any:
+    """The model that ``keys`` make; otherwise ``None``, and each problem as a sentence that begins
+    with ``where``."""
     if not isinstance(keys, Mapping):
-        problems.append(f"{where}: found {quote(keys)}, allowed: a dict")
+        problems.append(f"{where}: found {quote(keys)}, allowed: a dict{_hint_for_dict(keys)}")
         return None
+    given = {str(key): value for key, value in keys.items()}
+    wrong = _truths_for_numbers(model, given)
+    for key in wrong:
+        problems.append(f"{where}: {key}: found {given[key]}, allowed: {_allowed(model, key)}")
     try:
-        return model.model_validate(dict(keys))
+        valid = model.model_validate(given)
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_context=True):
-            problems.append(f"{where}: {_sentence(model, keys, detail)}")
+            if not (detail["loc"] and detail["loc"][0] in wrong):
+                problems.append(f"{where}: {_sentence(model, given, detail)}")
         return None
+    return None if wrong else valid
+
+
+def _truths_for_numbers(model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
+    """Keys for numbers that have ``True`` or ``False``, which Python takes for 1 and 0: ``every:
+    True`` would collect once a minute."""
+    return [
+        key
+        for key, value in given.items()
+        if isinstance(value, bool)
+        and (field := model.model_fields.get(key)) is not None
+        and {int, float} & {field.annotation, *get_args(field.annotation)}
+        and bool not in get_args(field.annotation)
+    ]
+
+
+def _allowed(model: type[BaseModel], key: str) -> str | None:
+    return model.model_fields[key].description if key in model.model_fields else None
 
 
 def _sentence(model: type[BaseModel], keys: Mapping[str, Any], detail: ErrorDetails) -> str:
-    """One error of pydantic's in our words: the key, what was found, what is allowed."""
+    """One error of pydantic's in our words: the key, what was found, what is allowed, and what may
+    have been meant."""
     key = str(detail["loc"][0]) if detail["loc"] else ""
     kind = detail["type"]
     if not key:
         return _reason(detail)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, model.model_fields, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = _meant(key, model.model_fields)
+        hint = f"; did you mean {near}?" if near else ""
         return f"{key}: unknown key, allowed: {', '.join(model.model_fields)}{hint}"
-    allowed = model.model_fields[key].description if key in model.model_fields else None
+    allowed = _allowed(model, key)
     if kind == "missing":
         return f"{key}: missing, allowed: {allowed}"
     value = _at(keys, detail["loc"])
     found = "that value" if _secret(key, value) else quote(value)
     reason = f" ({_reason(detail)})" if kind == "value_error" else ""
-    return f"{key}: found {found}{reason}, allowed: {allowed}"
+    return f"{key}: found {found}{reason}, allowed: {allowed}{_hint(key, value, kind)}"
+
+
+def _meant(key: str, known: Collection[str]) -> str | None:
+    """Which of the known keys an unknown one may stand for."""
+    word = key.lower().replace("-", "_")
+    if near := difflib.get_close_matches(word, known, 1, 0.75):
+        return near[0]
+    others = [name for name, words in _OTHER_WORDS.items() if name in known and word in words]
+    return next(iter(others or difflib.get_close_matches(word, known, 1)), None)
+
+
+def _hint(key: str, value: object, kind: str) -> str:
+    """What may have been meant by a wrong value; empty if no one can tell."""
+    if value is None and key == "password":
+        return "; None is what os.environ.get() says of a variable that is not set"
+    if not isinstance(value, str) or _secret(key, value):
+        return ""
+    meant = ""
+    if kind.startswith("bool"):
+        meant = _truth(value)
+    elif kind.startswith(("int", "float")):
+        meant = _number(value)
+    elif key == "domains":
+        meant = _names(value)
+    elif key in ("allow", "deny", "keep_places_for", "forwarded_from"):
+        meant = _networks(value)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def _truth(value: str) -> str:
+    word = value.strip().lower()
+    if word in _WORDS_FOR_TRUE:
+        return "True, without quotes"
+    return "False, without quotes" if word in _WORDS_FOR_FALSE else ""
+
+
+def _number(value: str) -> str:
+    """``50 * 1024**2`` for ``50 MiB``, and ``10`` for ``10 minutes``."""
+    found = _WITH_UNIT.fullmatch(value.strip())
+    if found is None:
+        return ""
+    factor = _OCTETS.get(found[2][0].lower()) if found[2][-1] in "bB" else None
+    return f"{found[1]} * {factor}" if factor else found[1]
+
+
+def _names(value: str) -> str:
+    """``['a.example', 'b.example']`` for ``a.example, b.example``; for an address its domain."""
+    names = [one.rpartition("@")[2].strip("[]'\"") for one in _BETWEEN.split(value.strip())]
+    fit = all(re.fullmatch(r"[*]|[\w-]+([.][\w-]+)+", one) for one in names)
+    return repr(names) if fit else ""
+
+
+def _networks(value: str) -> str:
+    """``['192.168.1.0/24']`` for ``192.168.1.1/24``."""
+    try:
+        found = [ipaddress.ip_interface(one) for one in _BETWEEN.split(value.strip())]
+    except ValueError:
+        return ""
+    return repr([str(one.network if "/" in value else one.ip) for one in found])
+
+
+def _hint_for_dict(found: object) -> str:
+    """For a dict in a list, and a list without one."""
+    if isinstance(found, list | tuple) and len(found) == 1 and isinstance(found[0], Mapping):
+        return "; take the brackets around it away"
+    return ""
 
 
 def _reason(detail: ErrorDetails) -> str:
@@ -64,6 +187,8 @@ def _reason(detail: ErrorDetails) -> str:
 def _secret(key: str, value: object) -> bool:
     if key == "parameters" and isinstance(value, str):  # there may be a password among them
         return True
+    if value is None or key in ("tls_cert", "tls_key"):  # a path
+        return False
     return re.search("pass|secret|token|key", key, re.IGNORECASE) is not None
 
 
@@ -79,7 +204,7 @@ def _at(keys: Any, location: Sequence[int | str]) -> Any:
 def quote(value: object) -> str:
     """A value for a person; a container only by its kind, for it may hold a secret."""
     if isinstance(value, str | int | float | bool | None):
-        text = repr(value)
+        text = _LOGIN_IN_URL.sub("//***@", repr(value))
         return text if len(text) <= 60 else text[:57] + "..."
     return f"a {type(value).__name__}"
 

@@ -85,6 +85,8 @@ def test_each_address_has_the_timeout_for_itself_and_its_own_reason(
         "127.0.0.4: Connection refused",
     ):
         assert words in report.error
+    assert report.error.count("does a firewall drop the packets?") == 1
+    assert report.error.count("is it running, is the port right?") == 1
 
 
 def test_a_name_that_is_not_there_names_the_key(salmon: Salmon) -> None:

@@ -188,7 +188,10 @@ def test_stopping_sends_an_idle_client_away(salmon: Salmon) -> None:
     [
         ({"listen": "somewhere"}, "listen: found 'somewhere'"),
         ({"listen": "127.0.0.1:0", "tls_key": "x"}, "tls_key: it needs a tls_cert"),
-        ({"listen": "127.0.0.1:0", "tls_cert": "/nowhere"}, "tls_cert, tls_key: No such file"),
+        (
+            {"listen": "127.0.0.1:0", "tls_cert": "/nowhere"},
+            "tls_cert: /nowhere cannot be read: No such",
+        ),
     ],
 )
 def test_wrong_settings(keys: dict[str, Any], words: str) -> None:

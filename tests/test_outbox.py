@@ -67,16 +67,16 @@ def test_what_is_put_in_goes_out_once_oldest_first(relay: Relay) -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "words"),
     [
-        ConnectionRefusedError("no relay"),
-        smtplib.SMTPServerDisconnected("gone"),
-        smtplib.SMTPAuthenticationError(535, b"who are you"),
-        AttributeError("settings has no relay"),
+        (ConnectionRefusedError(111, "x"), "Connection refused; is it running, is the port right?"),
+        (smtplib.SMTPServerDisconnected("gone"), "it broke the connection off (gone)"),
+        (smtplib.SMTPAuthenticationError(535, b"who?"), "logging in, it said 535 who?; check user"),
+        (AttributeError("settings has no relay"), "asking the relay Relay: settings has no relay"),
     ],
 )
 def test_while_the_relay_is_down_all_wait(
-    relay: Relay, error: Exception, caplog: pytest.LogCaptureFixture
+    relay: Relay, error: Exception, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     outbox = Outbox(lambda: relay)
     put(outbox, "ann@example.net", "bob@example.net")
@@ -85,7 +85,7 @@ def test_while_the_relay_is_down_all_wait(
     outbox.send()
     assert relay.asked == ["ann@example.net"] * 2, "one try, not one a notification"
     assert len(keys()) == 2
-    assert caplog.text.count("was not sent") == 1
+    assert caplog.text.count("was not sent") == 1 and words in caplog.text
     relay.fails.clear()
     Outbox(lambda: relay).send()
     assert [to for _, to, _ in relay.sent] == ["ann@example.net", "bob@example.net"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +14,11 @@ import pytest
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.tls import CERTIFICATE
 
+from salmon_revsmtp.customer.etrn import EtrnSettings
+from salmon_revsmtp.customer.odmr import OdmrSettings
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.server.configuration import load
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -91,6 +97,36 @@ def test_no_settings_at_all_are_no_agents() -> None:
         ("every", float("nan"), ["every: found nan", "minutes above 0"]),
         ("timeout", -1, ["timeout: found -1", "seconds"]),
         ("passwort", PASSWORD, ["passwort: unknown key", "did you mean password?"]),
+        ("username", "acme", ["username: unknown key", "did you mean account?"]),
+        ("host", "x", ["host: unknown key", "did you mean server?"]),
+        ("interval", 10, ["interval: unknown key", "did you mean every?"]),
+        ("Timeout", 10, ["Timeout: unknown key", "did you mean timeout?"]),
+        ("enabled", "no", ["enabled: found 'no'", "did you mean False, without quotes?"]),
+        ("enabled", "True", ["enabled: found 'True'", "did you mean True, without quotes?"]),
+        ("enabled", 1, ["enabled: found 1", "True or False"]),
+        ("push", "off", ["push: found 'off'", "did you mean False, without quotes?"]),
+        ("every", True, ["every: found True", "minutes above 0"]),
+        ("every", "10 minutes", ["every: found '10 minutes'", "did you mean 10?"]),
+        ("port", False, ["port: found False", "1 to 65535"]),
+        ("timeout", "60s", ["timeout: found '60s'", "did you mean 60?"]),
+        ("server", "smtp://mx.example.net", ["that is a URL; write 'mx.example.net' here"]),
+        ("server", "a.example:25", ["write 'a.example' here, and port: 25", "host name"]),
+        (
+            "server",
+            f"revsmtp://acme:{PASSWORD.replace(' ', '+')}@mx.example.net:366?domains=a.example",
+            ["found 'revsmtp://***@mx", "write 'mx.example.net' here, and port: 366"],
+        ),
+        ("password", None, ["password: found None", "a variable that is not set", ".env"]),
+        ("domains", "a.example, b.example", ["did you mean ['a.example', 'b.example']?"]),
+        ("domains", ["ann@a.example"], ["'ann@a.example'", "did you mean 'a.example'?"]),
+        ("domains", ["@a.example"], ["'@a.example'", "did you mean 'a.example'?"]),
+        ("domains", ["a.example b.example"], ["write each name by itself"]),
+        ("domains", ["https://a.example/"], ["did you mean 'a.example'?"]),
+        ("domains", None, ["domains: found None", "a list of domain"]),
+        ("service", "defualt", ["service: found 'defualt'", "did you mean 'default'?"]),
+        ("service", ["default"], ["service: found a list", "smtp_services"]),
+        ("protocol", "ODMR", ["protocol: found 'ODMR'", "did you mean 'odmr'?"]),
+        ("protocol", ["odmr"], ["protocol: found a list", "'odmr'"]),
     ],
 )
 def test_a_wrong_value_names_agent_key_finding_and_what_is_allowed(
@@ -100,6 +136,129 @@ def test_a_wrong_value_names_agent_key_finding_and_what_is_allowed(
     assert problem.startswith(f'agent "{"i s p" if key == "name" else "isp"}": ')
     for word in words:
         assert word in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("allow", "192.168.1.1/24", ["found '192.168.1.1/24'", "mean ['192.168.1.0/24']?"]),
+        ("allow", "192.168.1.1", ["found '192.168.1.1'", "did you mean ['192.168.1.1']?"]),
+        (
+            "allow",
+            ["192.168.1.1/24"],
+            [
+                "a host and its network",
+                "'192.168.1.0/24' for the network",
+                "'192.168.1.1' for that",
+            ],
+        ),
+        ("deny", ["2001:db8::1/64"], ["'2001:db8::/64' for the network", "'2001:db8::1' for"]),
+        ("deny", ["example.org"], ["'example.org' is no network", "'192.0.2.0/24'"]),
+        ("listen", 366, ["found 366", "the host is missing; did you mean '0.0.0.0:366'?"]),
+        ("listen", "366", ["did you mean '0.0.0.0:366'?"]),
+        ("listen", "0.0.0.0", ["the port is missing: 0.0.0.0:PORT"]),
+        ("listen", "::", ["the port is missing: [::]:PORT"]),
+        ("listen", "::1:25", ["did you mean '[::1]:25'?"]),
+        ("listen", ("0.0.0.0", "25"), ["the port is missing"]),
+        ("listen", "smtp://0.0.0.0:25", ["write no URL"]),
+        ("max_message_size", "50 MiB", ["did you mean 50 * 1024**2?"]),
+        ("max_message_size", True, ["max_message_size: found True", "octets"]),
+        ("notifications", "no", ["did you mean False, without quotes?"]),
+        ("domain", ["example.org"], ["domain: unknown key", "did you mean domains?"]),
+        ("certfile", "x.pem", ["certfile: unknown key", "did you mean tls_cert?"]),
+        ("delivery", "Router", ["delivery: found 'Router'", "'router', 'queue' or 'hold'"]),
+    ],
+)
+def test_a_wrong_value_of_a_service_says_what_may_be_meant(
+    key: str, value: object, words: list[str]
+) -> None:
+    [problem] = problems(agent_keys(366), default={key: value})
+    assert problem.startswith(f'service "default": {key}: ')
+    for word in words:
+        assert word in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("port", "366"), ("every", "10"), ("every", "2.5"), ("timeout", 10)),
+        *(("enabled", False), ("push", True), ("server", "[::1]"), ("domains", ("a.example",))),
+    ],
+)
+def test_what_can_mean_one_thing_only_is_taken(key: str, value: object) -> None:
+    assert configuration(agent_keys(366, **{key: value}))
+
+
+@pytest.mark.parametrize("value", [":25", "0.0.0.0:25", "[::]:25", ["127.0.0.1:25", "[::1]:25"]])
+def test_addresses_to_listen_on_may_be_written_in_these_ways(value: object) -> None:
+    keys = {"listen": value, "domains": ["example.org"]}
+    assert configuration(default=keys).services["default"].addresses
+
+
+def provider_problem(**keys: Any) -> str:
+    accounts = [{"name": "acme", "password": PASSWORD, "domains": ["example.org"]}]
+    with pytest.raises(SettingsError) as raised:
+        configuration(provider=keys, accounts=accounts)
+    [problem] = raised.value.problems
+    return problem.removeprefix("provider: ")
+
+
+def test_a_hold_that_is_a_url_would_be_a_folder_of_that_name() -> None:
+    assert "hold: found 'postgresql://***@db/x' (that is a URL" in provider_problem(
+        hold="postgresql://acme:secret@db/x"
+    )
+
+
+def pem(tmp_path: Path, name: str, *parts: str) -> Path:
+    file = tmp_path / name
+    file.write_text("".join(parts))
+    return file
+
+
+def made(tmp_path: Path, name: str, *how: str) -> tuple[str, str]:
+    """A certificate and its key, made by OpenSSL."""
+    key, certificate = str(tmp_path / f"{name}.key"), str(tmp_path / f"{name}.crt")
+    names = ("-keyout", key, "-out", certificate, "-subj", "/CN=mx.example.net", "-days", "1")
+    subprocess.run(["openssl", "req", "-x509", *how, *names], check=True, capture_output=True)
+    return Path(certificate).read_text(), Path(key).read_text()
+
+
+def test_a_certificate_that_is_no_good_is_said_in_words(tmp_path: Path) -> None:
+    """Each file that a person may name by mistake; OpenSSL's codes stand in no sentence."""
+    elliptic = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+    certificate, key = made(tmp_path, "one", *elliptic, "-nodes")
+    other, _ = made(tmp_path, "other", *elliptic, "-nodes")
+    _, encrypted = made(tmp_path, "locked", *elliptic, "-passout", "pass:secret")
+    weak, its_key = made(tmp_path, "weak", "-newkey", "rsa:1024", "-nodes")
+    both = pem(tmp_path, "both.pem", certificate, key)
+    alone, apart = pem(tmp_path, "cert.pem", certificate), pem(tmp_path, "key.pem", key)
+    assert configuration(
+        provider={"tls_cert": str(both)},
+        accounts=[{"name": "a", "password": "p", "domains": ["example.org"]}],
+    )
+    unreadable = pem(tmp_path, "unreadable.pem", key)
+    unreadable.chmod(0)
+    nowhere = tmp_path / "nowhere.pem"
+    for tls_cert, tls_key, words in (
+        (alone, None, f"tls_key: missing, and {alone} holds no private key; name the file"),
+        (nowhere, None, f"tls_cert: {nowhere} cannot be read: No such file or directory"),
+        (alone, nowhere, f"tls_key: {nowhere} cannot be read: No such file or directory"),
+        (tmp_path, apart, f"tls_cert: {tmp_path} cannot be read: Is a directory"),
+        (apart, alone, f"tls_cert: {apart} holds no certificate in PEM form"),
+        (alone, alone, f"tls_key: {alone} holds no private key in PEM form"),
+        (pem(tmp_path, "locked.pem", encrypted), None, "holds no certificate"),
+        (alone, pem(tmp_path, "locked.pem", encrypted), "needs a passphrase"),
+        (pem(tmp_path, "other.pem", other), apart, "is not that of the first certificate in"),
+        (pem(tmp_path, "ca-first.pem", other, certificate), apart, "the server's own comes first"),
+        (pem(tmp_path, "weak.pem", weak), pem(tmp_path, "weak.key", its_key), "too weak for"),
+        (pem(tmp_path, "cut.pem", certificate[:200]), apart, "are the files whole?"),
+        (None, apart, "tls_key: it needs a tls_cert"),
+        *([(alone, unreadable, "Permission denied; the user that")] if os.geteuid() else ()),
+    ):
+        given = {"tls_cert": tls_cert, "tls_key": tls_key}
+        problem = provider_problem(**{key: str(path) for key, path in given.items() if path})
+        assert words in problem, problem
+        assert "_ssl.c" not in problem and "[SSL" not in problem
 
 
 def test_a_ca_file_that_does_not_exist() -> None:
@@ -251,17 +410,96 @@ def test_an_agent_without_domains_needs_a_service_with_domains() -> None:
     assert configuration(agent_keys(366, domains=[]), default={"domains": ["*"]})
 
 
-@pytest.mark.parametrize("value", [{"isp": {}}, "isp", 5])
-def test_collection_agents_that_are_no_list(value: object) -> None:
-    module: Any = SimpleNamespace(collection_agents=value)
-    with pytest.raises(SettingsError, match=r"collection_agents: found .* a list of dicts"):
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("collection_agents", "isp", "found 'isp', allowed: a list of dicts"),
+        ("collection_agents", 5, "found 5, allowed: a list of dicts"),
+        ("collection_agents", {"isp": {}}, "each with its name among its keys: collection_agents"),
+        ("collection_agents", agent_keys(366), "brackets around it: collection_agents = [{...}]"),
+        ("customer_accounts", {"name": "a"}, "brackets around it: customer_accounts = [{...}]"),
+        ("customer_accounts", {"acme": {}}, "each with its name among its keys"),
+        ("smtp_services", [{"hostname": "mx.example.org"}], "found a list, allowed: a dict of"),
+        ("smtp_services", ["default"], 'each with its name: {"default": {...}}'),
+        ("smtp_services", {"hostname": "mx.example.org"}, "found the keys of one service"),
+        ("smtp_services", "default", "found 'default', allowed: a dict of services"),
+        ("provider", [{"hold": "x"}], "found a list, allowed: a dict; take the brackets"),
+        ("provider", "0.0.0.0:366", "found '0.0.0.0:366', allowed: a dict"),
+    ],
+)
+def test_a_list_where_a_dict_belongs_and_the_other_way_round(
+    name: str, value: object, words: str
+) -> None:
+    module: Any = SimpleNamespace(**{name: value})
+    with pytest.raises(SettingsError) as raised:
         load(module, Plugins.load())
+    assert raised.value.problems[0].startswith(f"{name}: found ")
+    assert words in raised.value.problems[0]
+    assert PASSWORD not in str(raised.value)
 
 
-def test_smtp_services_that_are_no_dict() -> None:
-    module: Any = SimpleNamespace(smtp_services=["default"])
-    with pytest.raises(SettingsError, match="smtp_services: found a list, allowed: a dict"):
-        load(module, Plugins.load())
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("collection_agent", "collection_agents"), ("COLLECTION_AGENTS", "collection_agents")),
+        *(("agents", "collection_agents"), ("smtp_service", "smtp_services")),
+        *(("customer_account", "customer_accounts"), ("providers", "provider")),
+        *(("relay_config", ""), ("handlers", ""), ("people", ""), ("_collection_agents", "")),
+    ],
+)
+def test_a_name_that_is_nearly_ours_is_a_warning(name: str, meant: str) -> None:
+    module: Any = SimpleNamespace(**{name: [{"name": "isp"}]})
+    warnings = load(module, Plugins.load()).warnings
+    said = f"{name}: there is no such setting, so it is ignored; did you mean {meant}?"
+    assert warnings == ((said,) if meant else ())
+
+
+def test_a_name_beside_ours_is_somebodys_own() -> None:
+    agents = [agent_keys(366)]
+    module: Any = SimpleNamespace(agents=agents, collection_agents=agents, services={"a": {}})
+    [warning] = load(module, Plugins.load()).warnings
+    assert warning.startswith("services: there is no such setting")
+
+
+def test_whatever_stands_in_the_settings_no_value_is_a_traceback() -> None:
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        1.5,
+        float("inf"),
+        "",
+        "x",
+        b"x",
+        [],
+        [[]],
+        [{}],
+        {},
+        {1: 2},
+        {1},
+    ]
+    accounts = [{"name": "a", "password": "p", "domains": ["example.org"]}]
+    places: list[tuple[Any, Any]] = [
+        (OdmrSettings, lambda key: {"collection_agents": [agent_keys(366) | key]}),
+        (EtrnSettings, lambda key: {"collection_agents": [agent_keys(366, protocol="etrn") | key]}),
+        (ServiceSettings, lambda key: {"smtp_services": {"default": key}}),
+        (AccountSettings, lambda key: {"customer_accounts": [accounts[0] | key]}),
+        (ProviderSettings, lambda key: {"provider": key, "customer_accounts": accounts}),
+    ]
+    tried = [
+        whole({key: one}) for model, whole in places for key in model.model_fields for one in values
+    ]
+    tried += [
+        {name: one} for name in ("collection_agents", "smtp_services", "provider") for one in values
+    ]
+    refused = 0
+    for settings in tried:
+        try:
+            load(SimpleNamespace(**settings), Plugins.load())  # type: ignore[arg-type]
+        except SettingsError as error:
+            refused += 1
+            assert all(error.problems)
+    assert refused > len(tried) / 2
 
 
 def test_a_password_stands_in_no_repr() -> None:

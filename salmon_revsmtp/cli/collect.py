@@ -1,10 +1,9 @@
-"""``collect``, ``check``, ``run``: do it now, try it, let it run."""
+"""``collect``, ``run``: do it now, let it run."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -14,12 +13,12 @@ from salmon_revsmtp.cli.output import in_a_thread, print_json
 from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
-    from salmon_revsmtp.customer.agent import Agent, Check
+    from salmon_revsmtp.customer.agent import Agent
     from salmon_revsmtp.customer.report import Report
     from salmon_revsmtp.server.configuration import Configuration
     from salmon_revsmtp.server.project import Project
 
-__all__ = ["check", "collect", "run"]
+__all__ = ["collect", "run"]
 
 INTERRUPTED = "interrupted; what was not answered with 250 stays with the provider"
 
@@ -40,13 +39,27 @@ def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bo
     if bool(names) == every_one:
         raise click.UsageError("name the agents to collect from, or give --all")
     project, configuration = options.open()
+    for warning in configuration.warnings:
+        _warn(warning)
     chosen = configuration.agents if every_one else named(configuration, names)
     reports = _ask_server(options, chosen, as_json)
     if reports is None:
         options.boot_project(project)
+        _warn_of_sample(configuration)
         reports = _collect(options, project, configuration, chosen, as_json)
     if not all(report.outcome.good for report in reports):
         sys.exit(ATTENTION)
+
+
+def _warn_of_sample(configuration: Configuration) -> None:
+    from salmon_revsmtp.delivery.sample import sample_warning
+
+    if warning := sample_warning(configuration.routed):
+        _warn(warning)
+
+
+def _warn(text: str) -> None:
+    click.echo(f"warning: {printable(text)}", err=True)
 
 
 def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> list[Report] | None:
@@ -72,6 +85,8 @@ def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> lis
                         (answer["messages"], answer["bytes"]),
                         (answer["doing"], answer["seconds"]),
                     )
+                elif "warning" in answer:
+                    _warn(answer["warning"])
                 elif "error" in answer:
                     raise click.ClickException(printable(answer["error"]))
                 ended = "end" in answer
@@ -121,95 +136,6 @@ def _collect(
     if collector.interrupted:
         raise click.ClickException(INTERRUPTED)
     return reports
-
-
-@click.command()
-@click.argument("name", required=False)
-@json_option
-@with_options
-def check(options: Options, name: str | None, as_json: bool) -> None:
-    """See whether it would work, without asking for mail.
-
-    With the NAME of an agent, that agent connects, does TLS, greets the server and logs in. Then it
-    says what the server offers and what would fail.
-
-    Without a NAME you see whether the server can start: the settings, the boot module and the
-    addresses to listen on. `salmon start` goes into the background before it looks at them, so it
-    cannot say on the terminal what is wrong with them.
-    """
-    if name is None:
-        _check_start(options, as_json)
-    else:
-        _check_agent(options, name, as_json)
-
-
-def _check_start(options: Options, as_json: bool) -> None:
-    import asyncio
-
-    from salmon_revsmtp.server.control import running
-    from salmon_revsmtp.service.listening import address_problems
-
-    project, configuration = options.open()
-    runs = running()
-    options.boot_project(project, listen=not runs)
-    problems = [] if runs else asyncio.run(address_problems(configuration.services))
-    if as_json:
-        print_json({"ready": not problems, "running": runs, "problems": problems})
-    else:
-        for problem in problems:
-            click.echo(f"failed: {printable(problem)}")
-        if not problems:
-            click.echo("the server is running" if runs else "the server can start")
-    if problems:
-        sys.exit(ATTENTION)
-
-
-def _check_agent(options: Options, name: str, as_json: bool) -> None:
-    from salmon_revsmtp.customer.agent import Check
-    from salmon_revsmtp.net.outcome import CollectionError, NotTrusted
-    from salmon_revsmtp.server.eventloop import run
-    from salmon_revsmtp.service.policy import Service
-
-    _, configuration = options.open()
-    [agent] = named(configuration, [name])
-    settings = configuration.services[agent.settings.service]
-    service = Service(agent.settings.service, settings)
-    outcome, result = None, Check()
-    try:
-        result = run(agent.check(service))
-    except CollectionError as error:
-        outcome = error.outcome.value
-        result.problems.append(str(error))
-        if isinstance(error, NotTrusted):
-            result.fingerprint = error.fingerprint
-    if as_json:
-        print_json(
-            {
-                "agent": agent.name,
-                "protocol": agent.protocol,
-                "outcome": outcome,
-                "error": result.problems[0] if outcome else None,
-                **asdict(result),
-            }
-        )
-    else:
-        _show_check(agent, result, outcome)
-    if outcome:
-        sys.exit(ATTENTION)
-
-
-def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
-    if outcome is None:
-        secured = f"by {result.tls}" if result.tls else "in the clear"
-        login = f"logged in with {result.auth}" if result.auth else "not logged in"
-        click.echo(f"{agent.title}: {agent.address} reached {secured}, {login}")
-        click.echo("it offers: " + printable(", ".join(sorted(result.offers))))
-        if result.fingerprint:
-            click.echo(f"its certificate has the fingerprint {result.fingerprint}")
-    for problem in result.problems:
-        click.echo(f"{outcome or 'warning'}: {printable(problem)}")
-    if not result.problems:
-        click.echo("nothing found that would fail")
 
 
 @click.command()

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import click
 
 from salmon_revsmtp.cli.agents import agents, disable, enable, history
-from salmon_revsmtp.cli.collect import check, collect, run
+from salmon_revsmtp.cli.check import check
+from salmon_revsmtp.cli.collect import collect, run
 from salmon_revsmtp.cli.demo import demo
 from salmon_revsmtp.cli.init import init
 from salmon_revsmtp.cli.options import Options, with_options

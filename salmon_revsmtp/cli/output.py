@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +22,7 @@ from salmon_revsmtp.foreign import printable
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
 
-__all__ = ["at", "in_a_thread", "print_json", "table", "when"]
+__all__ = ["at", "has_colours", "in_a_thread", "print_json", "table", "when"]
 
 # Seconds that what is being written has after ctrl-c.
 LAST_WORDS = 1.0
@@ -30,6 +30,13 @@ LAST_WORDS = 1.0
 # Spaces between two columns of a table, and before what stands below a row.
 GAP = 2
 INDENT = "    "
+
+
+def has_colours(stream: IO[Any]) -> bool:
+    """Whether to write in colours there: on a terminal that has them, unless NO_COLOR is set to
+    anything (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown")
+    return stream.isatty() and not plain
 
 
 def print_json(row: dict[str, object]) -> None:

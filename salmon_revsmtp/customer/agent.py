@@ -97,7 +97,10 @@ class Agent(ABC):
 
     async def check(self, service: Service) -> Check:
         """Try all that can be tried without collecting.  Raises
-        :class:`~salmon_revsmtp.CollectionError` when it does not get that far."""
+        :class:`~salmon_revsmtp.CollectionError` when it does not get that far.
+
+        ``salmon-revsmtp check`` says of a type that has none of its own that it has none.
+        """
         return Check(problems=[f"the agent type {self.protocol!r} has no check"])
 
     def __repr__(self) -> str:

@@ -17,8 +17,8 @@ from salmon_revsmtp.customer.settings import (
     TlsMode,
     without_control_characters,
 )
+from salmon_revsmtp.net.address import domain_name
 from salmon_revsmtp.net.outcome import Failed, Outcome
-from salmon_revsmtp.smtp.addresses import to_ascii
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.collection import Collection
@@ -99,7 +99,7 @@ def _node(name: str) -> str:
         if not name.isascii() or len(name.split()) != 1 or name == "#":
             raise ValueError(f"{name!r}: the name of a queue is one word of ASCII")
         return name
-    return "@" + to_ascii(name[1:]) if name.startswith("@") else to_ascii(name)
+    return "@" + domain_name(name[1:]) if name.startswith("@") else domain_name(name)
 
 
 class EtrnAgent(Agent):
@@ -160,7 +160,25 @@ class EtrnAgent(Agent):
         if not worst.good:
             bad = [answer for answer, outcome in outcomes.items() if not outcome.good]
             report.error = f"asking {self.address} to start its queue: {'; '.join(bad)}"
+        elif worst is Outcome.REQUESTED:
+            report.error = self._why_no_mail(collection.service)
         return worst
+
+    def _why_no_mail(self, service: Service) -> str | None:
+        """Why the mail that is asked for does not come here; ``None`` if it can."""
+        if service.listens:
+            return None
+        what = f"{self.address} sends the mail over a connection of its own"
+        if not service.settings.listen:
+            return (
+                f'{what}, and service "{service.name}" does not listen, so it will not come here; '
+                "set listen of the service, unless another mail server takes it"
+            )
+        return (
+            f"{what}, and no server of this project listens (service "
+            f'"{service.name}", listen {", ".join(service.settings.listen)}), so it will not come '
+            "here; start it with `salmon start` or `salmon-revsmtp run`"
+        )
 
     async def check(self, service: Service) -> Check:
         """Dial, TLS, EHLO, AUTH; no ETRN."""
@@ -173,12 +191,9 @@ class EtrnAgent(Agent):
         result.fingerprint = connection.fingerprint
         if "ETRN" not in connection.extensions:
             result.problems.append(f"{self.address} does not offer ETRN")
-        if not service.settings.listen:
-            result.problems.append(
-                f'service "{self.settings.service}" does not listen, and the server sends the mail '
-                "over a connection of its own; set listen, or have another MTA take it"
-            )
-        elif rule := service.refuses_client(connection.peer[0]):
+        if why := self._why_no_mail(service):
+            result.problems.append(why)
+        if rule := service.refuses_client(connection.peer[0]):
             result.problems.append(
                 f"{self.address} is {connection.peer[0]}, which service "
                 f'"{self.settings.service}" shuts out by its rule "{rule}"'

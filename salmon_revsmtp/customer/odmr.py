@@ -20,6 +20,7 @@ from salmon_revsmtp.customer.settings import (
     ServerSettings,
     without_control_characters,
 )
+from salmon_revsmtp.net.address import domain_name
 from salmon_revsmtp.net.outcome import Deferred, Failed, Outcome, Refused
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
@@ -66,7 +67,7 @@ class OdmrSettings(ServerSettings):
     """Sent after ``ATRN`` instead of ``domains``, for a provider that wants something else
     there.  Words that are no domain names are hidden wherever the password is."""
 
-    push: Annotated[bool, Field(description="True or False")] = True
+    push: Annotated[bool, Field(strict=True, description="True or False")] = True
     """Keep the session open where the provider offers that (``XHOLD``): mail comes down it the
     moment that the provider has it.  Otherwise, or while there is no such session, the agent
     collects ``every`` minutes.  Only a running server does that."""
@@ -74,7 +75,7 @@ class OdmrSettings(ServerSettings):
     @field_validator("domains")
     @classmethod
     def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(to_ascii(domain) for domain in value)
+        return tuple(domain_name(domain) for domain in value)
 
     @field_validator("parameters")
     @classmethod

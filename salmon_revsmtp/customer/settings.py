@@ -45,6 +45,15 @@ def without_control_characters(text: str) -> str:
     return text
 
 
+def _what_is_no_host(text: str) -> str:
+    """What to write instead of a URL; what else stands in it may be a password."""
+    host = re.fullmatch(r"\w+://(?:[^/\s]*@)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?\S*", text)
+    if host is None:
+        return "a host name has no spaces, no slash and no @"
+    port = f", and port: {host[2]}" if host[2] else ""
+    return f"that is a URL; write {host[1]!r} here{port}"
+
+
 def _is_domain(word: str) -> bool:
     """A domain name of two labels or more; ``@`` before it is ETRN's."""
     try:
@@ -66,7 +75,7 @@ class AgentSettings(BaseModel):
     """What commands, the log and the journal call the agent.  Each agent has its own."""
     protocol: Annotated[str, Field(description="an agent type")]
     """How it collects: ``"odmr"``, ``"etrn"``, or an agent type that a plugin adds."""
-    enabled: Annotated[bool, Field(description="True or False")] = True
+    enabled: Annotated[bool, Field(strict=True, description="True or False")] = True
     """A disabled agent does not collect.  ``salmon-revsmtp enable`` and ``disable`` win over this
     key."""
     service: Annotated[str, Field(description="a key of smtp_services")] = "default"
@@ -172,13 +181,16 @@ class ServerSettings(AgentSettings):
     @classmethod
     def _server(cls, value: str) -> str:
         if re.search(r"[\s/@\x00-\x1f\x7f]", value):
-            raise ValueError("a host name has no spaces, no slash and no @")
+            raise ValueError(_what_is_no_host(value))
         host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
         with contextlib.suppress(ValueError):
             ipaddress.ip_address(host)
             return host
-        if re.search(r"[^:]:[0-9]+$", value):
-            raise ValueError("the port has a key of its own: port")
+        if found := re.fullmatch(r"(.*[^:]):([0-9]+)", value):
+            raise ValueError(
+                f"the port has a key of its own: port; write {found[1]!r} here, and port: "
+                f"{found[2]}"
+            )
         return to_ascii(host)
 
     @field_validator("account")

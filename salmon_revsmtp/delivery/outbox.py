@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
+from salmon_revsmtp.delivery.relay import address_of, why
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
 from salmon_revsmtp.files import FolderLock
@@ -140,7 +141,9 @@ class Outbox:
             if _came_after(error):
                 self._say(logging.INFO, to, "the relay broke off after the notification")
             elif _for_good(error) or self._age(key) > GIVE_UP:
-                self._say(logging.ERROR, to, f"the notification cannot be sent, given up: {error}")
+                self._say(
+                    logging.ERROR, to, f"the notification cannot be sent, given up: {why(error)}"
+                )
                 undeliverable_queue().keep(stored)
                 waiting.remove(key)
                 return True
@@ -157,10 +160,15 @@ class Outbox:
         """Whether the next may be tried: what was said of this one may be otherwise for that."""
         down = isinstance(error, _DOWN) or not isinstance(error, smtplib.SMTPException)
         if not (down and self._down):
-            reason = f"{type(error).__name__}: {error}; it waits in {self._folder}"
+            reason = f"asking the relay{self._where()}: {why(error)}; it waits in {self._folder}"
             self._say(logging.WARNING, to, f"the notification was not sent: {reason}")
         self._down = down
         return not down
+
+    def _where(self) -> str:
+        with contextlib.suppress(Exception):  # there is none in the settings
+            return f" {address_of(self._relay())}"
+        return ""
 
     def _mend_ages(self, keys: Sequence[str]) -> None:
         """Take out of the ages, which are by the files' times, what is more than the longest wait

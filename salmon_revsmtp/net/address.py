@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from typing import NamedTuple
 
-from salmon_revsmtp.smtp.addresses import to_ascii
+from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 
-__all__ = ["ADDRESS", "ADDRESSES", "HostAndPort", "host_and_port", "host_name"]
+__all__ = [
+    "ADDRESS",
+    "ADDRESSES",
+    "HostAndPort",
+    "domain_name",
+    "host_and_port",
+    "host_name",
+    "listed_addresses",
+    "network",
+]
 
 #: What is allowed, for a person.
 ADDRESS = "'host:port' such as '192.0.2.1:25' or '[::]:25', or None"
@@ -28,8 +38,69 @@ def host_and_port(text: str) -> HostAndPort:
     """``host:port``, an IPv6 address in brackets.  Raises :class:`ValueError`."""
     found = _HOST_AND_PORT.fullmatch(text)
     if not found or int(found[3]) > 65535:
-        raise ValueError("that is not a host and a port")
+        raise ValueError(f"that is not a host and a port{_meant(text)}")
     return HostAndPort(found[1] or found[2], int(found[3]))
+
+
+def _meant(text: str) -> str:
+    """What may have been meant by what is no host and port: one of the two is there."""
+    if re.fullmatch(r"[0-9]{1,5}", text):
+        return f"; did you mean '0.0.0.0:{text}'?"
+    if "://" in text:
+        return "; write no URL"
+    if found := re.fullmatch(r"([0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f]*):([0-9]{1,5})", text):
+        return f"; did you mean '[{found[1]}]:{found[2]}'?"
+    host = text.strip("[]")
+    with contextlib.suppress(ValueError):
+        host = f"[{ipaddress.IPv6Address(host)}]"
+    if re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", host):
+        return f"; the port is missing: {host}:PORT"
+    return ""
+
+
+def listed_addresses(value: object) -> object:
+    """What a key for addresses has, as a list: one alone may stand without one.  Raises
+    :class:`ValueError` for a number, which may be a port."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f"the host is missing{_meant(str(value))}")
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+def domain_name(text: str) -> str:
+    """:func:`to_ascii` for what a person has written: the error says what may have been meant."""
+    try:
+        return to_ascii(text)
+    except AddressError:
+        meant = re.fullmatch(r"(?:\w+://|.*@|[*]?[.])?([\w.-]+)[/.]*", text.strip())
+        if meant is not None and meant[1] != text:
+            with contextlib.suppress(AddressError):
+                to_ascii(meant[1])
+                raise ValueError(
+                    f"{text!r} is no domain name; did you mean {meant[1]!r}?"
+                ) from None
+        if len(names := re.split(r"[\s,;]+", text)) > 1 and all("." in one for one in names):
+            raise ValueError(f"{text!r}: write each name by itself: {names}") from None
+        raise
+
+
+def network(text: str) -> str:
+    """A network in CIDR form, or one address.  Raises :class:`ValueError`.
+
+    ``192.168.1.1/24`` names a host and its network, and access control cannot mean both.
+    """
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        try:
+            both = ipaddress.ip_interface(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is no network") from None
+        raise ValueError(
+            f"{text!r} is a host and its network; write '{both.network}' for the network, or "
+            f"'{both.ip}' for that host alone"
+        ) from None
 
 
 def host_name(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 import ssl
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 __all__ = [
     "Certificate",
     "certificate_ends",
+    "certificate_names",
     "certificate_problem",
     "fingerprint",
     "is_for",
@@ -21,6 +23,9 @@ __all__ = [
 # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for.
 _WHATEVER_THE_TIME = 0x200000
 
+# What PEM files begin their parts with.
+_CERTIFICATE, _KEY = b"CERTIFICATE-----", b"PRIVATE KEY-----"
+
 log = logging.getLogger(__name__)
 
 
@@ -29,10 +34,72 @@ def certificate_problem(certificate: Path | None, key: Path | None) -> str | Non
     if certificate is None:
         return "tls_key: it needs a tls_cert that it is the key of" if key is not None else None
     try:
+        shown = _read("tls_cert", certificate)
+        secret = shown if key is None else _read("tls_key", key)
+        _check_kinds(certificate, key, shown, secret)
         _context(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        return f"tls_cert, tls_key: {error.strerror or error}"
+    except ValueError as error:  # before OSError: it may be an SSLError as well
+        if not isinstance(error, ssl.SSLError):
+            return str(error)
+        return _refused(certificate, key, error)
+    except OSError as error:
+        return _refused(certificate, key, error)
     return None
+
+
+def _read(setting: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        hint = ""
+        if isinstance(error, PermissionError):
+            hint = (
+                "; the user that runs the server has to be able to read it, and the folders above "
+                "it: give it a copy, or the group"
+            )
+        raise ValueError(f"{setting}: {path} cannot be read: {error.strerror}{hint}") from None
+
+
+def _check_kinds(certificate: Path, key: Path | None, shown: bytes, secret: bytes) -> None:
+    """Raises :class:`ValueError` where the files are not what they should be."""
+    if _CERTIFICATE not in shown:
+        raise ValueError(
+            f"tls_cert: {certificate} holds no certificate in PEM form "
+            "(-----BEGIN CERTIFICATE-----)" + ("; it holds a key" if _KEY in shown else "")
+        )
+    if _KEY not in secret:
+        if key is None:
+            raise ValueError(
+                f"tls_key: missing, and {certificate} holds no private key; name the file that has "
+                "the key of the certificate"
+            )
+        raise ValueError(f"tls_key: {key} holds no private key in PEM form")
+    if b"ENCRYPTED" in secret:
+        raise ValueError(
+            f"tls_key: the key in {key or certificate} needs a passphrase, and there is no one to "
+            f"type it; take it away: openssl pkey -in {key or certificate} -out NEW_FILE"
+        )
+
+
+def _refused(certificate: Path, key: Path | None, error: OSError) -> str:
+    """What OpenSSL does not like of a certificate and its key."""
+    text = re.sub(r"^\[\w+\] | \(_ssl[.]c:[0-9]+\)$", "", error.strerror or str(error))
+    reason = getattr(error, "reason", None) or text
+    if reason == "KEY_VALUES_MISMATCH":
+        return (
+            f"tls_cert, tls_key: the key in {key or certificate} is not that of the first "
+            f"certificate in {certificate}; the server's own comes first, then those up to its CA"
+        )
+    if reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK", "EE_MD_TOO_WEAK"):
+        return (
+            f"tls_cert: {certificate} is too weak for today's TLS ({reason}); it needs a key of "
+            "2048 bits of RSA, or of an elliptic curve, and SHA-256"
+        )
+    return (
+        f"tls_cert, tls_key: OpenSSL cannot use {certificate}"
+        + (f" with {key}" if key else "")
+        + f" ({reason}); are the files whole?"
+    )
 
 
 def certificate_ends(certificate: Path, key: Path | None) -> float:
@@ -43,8 +110,8 @@ def certificate_ends(certificate: Path, key: Path | None) -> float:
 
 
 def is_for(certificate: Path, key: Path | None, hostname: str) -> bool:
-    """Whether a server's certificate is for a host name.  Raises :class:`OSError`, but not
-    :class:`ssl.SSLCertVerificationError`."""
+    """Whether a server's certificate is for a host name, or an address.  Raises :class:`OSError`,
+    but not :class:`ssl.SSLCertVerificationError`."""
     theirs = _itself(certificate)
     theirs.check_hostname = True
     try:
@@ -64,6 +131,14 @@ def own_certificate(certificate: Path, key: Path | None, hostname: str) -> tuple
     except ssl.SSLCertVerificationError:
         return shown, False
     return shown, True
+
+
+def certificate_names(certificate: Path, key: Path | None) -> tuple[str, ...]:
+    """The names and addresses that a server's certificate is for.  Raises :class:`OSError`."""
+    found: Any = _shown(certificate, key, _itself(certificate)).getpeercert()
+    alternatives = [str(value) for _, value in found.get("subjectAltName", ())]
+    subject = dict(pair for part in found.get("subject", ()) for pair in part)
+    return tuple(alternatives) or tuple(filter(None, [subject.get("commonName")]))
 
 
 def _itself(certificate: Path) -> ssl.SSLContext:
@@ -136,7 +211,8 @@ def _context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
     # TLS 1.2 has it; a client could have us do one handshake after another.
     context.options |= ssl.OP_NO_RENEGOTIATION
-    context.load_cert_chain(certificate, key)
+    # Without a password OpenSSL would ask for one on the terminal, and wait.
+    context.load_cert_chain(certificate, key, password="")
     return context
 
 

@@ -30,6 +30,7 @@ from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
 from salmon_revsmtp.net.mechanisms import CHALLENGES, PASSWORDS, VERIFIED
 from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, NotTrusted, Refused
 from salmon_revsmtp.net.pinned import OtherCertificate, described, pinned
+from salmon_revsmtp.net.words import certificate_refused
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Connection", "Server", "error_for"]
@@ -712,6 +713,8 @@ def _unverified() -> ssl.SSLContext:
 
 # What OpenSSL calls a peer without a TLS version that we take.
 _OLD_TLS = ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW")
+# What it says of a peer that answers the beginning of TLS in the clear: "220 ...", or a web page.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -738,10 +741,7 @@ def _network_reason(error: BaseException, settings: Server) -> str:
         if isinstance(cause, OtherCertificate):
             return _other_certificate(cause)
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return (
-                f"its certificate was not accepted ({cause.verify_message}); set ca_file to the "
-                "certificate or CA to trust, or server to the name in the certificate"
-            )
+            return certificate_refused(cause, pins=hasattr(settings, "fingerprint"))
         if isinstance(cause, ssl.SSLError) and any(
             word in (cause.reason or "") for word in _OLD_TLS
         ):
@@ -749,6 +749,9 @@ def _network_reason(error: BaseException, settings: Server) -> str:
                 f"TLS failed ({cause.reason}): it has no TLS version that is safe today; it has to "
                 "learn TLS 1.2"
             )
+        if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
+            hint = "; set tls to 'starttls', or check port" if settings.tls == "implicit" else ""
+            return f"it does not speak TLS there: it answered in the clear{hint}"
         if isinstance(cause, ssl.SSLError):
             hint = "'starttls'" if settings.tls == "implicit" else "'implicit'"
             return (
@@ -768,6 +771,11 @@ def _network_reason(error: BaseException, settings: Server) -> str:
         return (
             f"no greeting in {settings.timeout:g} seconds; a server that speaks TLS, or no SMTP, "
             f"waits for us: {other}, or check port"
+        )
+    if text.startswith("Timed out connecting"):  # the connection is there; TLS was to begin
+        return (
+            f"no TLS handshake in {settings.timeout:g} seconds; if it speaks no TLS there, "
+            f"{other}, or check port"
         )
     if isinstance(error, aiosmtplib.SMTPTimeoutError):
         waited = "no TLS handshake" if "upgrading" in text else "no whole answer"

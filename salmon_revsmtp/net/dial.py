@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import socket
 from typing import Any
 
 from salmon_revsmtp.net.outcome import Failed
+from salmon_revsmtp.net.words import came_back, reach_advice
 
 __all__ = ["dial"]
 
@@ -28,7 +28,7 @@ async def dial(host: str, port: int, timeout: float, setting: str = "server") ->
     """
     addresses = await _addresses(host, port, timeout, setting)
     connecting: set[asyncio.Task[socket.socket]] = set()
-    failures: list[str] = []
+    failures: list[_NotReached] = []
     try:
         while addresses or connecting:
             if addresses:
@@ -38,7 +38,7 @@ async def dial(host: str, port: int, timeout: float, setting: str = "server") ->
                 timeout=HEAD_START if addresses else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            failures += [str(error) for one in done if (error := one.exception())]
+            failures += [_failure(error) for one in done if (error := one.exception())]
             if found := [one.result() for one in done if not one.exception()]:
                 for superfluous in found[1:]:
                     superfluous.close()
@@ -49,7 +49,21 @@ async def dial(host: str, port: int, timeout: float, setting: str = "server") ->
         for result in await asyncio.gather(*connecting, return_exceptions=True):
             if isinstance(result, socket.socket):
                 result.close()
-    raise Failed("; ".join(failures))
+    every = [str(one) for one in failures]
+    every += dict.fromkeys(one.advice for one in failures if one.advice)  # each once
+    raise Failed("; ".join(every))
+
+
+class _NotReached(Failed):
+    """An address failed; ``advice`` says what to try."""
+
+    def __init__(self, text: str, advice: str) -> None:
+        super().__init__(text)
+        self.advice = advice
+
+
+def _failure(error: BaseException) -> _NotReached:
+    return error if isinstance(error, _NotReached) else _NotReached(str(error), "")
 
 
 async def _addresses(host: str, port: int, timeout: float, setting: str) -> list[_Address]:
@@ -58,10 +72,14 @@ async def _addresses(host: str, port: int, timeout: float, setting: str) -> list
     try:
         found = await asyncio.wait_for(looking, timeout)
     except (asyncio.TimeoutError, TimeoutError):
-        raise Failed(f"its name was not resolved in {timeout:g} seconds") from None
+        raise Failed(
+            f"its name was not resolved in {timeout:g} seconds; is this machine online, and does "
+            "DNS work here?"
+        ) from None
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Failed(f"its name was not resolved ({reason}); check {setting}") from None
+        raise Failed(
+            f"its name was not resolved ({came_back(error)}); {reach_advice(error, setting)}"
+        ) from None
     every = dict.fromkeys((family, kind, proto, where) for family, kind, proto, _, where in found)
     families: dict[int, list[_Address]] = {}
     for one in every:
@@ -80,9 +98,10 @@ async def _connected(address: _Address, timeout: float) -> socket.socket:
             await asyncio.wait_for(reaching, timeout)
             stack.pop_all()  # it stays open
             return connection
-    except asyncio.TimeoutError:
-        raise Failed(f"{where[0]}: no connection in {timeout:g} seconds") from None
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        text = f"no connection in {timeout:g} seconds"
+        if isinstance(error, OSError) and error.errno:  # the system has waited long enough
+            text = came_back(error)
+        raise _NotReached(f"{where[0]}: {text}", reach_advice(TimeoutError())) from None
     except OSError as error:
-        # asyncio's own text repeats the address.
-        reason = os.strerror(error.errno) if error.errno else error
-        raise Failed(f"{where[0]}: {reason}") from None
+        raise _NotReached(f"{where[0]}: {came_back(error)}", reach_advice(error)) from None

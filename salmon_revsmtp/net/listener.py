@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import ssl
 from collections.abc import Callable, Container
 from functools import partial
@@ -13,9 +12,10 @@ from functools import partial
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.places import Places
 from salmon_revsmtp.net.vestibule import Vestibule
+from salmon_revsmtp.net.words import came_back, listen_advice
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Admit", "Listener", "cannot_listen", "places_for"]
+__all__ = ["Admit", "Listener", "cannot_listen", "places_for", "why_not_listen"]
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,29 @@ Admit = Callable[[Driver], Reply | None]
 
 
 def cannot_listen(name: str, host: str, port: int, error: OSError) -> OSError:
-    """Which service cannot have its address, and why, as an error of the same kind."""
+    """Which service cannot have its address, why, and what to try, as an error of the same
+    kind."""
     where = f"{name} cannot listen on {host or '*'}:{port}"
     number = error.errno or errno.EADDRNOTAVAIL
-    # asyncio wraps the reason into a sentence of its own; a name that is not found has no number.
-    reason = os.strerror(number) if number > 0 else error.strerror
-    return OSError(number, f"{where}: {reason}")
+    advice = listen_advice(error, port)
+    reason = came_back(error if error.errno else OSError(number, ""))
+    return OSError(number, f"{where}: {reason}" + (f"; {advice}" if advice else ""))
+
+
+async def why_not_listen(name: str, host: str, port: int) -> str | None:
+    """Why an address cannot be listened on now, and what to try; ``None`` if it can."""
+    unused = Listener(name, _unconnected, host, port)
+    try:
+        await unused.start(quietly=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        await unused.stop(0)
+    return None
+
+
+def _unconnected(admit: Admit) -> Driver:
+    raise ConnectionAbortedError("nothing is served here yet")
 
 
 def places_for(most: int, expected: Container[str]) -> Places:

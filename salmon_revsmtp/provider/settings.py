@@ -12,9 +12,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from salmon_revsmtp.net.address import ADDRESS, ADDRESSES, HostAndPort, host_and_port, host_name
+from salmon_revsmtp.net.address import (
+    ADDRESS,
+    ADDRESSES,
+    HostAndPort,
+    domain_name,
+    host_and_port,
+    host_name,
+    listed_addresses,
+)
 from salmon_revsmtp.net.certificate import certificate_problem
-from salmon_revsmtp.smtp.addresses import to_ascii
 from salmon_revsmtp.smtp.verifier import Verifier
 
 __all__ = ["AccountSettings", "ProviderSettings"]
@@ -54,7 +61,7 @@ class AccountSettings(BaseModel):
         Field(min_length=1, description="a list of domain names such as 'example.org'"),
     ]
     """The domains whose mail is held for the account.  A domain belongs to one account only."""
-    enabled: Annotated[bool, Field(description="True or False")] = True
+    enabled: Annotated[bool, Field(strict=True, description="True or False")] = True
     """A disabled account cannot log in.  Its mail is still held."""
     quota_messages: Annotated[int, Field(gt=0, description="a whole number above 0")] = 100_000
     """Messages that are held for it.  A sender of more hears 452, keeps its mail and tries
@@ -76,7 +83,7 @@ class AccountSettings(BaseModel):
     """``True`` keeps the session open with customers that ask for it (``XHOLD``), and sends mail
     down it as it comes; ``"always"`` with all customers of the account, for those that do not
     know how to ask; ``False`` with none."""
-    live: Annotated[bool, Field(description="True or False")] = True
+    live: Annotated[bool, Field(strict=True, description="True or False")] = True
     """While a push session is open, senders hear the customer's own answers: at ``RCPT``, and at
     the end of the message, which is not held then.  With ``False``, or while there is no session,
     or where the customer says nothing in time, messages are held, and pushed."""
@@ -111,7 +118,7 @@ class AccountSettings(BaseModel):
     @field_validator("domains")
     @classmethod
     def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(to_ascii(one) for one in value))
+        return tuple(dict.fromkeys(domain_name(one) for one in value))
 
     @field_validator("etrn")
     @classmethod
@@ -149,7 +156,7 @@ class ProviderSettings(BaseModel):
     ] = None
     """The private key, unless ``tls_cert`` holds it."""
     require_tls: Annotated[
-        bool | None, Field(description="True, False, or None: True with a certificate")
+        bool | None, Field(strict=True, description="True, False, or None: True with a certificate")
     ] = None
     """Whether ``AUTH`` and ``ATRN`` need TLS.  With a certificate they do; ``False`` is for
     customers that have none, as fetchmail's ODMR."""
@@ -169,15 +176,26 @@ class ProviderSettings(BaseModel):
     @field_validator("listen", "listen_implicit", mode="before")
     @classmethod
     def _a_list(cls, value: object) -> object:
-        if value is None:
-            return ()
-        return (value,) if isinstance(value, str) else value
+        return listed_addresses(value)
 
     @field_validator("listen", "listen_implicit")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for one in value:
             host_and_port(one)
+        return value
+
+    @field_validator("tls_cert", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # The files are read again, and a handler may have changed the folder of the process.
+        return value.absolute() if value is not None else None
+
+    @field_validator("hold")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("that is a URL, and mail is held in a folder")
         return value
 
     @field_validator("hostname")

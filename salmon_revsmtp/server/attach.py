@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.forks import ours_alone
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.safelog import log_safely
@@ -185,6 +186,10 @@ async def _serve(
 ) -> int | None:
     """Run the server; returns the number of the signal that stopped it."""
     stopped_by = None
+    configuration = collector.configuration
+    for warning in (*configuration.warnings, sample_warning(configuration.routed)):
+        if warning:
+            log_safely(log, logging.WARNING, "%s", warning)
     daemon = Daemon(collector, plugins, grace)
     if signals is not None:
         loop = asyncio.get_running_loop()

@@ -5,12 +5,14 @@ Every wrong setting is one sentence with the agent and the key; all of them are 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent
+from salmon_revsmtp.customer.settings import AgentSettings
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.policy import Service
@@ -18,6 +20,21 @@ from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.settings import SettingsError, quote, validated, words_of
 
 __all__ = ["Configuration", "load"]
+
+# The names in a settings module that are ours.
+_OURS = ("collection_agents", "smtp_services", "customer_accounts", "provider")
+# Names of Salmon's own settings, which are none of ours misspelt.
+_SALMONS = (
+    *("handlers", "receiver", "receiver_config", "relay", "relay_config", "router_defaults"),
+    *("queue_config", "template_config", "owner_email"),
+)
+# How alike a name has to be to one of ours: "smtp_service", "agents", "COLLECTION_AGENTS".
+_ALIKE = 0.75
+_OTHER_NAMES = {
+    "agents": "collection_agents",
+    "services": "smtp_services",
+    "accounts": "customer_accounts",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Configuration:
     ``accounts``  the customers whose mail is held; ``provider``: how they reach us, if they do.
     ``written``  the domains of each service, and then those that its agents ask for, as a person
                  wrote them: handlers route by these.
+    ``warnings`` sentences about what is allowed, and hardly meant.
     """
 
     agents: tuple[Agent, ...]
@@ -34,6 +52,7 @@ class Configuration:
     written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     accounts: tuple[AccountSettings, ...] = ()
     provider: ProviderSettings | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -41,6 +60,18 @@ class Configuration:
         return self.provider is not None or any(
             one.delivery == "hold" for one in self.services.values()
         )
+
+    @property
+    def routed(self) -> tuple[str, ...]:
+        """The domains whose mail the project's handlers get, as a person wrote them; ``("*",)`` for
+        any.  Empty if they get none."""
+        used = {agent.settings.service for agent in self.agents}
+        found = [
+            self.written.get(name) or ("*",)
+            for name, one in self.services.items()
+            if one.delivery != "hold" and (one.listen or name in used)
+        ]
+        return tuple(dict.fromkeys(domain for domains in found for domain in domains))
 
     def asked_for(self, service: str) -> tuple[str, ...]:
         """The domains that the agents of a service ask for."""
@@ -60,7 +91,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     """
     problems: list[str] = []
     services = _services(getattr(module, "smtp_services", None), problems)
-    known = set(services) | set(getattr(module, "smtp_services", None) or ())
+    found = getattr(module, "smtp_services", None)
+    known = set(services) | set(found if isinstance(found, Mapping) else ())
     agents = _agents(getattr(module, "collection_agents", None), known, plugins, problems)
     for agent in agents:
         if settings := services.get(agent.settings.service):
@@ -71,7 +103,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     provider = getattr(module, "provider", None)
     if provider is not None:
         provider = validated(ProviderSettings, provider, "provider", problems)
-    configuration = Configuration(tuple(agents), services, written, accounts, provider)
+    warnings = tuple(_misspelt(module))
+    configuration = Configuration(tuple(agents), services, written, accounts, provider, warnings)
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
         "recipient would be refused; name the domains"
@@ -89,6 +122,31 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     if problems:
         raise SettingsError(problems)
     return configuration
+
+
+def _misspelt(module: ModuleType) -> Iterator[str]:
+    """Names in the settings that are nearly one of ours which is not there, or empty: what
+    they have is ignored.  Where ours is there, the other is somebody's own."""
+    missing = [name for name in _OURS if not getattr(module, name, None)]
+    for name, value in vars(module).items():
+        if name in _OURS or name in _SALMONS or name.startswith("_"):
+            continue
+        near = difflib.get_close_matches(name.lower(), missing, 1, _ALIKE)
+        meant = near[0] if near else _OTHER_NAMES.get(name.lower())
+        if meant in missing and isinstance(value, Mapping | list | tuple) and value:
+            yield f"{name}: there is no such setting, so it is ignored; did you mean {meant}?"
+
+
+def _no_list(name: str, found: object, key: str) -> str:
+    """``key`` is one that each dict in the list has."""
+    hint = ""
+    if isinstance(found, Mapping):
+        inner = all(isinstance(one, Mapping) for one in found.values())
+        if key in found or not inner:
+            hint = f"; put brackets around it: {name} = [{{...}}]"
+        elif found:
+            hint = f'; each with its name among its keys: {name} = [{{"name": ...}}, ...]'
+    return f"{name}: found {quote(found)}, allowed: a list of dicts{hint}"
 
 
 def _written(module: ModuleType, service: str) -> Iterator[str]:
@@ -115,7 +173,18 @@ def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:
     if found is None:
         found = {}
     if not isinstance(found, Mapping):
-        problems.append(f"smtp_services: found {quote(found)}, allowed: a dict of services")
+        problems.append(
+            f"smtp_services: found {quote(found)}, allowed: a dict of services, each with its "
+            'name: {"default": {...}}'
+        )
+        found = {}
+    if set(found) & set(ServiceSettings.model_fields) and not any(
+        isinstance(keys, Mapping) for keys in found.values()
+    ):
+        problems.append(
+            "smtp_services: found the keys of one service, allowed: a dict of services, each with "
+            'its name: {"default": {...}}'
+        )
         found = {}
     services = {}
     for name, keys in {"default": {}, **found}.items():
@@ -128,8 +197,8 @@ def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:
 def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]:
     if found is None:
         return ()
-    if isinstance(found, str | Mapping) or not isinstance(found, Sequence):
-        problems.append(f"customer_accounts: found {quote(found)}, allowed: a list of dicts")
+    if isinstance(found, str | bytes | Mapping) or not isinstance(found, Sequence):
+        problems.append(_no_list("customer_accounts", found, "name"))
         return ()
     accounts: list[AccountSettings] = []
     names: set[str] = set()
@@ -159,8 +228,8 @@ def _agents(
 ) -> list[Agent]:
     if found is None:
         found = []
-    if isinstance(found, str | Mapping) or not isinstance(found, Sequence):
-        problems.append(f"collection_agents: found {quote(found)}, allowed: a list of dicts")
+    if isinstance(found, str | bytes | Mapping) or not isinstance(found, Sequence):
+        problems.append(_no_list("collection_agents", found, "protocol"))
         return []
     agents: list[Agent] = []
     names: set[str] = set()
@@ -171,9 +240,11 @@ def _agents(
             problems.append(f"{where}: name: found twice, allowed: a name of its own for each")
         names.add(str(name))
         service = keys.get("service", "default") if isinstance(keys, Mapping) else "default"
-        if service not in services:
+        if isinstance(service, str) and service not in services:
+            near = difflib.get_close_matches(service, services, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(
-                f"{where}: service: found {quote(service)}, allowed: {words_of(services)}"
+                f"{where}: service: found {quote(service)}, allowed: {words_of(services)}{hint}"
             )
         if agent := _agent(keys, where, plugins, problems):
             agents.append(agent)
@@ -182,7 +253,7 @@ def _agents(
 
 def _agent(keys: Any, where: str, plugins: Plugins, problems: list[str]) -> Agent | None:
     if not isinstance(keys, Mapping):
-        problems.append(f"{where}: found {quote(keys)}, allowed: a dict")
+        validated(AgentSettings, keys, where, problems)
         return None
     agent_type = None
     protocol = keys.get("protocol")
@@ -192,7 +263,9 @@ def _agent(keys: Any, where: str, plugins: Plugins, problems: list[str]) -> Agen
         found = "missing" if protocol is None else f"found {quote(protocol)}"
         broken = [f"; plugin {one.plugin}: {one.error}" for one in plugins.loaded if one.error]
         known = words_of(plugins.agent_types)
-        problems.append(f"{where}: protocol: {found}, allowed: {known}{''.join(broken)}")
+        near = difflib.get_close_matches(str(protocol).lower(), plugins.agent_types, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        problems.append(f"{where}: protocol: {found}, allowed: {known}{''.join(broken)}{hint}")
         return None
     settings = validated(agent_type.Settings, keys, where, problems)
     return agent_type(settings) if settings is not None else None

@@ -6,6 +6,7 @@ A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, 
         {"agent": "isp", "messages": 2, "bytes": 4711,      as it goes on: the counts, what it does
          "doing": "connecting to ...", "seconds": 0.7}      or waits for, and for how long
         {"report": {...}}                                   one per agent
+        {"warning": "..."}                                  if there is something wrong with it
         {"end": true}
     {"do": "state"}
         {"next": {"isp": 1795498202.5}, "push": {}}         seconds since the epoch

@@ -17,6 +17,7 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.customer.schedule import Schedule
+from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
@@ -275,6 +276,10 @@ class Daemon:
             yield {"error": "no such request"}
 
     async def _answer_collect(self, names: list[str]) -> Answers:
+        # Salmon may be loading the handlers again.
+        routed = self._collector.configuration.routed
+        if warning := await asyncio.to_thread(sample_warning, routed):
+            yield {"warning": warning}
         unknown = [name for name in names if name not in self._agents]
         for name in unknown:
             yield {"error": f"the running server has no agent {name!r}; restart it"}

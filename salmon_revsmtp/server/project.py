@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -17,7 +18,7 @@ import dotenv
 from salmon_revsmtp.files import give_to_owner
 from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
-__all__ = ["Project", "ProjectError", "enable_logging"]
+__all__ = ["Project", "ProjectError", "enable_logging", "explained"]
 
 DEFAULT_SETTINGS = "config.settings"
 DEFAULT_BOOT = "config.boot"
@@ -52,13 +53,13 @@ class Project:
         here = Path.cwd()
         if str(here) not in sys.path:
             sys.path.insert(0, str(here))
-        with _explained(".env"):
+        with explained(".env"):
             # A password may have "${" in it.
             dotenv.load_dotenv(here / ".env", interpolate=False)
         if settings:
             os.environ["SALMON_SETTINGS_MODULE"] = settings
         name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)
-        with _explained(name):
+        with explained(name):
             module = importlib.import_module(name)
         return cls(here, module)
 
@@ -73,7 +74,7 @@ class Project:
 
         utils.import_settings(False)
         name = module or DEFAULT_BOOT
-        with _explained(name), contextlib.nullcontext() if listen else _nothing_listens():
+        with explained(name), contextlib.nullcontext() if listen else _nothing_listens():
             importlib.import_module(name)
         enable_logging()
         _give_logs_to_owner()
@@ -102,7 +103,7 @@ def _give_logs_to_owner() -> None:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turn what a project's own file raises into one sentence with the line that raised it."""
     try:
         yield
@@ -117,8 +118,25 @@ def _explained(what: str) -> Iterator[None]:
         raise ProjectError(
             f"{what}: the variable or key {error} is not set{_where(error)}; is it in .env?"
         ) from None
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and not error.filename:
+            # Salmon's receivers listen when they are made.
+            raise ProjectError(f"{what}: {_receivers(error)}{_where(error)}") from None
+        raise ProjectError(f"{what}: {type(error).__name__}: {error}{_where(error)}") from None
     except Exception as error:
         raise ProjectError(f"{what}: {type(error).__name__}: {error}{_where(error)}") from None
+
+
+def _receivers(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"{error.strerror}: another program has the port of Salmon's receiver "
+            "(receiver_config), maybe a mail server, or this one a second time; `ss -ltnp` says "
+            "which"
+        )
+    return (
+        f"{error.strerror}: the host of Salmon's receiver (receiver_config) is not this machine's"
+    )
 
 
 def _where(error: BaseException) -> str:

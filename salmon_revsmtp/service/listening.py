@@ -5,42 +5,20 @@ What ETRN needs, for the server that was asked opens connections of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from salmon_revsmtp.delivery.dispatcher import Deliverer
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.certificate import Certificate
-from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.listener import Admit, Listener, places_for
 from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.recipients import Recipients
 from salmon_revsmtp.service.session import AnswerEtrn, Session, Tally
-from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["address_problems", "listeners"]
+__all__ = ["listeners"]
 
 _ACCESS_DENIED = Reply(554, "access denied", "5.7.1")
-
-
-async def address_problems(services: Mapping[str, ServiceSettings]) -> list[str]:
-    """Which addresses cannot be listened on now, each with the reason."""
-    problems = []
-    for name, settings in services.items():
-        for address in settings.addresses:
-            unused = Listener(f"service={name}", _unconnected, *address)
-            try:
-                await unused.start(quietly=True)
-            except OSError as error:
-                problems.append(error.strerror or str(error))
-            await unused.stop(0)
-    return problems
-
-
-def _unconnected(admit: Admit) -> Driver:
-    raise ConnectionAbortedError("nothing is served here yet")
 
 
 def listeners(
@@ -82,6 +60,7 @@ def listeners(
             etrn=etrn,
         )
 
+    service.listens = True
     service.expected.look_up()
     places = places_for(settings.max_connections, service.expected)
     name = f"service={service.name}"

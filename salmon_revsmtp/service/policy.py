@@ -31,6 +31,7 @@ class Service:
                  reversed sessions, and for those clients that places are kept for.
     ``expected`` those clients.
     ``forwarders`` the addresses of clients whose XFORWARD is believed.
+    ``listens``  a server runs that has its ``listen`` addresses: what ETRN asks for arrives.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Service:
     ) -> None:
         self.name = name
         self.settings = settings
+        self.listens = False
         self.memory = Budget(settings.memory)
         self.strangers = Budget(settings.memory - settings.memory // 4, self.memory)
         self.expected = Expected(settings.keep_places_for, servers)

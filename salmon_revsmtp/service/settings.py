@@ -6,15 +6,21 @@ its meaning, which the settings page of the documentation is made of.
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from salmon_revsmtp.net.address import ADDRESSES, HostAndPort, host_and_port, host_name
+from salmon_revsmtp.net.address import (
+    ADDRESSES,
+    HostAndPort,
+    domain_name,
+    host_and_port,
+    host_name,
+    listed_addresses,
+    network,
+)
 from salmon_revsmtp.net.certificate import certificate_problem
-from salmon_revsmtp.smtp.addresses import to_ascii
 
 __all__ = ["ANY_DOMAIN", "ServiceSettings"]
 
@@ -144,9 +150,7 @@ class ServiceSettings(BaseModel):
     @field_validator("listen", mode="before")
     @classmethod
     def _addresses(cls, value: object) -> object:
-        if value is None:
-            return ()
-        return (value,) if isinstance(value, str) else value
+        return listed_addresses(value)
 
     @field_validator("listen")
     @classmethod
@@ -203,9 +207,9 @@ class ServiceSettings(BaseModel):
     @field_validator("domains")
     @classmethod
     def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(one if one == ANY_DOMAIN else to_ascii(one) for one in value)
+        return tuple(one if one == ANY_DOMAIN else domain_name(one) for one in value)
 
     @field_validator("allow", "deny", "keep_places_for", "forwarded_from")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(ipaddress.ip_network(one, strict=False)) for one in value)
+        return tuple(network(one) for one in value)

@@ -362,20 +362,36 @@ def test_a_certificate_that_proves_nothing(
     authority.cert_pem.write_to_path(ca_file)
     year = datetime.timedelta(days=365)
     now = datetime.datetime.now(datetime.timezone.utc)
-    certificate, trusted, words = {
+    certificate, trusted, words, advice = {
         "expired": (
             authority.issue_cert("localhost", not_before=now - 2 * year, not_after=now - year),
             ca_file,
             "certificate has expired",
+            "has to renew it",
         ),
-        "another name": (authority.issue_cert("odmr.example.net"), ca_file, "Hostname mismatch"),
-        "self-signed": (None, None, "self-signed certificate"),
-        "unknown CA": (authority.issue_cert("localhost"), None, "unable to get local issuer"),
-        "another CA": (stranger.issue_cert("localhost"), ca_file, "unable to get local issuer"),
+        "another name": (
+            authority.issue_cert("odmr.example.net"),
+            ca_file,
+            "Hostname mismatch",
+            "set server",
+        ),
+        "self-signed": (None, None, "self-signed certificate", "set ca_file"),
+        "unknown CA": (
+            authority.issue_cert("localhost"),
+            None,
+            "unable to get local issuer",
+            "set ca_file",
+        ),
+        "another CA": (
+            stranger.issue_cert("localhost"),
+            ca_file,
+            "unable to get local issuer",
+            "set ca_file",
+        ),
     }[fault]
     context = tls_server(certificate) if certificate else server_tls()
     report = collect_under(salmon, context, tls, trusted)
-    assert failed(report, "its certificate was not accepted", words, "ca_file", "localhost")
+    assert failed(report, "its certificate was not accepted", words, advice, "localhost")
     assert report.sessions == 0 and report.tls is None
 
 

@@ -1,0 +1,235 @@
+"""``check``: would it work?"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
+from salmon_revsmtp.cli.output import has_colours, print_json
+from salmon_revsmtp.foreign import printable
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.customer.agent import Agent, Check
+    from salmon_revsmtp.server.checks import Finding
+    from salmon_revsmtp.server.configuration import Configuration
+    from salmon_revsmtp.server.project import Project
+
+__all__ = ["check"]
+
+# What each result looks like on a terminal, and how wide it is.
+STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
+RESULT = 9
+
+# What a server does not start without.
+NEEDED = ("boot", "listen")
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--offline", is_flag=True, help="Nothing that needs the network, as for CI.")
+@json_option
+@with_options
+def check(options: Options, name: str | None, offline: bool, as_json: bool) -> None:
+    """See whether it would work, without asking for mail.
+
+    Without a NAME everything is looked at that can fail: the settings, the boot module, the
+    handlers, folders, the journal, the disk, the clock, certificates, the addresses to listen on,
+    the relay, and each agent that is enabled: it connects, does TLS, greets the server and logs in.
+    `salmon start` goes into the background before it looks at any of that, so it cannot say on the
+    terminal what is wrong.
+
+    With the NAME of an agent only that agent is tried, and you see what its server offers.
+
+    A warning is something that works, but not as you may want it; then the exit status is 0. If
+    anything would fail it is 1, or 2 if it is in the settings. With --offline no address is
+    listened on, and no relay, no agent and no name server is asked.
+    """
+    if name is None:
+        _check_everything(options, offline, as_json)
+    elif offline:
+        raise click.UsageError("an agent's check needs the network; leave --offline or NAME out")
+    else:
+        _check_agent(options, name, as_json)
+
+
+def _check_everything(options: Options, offline: bool, as_json: bool) -> None:
+    try:
+        project, configuration = options.open()
+    except click.ClickException as error:
+        if as_json:
+            _print_settings_errors(error.message.splitlines())
+        raise
+    findings: list[Finding] = []
+
+    def tell(finding: Finding) -> None:
+        findings.append(finding)
+        print_json(finding.as_dict()) if as_json else _show(finding)
+
+    live = sys.stdout.isatty() and not (as_json or options.verbose)
+    running = _look(options, project, configuration, offline, tell, live)
+    problems = [one.text for one in findings if one.result == "failed"]
+    text = _verdict(findings, running)
+    results = {one.result for one in findings}
+    result = next((one for one in ("failed", "warning") if one in results), "ok")
+    if as_json:
+        _print_summary(result, text, running, problems)
+    else:
+        _say(text, STYLES[result])
+    if problems:
+        sys.exit(ATTENTION)
+
+
+def _look(
+    options: Options,
+    project: Project,
+    configuration: Configuration,
+    offline: bool,
+    tell: Callable[[Finding], None],
+    live: bool,
+) -> bool:
+    """Look at everything; returns whether a server of this project runs.  ``live``: on a terminal,
+    say what is waited for."""
+    from salmon_revsmtp.journal.collections import Journal
+    from salmon_revsmtp.server.checks import local_findings
+    from salmon_revsmtp.server.control import running
+    from salmon_revsmtp.server.eventloop import run
+    from salmon_revsmtp.server.reaching import reached, skipped
+
+    runs = running()
+    listen = not (runs or offline)
+    for finding in local_findings(
+        project, configuration, options.boot, listen=listen, offline=offline
+    ):
+        tell(finding)
+    journal, enabled = Journal(), {}
+    for agent in configuration.agents:
+        kept = journal.state(agent.name).enabled
+        enabled[agent.name] = bool(agent.settings.enabled if kept is None else kept)
+    if offline:
+        for finding in skipped(configuration, enabled):
+            tell(finding)
+    else:
+        relay = getattr(project.settings, "relay", None)
+        with _waiting(sum(enabled.values()), live):
+            run(reached(configuration, enabled, relay, runs, tell))
+    return runs
+
+
+@contextlib.contextmanager
+def _waiting(agents: int, live: bool) -> Iterator[None]:
+    """Say below what is printed meanwhile whom we wait for."""
+    if not live:
+        yield
+        return
+    from rich.console import Console
+
+    console = Console()
+    spinner = "dots" if console.encoding.startswith("utf") else "line"
+    whom = f" and the servers of {agents} agent{'' if agents == 1 else 's'}" if agents else ""
+    with console.status(f"asking the relay{whom}", spinner=spinner):
+        yield
+
+
+def _verdict(findings: Sequence[Finding], running: bool) -> str:
+    """Whether it would work, in one line."""
+    failed = [one for one in findings if one.result == "failed"]
+    warnings = sum(1 for one in findings if one.result == "warning")
+    state = "the server is running" if running else "the server can start"
+    if not running and any(one.check in NEEDED for one in failed):
+        state = "the server cannot start"
+    if failed:
+        state += f"; {len(failed)} thing{'' if len(failed) == 1 else 's'} would fail"
+    if warnings:
+        state += f"; {warnings} warning{'' if warnings == 1 else 's'}"
+    return state
+
+
+def _print_settings_errors(problems: list[str]) -> None:
+    for problem in problems:
+        print_json({"check": "settings", "subject": "", "result": "failed", "text": problem})
+    _print_summary("failed", "the settings are wrong", None, problems)
+
+
+def _print_summary(result: str, text: str, running: bool | None, problems: list[str]) -> None:
+    row = {"check": "summary", "subject": "", "result": result, "text": text}
+    print_json({**row, "ready": not problems, "running": running, "problems": problems})
+
+
+def _show(finding: Finding) -> None:
+    """``failed   relay localhost:8825: Connection refused; ...``, folded on a terminal."""
+    line = printable(f"{finding.check} {finding.subject}: {finding.text}")
+    lines = [line]
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns - RESULT, 20)
+        lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    _say(finding.result.ljust(RESULT), STYLES.get(finding.result), nl=False)
+    click.echo(f"\n{' ' * RESULT}".join(lines))
+
+
+def _say(text: str, colour: str | None, nl: bool = True) -> None:
+    click.echo(click.style(text, fg=colour) if colour and has_colours(sys.stdout) else text, nl=nl)
+
+
+# -- one agent -------------------------------------------------------------------------------------
+
+
+def _check_agent(options: Options, name: str, as_json: bool) -> None:
+    from salmon_revsmtp.customer.agent import Check
+    from salmon_revsmtp.net.outcome import CollectionError, NotTrusted
+    from salmon_revsmtp.server.control import running
+    from salmon_revsmtp.server.eventloop import run
+    from salmon_revsmtp.service.policy import Service
+
+    _, configuration = options.open()
+    [agent] = named(configuration, [name])
+    settings = configuration.services[agent.settings.service]
+    service = Service(agent.settings.service, settings)
+    service.listens = bool(settings.listen) and running()
+    outcome, result = None, Check()
+    try:
+        result = run(agent.check(service))
+    except CollectionError as error:
+        outcome = error.outcome.value
+        result.problems.append(str(error))
+        if isinstance(error, NotTrusted):
+            result.fingerprint = error.fingerprint
+    if as_json:
+        print_json(
+            {
+                "agent": agent.name,
+                "protocol": agent.protocol,
+                "outcome": outcome,
+                "error": result.problems[0] if outcome else None,
+                **asdict(result),
+            }
+        )
+    else:
+        _show_check(agent, result, outcome)
+    if outcome:
+        sys.exit(ATTENTION)
+
+
+def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
+    from salmon_revsmtp.server.reaching import has_check, reached_by
+
+    if not has_check(agent):
+        click.echo(f"{agent.title}: the agent type {printable(agent.protocol)} has no check")
+        return
+    if outcome is None:
+        click.echo(f"{agent.title}: {reached_by(agent, result)}")
+        click.echo("it offers: " + printable(", ".join(sorted(result.offers))))
+        if result.fingerprint:
+            click.echo(f"its certificate has the fingerprint {result.fingerprint}")
+    for problem in result.problems:
+        _say(f"{outcome or 'warning'}: ", STYLES["failed" if outcome else "warning"], nl=False)
+        click.echo(printable(problem))
+    if not result.problems:
+        click.echo("nothing found that would fail")

@@ -1,0 +1,161 @@
+"""What ``salmon-revsmtp check`` tries by the network: the addresses to listen on, the relay, the
+agents.  All at the same time, each with a limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from salmon_revsmtp.customer.agent import Agent, Check
+from salmon_revsmtp.delivery.relay import address_of, try_relay, why
+from salmon_revsmtp.net.listener import why_not_listen
+from salmon_revsmtp.net.outcome import CollectionError
+from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
+from salmon_revsmtp.server.configuration import Configuration
+from salmon_revsmtp.service.policy import Service
+
+__all__ = ["agent_finding", "has_check", "reached", "skipped"]
+
+# Seconds that an agent has for all of its check.  Its timeout is for each step of it, and who waits
+# at a terminal has had enough by then.
+AGENT_PATIENCE = 60.0
+
+# Seconds that the relay has for each answer.
+RELAY_PATIENCE = 10.0
+
+
+def has_check(agent: Agent) -> bool:
+    """Whether its type has a check of its own."""
+    return type(agent).check is not Agent.check
+
+
+async def reached(
+    configuration: Configuration,
+    enabled: Mapping[str, bool],
+    relay: Any,
+    running: bool,
+    tell: Callable[[Finding], None],
+) -> None:
+    """Try all of it, and ``tell`` of each in the order of the settings.
+
+    ``enabled``  by agent: what the journal and the settings say.
+    ``relay``    Salmon's, or ``None``.
+    ``running``  a server of this project runs, and has the addresses.
+    """
+    services = {name: Service(name, one) for name, one in configuration.services.items()}
+    for one in services.values():
+        one.listens = running and bool(one.settings.listen)
+    tasks: list[asyncio.Future[Finding]] = []
+
+    def begin(work: Awaitable[Finding]) -> None:
+        tasks.append(asyncio.ensure_future(work))
+
+    for name, host, port in _addresses(configuration):
+        begin(_address(name, host, port, running))
+    begin(_relay(relay))
+    for agent in configuration.agents:
+        begin(agent_finding(agent, services[agent.settings.service], enabled[agent.name]))
+    for task in tasks:
+        tell(await task)
+
+
+def skipped(configuration: Configuration, enabled: Mapping[str, bool]) -> list[Finding]:
+    """The same without the network."""
+    offline = "not tried, as --offline says"
+    found = [
+        Finding("listen", _shown(host, port), SKIPPED, offline)
+        for _, host, port in _addresses(configuration)
+    ]
+    found.append(Finding("relay", "settings.relay", SKIPPED, offline))
+    for agent in configuration.agents:
+        text = offline if enabled[agent.name] else DISABLED
+        found.append(Finding("agent", agent.name, SKIPPED, text))
+    return found
+
+
+DISABLED = "disabled, so it was not tried"
+
+
+def _addresses(configuration: Configuration) -> list[tuple[str, str, int]]:
+    """Who listens where."""
+    found = [
+        (f"service={name}", *address)
+        for name, settings in configuration.services.items()
+        for address in settings.addresses
+    ]
+    if configuration.provider is not None:
+        found += [("provider", *address) for address, _ in configuration.provider.addresses]
+    return found
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
+
+
+async def _address(name: str, host: str, port: int, running: bool) -> Finding:
+    subject = _shown(host, port)
+    problem = await why_not_listen(name, host, port)
+    if not running:
+        if problem:
+            return Finding("listen", subject, FAILED, problem)
+        return Finding("listen", subject, OK, f"{name} can listen there")
+    if problem or port == 0:
+        return Finding("listen", subject, OK, "the server that runs has it")
+    return Finding(
+        "listen",
+        subject,
+        WARNING,
+        f"{name} does not listen there, although the server runs; restart it after a change of the "
+        "settings",
+    )
+
+
+async def _relay(relay: Any) -> Finding:
+    """Mail is collected without a relay, too: only a warning."""
+    cost = (
+        " (mail is taken all the same, but senders are not told of what fails, and what your "
+        "handlers send does not go out)"
+    )
+    if relay is None:
+        return Finding("relay", "settings.relay", WARNING, f"there is none{cost}")
+    subject = address_of(relay)
+    if not all(hasattr(relay, key) for key in ("hostname", "port", "ssl", "starttls", "lmtp")):
+        return Finding("relay", subject, SKIPPED, "it is none of Salmon's, so it was not tried")
+    try:
+        trying = asyncio.to_thread(try_relay, relay, RELAY_PATIENCE)
+        await asyncio.wait_for(trying, AGENT_PATIENCE)
+    except (asyncio.TimeoutError, OSError, ValueError) as error:
+        return Finding("relay", subject, WARNING, f"{why(error)}{cost}")
+    return Finding("relay", subject, OK, "it answers")
+
+
+async def agent_finding(agent: Agent, service: Service, enabled: bool = True) -> Finding:
+    """What an agent's own check says."""
+    if not enabled:
+        return Finding("agent", agent.name, SKIPPED, DISABLED)
+    if not has_check(agent):
+        text = f"the agent type {agent.protocol!r} has no check, so nothing was tried"
+        return Finding("agent", agent.name, SKIPPED, text)
+    try:
+        result = await asyncio.wait_for(agent.check(service), AGENT_PATIENCE)
+    except CollectionError as error:
+        return Finding("agent", agent.name, FAILED, str(error))
+    except (asyncio.TimeoutError, TimeoutError):
+        text = f"{agent.address or agent.protocol}: no end of it in {AGENT_PATIENCE:g} seconds"
+        return Finding(
+            "agent", agent.name, FAILED, f"{text}; `check {agent.name} -v` shows how far"
+        )
+    except Exception as error:
+        text = f"bug in agent type {agent.protocol!r}: {type(error).__name__}: {error}"
+        return Finding("agent", agent.name, FAILED, text)
+    if result.problems:
+        return Finding("agent", agent.name, WARNING, "; ".join(result.problems))
+    return Finding("agent", agent.name, OK, reached_by(agent, result))
+
+
+def reached_by(agent: Agent, result: Check) -> str:
+    """How far a check has come."""
+    secured = f"by {result.tls}" if result.tls else "in the clear"
+    login = f"logged in with {result.auth}" if result.auth else "not logged in"
+    return f"{agent.address} reached {secured}, {login}".lstrip()
