@@ -25,7 +25,7 @@ from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
 
-__all__ = ["UNSENT", "Outbox"]
+__all__ = ["GIVEN_UP", "UNSENT", "Outbox"]
 
 UNSENT = Path("run/unsent")
 
@@ -35,6 +35,9 @@ GIVE_UP = 5 * 86400.0
 # Seconds between two rounds that count as time in which a notification has waited.  Where the clock
 # shows more, it was set, or nothing ran: neither is a reason to give up.
 LONGEST_WAIT = 86400.0
+
+#: What the reason begins with why a notification is undeliverable.
+GIVEN_UP = "a notification that the relay did not take"
 
 # It is the relay, and not this notification.
 _DOWN = (
@@ -141,7 +144,7 @@ class Outbox:
                 self._say(logging.INFO, to, "the relay broke off after the notification")
             elif _for_good(error) or self._age(key) > GIVE_UP:
                 self._say(logging.ERROR, to, f"the notification cannot be sent, given up: {error}")
-                undeliverable_queue().keep(stored)
+                undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {error}")
                 waiting.remove(key)
                 return True
             else:

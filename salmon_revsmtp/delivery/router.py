@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.bounds import address_excess, excess
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import separator, stored_envelope
+from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope, with_reason
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.safelog import log_safely
@@ -168,10 +171,10 @@ class Handling:
             except Exception:
                 self._log(logging.ERROR, "delivery raised", error=True)
                 if not kept.done:
-                    kept.push_quietly()
+                    kept.push_quietly(_raised())
             except SystemExit:
                 self._log(logging.ERROR, "a handler tried to end the process", error=True)
-                kept.push_quietly()
+                kept.push_quietly("a handler tried to end the process")
             if kept.failure is not None:
                 return disk_reply(kept.failure)
             return KEPT if kept.done else DELIVERED
@@ -193,6 +196,17 @@ class Handling:
 
     def _log(self, level: int, what: str, error: bool = False) -> None:
         log_safely(log, level, "recipient=%s %s", *(angle(self._recipient), what), error=error)
+
+
+def _raised() -> str:
+    """Why a message is undeliverable, while Salmon pushes it: it does so where it has caught what a
+    handler raised, and where no route has matched."""
+    error = sys.exc_info()[1]
+    if error is None:
+        return "no route takes it"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}, line {where.lineno}"
+    return f"a handler raised {type(error).__name__}: {error} ({place}; the log has more)"
 
 
 def reply_to_error(error: SMTPError) -> Reply:
@@ -233,7 +247,7 @@ class _Kept:
     def __exit__(self, *raised: object) -> None:
         self._before.delivering.kept = None
 
-    def push(self, reason: str = "the log has the reason above") -> str:
+    def push(self, reason: str) -> str:
         """Store the message, once; returns its key.  Raises :class:`OSError`, and then ``failure``
         is what the delivery has come to."""
         if os.getpid() != self.process:
@@ -251,9 +265,7 @@ class _Kept:
         with self._storing:
             if self.done:
                 return ""
-            lines = stored_envelope(self.envelope, self._recipient)
-            between = separator(self._message)
-            key = push_safely(self._before.original, lines, between, self._message)
+            key = self._before.keep(self.envelope, [self._recipient], self._message, reason)
             self.done = True
         log_safely(
             log,
@@ -263,7 +275,7 @@ class _Kept:
         )
         return key
 
-    def push_quietly(self, reason: str = "the log has the reason above") -> None:
+    def push_quietly(self, reason: str) -> None:
         try:
             self.push(reason)
         except OSError as error:
@@ -286,12 +298,20 @@ class _Undeliverable:
     def push(self, message: Any) -> Any:
         kept: _Kept | None = getattr(self.delivering, "kept", None)
         if kept is not None and message is kept.request:
-            return kept.push()
+            return kept.push(_raised())
         return self.original.push(message)
 
-    def keep(self, *pieces: bytes) -> str:
-        """Store a message as it is, synced.  Raises :class:`OSError`."""
-        return push_safely(self.original, *pieces)
+    def keep(
+        self, envelope: Envelope, recipients: Sequence[str], message: bytes, reason: str
+    ) -> str:
+        """Store a message that no handler has taken, and why, synced; returns its key.  Raises
+        :class:`OSError`."""
+        lines = undeliverable_envelope(envelope, recipients, reason)
+        return push_safely(self.original, lines, separator(message), message)
+
+    def keep_stored(self, stored: bytes, reason: str) -> str:
+        """The same for a message that has its envelope on top."""
+        return push_safely(self.original, with_reason(stored, reason))
 
 
 def envelope_of(message: Any) -> Envelope | None:
