@@ -40,6 +40,7 @@ __all__ = [
     "BUG",
     "DEFAULT_UNDELIVERABLE",
     "Handling",
+    "Retrial",
     "RouterDelivery",
     "envelope_of",
     "undeliverable_queue",
@@ -144,9 +145,11 @@ class Handling:
         """Raises :class:`OSError` when no undeliverable queue can be made."""
         with self._settling:
             if self._kept is None:
-                before = undeliverable_queue(self._place)
-                self._kept = _Kept(before, self._envelope, self._recipient, self._message)
+                self._kept = self._keeper(undeliverable_queue(self._place))
             return self._kept
+
+    def _keeper(self, before: _Undeliverable) -> _Kept:
+        return _Kept(before, self._envelope, self._recipient, self._message)
 
     def _handled(self) -> Reply:
         try:
@@ -196,6 +199,25 @@ class Handling:
 
     def _log(self, level: int, what: str, error: bool = False) -> None:
         log_safely(log, level, "recipient=%s %s", *(angle(self._recipient), what), error=error)
+
+
+class Retrial(Handling):
+    """The same for a message that is in the undeliverable queue already: if no handler takes it, it
+    stays where it is.
+
+    ``reason``  why it stays; empty if it need not.
+    """
+
+    @property
+    def reason(self) -> str:
+        if isinstance(self._kept, _Stays) and self._kept.done:
+            return self._kept.reason
+        if self.reply is None or self.reply.positive:
+            return ""
+        return f"{'deferred' if self.reply.transient else 'refused'} with {self.reply}"
+
+    def _keeper(self, before: _Undeliverable) -> _Kept:
+        return _Stays(before, self._envelope, self._recipient, self._message)
 
 
 def _raised() -> str:
@@ -265,7 +287,7 @@ class _Kept:
         with self._storing:
             if self.done:
                 return ""
-            key = self._before.keep(self.envelope, [self._recipient], self._message, reason)
+            key = self._put(reason)
             self.done = True
         log_safely(
             log,
@@ -275,11 +297,24 @@ class _Kept:
         )
         return key
 
+    def _put(self, reason: str) -> str:
+        return self._before.keep(self.envelope, [self._recipient], self._message, reason)
+
     def push_quietly(self, reason: str) -> None:
         try:
             self.push(reason)
         except OSError as error:
             log_safely(log, logging.ERROR, "undeliverable, and not kept either: %s", error)
+
+
+class _Stays(_Kept):
+    """A message that is in the queue: it is not put there again, but it is known why it stays."""
+
+    reason = ""
+
+    def _put(self, reason: str) -> str:
+        self.reason = reason
+        return "as before"
 
 
 class _Undeliverable:
@@ -308,6 +343,13 @@ class _Undeliverable:
         :class:`OSError`."""
         lines = undeliverable_envelope(envelope, recipients, reason)
         return push_safely(self.original, lines, separator(message), message)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is; ``None`` for a queue of someone's own that is in no folder."""
+        mbox = getattr(self.original, "mbox", None)
+        found = getattr(mbox, "_path", None) or getattr(self.original, "dir", None)
+        return Path(found).absolute() if found else None
 
     def keep_stored(self, stored: bytes, reason: str) -> str:
         """The same for a message that has its envelope on top."""

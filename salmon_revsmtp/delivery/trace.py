@@ -17,6 +17,7 @@ from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.xforward import told, words
 
 __all__ = [
+    "LONGEST_REASON",
     "MAX_HOPS",
     "AddedFields",
     "Named",

@@ -29,6 +29,7 @@ from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.server.provider_requests import ProviderRequests
+from salmon_revsmtp.server.waiting_requests import WaitingRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["Daemon"]
@@ -80,6 +81,7 @@ class Daemon:
         self._wake = asyncio.Event()
         self.listeners: list[Listener] = []
         self.provider: Provider | None = None
+        self._waiting = WaitingRequests(collector)
         self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
@@ -267,6 +269,9 @@ class Daemon:
         elif str(request.get("do")).startswith("provider ") and self._collector.configuration.holds:
             requests = ProviderRequests(self._collector.providing, self.provider)
             async for answer in requests.answer(request):
+                yield answer
+        elif self._waiting.knows(request):
+            async for answer in self._waiting.answer(request):
                 yield answer
         elif request.get("do") == "collect":
             async for answer in self._answer_collect(request.get("agents", [])):
