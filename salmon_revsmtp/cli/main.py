@@ -17,6 +17,7 @@ from salmon_revsmtp.cli.demo import demo
 from salmon_revsmtp.cli.options import Options, with_options
 from salmon_revsmtp.cli.plugins import plugins
 from salmon_revsmtp.cli.provider import provider
+from salmon_revsmtp.cli.status import status
 from salmon_revsmtp.cli.undelivered import undelivered, unsent
 from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
@@ -32,7 +33,7 @@ def cli(options: Options) -> None:
 
 for _command in (agents, collect, check, enable, disable, history, run, provider, plugins, demo):
     cli.add_command(_command)
-for _command in (undelivered, unsent):
+for _command in (status, undelivered, unsent):
     cli.add_command(_command)
 
 
