@@ -35,8 +35,9 @@ def server_started(server: Server) -> None:
     if settings is not None:
         from salmon_revsmtp.alert.alarm import Alarm
 
-        _alarms[server] = alarm = Alarm(server, settings)
+        alarm = Alarm(server, settings)
         alarm.start()
+        _alarms[server] = alarm
 
 
 @hookimpl

@@ -85,13 +85,16 @@ class Alarm:
         self._thread.join()
 
     def _live(self) -> None:
+        failed = False  # one line tells of all that follow
         while True:
             try:
                 self.look()
+                failed = False
             except RuntimeError as error:
                 log.info("alert: %s", error)  # the server has stopped, or is busy
             except Exception:
-                log.exception("alert: looking at what needs a person")
+                log.log(logging.DEBUG if failed else logging.ERROR, "alert: looking", exc_info=True)
+                failed = True
             if self._stopped.wait(min(LOOK_EVERY, self._settings.seconds)):
                 return
 
@@ -177,7 +180,7 @@ class Alarm:
     def _subject(self, state: str, keys: Sequence[str]) -> str:
         named = _harmless(keys[0]) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
         what = "is over" if state == OVER else "needs you"
-        return f"salmon-revsmtp on {socket.gethostname()}: {named} {what}"
+        return f"[{socket.gethostname()}] salmon-revsmtp: {named} {what}"
 
     def _text(self, state: str, keys: Sequence[str]) -> str:
         lines = []

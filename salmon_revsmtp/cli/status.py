@@ -62,8 +62,8 @@ def _ask_server() -> tuple[bool, Sequence[Row]]:
     try:
         for answer in ask({"do": "status"}, patience=GLANCE):
             if "error" in answer:
-                text = printable(answer["error"])
-                click.echo(f"warning: the running server: {text}; is it older?", err=True)
+                text = printable(answer["error"]) + OLDER * (answer["error"] == "no such request")
+                click.echo(f"warning: the running server: {text}", err=True)
                 break
             if "row" in answer:
                 rows.append(answer["row"])
@@ -79,13 +79,12 @@ def _ask_server() -> tuple[bool, Sequence[Row]]:
 def _look(configuration: Configuration, project: Project, silent: bool) -> Sequence[Row]:
     from salmon_revsmtp.server.health import Health
 
-    try:
-        return Health(configuration, project.folder).look(None, silent).rows
-    except OSError as error:
-        raise click.ClickException(f"looking at the disk: {printable(error)}") from None
+    return Health(configuration, project.folder).look(None, silent).rows
 
 
 # -- for a person ---------------------------------------------------------------------------------
+
+OLDER = "; it is older than this command: restart it"
 
 HEADINGS = {
     "trouble": "Needs you",

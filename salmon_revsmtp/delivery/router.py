@@ -289,6 +289,10 @@ class _Kept:
                 return ""
             key = self._put(reason)
             self.done = True
+        return key
+
+    def _put(self, reason: str) -> str:
+        key = self._before.keep(self.envelope, [self._recipient], self._message, reason)
         log_safely(
             log,
             logging.ERROR,
@@ -296,9 +300,6 @@ class _Kept:
             *(angle(self.envelope.reverse_path), angle(self._recipient), key, reason),
         )
         return key
-
-    def _put(self, reason: str) -> str:
-        return self._before.keep(self.envelope, [self._recipient], self._message, reason)
 
     def push_quietly(self, reason: str) -> None:
         try:
@@ -314,7 +315,7 @@ class _Stays(_Kept):
 
     def _put(self, reason: str) -> str:
         self.reason = reason
-        return "as before"
+        return ""
 
 
 class _Undeliverable:

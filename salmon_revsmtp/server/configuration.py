@@ -35,7 +35,7 @@ class Configuration:
     written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     accounts: tuple[AccountSettings, ...] = ()
     provider: ProviderSettings | None = None
-    module: ModuleType | None = None
+    module: ModuleType | None = field(default=None, repr=False)
 
     @property
     def holds(self) -> bool:

@@ -12,8 +12,9 @@ import functools
 import logging
 import os
 import random
+import sqlite3
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,7 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
-from salmon_revsmtp.server.health import Findings, Health, Live
+from salmon_revsmtp.server.health import Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.server.waiting_requests import WaitingRequests
@@ -99,7 +100,7 @@ class Daemon:
         self._failing: dict[str, float] = {}
         self._notify_at = self._expire_at = self._look_at = clock()
         self._started = time.time()
-        self._looking = asyncio.Lock()
+        self._looking, self._blind = asyncio.Lock(), False
         self._health = Health(collector.configuration, collector.project, memory=True)
         self._facade: Server | None = None
         self._stop = asyncio.Event()
@@ -227,11 +228,14 @@ class Daemon:
     async def _look_and_remember(self) -> None:
         try:
             await self.look()
+            self._blind = False
         except Exception:
-            log_safely(log, logging.ERROR, "looking for what needs a person", error=True)
+            level = logging.DEBUG if self._blind else logging.ERROR
+            self._blind = True  # one line tells of all that follow
+            log_safely(log, level, "looking for what needs a person", error=True)
 
     async def look(self) -> Findings:
-        """What there is, and what needs a person.  Raises :class:`OSError`."""
+        """What there is, and what needs a person."""
         async with self._looking:
             live = await self._live()
             return await asyncio.to_thread(self._health.look, live)
@@ -239,8 +243,14 @@ class Daemon:
     async def _live(self) -> Live:
         ahead = time.time() - self._clock()
         times = {name: self._schedule.next_run(name) for name in self._agents}
-        requests = ProviderRequests(self._collector.providing, self.provider)
-        held = await requests.holdings() if self._collector.configuration.holds else {}
+        held: Mapping[str, Holding] = {}
+        hold_error = ""
+        if self._collector.configuration.holds:
+            requests = ProviderRequests(self._collector.providing, self.provider)
+            try:
+                held = await requests.holdings()
+            except (OSError, sqlite3.Error) as error:
+                hold_error = str(error)
         return Live(
             os.getpid(),
             version(),
@@ -251,6 +261,7 @@ class Daemon:
             next={name: at + ahead for name, at in times.items() if at is not None},
             held=held,
             undeliverable=await asyncio.to_thread(self._undeliverable),
+            hold_error=hold_error,
         )
 
     def _undeliverable(self) -> Path | None:

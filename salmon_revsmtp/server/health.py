@@ -92,6 +92,7 @@ class Live:
     ``failing``  the agents that fail, and since when; ``next``: when an agent runs next.
     ``held``     what is held, by account.
     ``undeliverable``  where undeliverable mail is.
+    ``hold_error``     why it is not known what is held.
     """
 
     pid: int
@@ -103,6 +104,17 @@ class Live:
     next: Mapping[str, float] = field(default_factory=dict)
     held: Mapping[str, Holding] = field(default_factory=dict)
     undeliverable: Path | None = None
+    hold_error: str = ""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A folder in which mail waits, how much, or why that cannot be said."""
+
+    kind: str
+    folder: Path
+    count: Count
+    error: str = ""
 
 
 class Findings(NamedTuple):
@@ -144,7 +156,7 @@ class Health:
 
     def look(self, live: Live | None, silent: bool = False) -> Findings:
         """What there is.  ``live``: what the server says; ``silent``: there is one, and it does not
-        answer.  Blocks.  Raises :class:`OSError` where a folder cannot be read."""
+        answer.  Blocks.  What cannot be read is a trouble, and raises nothing."""
         agents = {one.name: one for one in self._configuration.agents}
         kept = self._journal.latest(agents)
         held = live.held if live is not None else self._held()
@@ -152,7 +164,7 @@ class Health:
         found = [
             *self._server(live, silent),
             *self._failing(agents.values(), kept, live),
-            *self._disks([place for _, place, _ in queues]),
+            *self._disks([one.folder for one in queues]),
             *self._certificates(),
             *self._waiting(queues),
             *self._accounts(held, live),
@@ -165,7 +177,7 @@ class Health:
             _server_row(live, silent),
             *(_agent_row(one, *kept[name], live) for name, one in agents.items()),
             *([self._provider_row(held)] if self._configuration.holds else []),
-            *(self._queue_row(*one) for one in queues),
+            *(self._queue_row(one) for one in queues),
         ]
         return Findings(rows, troubles)
 
@@ -270,8 +282,12 @@ class Health:
             min(ends - CERTIFICATE_ENDS, self._clock()),
         )
 
-    def _waiting(self, queues: Iterable[tuple[str, Path, Count]]) -> Iterator[Trouble]:
-        for kind, folder, count in queues:
+    def _waiting(self, queues: Iterable[Queue]) -> Iterator[Trouble]:
+        for queue in queues:
+            kind, folder, count = queue.kind, queue.folder, queue.count
+            if queue.error:
+                text = f"The folder {self._named(folder)} cannot be read: {queue.error}."
+                yield Trouble(f"queue:{self._named(folder)}", text)
             if not count.messages:
                 continue
             waited = self._clock() - (count.oldest or 0.0)
@@ -298,6 +314,9 @@ class Health:
         if live is None:
             yield from (one for key, one in self._known.items() if key.startswith("account:"))
             return
+        if live.hold_error:
+            yield Trouble("hold", f"What is held cannot be read: {live.hold_error}.")
+            yield from (one for key, one in self._known.items() if key.startswith("account:"))
         accounts = {one.name: one for one in self._configuration.accounts}
         for name, one in held.items():
             if one.aside:
@@ -333,7 +352,7 @@ class Health:
 
     # -- what there is --------------------------------------------------------------------------
 
-    def _queues(self, live: Live | None) -> Iterator[tuple[str, Path, Count]]:
+    def _queues(self, live: Live | None) -> Iterator[Queue]:
         inbound = [
             self._project / Path(one.queue).expanduser()
             for one in self._configuration.services.values()
@@ -345,16 +364,18 @@ class Health:
             ("undeliverable", undeliverable or self._project / UNDELIVERABLE),
             ("unsent", self._project / UNSENT),
         ]:
-            yield kind, folder, WaitingMail(folder).count()
+            try:
+                yield Queue(kind, folder, WaitingMail(folder).count())
+            except OSError as error:
+                yield Queue(kind, folder, Count(), error.strerror or str(error))
 
-    def _queue_row(self, kind: str, folder: Path, count: Count) -> Row:
-        oldest = None if count.oldest is None else iso(count.oldest)
+    def _queue_row(self, queue: Queue) -> Row:
         return {
             "status": "queue",
-            "queue": kind,
-            "folder": self._named(folder),
-            "messages": count.messages,
-            "oldest": oldest,
+            "queue": queue.kind,
+            "folder": self._named(queue.folder),
+            "messages": queue.count.messages,
+            "oldest": _time(queue.count.oldest),
         }
 
     def _provider_row(self, held: Mapping[str, Holding]) -> Row:
