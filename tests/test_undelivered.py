@@ -29,7 +29,7 @@ from support.terminal import on_a_terminal
 from salmon_revsmtp.delivery.outbox import GIVEN_UP, Outbox
 from salmon_revsmtp.delivery.retry import Retried, Retry
 from salmon_revsmtp.delivery.router import undeliverable_queue
-from salmon_revsmtp.delivery.trace import envelope_lines
+from salmon_revsmtp.delivery.trace import envelope_lines, unpack_undeliverable
 from salmon_revsmtp.delivery.waiting import WaitingMail
 from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.journal.connection import JournalConnection
@@ -434,3 +434,96 @@ def test_messages_are_counted_by_their_names(tmp_path: Path) -> None:
     (new / ".hidden").touch()
     count = WaitingMail(tmp_path).count()
     assert count == (1000, 1795000000.0)
+
+
+# -- deaths ----------------------------------------------------------------------------------------
+
+DIES = """
+import json, os, sys, threading
+from pathlib import Path
+from salmon import queue
+from salmon.routing import Router, route, stateless
+from support.dying import die_at
+from salmon_revsmtp.delivery.outbox import Outbox
+from salmon_revsmtp.delivery.retry import Retry
+from salmon_revsmtp.delivery.trace import undeliverable_envelope
+from salmon_revsmtp.journal.connection import JournalConnection
+from salmon_revsmtp.journal.deliveries import DeliveryJournal
+from salmon_revsmtp.smtp.envelope import Envelope
+
+TO = ["good@example.org", "bad@example.org"]
+
+@route(".*")
+@stateless
+def TAKE(message):
+    # What a handler does lasts when it has returned: a line in a file.
+    with open("run/handled", "a") as file:
+        file.write(message.To + "\\n")
+    if message.To == TO[1] and not Path("run/mended").exists():
+        raise RuntimeError("not yet")
+
+def retry(die):
+    place = Path.cwd()
+    Router.UNDELIVERABLE_QUEUE = queue.Queue("run/undeliverable")
+    journal = DeliveryJournal(JournalConnection())
+    [key] = Router.UNDELIVERABLE_QUEUE.keys()
+    again = Retry(place, journal, Outbox(lambda: None), threading.Lock())
+    if die:
+        die_at(die, ["delivery/retry.py", "delivery/router.py", "delivery/waiting.py"])
+    list(again.retry([key]))
+
+def child(die):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            retry(die)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+def stored():
+    return [one.read_bytes().decode() for one in Path("run/undeliverable").glob("[nc]*/*")]
+
+start = Path.cwd()
+for die in range(1, 2000):
+    folder = start / str(die)
+    (folder / "run").mkdir(parents=True)
+    os.chdir(folder)
+    lines = undeliverable_envelope(Envelope("ann@example.net", ()), TO, "why")
+    queue.Queue("run/undeliverable").push(lines + MESSAGE)
+    died, left = child(die), stored()
+    Path("run/mended").touch()
+    ended = child(0)
+    handled = Path("run/handled").read_text().split()
+    print(json.dumps([died, left, ended, stored(), *map(handled.count, TO)]), flush=True)
+    if died == 0:
+        break
+"""
+
+
+def test_a_death_at_any_line_loses_nothing_and_repeats_one_delivery_at_most(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"MESSAGE = {MESSAGE!r}\n{DIES}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows and rows[-1][0] == 0, done.stderr
+    *deaths, whole = rows
+    assert len(deaths) > 50 and all(died == signal.SIGKILL for died, *_ in deaths)
+    for _, left, ended, afterwards, good, bad in rows:
+        [stored] = left
+        envelope, _, message = unpack_undeliverable(stored.encode())
+        assert message == MESSAGE and envelope.recipients[-1] == "bad@example.org"
+        assert (ended, afterwards) == (0, [])
+        assert 1 <= good <= 2 and 1 <= bad <= 2, "bad is refused once, and taken once"
+    assert whole[4:] == [1, 2]
+    repeated = [good for *_, good, _ in deaths].count(2)
+    assert 0 < repeated < len(deaths) / 4, "only between the handler's end and the record"

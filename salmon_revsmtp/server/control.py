@@ -104,8 +104,6 @@ class Control:
     async def _answers(self, line: bytes) -> Answers:
         """The answers to a request.  The last one says so if it was one too much for us: who asks
         never waits in vain."""
-        if not line:  # someone has looked whether we are there
-            return
         try:
             request = json.loads(line)
             if not isinstance(request, dict):
