@@ -208,6 +208,25 @@ def test_a_command_that_fails_does_not_keep_the_mail(tmp_path: Path) -> None:
     assert len(rig.mails) == 1
 
 
+def test_a_death_while_one_is_told_does_not_tell_the_other_twice(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, mail="postmaster@example.org", command=("true",))
+    rig.there = [FAILS]
+
+    class Death(BaseException):
+        pass
+
+    def dies(message: EmailMessage, to: str) -> None:
+        raise Death
+
+    rig.send = dies  # type: ignore[method-assign]
+    with pytest.raises(Death):
+        rig.look(HOUR)
+    del rig.send  # type: ignore[method-assign]
+    rig.start()
+    assert rig.look(HOUR + 60) == []
+    assert (len(rig.told), len(rig.mails)) == (1, 1)
+
+
 def test_what_is_remembered_wrongly_does_no_harm(rig: Rig) -> None:
     for text in ("", "[]", "{", '{"a": 1}', '{"a": {"since": "x"}}'):
         (rig.project / "run/alert.json").write_text(text)

@@ -148,6 +148,7 @@ def test_what_a_stranger_wrote_is_harmless_on_a_terminal_and_raw_in_a_pipe(
         (["{key}", "--all"], "name the KEYs of messages, or give --all"),
         (["{key}", "17"], "no message is undelivered with the key 17; nothing is done"),
         (["../new/{key}"], "no message is undelivered with the key ../new/"),
+        (["{file}"], "no message is undelivered with the key /"),
         (["{half}"], "no message is undelivered with the key"),
         ([""], "no message is undelivered with the key"),
     ],
@@ -157,12 +158,13 @@ def test_who_mistypes_deletes_nothing(
 ) -> None:
     project.configure()
     key = keep(project)
-    words = [one.format(key=key, half=key[:-1]) for one in arguments]
+    file = project.folder / "config/settings.py"
+    words = [one.format(key=key, half=key[:-1], file=file) for one in arguments]
     yes = ["--yes"] if action == "drop" else []
     done = project.run("undelivered", action, *words, *yes)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
-    assert keys(project) == [key] and project.got() == []
+    assert keys(project) == [key] and project.got() == [] and file.exists()
 
 
 def test_drop_says_what_it_is_about_to_do_and_asks(project: Project) -> None:
