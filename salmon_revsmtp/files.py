@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from salmon_revsmtp.forks import ours_alone
 
 __all__ = [
+    "FEW_FILES",
     "LITTLE_ROOM",
     "NO_ROOM",
     "FolderLock",
@@ -24,15 +26,18 @@ __all__ = [
     "make_private_file",
     "room_in",
     "sync_folder",
+    "write_private",
 ]
 
 log = logging.getLogger(__name__)
 
 
-# Octets free on a disk: of less than the first a person should hear before mail is answered 452;
-# less than the second has no room for two of the largest messages (50 MiB by default).
-LITTLE_ROOM = 1024**3
+# Octets free on a disk: of less than the first, ten messages of the largest default size (50 MiB), a
+# person should hear before mail is answered 452; in less than the second there is no room for two.
+LITTLE_ROOM = 512 * 1024**2
 NO_ROOM = 100 * 1024**2
+# Files that a disk can have still: each message in a queue is one.
+FEW_FILES = 1000
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Room:
     @property
     def little(self) -> bool:
         """It will be soon."""
-        return self.octets < LITTLE_ROOM or (self.files is not None and self.files < 1000)
+        return self.octets < LITTLE_ROOM or (self.files is not None and self.files < FEW_FILES)
 
 
 def room_in(folder: Path) -> Room:
@@ -94,6 +99,29 @@ def make_private_file(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         give_to_owner(path)
+
+
+def write_private(path: Path, *content: bytes, beside: Path | None = None) -> None:
+    """Have a file hold this and nothing else, for its owner only: a crash leaves what it held
+    before.  It is written as ``beside``, which is in the same folder by default, and renamed.  The
+    folders are made.  Raises :class:`OSError`."""
+    beside = beside or path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    for folder in {path.parent, beside.parent}:
+        make_folder(folder)
+    try:
+        with os.fdopen(os.open(beside, _NEW, 0o600), "wb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
+        give_to_owner(beside)
+        beside.rename(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+# A file of before with such a name is no one's any more.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 
 def give_to_owner(path: Path) -> None:

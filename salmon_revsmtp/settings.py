@@ -58,8 +58,13 @@ _LOGIN_IN_URL = re.compile(r"//[^/\s]*@")
 
 
 def validated(model: type[BaseModel], keys: object, where: str, problems: list[str]) -> Any:
-    """The model that ``keys`` make; otherwise ``None``, and each problem as a sentence that begins
-    with ``where``."""
+    """A dict of settings as a pydantic model; ``None`` if anything is wrong with it.
+
+    ``model``     gives each field a ``description``: what is allowed.
+    ``keys``      what the user wrote.
+    ``where``     what that is called, such as ``agent "isp"``.
+    ``problems``  gets a sentence for each wrong key; none of them quotes a secret.
+    """
     if not isinstance(keys, Mapping):
         problems.append(f"{where}: found {quote(keys)}, allowed: a dict{_hint_for_dict(keys)}")
         return None

@@ -461,8 +461,8 @@ def test_secrets_that_others_can_read(project: Project) -> None:
 @pytest.mark.parametrize(
     ("room", "result", "words"),
     [
-        (Room(1, 5 * LITTLE_ROOM, None), OK, "5.0 GiB free"),
-        (Room(1, LITTLE_ROOM - 1, None), WARNING, "1.0 GiB free; when it is full"),
+        (Room(1, 5 * LITTLE_ROOM, None), OK, "2.5 GiB free"),
+        (Room(1, LITTLE_ROOM - 1, None), WARNING, "0.5 GiB free; when it is full"),
         (Room(1, NO_ROOM - 1, None), FAILED, "mail is answered 452; make room"),
         (Room(1, 5 * LITTLE_ROOM, 10), WARNING, "room for 10 files"),
         (Room(1, 5 * LITTLE_ROOM, 0), FAILED, "room for 0 files"),

@@ -24,7 +24,7 @@ import salmon_revsmtp
 from salmon_revsmtp.delivery.outbox import UNSENT
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE
 from salmon_revsmtp.delivery.sample import sample_warning
-from salmon_revsmtp.files import Room, room_in
+from salmon_revsmtp.files import FEW_FILES, Room, room_in
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 from salmon_revsmtp.net.certificate import (
@@ -324,7 +324,7 @@ def _hold(configuration: Configuration) -> str:
 
 def _room(folder: Path, room: Room) -> Finding:
     free = f"{room.octets / 1024**3:,.1f} GiB free"
-    if room.files is not None and room.files < 1000:
+    if room.files is not None and room.files < FEW_FILES:
         free += f", and room for {_number(room.files, 'file')}"
     if room.none:
         return Finding("disk", str(folder), FAILED, f"{free}: mail is answered 452; make room")

@@ -42,6 +42,7 @@ class Configuration:
     """Valid settings: agents in their order, services by name.
 
     ``accounts``  the customers whose mail is held; ``provider``: how they reach us, if they do.
+    ``module``   the settings module itself, in which plugins have settings of their own.
     ``written``  the domains of each service, and then those that its agents ask for, as a person
                  wrote them: handlers route by these.
     ``warnings`` sentences about what is allowed, and hardly meant.
@@ -52,6 +53,7 @@ class Configuration:
     written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     accounts: tuple[AccountSettings, ...] = ()
     provider: ProviderSettings | None = None
+    module: ModuleType | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -103,8 +105,9 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     provider = getattr(module, "provider", None)
     if provider is not None:
         provider = validated(ProviderSettings, provider, "provider", problems)
-    warnings = tuple(_misspelt(module))
-    configuration = Configuration(tuple(agents), services, written, accounts, provider, warnings)
+    configuration = Configuration(
+        tuple(agents), services, written, accounts, provider, module, tuple(_misspelt(module))
+    )
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
         "recipient would be refused; name the domains"
@@ -119,6 +122,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
             "customer_accounts: missing, so there is no one to hold mail for; allowed: a list of "
             "dicts with name, password and domains"
         )
+    for said in plugins.call("check_settings", settings=module) or ():
+        problems += [str(one) for one in said]
     if problems:
         raise SettingsError(problems)
     return configuration
