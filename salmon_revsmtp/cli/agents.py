@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import print_json, table, when
+from salmon_revsmtp.cli.output import outcome, print_json, table, when
 from salmon_revsmtp.customer.report import iso
 from salmon_revsmtp.foreign import printable
 
@@ -54,7 +54,7 @@ def agents(options: Options, as_json: bool) -> None:
                 agent.protocol,
                 agent.address,
                 _schedule(agent),
-                str(row["outcome"] or "-"),
+                outcome(str(row["outcome"] or "-")),
                 _next_run(agent.name, bool(row["enabled"]), next_runs, pushing),
             )
             for agent, row in zip(configuration.agents, rows, strict=True)
@@ -178,7 +178,7 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
             (
                 when(entry.started),
                 entry.agent,
-                entry.outcome,
+                outcome(entry.outcome),
                 str(entry.messages),
                 str(entry.refused),
                 f"{entry.ended - entry.started:.1f}",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
-from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.output import BAD, Toned, at, print_json, table
 from salmon_revsmtp.customer.report import counted
 from salmon_revsmtp.foreign import printable, printable_lines
 
@@ -25,7 +25,7 @@ LARGEST_KEY = 2**63 - 1
 # Recipients that a row of the list names.
 NAMED = 3
 
-STATES = {"waiting": "waiting", "aside": "set aside"}
+STATES = {"waiting": "waiting", "aside": Toned("set aside", BAD)}
 
 Key = click.IntRange(1, LARGEST_KEY)
 

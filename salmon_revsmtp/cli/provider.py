@@ -10,7 +10,7 @@ import click
 
 from salmon_revsmtp.cli.held import held
 from salmon_revsmtp.cli.options import Options, json_option, with_options
-from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.output import BAD, GOOD, Toned, at, print_json, table
 
 __all__ = ["provider"]
 
@@ -55,15 +55,17 @@ def accounts(options: Options, as_json: bool) -> None:
 def _account_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     title = {None: " (not in the settings)", False: " (Disabled)", True: ""}[row["enabled"]]
     push = f"since {at(row['push'])}" if row["push"] else "-"
+    aside = f"{row['aside']:,}"
+    where = f"{push}, {row['peer']}" if row["peer"] else push
     return (
         f"{row['account']}{title}",
         ", ".join(row["domains"]) or "-",
         _of(row["messages"], row["quota_messages"]),
         _of(row["bytes"], row["quota_bytes"]),
         at(row["oldest"]),
-        f"{row['aside']:,}",
+        Toned(aside, BAD) if row["aside"] else aside,
         at(row["last_seen"]),
-        f"{push}, {row['peer']}" if row["peer"] else push,
+        Toned(where, GOOD) if row["push"] else where,
     )
 
 
