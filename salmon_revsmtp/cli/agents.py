@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.completion import agent_names
+from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import outcome, print_json, table, when
 from salmon_revsmtp.customer.report import iso
-from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -80,7 +81,7 @@ def _running_state() -> tuple[dict[str, float], dict[str, float]]:
     except NoServer:
         return {}, {}
     except (OSError, ValueError) as error:
-        click.echo(f"warning: asking the running server: {printable(error)}", err=True)
+        warn(f"asking the running server: {error}")
         return {}, {}
     return dict(answer.get("next", {})), dict(answer.get("push", {}))
 
@@ -112,7 +113,7 @@ def _schedule(agent: Agent) -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=agent_names)
 @with_options
 def enable(options: Options, name: str) -> None:
     """Enable an agent.
@@ -123,7 +124,7 @@ def enable(options: Options, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=agent_names)
 @with_options
 def disable(options: Options, name: str) -> None:
     """Disable an agent: it does not collect until you enable it.
@@ -145,7 +146,7 @@ def _set_enabled(options: Options, name: str, enabled: bool) -> None:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=agent_names)
 @click.option("--limit", default=50, show_default=True, help="How many at most.")
 @json_option
 @with_options

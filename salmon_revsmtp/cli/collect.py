@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.completion import agent_names
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import in_a_thread, print_json
 from salmon_revsmtp.foreign import printable
@@ -25,7 +26,7 @@ INTERRUPTED = "interrupted; what was not answered with 250 stays with the provid
 
 
 @click.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=agent_names)
 @click.option("--all", "every_one", is_flag=True, help="All agents.")
 @json_option
 @with_options

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from salmon_revsmtp.cli.completion import account_names
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
 from salmon_revsmtp.cli.output import BAD, Toned, at, print_json, table
 from salmon_revsmtp.customer.report import counted
@@ -42,7 +43,12 @@ class Message(NamedTuple):
 
 
 @click.group(invoke_without_command=True)
-@click.option("--account", metavar="NAME", help="Only what is held for this account.")
+@click.option(
+    "--account",
+    metavar="NAME",
+    shell_complete=account_names,
+    help="Only what is held for this account.",
+)
 @click.option(
     "--limit", type=click.IntRange(1), default=50, show_default=True, help="How many at most."
 )
@@ -168,14 +174,22 @@ def _lines(row: Mapping[str, Any]) -> Iterable[str]:
 
 keys_argument = click.argument("keys", metavar="[KEY]...", nargs=-1, type=Key)
 account_option = click.option(
-    "--account", metavar="NAME", help="All that is held for this account."
+    "--account",
+    metavar="NAME",
+    shell_complete=account_names,
+    help="All that is held for this account.",
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 @held.command()
 @keys_argument
-@click.option("--account", metavar="NAME", help="All that is set aside for this account.")
+@click.option(
+    "--account",
+    metavar="NAME",
+    shell_complete=account_names,
+    help="All that is set aside for this account.",
+)
 @json_option
 @with_options
 def retry(options: Options, keys: Sequence[int], account: str | None, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from salmon_revsmtp.cli.completion import account_names
 from salmon_revsmtp.cli.held import held
 from salmon_revsmtp.cli.options import Options, json_option, with_options
 from salmon_revsmtp.cli.output import BAD, GOOD, Toned, at, print_json, table
@@ -110,7 +111,7 @@ def sessions(options: Options, as_json: bool) -> None:
 
 
 @provider.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=account_names)
 @click.option("--generate", is_flag=True, help="Make a strong password.")
 @json_option
 @with_options

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ Answer = tuple[str, str | Callable[[], str]]
 
 def on_a_terminal(folder: Path, *arguments: str, answers: Sequence[Answer] = ()) -> tuple[int, str]:
     """Run a command in a project's folder; returns its exit status, and what the terminal showed
-    without colours.  The ``answers`` are given in order, each once."""
+    without colours.  The ``answers`` are given in order, each once; "\\x03" is ctrl-c."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "salmon_revsmtp", *arguments],
@@ -28,7 +30,9 @@ def on_a_terminal(folder: Path, *arguments: str, answers: Sequence[Answer] = ())
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        start_new_session=True,  # the terminal of whoever runs the tests is not asked
+        # The terminal of whoever runs the tests is not asked, and ctrl-c is a signal on this one.
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(theirs)
     waiting, seen, answered = list(answers), b"", 0
