@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from salmon_revsmtp.cli.output import BAD, Toned, outcome, table
+from salmon_revsmtp.cli.output import BAD, Toned, lasted, outcome, table
 from salmon_revsmtp.journal.collections import Entry, Journal
 
 ERROR = "connecting to odmr.provider.example.net:366: its certificate was not accepted (expired)"
@@ -128,6 +128,27 @@ def test_no_color_that_is_empty_says_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "")
     assert RED in coloured(monkeypatch, 80, outcome("failed"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min"),
+        (61, "1 min 1 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (86400, "1 d"),
+        (200_000, "2 d 8 h"),
+    ],
+)
+def test_how_long_something_lasted_is_read_at_once(
+    seconds: float, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert lasted(seconds) == text
 
 
 def test_into_a_pipe_goes_no_colour(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ import click
 from salmon_revsmtp.cli.completion import agent_names
 from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import outcome, print_json, table, when
+from salmon_revsmtp.cli.output import lasted, lasted_column, outcome, print_json, table, when
+from salmon_revsmtp.cli.since import Since
 from salmon_revsmtp.customer.report import iso
 
 if TYPE_CHECKING:
@@ -147,20 +148,37 @@ def _set_enabled(options: Options, name: str, enabled: bool) -> None:
 
 @click.command()
 @click.argument("name", required=False, shell_complete=agent_names)
+@click.option(
+    "--since",
+    type=Since(),
+    metavar="TIME",
+    help="Only what ended since then: 2d, 3h or 30m ago, or '2026-11-25 14:30' in local time.",
+)
+@click.option("--failed", is_flag=True, help="Only what did not end well.")
 @click.option("--limit", default=50, show_default=True, help="How many at most.")
 @json_option
 @with_options
-def history(options: Options, name: str | None, limit: int, as_json: bool) -> None:
+def history(
+    options: Options,
+    name: str | None,
+    since: float | None,
+    failed: bool,
+    limit: int,
+    as_json: bool,
+) -> None:
     """List past collections, newest first.
 
-    The journal keeps them for 90 days.
+    Times are local. A collection that was interrupted is there too, with what it had brought. The
+    journal keeps them for 90 days.
     """
     from salmon_revsmtp.journal.collections import Journal
+    from salmon_revsmtp.net.outcome import Outcome
 
     _, configuration = options.open()
     if name is not None:
         named(configuration, [name])
-    entries = Journal().history(name, limit)
+    good = [one.value for one in Outcome if one.good]
+    entries = Journal().history(name, limit, since, good if failed else ())
     if as_json:
         for entry in entries:
             print_json(
@@ -174,7 +192,7 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
         return
     table(
         "Collections",
-        ("started", "agent", "outcome", "messages", "refused", "seconds", "error"),
+        ("started", "agent", "outcome", "messages", "refused", lasted_column(), "error"),
         [
             (
                 when(entry.started),
@@ -182,7 +200,7 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
                 outcome(entry.outcome),
                 str(entry.messages),
                 str(entry.refused),
-                f"{entry.ended - entry.started:.1f}",
+                lasted(entry.ended - entry.started),
                 entry.error or "",
             )
             for entry in entries

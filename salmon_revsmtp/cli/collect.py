@@ -105,6 +105,7 @@ def _collect(
             progress.done(report)
 
     plugins = options.load_plugins()
+    options.leave_to_the_log("salmon_revsmtp.server.failing")  # the report says it
     try:
         with (
             Progress(live=not as_json and not options.verbose) as progress,

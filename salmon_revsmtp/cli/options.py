@@ -87,6 +87,10 @@ class Options:
         level = logging.DEBUG if self.verbose else logging.INFO
         logging.getLogger("salmon_revsmtp.dialogue").setLevel(level)
 
+    def leave_to_the_log(self, logger: str) -> None:
+        """Have what a logger of ours says on the terminal with ``-v`` only."""
+        terminal.addFilter(lambda record: self.verbose or record.name != logger)
+
 
 class _Line(logging.Formatter):
     """A log record on the terminal: one line; the traceback is for ``-v`` and the project's log."""

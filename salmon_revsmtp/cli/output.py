@@ -32,6 +32,8 @@ __all__ = [
     "at",
     "has_colours",
     "in_a_thread",
+    "lasted",
+    "lasted_column",
     "outcome",
     "print_json",
     "shown",
@@ -196,6 +198,27 @@ def when(seconds: float) -> str:
 def at(text: str | None) -> str:
     """The same of a time that is ISO 8601 already."""
     return "-" if text is None else when(datetime.fromisoformat(text).timestamp())
+
+
+def lasted_column() -> str:
+    """The title of a column of :func:`lasted`."""
+    return "lasted" if sys.stdout.isatty() else "seconds"
+
+
+def lasted(seconds: float) -> str:
+    """How long something took, for a table: seconds in a pipe, on a terminal ``0.4 s`` or
+    ``2 h 5 min``."""
+    if not sys.stdout.isatty():
+        return f"{seconds:.1f}"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        whole, rest, units = *divmod(round(seconds), 60), ("min", "s")
+    elif seconds < 86400:
+        whole, rest, units = *divmod(round(seconds / 60), 60), ("h", "min")
+    else:
+        whole, rest, units = *divmod(round(seconds / 3600), 24), ("d", "h")
+    return f"{whole} {units[0]} {rest} {units[1]}" if rest else f"{whole} {units[0]}"
 
 
 @contextlib.contextmanager

@@ -74,7 +74,6 @@ class Daemon:
         self._running: dict[str, tuple[Collection, asyncio.Task[Report]]] = {}
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
-        self._failing: dict[str, float] = {}
         self._notify_at = self._expire_at = clock()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
@@ -135,7 +134,7 @@ class Daemon:
         for name in self._agents:
             state = await self._collector.state(name)
             if state.failing_since is not None:
-                self._failing[name] = state.failing_since
+                self._collector.failing.recall(name, state.failing_since)
 
     def _start_due(self) -> None:
         while name := self._schedule.due(self._clock()):
@@ -194,7 +193,7 @@ class Daemon:
         except Exception as error:
             # Our own bug, or no thread to be had; the next run comes all the same.
             log_safely(log, logging.ERROR, "agent=%s the collection broke", agent.name, error=True)
-            self._note(_broken(agent, error))
+            self._collector.failing.note(_broken(agent, error))
         finally:
             if collection is not None and collection.push_since is not None:
                 self._schedule.dropped(agent.name, self._clock() - began, self._clock())
@@ -228,29 +227,13 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(self._collector.run(agent, collection))
         self._running[agent.name] = (collection, task)
         try:
-            report = await task
+            return await task
         except asyncio.CancelledError:
             if not self._stop.is_set():
                 raise
-            report = collection.report
+            return collection.report
         finally:
             del self._running[agent.name]
-        self._note(report)
-        return report
-
-    def _note(self, report: Report) -> None:
-        """One line when an agent begins to fail and one when it recovers, not one a try."""
-        if report.outcome in (Outcome.BUSY, Outcome.DISABLED):
-            return
-        since = self._failing.get(report.agent)
-        if report.outcome.good and since is not None:
-            del self._failing[report.agent]
-            minutes = (time.time() - since) / 60
-            log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
-        elif not (report.outcome.good or since is not None or self._stop.is_set()):
-            self._failing[report.agent] = time.time()
-            reason = f"{report.outcome}: {report.error}"
-            log_safely(log, logging.WARNING, "agent=%s fails: %s", report.agent, reason)
 
     # -- the control socket ---------------------------------------------------------------------
 

@@ -19,14 +19,16 @@ __all__ = ["Answer", "on_a_terminal"]
 Answer = tuple[str, str | Callable[[], str]]
 
 
-def on_a_terminal(folder: Path, *arguments: str, answers: Sequence[Answer] = ()) -> tuple[int, str]:
+def on_a_terminal(
+    folder: Path, *arguments: str, answers: Sequence[Answer] = (), width: int = 200
+) -> tuple[int, str]:
     """Run a command in a project's folder; returns its exit status, and what the terminal showed
     without colours.  The ``answers`` are given in order, each once; "\\x03" is ctrl-c."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "salmon_revsmtp", *arguments],
         cwd=folder,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": str(width)},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
