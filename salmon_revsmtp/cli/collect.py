@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.asking import ask_server
 from salmon_revsmtp.cli.completion import agent_names
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import in_a_thread, print_json
@@ -36,53 +37,20 @@ def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bo
     Name one or more agents, or give --all. You see one report for each agent.
 
     If a server runs in this project (`salmon start` or `salmon-revsmtp run`), it collects, and this
-    command shows its progress. If not, this command collects by itself.
+    command shows its progress, with -v its dialogue. Ctrl-c then ends this command only: the server
+    goes on. If no server runs, this command collects by itself, and ctrl-c ends the collection
+    after the message in hand.
     """
     if bool(names) == every_one:
         raise click.UsageError("name the agents to collect from, or give --all")
     project, configuration = options.open()
     chosen = configuration.agents if every_one else named(configuration, names)
-    reports = _ask_server(options, chosen, as_json)
+    reports = ask_server(options, chosen, as_json)
     if reports is None:
         options.boot_project(project)
         reports = _collect(options, project, configuration, chosen, as_json)
     if not all(report.outcome.good for report in reports):
         sys.exit(ATTENTION)
-
-
-def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> list[Report] | None:
-    """Have the running server collect; ``None`` if there is none."""
-    from salmon_revsmtp.cli.progress import Progress
-    from salmon_revsmtp.customer.report import Report
-    from salmon_revsmtp.net.outcome import Outcome
-    from salmon_revsmtp.server.control import NoServer, ask
-
-    reports, ended = [], False
-    try:
-        with Progress(live=not as_json and not options.verbose) as progress:
-            names = [agent.name for agent in chosen]
-            for answer in ask({"do": "collect", "agents": names}):
-                if "report" in answer:
-                    row = answer["report"]
-                    report = Report(**{**row, "outcome": Outcome(row["outcome"])})
-                    reports.append(report)
-                    print_json(row) if as_json else progress.done(report)
-                elif "agent" in answer:
-                    progress.update(
-                        answer["agent"],
-                        (answer["messages"], answer["bytes"]),
-                        (answer["doing"], answer["seconds"]),
-                    )
-                elif "error" in answer:
-                    raise click.ClickException(printable(answer["error"]))
-                ended = "end" in answer
-    except NoServer:
-        return None
-    except OSError as error:
-        raise click.ClickException(f"asking the running server: {error}") from None
-    if not ended:
-        raise click.ClickException("the server ended before the collection did")
-    return reports
 
 
 def _collect(
@@ -118,6 +86,7 @@ def _collect(
             signals = (signal.SIGINT, signal.SIGTERM)
             collecting = collector.collect(chosen, progress.watch, show_in_a_thread, signals)
             reports = run(collecting)
+            progress.closing()
     except KeyboardInterrupt:
         raise click.ClickException(INTERRUPTED) from None
     if collector.interrupted:

@@ -15,11 +15,12 @@ from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
-from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.customer.report import Report, iso
 from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.net.trace import Hearer, hearing
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.connection import Connection
 from salmon_revsmtp.provider.expiry import CHECK_EVERY
@@ -28,6 +29,7 @@ from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.server.holding import Holder, provide
+from salmon_revsmtp.server.overheard import Overheard
 from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
 
@@ -252,31 +254,55 @@ class Daemon:
             async for answer in requests.answer(request):
                 yield answer
         elif request.get("do") == "collect":
-            async for answer in self._answer_collect(request.get("agents", [])):
-                yield answer
+            names, verbose = request.get("agents", []), bool(request.get("verbose"))
+            async with contextlib.aclosing(self._answer_collect(names, verbose)) as answers:
+                async for answer in answers:
+                    yield answer
         else:
             yield {"error": "no such request"}
 
-    async def _answer_collect(self, names: list[str]) -> Answers:
-        unknown = [name for name in names if name not in self._agents]
-        for name in unknown:
-            yield {"error": f"the running server has no agent {name!r}; restart it"}
-        agents = {
-            asyncio.get_running_loop().create_task(self._collect(self._agents[name])): agent
-            for name, agent in self._agents.items()
-            if name in names
+    async def _answer_collect(self, names: list[str], verbose: bool) -> Answers:
+        if verbose:
+            yield {"verbose": True}
+        for name in names:
+            if name not in self._agents:
+                yield {"error": f"the running server has no agent {name!r}; restart it"}
+        wanted = [agent for name, agent in self._agents.items() if name in names]
+        unheard = {
+            agent.name: _why_unheard(self._running[agent.name][0])
+            for agent in wanted
+            if verbose and agent.name in self._running
         }
+        heard = {one.name: Overheard() for one in wanted if verbose and one.name not in unheard}
+        agents = {self._begin(agent, heard.get(agent.name)): agent for agent in wanted}
         tasks = set(agents)
-        while tasks:
-            done, tasks = await asyncio.wait(
-                tasks, timeout=PROGRESS, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in done:
-                yield {"report": _report(agents[task], task).as_dict()}
-            for name in names:
-                if running := self._running.get(name):
-                    yield _progress(name, running[0])
+        try:
+            for name, why in unheard.items():
+                yield {"agent": name, "unheard": why}
+            while tasks:
+                done, tasks = await asyncio.wait(
+                    tasks, timeout=PROGRESS, return_when=asyncio.FIRST_COMPLETED
+                )
+                for name, one in heard.items():
+                    for line in one.taken():
+                        yield {"agent": name, "dialogue": line}
+                for task in done:
+                    yield {"report": _report(agents[task], task).as_dict()}
+                for name in names:
+                    if running := self._running.get(name):
+                        yield _progress(name, running[0])
+        finally:
+            for one in heard.values():
+                one.close()
         yield {"end": True}
+
+    def _begin(self, agent: Agent, heard: Hearer | None) -> asyncio.Task[Report]:
+        """A task that collects; ``heard`` hears its dialogue."""
+        before = hearing.set(heard)
+        try:
+            return asyncio.get_running_loop().create_task(self._collect(agent))
+        finally:
+            hearing.reset(before)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -302,6 +328,14 @@ class Daemon:
         await self._control.stop()
         provide(None)
         log.info("stopped")
+
+
+def _why_unheard(collection: Collection) -> str:
+    """Why who asks now is not shown the dialogue of one that is running."""
+    if collection.pushing and collection.push_since is not None:
+        since = iso(collection.push_since)
+        return f"its push session is open since {since}, and what is said in it is not kept"
+    return "it began before this command, and what was said is not kept"
 
 
 def _progress(name: str, collection: Collection) -> dict[str, Any]:

@@ -20,15 +20,20 @@ Answer = tuple[str, str | Callable[[], str]]
 
 
 def on_a_terminal(
-    folder: Path, *arguments: str, answers: Sequence[Answer] = (), width: int = 200
+    folder: Path,
+    *arguments: str,
+    answers: Sequence[Answer] = (),
+    width: int = 200,
+    term: str = "xterm",
+    colours: bool = False,
 ) -> tuple[int, str]:
     """Run a command in a project's folder; returns its exit status, and what the terminal showed
-    without colours.  The ``answers`` are given in order, each once; "\\x03" is ctrl-c."""
+    without ``colours``.  The ``answers`` are given in order, each once; "\\x03" is ctrl-c."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "salmon_revsmtp", *arguments],
         cwd=folder,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": str(width)},
+        env={**os.environ, "TERM": term, "COLUMNS": str(width)},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -48,4 +53,5 @@ def on_a_terminal(
     os.close(ours)
     status = process.wait(60)
     assert not waiting, seen
-    return status, re.sub(r"\x1b\[[0-9;]*m", "", seen.decode("utf-8", "replace"))
+    text = seen.decode("utf-8", "replace")
+    return status, text if colours else re.sub(r"\x1b\[[0-9;]*m", "", text)
