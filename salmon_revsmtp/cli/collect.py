@@ -185,13 +185,20 @@ def run(options: Options) -> None:
     """Run agents and listening services in the foreground.
 
     This is the server without Salmon's own receiver. `salmon start` runs both.
+
+    It says where it listens, which agents it collects from and where its log is, once everything
+    listens, and ends on ctrl-c (SIGINT), SIGTERM or SIGHUP.
     """
+    from salmon_revsmtp.cli.foreground import Foreground
     from salmon_revsmtp.server.attach import serve_in_foreground
 
     project, configuration = options.open()
     options.boot_project(project)
     plugins = options.load_plugins()
+    told = Foreground(project.folder)
     try:
-        serve_in_foreground(configuration, plugins, lambda: project.settings.relay, project.folder)
+        serve_in_foreground(
+            configuration, plugins, lambda: project.settings.relay, project.folder, told
+        )
     except OSError as error:
         raise click.ClickException(error.strerror or str(error)) from None

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
@@ -33,7 +33,7 @@ from salmon_revsmtp.server.overheard import Overheard
 from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
 
-__all__ = ["Daemon"]
+__all__ = ["Daemon", "Planned"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,15 @@ def awake_or_asleep() -> float:
     """Seconds since boot, on a clock that no one sets and that counts a suspended machine's sleep,
     too, where the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Planned(NamedTuple):
+    """What becomes of an agent when the server starts.  ``seconds``: until it runs first; ``None``:
+    only when it is asked for."""
+
+    agent: Agent
+    enabled: bool
+    seconds: float | None
 
 
 class Daemon:
@@ -76,6 +85,7 @@ class Daemon:
         self._running: dict[str, tuple[Collection, asyncio.Task[Report]]] = {}
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
+        self._disabled: set[str] = set()
         self._notify_at = self._expire_at = clock()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
@@ -96,6 +106,15 @@ class Daemon:
     def sessions(self) -> list[Connection]:
         """The customers' reversed sessions that are open."""
         return self.provider.sessions if self.provider is not None else []
+
+    def plan(self) -> list[Planned]:
+        """What becomes of each agent, as it is known when the server starts."""
+        now, plan = self._clock(), []
+        for name, agent in self._agents.items():
+            at = self._schedule.next_run(name)
+            seconds = None if at is None else at - now
+            plan.append(Planned(agent, name not in self._disabled, seconds))
+        return plan
 
     def stop(self) -> None:
         """End :meth:`run` at the next message boundary."""
@@ -132,9 +151,12 @@ class Daemon:
     # -- the schedule ---------------------------------------------------------------------------
 
     async def _recall(self) -> None:
-        """Who was failing when the last process ended: its recovery is news."""
-        for name in self._agents:
+        """Who was failing when the last process ended, for its recovery is news; and who is
+        disabled."""
+        for name, agent in self._agents.items():
             state = await self._collector.state(name)
+            if not (agent.settings.enabled if state.enabled is None else state.enabled):
+                self._disabled.add(name)
             if state.failing_since is not None:
                 self._collector.failing.recall(name, state.failing_since)
 
