@@ -120,7 +120,7 @@ def test_a_journal_that_no_one_reads_any_more_ends_no_server(project: Project) -
     process = subprocess.Popen(RUN, cwd=project.folder, stdout=theirs, stderr=theirs)
     os.close(theirs)
     try:
-        wait_for(lambda: answers(project), process)  # type: ignore[arg-type]
+        wait_for(lambda: answers(project), process)
         done = project.run("agents", "--json")
         rows = {row["agent"]: row["next"] for row in map(json.loads, done.stdout.splitlines())}
         assert rows["isp"] is not None

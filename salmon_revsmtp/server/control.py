@@ -96,8 +96,11 @@ class Control:
         self._asking.add(task)
         try:
             with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
+                line = await reader.readline()
+                if not line:
+                    return  # someone looked whether we are here
                 # Who has gone is answered no more, and nothing is kept for him.
-                async with contextlib.aclosing(self._answers(await reader.readline())) as answers:
+                async with contextlib.aclosing(self._answers(line)) as answers:
                     async for answer in answers:
                         writer.write(json.dumps(answer).encode() + b"\n")
                         await writer.drain()
