@@ -11,7 +11,16 @@ import click
 from salmon_revsmtp.cli.completion import agent_names
 from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import lasted, lasted_column, outcome, print_json, table, when
+from salmon_revsmtp.cli.output import (
+    GOOD,
+    Toned,
+    lasted,
+    lasted_column,
+    outcome,
+    print_json,
+    table,
+    when,
+)
 from salmon_revsmtp.cli.since import Since
 from salmon_revsmtp.customer.report import iso
 
@@ -68,7 +77,7 @@ def _next_run(
     name: str, enabled: bool, next_runs: Mapping[str, float], pushing: Mapping[str, float]
 ) -> str:
     if name in pushing:
-        return f"push since {when(pushing[name])}"
+        return Toned(f"push since {when(pushing[name])}", GOOD)
     return when(next_runs[name]) if enabled and name in next_runs else "-"
 
 

@@ -70,13 +70,14 @@ class Progress:
             self._live.stop()
 
     def begin(self, agent: str, what: str) -> None:
-        """Show a collection from now on, which begins by doing that."""
+        """Show a collection as soon as something is heard of it; until then, if that takes long,
+        that this is done."""
         self._running[agent] = _Running(agent, what, self._spinner)
 
     def watch(self, collection: Collection) -> None:
-        """The same of a collection of this process."""
+        """Show a collection of this process."""
         self._collections[collection.agent.name] = collection
-        self.begin(collection.agent.name, collection.doing[0])
+        self.begin(collection.agent.name, "")
 
     def update(self, agent: str, counts: tuple[int, int], doing: tuple[str, float]) -> None:
         """Show how far a collection of the server's is: messages and octets; what it does or waits
@@ -112,13 +113,14 @@ class _Running:
     def __init__(self, name: str, what: str, spinner: str) -> None:
         self._name = name
         self._began = time.monotonic()
+        self._heard_of = False
         self._counts = (0, 0)
         self._doing = (what, 0.0)
         self._seen: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
         self._spinner = Spinner(spinner)  # it turns by the time since it was first drawn
 
     def update(self, counts: tuple[int, int], doing: tuple[str, float]) -> None:
-        self._counts, self._doing = counts, doing
+        self._heard_of, self._counts, self._doing = True, counts, doing
         now = time.monotonic()
         if now - self._seen[-1][0] >= LOOK:
             self._seen.append((now, *counts))
@@ -127,7 +129,7 @@ class _Running:
 
     @property
     def worth_a_word(self) -> bool:
-        return bool(self._name) or time.monotonic() - self._began >= WORTH_A_WORD
+        return self._heard_of or time.monotonic() - self._began >= WORTH_A_WORD
 
     def drawn(self) -> Spinner:
         self._spinner.update(text=Text(self._line()))
