@@ -32,8 +32,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-# Octets free on a disk: of less than the first, ten messages of the largest default size (50 MiB), a
-# person should hear before mail is answered 452; in less than the second there is no room for two.
+# Octets free on a disk: of less than the first, which is ten of the largest messages by default (50
+# MiB each), a person should hear before mail is answered 452; in less than the second are no two.
 LITTLE_ROOM = 512 * 1024**2
 NO_ROOM = 100 * 1024**2
 # Files that a disk can have still: each message in a queue is one.

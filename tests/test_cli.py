@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import pty
 import select
 import signal
 import subprocess
@@ -242,39 +241,6 @@ def test_verbose_shows_the_dialogue_without_secrets(project: Project) -> None:
     assert "C: ATRN example.org" in lines
     assert any(line.startswith("customer: 220 ") for line in lines)
     assert any("MAIL FROM:<a@example.net>" in line for line in lines)
-
-
-def test_collect_shows_live_progress_on_a_terminal(project: Project) -> None:
-    seen = threading.Event()
-
-    async def slow(provider: Dialogue) -> None:
-        await provider.reverse()
-        await provider.send(MESSAGE)
-        await asyncio.to_thread(seen.wait, 30)
-        await provider.quit()
-
-    with provider(slow, no_more_mail) as port:
-        project.configure(isp(port))
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "salmon_revsmtp", "collect", "isp"],
-            cwd=project.folder,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-            stdout=theirs,
-            stderr=subprocess.STDOUT,
-        )
-        os.close(theirs)
-        output = b""
-        with contextlib.suppress(OSError):  # how a terminal says that it is over
-            while data := os.read(ours, 4096):
-                output += data
-                waits = b"; waiting for the provider's next message, 2 s"
-                if b"isp: 1 message, %d bytes%b" % (len(MESSAGE), waits) in output:
-                    seen.set()
-        os.close(ours)
-        assert process.wait() == 0
-    assert seen.is_set()
-    assert b"isp: collected, 1 message" in output
 
 
 def test_the_project_is_found_with_chdir_and_settings_before_or_behind_the_command(

@@ -14,11 +14,13 @@ from support.salmon import Salmon
 
 from salmon_revsmtp import hookimpl
 from salmon_revsmtp.customer.report import Report
-from salmon_revsmtp.journal.collections import Journal
+from salmon_revsmtp.journal.collections import Entry, Journal
+from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
 from salmon_revsmtp.server.daemon import Daemon
+from salmon_revsmtp.server.failing import Failing
 
 SOON = 0.002  # minutes
 
@@ -212,3 +214,63 @@ def test_who_asks_the_server_is_answered_also_when_that_fails(
         await control.stop()
 
     asyncio.run(main())
+
+
+# -- who fails, in several processes ---------------------------------------------------------------
+
+
+class Process:
+    """What a process notes of collections, in the journal that it shares with others."""
+
+    def __init__(self, path: Path) -> None:
+        self.journal, self.failing = Journal(path), Failing()
+
+    def ended(self, outcome: str) -> None:
+        report = Report("isp", "odmr", Outcome(outcome), error="no one is there")
+        entry = Entry("isp", "odmr", 1.0, 2.0, outcome, 0, 0, 0, 0, 0, None, None, report.error)
+        self.failing.note(report, self.journal.record(entry, report.outcome.good))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log has had since this was last asked."""
+    words = [record.getMessage().split()[1] for record in caplog.records]
+    caplog.clear()
+    return words
+
+
+def test_whoever_ran_it_a_failure_and_a_recovery_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, by_hand = Process(tmp_path / "journal"), Process(tmp_path / "journal")
+    by_hand.ended("failed")
+    assert told(caplog) == ["fails:"]
+    server.ended("deferred")
+    by_hand.ended("refused")
+    assert told(caplog) == []
+    server.ended("collected")
+    assert told(caplog) == ["recovered"]
+    by_hand.ended("no-mail")
+    server.ended("no-mail")
+    assert told(caplog) == []
+    server.ended("failed")
+    by_hand.ended("collected")
+    assert told(caplog) == ["fails:", "recovered"]
+    server.ended("failed")
+    assert told(caplog) == ["fails:"]
+
+
+def test_without_a_journal_a_failure_is_told_once_by_each_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    server = Process(tmp_path / "file/journal")  # which cannot be made there
+    server.ended("failed")
+    assert "fails:" in told(caplog)
+    server.ended("failed")
+    server.ended("busy")
+    assert told(caplog) == []
+    server.journal = Journal(tmp_path / "journal")  # it can be written again
+    server.ended("failed")
+    assert told(caplog) == []
+    server.ended("collected")
+    assert told(caplog) == ["recovered"]

@@ -21,6 +21,7 @@ from salmon_revsmtp.journal.collections import AgentState
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.daemon import NOTIFY_EVERY, TICK, Daemon
+from salmon_revsmtp.server.failing import Failing
 
 MINUTE, HOUR = 60.0, 3600.0
 WEEK = 7 * 24 * HOUR
@@ -77,7 +78,8 @@ class World:
         self.configuration = SimpleNamespace(agents=agents, holds=False)
         self.providing = SimpleNamespace(provider=lambda: None)
         self.project = Path.cwd()
-        self.failing: dict[str, float] = {}
+        self.failing = Failing()
+        self.journal: dict[str, float] = {}
         self.failed: set[str] = set()
         self.sent_waiting: list[float] = []
 
@@ -89,7 +91,7 @@ class World:
         return self._loop.time() + self.slept
 
     async def state(self, name: str) -> AgentState:
-        return AgentState(None, self.failing.get(name))
+        return AgentState(None, self.journal.get(name))
 
     async def enabled(self, agent: Any) -> bool:
         return True
@@ -122,11 +124,14 @@ class World:
         failing = begin <= self.clock() < end
         if failing:
             self.failed.add(name)
-            self.failing.setdefault(name, self.clock())
-        else:
-            self.failing.pop(name, None)
         good = Outcome.REQUESTED if collection.agent.protocol == "etrn" else Outcome.NO_MAIL
-        return Report(name, collection.agent.protocol, Outcome.FAILED if failing else good)
+        report = Report(name, collection.agent.protocol, Outcome.FAILED if failing else good)
+        self.failing.note(report, await self.state(name))
+        if failing:
+            self.journal.setdefault(name, self.clock())
+        else:
+            self.journal.pop(name, None)
+        return report
 
 
 def agents() -> tuple[Any, ...]:
@@ -155,6 +160,7 @@ def test_a_week(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
     async def week() -> None:
         sleeping = asyncio.create_task(sleep_and_wake())
         for end in (*restarts, WEEK):
+            world.failing = Failing()
             daemon = Daemon(world, Plugins(), clock=world.clock)
             running = asyncio.create_task(daemon.run())
             while world.clock() < end:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from salmon_revsmtp.cli.output import table
+from salmon_revsmtp.cli.output import BAD, Toned, lasted, outcome, table
 from salmon_revsmtp.journal.collections import Entry, Journal
 
 ERROR = "connecting to odmr.provider.example.net:366: its certificate was not accepted (expired)"
@@ -25,6 +25,9 @@ ROWS = [("isp (Disabled)", "odmr.provider.example.net:366", "failed", ERROR)]
 
 def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+RED, GREEN, YELLOW = ("\x1b[31m", "\x1b[32m", "\x1b[33m")
 
 
 class Terminal(io.StringIO):
@@ -69,6 +72,88 @@ def test_no_line_is_wider_than_the_terminal(remarks: bool, monkeypatch: pytest.M
 def test_what_a_server_wrote_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = drawn(monkeypatch, 80, ("error",), [("550 \x1b[2Jgone\r\nhi",)])
     assert "550 ?[2Jgone??hi" in text
+
+
+def coloured(monkeypatch: pytest.MonkeyPatch, width: int, cell: str) -> str:
+    """A table with that cell, as it goes to a terminal."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    table("Agents", ("name", "outcome", "next"), [("isp", cell, "soon")])
+    assert isinstance(sys.stdout, Terminal)
+    return sys.stdout.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 12, 5])
+@pytest.mark.parametrize(
+    ("word", "colour"),
+    [
+        ("collected", GREEN),
+        ("no-mail", GREEN),
+        ("requested", GREEN),
+        ("disabled", GREEN),
+        ("deferred", YELLOW),
+        ("busy", YELLOW),
+        ("refused", RED),
+        ("failed", RED),
+    ],
+)
+def test_an_outcome_has_its_colour_on_a_terminal(
+    word: str, colour: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = coloured(monkeypatch, width, outcome(word))
+    assert f"{colour}{word}\x1b[0m" in shown
+    assert plain(shown) == plain(coloured(monkeypatch, width, word))
+
+
+def test_what_folds_is_coloured_on_each_of_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = coloured(monkeypatch, 20, Toned("set aside", BAD))
+    assert f"{RED}set\x1b[0m" in shown
+    assert f"{RED}aside\x1b[0m" in shown
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_colours_gets_none(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    assert "\x1b" not in coloured(monkeypatch, 80, outcome("failed"))
+
+
+def test_no_color_that_is_empty_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "")
+    assert RED in coloured(monkeypatch, 80, outcome("failed"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min"),
+        (61, "1 min 1 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (86400, "1 d"),
+        (200_000, "2 d 8 h"),
+    ],
+)
+def test_how_long_something_lasted_is_read_at_once(
+    seconds: float, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert lasted(seconds) == text
+
+
+def test_into_a_pipe_goes_no_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    table("Agents", ("outcome",), [(outcome("failed"),)])
+    assert capsys.readouterr().out == "outcome\nfailed\n"
 
 
 def test_into_a_pipe_a_row_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

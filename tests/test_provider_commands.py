@@ -358,12 +358,12 @@ def test_what_comes_while_a_person_thinks_is_not_meant(holder: Project) -> None:
     ("arguments", "said"),
     [
         (["held", "show", "7"], "no message with the key 7 is held"),
-        (["held", "7"], "No such command '7'"),
+        (["held", "7"], "error: no such command '7'"),
         (["held", "--account", "nobody"], "no account is named 'nobody'; there are: acme, other"),
         (["held", "--account", "acme", "drop", "1", "--yes"], "--account goes after 'drop'"),
         (["held", "--json", "show", "1"], "--json goes after 'show'"),
         (["held", "--limit", "0"], "0 is not in the range"),
-        (["nothing"], "No such command 'nothing'"),
+        (["nothing"], "error: no such command 'nothing'"),
     ],
 )
 def test_usage_errors_have_status_2(holder: Project, arguments: list[str], said: str) -> None:

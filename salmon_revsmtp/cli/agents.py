@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.completion import agent_names
+from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import print_json, table, when
+from salmon_revsmtp.cli.output import (
+    GOOD,
+    Toned,
+    lasted,
+    lasted_column,
+    outcome,
+    print_json,
+    table,
+    when,
+)
+from salmon_revsmtp.cli.since import Since
 from salmon_revsmtp.customer.report import iso
-from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -54,7 +65,7 @@ def agents(options: Options, as_json: bool) -> None:
                 agent.protocol,
                 agent.address,
                 _schedule(agent),
-                str(row["outcome"] or "-"),
+                outcome(str(row["outcome"] or "-")),
                 _next_run(agent.name, bool(row["enabled"]), next_runs, pushing),
             )
             for agent, row in zip(configuration.agents, rows, strict=True)
@@ -66,7 +77,7 @@ def _next_run(
     name: str, enabled: bool, next_runs: Mapping[str, float], pushing: Mapping[str, float]
 ) -> str:
     if name in pushing:
-        return f"push since {when(pushing[name])}"
+        return Toned(f"push since {when(pushing[name])}", GOOD)
     return when(next_runs[name]) if enabled and name in next_runs else "-"
 
 
@@ -80,7 +91,7 @@ def _running_state() -> tuple[dict[str, float], dict[str, float]]:
     except NoServer:
         return {}, {}
     except (OSError, ValueError) as error:
-        click.echo(f"warning: asking the running server: {printable(error)}", err=True)
+        warn(f"asking the running server: {error}")
         return {}, {}
     return dict(answer.get("next", {})), dict(answer.get("push", {}))
 
@@ -112,7 +123,7 @@ def _schedule(agent: Agent) -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=agent_names)
 @with_options
 def enable(options: Options, name: str) -> None:
     """Enable an agent.
@@ -123,7 +134,7 @@ def enable(options: Options, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=agent_names)
 @with_options
 def disable(options: Options, name: str) -> None:
     """Disable an agent: it does not collect until you enable it.
@@ -145,21 +156,38 @@ def _set_enabled(options: Options, name: str, enabled: bool) -> None:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=agent_names)
+@click.option(
+    "--since",
+    type=Since(),
+    metavar="TIME",
+    help="Only what ended since then: 2d, 3h or 30m ago, or '2026-11-25 14:30' in local time.",
+)
+@click.option("--failed", is_flag=True, help="Only what did not end well.")
 @click.option("--limit", default=50, show_default=True, help="How many at most.")
 @json_option
 @with_options
-def history(options: Options, name: str | None, limit: int, as_json: bool) -> None:
+def history(
+    options: Options,
+    name: str | None,
+    since: float | None,
+    failed: bool,
+    limit: int,
+    as_json: bool,
+) -> None:
     """List past collections, newest first.
 
-    The journal keeps them for 90 days.
+    Times are local. A collection that was interrupted is there too, with what it had brought. The
+    journal keeps them for 90 days.
     """
     from salmon_revsmtp.journal.collections import Journal
+    from salmon_revsmtp.net.outcome import Outcome
 
     _, configuration = options.open()
     if name is not None:
         named(configuration, [name])
-    entries = Journal().history(name, limit)
+    good = [one.value for one in Outcome if one.good]
+    entries = Journal().history(name, limit, since, good if failed else ())
     if as_json:
         for entry in entries:
             print_json(
@@ -173,15 +201,15 @@ def history(options: Options, name: str | None, limit: int, as_json: bool) -> No
         return
     table(
         "Collections",
-        ("started", "agent", "outcome", "messages", "refused", "seconds", "error"),
+        ("started", "agent", "outcome", "messages", "refused", lasted_column(), "error"),
         [
             (
                 when(entry.started),
                 entry.agent,
-                entry.outcome,
+                outcome(entry.outcome),
                 str(entry.messages),
                 str(entry.refused),
-                f"{entry.ended - entry.started:.1f}",
+                lasted(entry.ended - entry.started),
                 entry.error or "",
             )
             for entry in entries

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.asking import ask_server
+from salmon_revsmtp.cli.completion import agent_names
+from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import in_a_thread, print_json
-from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
@@ -24,7 +26,7 @@ INTERRUPTED = "interrupted; what was not answered with 250 stays with the provid
 
 
 @click.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=agent_names)
 @click.option("--all", "every_one", is_flag=True, help="All agents.")
 @json_option
 @with_options
@@ -34,15 +36,17 @@ def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bo
     Name one or more agents, or give --all. You see one report for each agent.
 
     If a server runs in this project (`salmon start` or `salmon-revsmtp run`), it collects, and this
-    command shows its progress. If not, this command collects by itself.
+    command shows its progress, with -v its dialogue. Ctrl-c then ends this command only: the server
+    goes on. If no server runs, this command collects by itself, and ctrl-c ends the collection
+    after the message in hand.
     """
     if bool(names) == every_one:
         raise click.UsageError("name the agents to collect from, or give --all")
     project, configuration = options.open()
     for warning in configuration.warnings:
-        _warn(warning)
+        warn(warning)
     chosen = configuration.agents if every_one else named(configuration, names)
-    reports = _ask_server(options, chosen, as_json)
+    reports = ask_server(options, chosen, as_json)
     if reports is None:
         options.boot_project(project)
         _warn_of_sample(configuration)
@@ -55,48 +59,7 @@ def _warn_of_sample(configuration: Configuration) -> None:
     from salmon_revsmtp.delivery.sample import sample_warning
 
     if warning := sample_warning(configuration.routed):
-        _warn(warning)
-
-
-def _warn(text: str) -> None:
-    click.echo(f"warning: {printable(text)}", err=True)
-
-
-def _ask_server(options: Options, chosen: Sequence[Agent], as_json: bool) -> list[Report] | None:
-    """Have the running server collect; ``None`` if there is none."""
-    from salmon_revsmtp.cli.progress import Progress
-    from salmon_revsmtp.customer.report import Report
-    from salmon_revsmtp.net.outcome import Outcome
-    from salmon_revsmtp.server.control import NoServer, ask
-
-    reports, ended = [], False
-    try:
-        with Progress(live=not as_json and not options.verbose) as progress:
-            names = [agent.name for agent in chosen]
-            for answer in ask({"do": "collect", "agents": names}):
-                if "report" in answer:
-                    row = answer["report"]
-                    report = Report(**{**row, "outcome": Outcome(row["outcome"])})
-                    reports.append(report)
-                    print_json(row) if as_json else progress.done(report)
-                elif "agent" in answer:
-                    progress.update(
-                        answer["agent"],
-                        (answer["messages"], answer["bytes"]),
-                        (answer["doing"], answer["seconds"]),
-                    )
-                elif "warning" in answer:
-                    _warn(answer["warning"])
-                elif "error" in answer:
-                    raise click.ClickException(printable(answer["error"]))
-                ended = "end" in answer
-    except NoServer:
-        return None
-    except OSError as error:
-        raise click.ClickException(f"asking the running server: {error}") from None
-    if not ended:
-        raise click.ClickException("the server ended before the collection did")
-    return reports
+        warn(warning)
 
 
 def _collect(
@@ -119,6 +82,7 @@ def _collect(
             progress.done(report)
 
     plugins = options.load_plugins()
+    options.leave_to_the_log("salmon_revsmtp.server.failing")  # the report says it
     try:
         with (
             Progress(live=not as_json and not options.verbose) as progress,
@@ -131,6 +95,7 @@ def _collect(
             signals = (signal.SIGINT, signal.SIGTERM)
             collecting = collector.collect(chosen, progress.watch, show_in_a_thread, signals)
             reports = run(collecting)
+            progress.closing()
     except KeyboardInterrupt:
         raise click.ClickException(INTERRUPTED) from None
     if collector.interrupted:
@@ -144,13 +109,20 @@ def run(options: Options) -> None:
     """Run agents and listening services in the foreground.
 
     This is the server without Salmon's own receiver. `salmon start` runs both.
+
+    It says where it listens, which agents it collects from and where its log is, once everything
+    listens, and ends on ctrl-c (SIGINT), SIGTERM or SIGHUP.
     """
+    from salmon_revsmtp.cli.foreground import Foreground
     from salmon_revsmtp.server.attach import serve_in_foreground
 
     project, configuration = options.open()
     options.boot_project(project)
     plugins = options.load_plugins()
+    told = Foreground(project.folder)
     try:
-        serve_in_foreground(configuration, plugins, lambda: project.settings.relay, project.folder)
+        serve_in_foreground(
+            configuration, plugins, lambda: project.settings.relay, project.folder, told
+        )
     except OSError as error:
         raise click.ClickException(error.strerror or str(error)) from None

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from salmon_revsmtp.cli.completion import account_names
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
-from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.output import BAD, Toned, at, print_json, table
 from salmon_revsmtp.cli.treating import (
     confirm,
     named_and_more,
@@ -31,7 +32,7 @@ __all__ = ["held"]
 
 # The largest number that a store has for a message.
 LARGEST_KEY = 2**63 - 1
-STATES = {"waiting": "waiting", "aside": "set aside"}
+STATES = {"waiting": "waiting", "aside": Toned("set aside", BAD)}
 
 Key = click.IntRange(1, LARGEST_KEY)
 
@@ -48,7 +49,12 @@ class Message(NamedTuple):
 
 
 @click.group(invoke_without_command=True)
-@click.option("--account", metavar="NAME", help="Only what is held for this account.")
+@click.option(
+    "--account",
+    metavar="NAME",
+    shell_complete=account_names,
+    help="Only what is held for this account.",
+)
 @click.option(
     "--limit", type=click.IntRange(1), default=50, show_default=True, help="How many at most."
 )
@@ -146,13 +152,21 @@ def _lines(row: Mapping[str, Any]) -> Iterable[str]:
 
 keys_argument = click.argument("keys", metavar="[KEY]...", nargs=-1, type=Key)
 account_option = click.option(
-    "--account", metavar="NAME", help="All that is held for this account."
+    "--account",
+    metavar="NAME",
+    shell_complete=account_names,
+    help="All that is held for this account.",
 )
 
 
 @held.command()
 @keys_argument
-@click.option("--account", metavar="NAME", help="All that is set aside for this account.")
+@click.option(
+    "--account",
+    metavar="NAME",
+    shell_complete=account_names,
+    help="All that is set aside for this account.",
+)
 @json_option
 @with_options
 def retry(options: Options, keys: Sequence[int], account: str | None, as_json: bool) -> None:

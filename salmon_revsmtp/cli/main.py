@@ -6,6 +6,7 @@ usage and settings errors.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,9 @@ import click
 from salmon_revsmtp.cli.agents import agents, disable, enable, history
 from salmon_revsmtp.cli.check import check
 from salmon_revsmtp.cli.collect import collect, run
+from salmon_revsmtp.cli.completion import completing, prepare, quiet, scripting
 from salmon_revsmtp.cli.demo import demo
+from salmon_revsmtp.cli.errors import Program
 from salmon_revsmtp.cli.init import init
 from salmon_revsmtp.cli.options import Options, with_options
 from salmon_revsmtp.cli.plugins import plugins
@@ -26,7 +29,7 @@ from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 __all__ = ["cli", "main"]
 
 
-@click.group()
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="salmon-revsmtp", message="%(version)s")
 @with_options
 def cli(options: Options) -> None:
@@ -55,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: plugins may add commands, then click takes over."""
     for stream in (sys.stdout, sys.stderr):
         escape_what_cannot_be_shown(stream)
+    if completing():
+        prepare()
     options = Options()
     options.log_to_terminal()
-    loaded = options.load_plugins()
-    loaded.call("register_commands", cli=cli)
+    if not scripting():
+        with quiet() if completing() else contextlib.nullcontext():
+            options.load_plugins().call("register_commands", cli=cli)
     cli.main(args=arguments, prog_name="salmon-revsmtp", obj=options)

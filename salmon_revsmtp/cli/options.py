@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from salmon_revsmtp.cli.completion import folders
 from salmon_revsmtp.foreign import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ class Options:
         level = logging.DEBUG if self.verbose else logging.INFO
         logging.getLogger("salmon_revsmtp.dialogue").setLevel(level)
 
+    def leave_to_the_log(self, logger: str) -> None:
+        """Have what a logger of ours says on the terminal with ``-v`` only."""
+        terminal.addFilter(lambda record: self.verbose or record.name != logger)
+
 
 class _Line(logging.Formatter):
     """A log record on the terminal: one line; the traceback is for ``-v`` and the project's log."""
@@ -95,6 +100,12 @@ class _Line(logging.Formatter):
         self._verbose = verbose
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.levelno < logging.WARNING:
+            return self._text(record)
+        kind = "warning" if record.levelno < logging.ERROR else "error"
+        return f"{kind}: {self._text(record)}"
+
+    def _text(self, record: logging.LogRecord) -> str:
         if self._verbose or not record.exc_info or record.exc_info[1] is None:
             return printable_lines(super().format(record))
         error = record.exc_info[1]
@@ -104,13 +115,10 @@ class _Line(logging.Formatter):
 class _Stop(click.ClickException):
     exit_code = USAGE
 
-    def show(self, file: Any = None) -> None:
-        for line in self.message.splitlines():
-            click.echo(f"error: {printable(line)}", err=True, file=file)
-
 
 def stop(*problems: str) -> _Stop:
-    return _Stop("\n".join(problems))
+    """What to raise when a command cannot begin; each problem is one line."""
+    return _Stop("\n".join(printable(problem) for problem in problems))
 
 
 def shared(command: Command) -> Command:
@@ -122,7 +130,12 @@ def shared(command: Command) -> Command:
             metavar="MODULE",
             help="Settings module [default: SALMON_SETTINGS_MODULE or config.settings].",
         ),
-        click.option("--chdir", metavar="DIR", help="The Salmon project's folder [default: .]."),
+        click.option(
+            "--chdir",
+            metavar="DIR",
+            shell_complete=folders,
+            help="The Salmon project's folder [default: .].",
+        ),
     ):
         command = option(command)
     return command

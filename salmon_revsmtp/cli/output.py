@@ -1,4 +1,4 @@
-"""What every command prints with: JSON lines, tables, times, a thread that prints."""
+"""What every command prints with: JSON lines, tables, colours, times, a thread that prints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,29 @@ import click
 from salmon_revsmtp.cli.options import ATTENTION
 from salmon_revsmtp.customer.report import iso
 from salmon_revsmtp.foreign import printable
+from salmon_revsmtp.net.outcome import Outcome
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
 
-__all__ = ["at", "folded", "has_colours", "in_a_thread", "print_json", "table", "when"]
+__all__ = [
+    "BAD",
+    "BOLD",
+    "GOOD",
+    "WAITS",
+    "Toned",
+    "at",
+    "folded",
+    "has_colours",
+    "in_a_thread",
+    "lasted",
+    "lasted_column",
+    "outcome",
+    "print_json",
+    "shown",
+    "table",
+    "when",
+]
 
 # Seconds that what is being written has after ctrl-c.
 LAST_WORDS = 1.0
@@ -32,6 +50,44 @@ GAP = 2
 INDENT = "    "
 
 
+# The tones of a text: all is well, it is tried again, a person is needed; and a heading.
+GOOD, WAITS, BAD, BOLD = "good", "waits", "bad", "bold"
+STYLES: dict[str, dict[str, Any]] = {
+    GOOD: {"fg": "green"},
+    WAITS: {"fg": "yellow"},
+    BAD: {"fg": "red"},
+    BOLD: {"bold": True},
+}
+
+
+def print_json(row: dict[str, object]) -> None:
+    click.echo(json.dumps(row))
+
+
+# -- colours --------------------------------------------------------------------------------------
+
+
+class Toned(str):
+    """A text with a tone: a cell of :func:`table`, or what :func:`shown` makes part of a line.  It
+    is a string like any other where there are no colours."""
+
+    tone: str
+
+    def __new__(cls, text: str, tone: str) -> Toned:
+        toned = super().__new__(cls, text)
+        toned.tone = tone
+        return toned
+
+
+def outcome(word: str) -> str:
+    """The word for how a collection ended, in its tone."""
+    if word not in list(Outcome):
+        return word
+    if word in (Outcome.DEFERRED, Outcome.BUSY):
+        return Toned(word, WAITS)
+    return Toned(word, GOOD if Outcome(word).good else BAD)
+
+
 def has_colours(stream: IO[Any]) -> bool:
     """Whether to write in colours there: on a terminal that has them, unless NO_COLOR is set to
     anything (no-color.org)."""
@@ -39,8 +95,17 @@ def has_colours(stream: IO[Any]) -> bool:
     return stream.isatty() and not plain
 
 
-def print_json(row: dict[str, object]) -> None:
-    click.echo(json.dumps(row))
+def shown(text: str, stream: IO[Any] | None = None) -> str:
+    """A text in the colour of its tone, if it has one and there are colours on ``stream``, which is
+    standard output by default.  What strangers wrote is made harmless."""
+    tone = getattr(text, "tone", None)
+    harmless = printable(text)
+    if tone is None or not harmless or not has_colours(stream or sys.stdout):
+        return harmless
+    return click.style(harmless, **STYLES[tone])
+
+
+# -- tables ---------------------------------------------------------------------------------------
 
 
 def table(
@@ -50,14 +115,14 @@ def table(
 
     The terminal may be narrow, and nothing is cut off: cells fold between words, and where a word
     does not fit, each row is a list of its cells.  ``remarks``: the last column holds sentences; on
-    a terminal they stand below their rows.
+    a terminal they stand below their rows.  A cell may be :class:`Toned`.
     """
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[_harmless(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *rows):
             click.echo("\t".join(row))
         return
-    click.secho(title, bold=True)
+    click.echo(shown(Toned(title, BOLD)))
     width = shutil.get_terminal_size().columns
     below = [""] * len(rows)
     if remarks:
@@ -65,14 +130,20 @@ def table(
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     widths = _widths([columns, *rows], width - GAP * (len(columns) - 1))
     if widths:
-        for line in _side_by_side(columns, widths):
-            click.secho(line, bold=True)
+        for line in _side_by_side([Toned(one, BOLD) for one in columns], widths):
+            click.echo(line)
     for row, remark in zip(rows, below, strict=True):
         lines = _side_by_side(row, widths) if widths else _one_below_another(columns, row, width)
         for line in lines:
             click.echo(line)
         if remark:
-            click.echo("\n".join(folded(remark, width - len(INDENT), INDENT)))
+            for line in folded(remark, width - len(INDENT), INDENT):
+                click.echo(shown(line))
+
+
+def _harmless(cell: str) -> str:
+    harmless = printable(cell)
+    return Toned(harmless, cell.tone) if isinstance(cell, Toned) else harmless
 
 
 def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
@@ -92,7 +163,10 @@ def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
 def _side_by_side(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
     cells = [folded(cell, width) for cell, width in zip(row, widths, strict=True)]
     for line in zip_longest(*cells, fillvalue=""):
-        parts = [part.ljust(width) for part, width in zip(line, widths, strict=True)]
+        parts = [
+            shown(part) + " " * (width - len(part))
+            for part, width in zip(line, widths, strict=True)
+        ]
         yield (" " * GAP).join(parts).rstrip()
 
 
@@ -100,15 +174,19 @@ def _one_below_another(columns: Sequence[str], row: Sequence[str], width: int) -
     label = max(map(len, columns)) + GAP
     for column, cell in zip(columns, row, strict=True):
         first, *others = folded(cell, width - label) or [""]
-        yield f"{column:<{label}}{first}"
-        yield from (" " * label + other for other in others)
+        yield f"{column:<{label}}{shown(first)}"
+        yield from (" " * label + shown(other) for other in others)
     yield ""
 
 
 def folded(text: str, width: int, indent: str = "") -> list[str]:
     """Lines of whole words; a word that is wider than a line is left to the terminal."""
     lines = textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False)
-    return [indent + line for line in lines]
+    tone = getattr(text, "tone", None)
+    return [indent + line if tone is None else Toned(indent + line, tone) for line in lines]
+
+
+# -- times ----------------------------------------------------------------------------------------
 
 
 def when(seconds: float) -> str:
@@ -121,6 +199,27 @@ def when(seconds: float) -> str:
 def at(text: str | None) -> str:
     """The same of a time that is ISO 8601 already."""
     return "-" if text is None else when(datetime.fromisoformat(text).timestamp())
+
+
+def lasted_column() -> str:
+    """The title of a column of :func:`lasted`."""
+    return "lasted" if sys.stdout.isatty() else "seconds"
+
+
+def lasted(seconds: float) -> str:
+    """How long something took, for a table: seconds in a pipe, on a terminal ``0.4 s`` or
+    ``2 h 5 min``."""
+    if not sys.stdout.isatty():
+        return f"{seconds:.1f}"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        whole, rest, units = *divmod(round(seconds), 60), ("min", "s")
+    elif seconds < 86400:
+        whole, rest, units = *divmod(round(seconds / 60), 60), ("h", "min")
+    else:
+        whole, rest, units = *divmod(round(seconds / 3600), 24), ("d", "h")
+    return f"{whole} {units[0]} {rest} {units[1]}" if rest else f"{whole} {units[0]}"
 
 
 @contextlib.contextmanager

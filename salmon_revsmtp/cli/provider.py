@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from salmon_revsmtp.cli.completion import account_names
 from salmon_revsmtp.cli.held import held
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
-from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.output import BAD, GOOD, Toned, at, print_json, table
 from salmon_revsmtp.cli.records import looked_up, show_findings
 
 if TYPE_CHECKING:
@@ -60,15 +61,17 @@ def accounts(options: Options, as_json: bool) -> None:
 def _account_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     title = {None: " (not in the settings)", False: " (Disabled)", True: ""}[row["enabled"]]
     push = f"since {at(row['push'])}" if row["push"] else "-"
+    aside = f"{row['aside']:,}"
+    where = f"{push}, {row['peer']}" if row["peer"] else push
     return (
         f"{row['account']}{title}",
         ", ".join(row["domains"]) or "-",
         _of(row["messages"], row["quota_messages"]),
         _of(row["bytes"], row["quota_bytes"]),
         at(row["oldest"]),
-        f"{row['aside']:,}",
+        Toned(aside, BAD) if row["aside"] else aside,
         at(row["last_seen"]),
-        f"{push}, {row['peer']}" if row["peer"] else push,
+        Toned(where, GOOD) if row["push"] else where,
     )
 
 
@@ -113,7 +116,7 @@ def sessions(options: Options, as_json: bool) -> None:
 
 
 @provider.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=account_names)
 @click.option("--generate", is_flag=True, help="Make a strong password.")
 @json_option
 @with_options

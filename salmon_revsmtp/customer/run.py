@@ -15,7 +15,7 @@ from salmon_revsmtp.net.outcome import CollectionError, Outcome
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import without_surrogates
 
-__all__ = ["run"]
+__all__ = ["INTERRUPTED", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,9 @@ BUSY = (
     "another collection of this agent is running, or a handler that one has started; wait for it "
     "to end"
 )
+
+#: The error of a collection that someone ended before the provider had no more.
+INTERRUPTED = "interrupted"
 
 # Seconds that something takes before the log says so, once.  A provider that is well answers
 # sooner; a handler may take longer.
@@ -47,10 +50,12 @@ async def run(agent: Agent, collection: Collection, locks: AgentLocks) -> Report
         telling = asyncio.ensure_future(_tell_of_long_waits(collection))
         try:
             report.outcome = await agent.collect(collection)
+            if collection.stopping and collection.push_since is None:
+                report.error = INTERRUPTED
         except CollectionError as error:
             report.outcome, report.error = error.outcome, without_surrogates(str(error))
         except asyncio.CancelledError:
-            report.outcome, report.error = Outcome.FAILED, "interrupted"
+            report.outcome, report.error = Outcome.FAILED, INTERRUPTED
             raise
         except Exception as error:
             log_safely(

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -82,18 +82,26 @@ class Journal:
         self._warned = False
         self._look_at = 0.0
 
-    def record(self, entry: Entry, good: bool) -> None:
-        """Note a collection's end, and since when its agent fails if it does."""
+    def record(self, entry: Entry, good: bool | None) -> AgentState | None:
+        """Note a collection's end, and since when its agent fails if it does; ``good`` is ``None``
+        for one that was interrupted, which says nothing of that.
+
+        Returns what was kept of the agent before; ``None`` if it cannot be written.
+        """
         values = [getattr(entry, name) for name in Entry.__annotations__]
+        before = AgentState()
 
         def write(database: sqlite3.Connection) -> None:
+            nonlocal before
+            before = _state(database, entry.agent)
             database.execute(f"INSERT INTO collections ({_COLUMNS}) VALUES ({_PLACES})", values)
-            database.execute(
-                "INSERT INTO agents (agent, failing_since) VALUES (?, ?) ON CONFLICT (agent) DO "
-                "UPDATE SET failing_since = CASE WHEN excluded.failing_since IS NULL THEN NULL "
-                "ELSE coalesce(failing_since, excluded.failing_since) END",
-                (entry.agent, None if good else entry.ended),
-            )
+            if good is not None:
+                database.execute(
+                    "INSERT INTO agents (agent, failing_since) VALUES (?, ?) ON CONFLICT (agent) "
+                    "DO UPDATE SET failing_since = CASE WHEN excluded.failing_since IS NULL "
+                    "THEN NULL ELSE coalesce(failing_since, excluded.failing_since) END",
+                    (entry.agent, None if good else entry.ended),
+                )
             oldest = time.time() - KEEP_DAYS * 86400
             database.execute(
                 "DELETE FROM collections WHERE started < ? AND id <= "
@@ -101,7 +109,7 @@ class Journal:
                 (oldest, KEEP_AT_LEAST),
             )
 
-        self._write(write)
+        return before if self._write(write) else None
 
     def set_enabled(self, agent: str, enabled: bool) -> bool:
         """Keep what ``enable`` or ``disable`` said; ``False`` if it cannot be kept."""
@@ -137,14 +145,22 @@ class Journal:
 
         return self._read(read, {name: (AgentState(), None) for name in names})
 
-    def history(self, agent: str | None = None, limit: int = 50) -> list[Entry]:
-        """Past collections, newest first."""
+    def history(
+        self,
+        agent: str | None = None,
+        limit: int = 50,
+        since: float | None = None,
+        but: Sequence[str] = (),
+    ) -> list[Entry]:
+        """Past collections, newest first: of an agent, if it is given; that ended at ``since``
+        (seconds since the epoch) or later; with other outcomes ``but`` these."""
 
         def read(database: sqlite3.Connection) -> list[Entry]:
             rows = database.execute(
-                f"SELECT {_COLUMNS} FROM collections WHERE ? IS NULL OR agent = ? "
+                f"SELECT {_COLUMNS} FROM collections WHERE (? IS NULL OR agent = ?) "
+                f"AND ended >= ? AND outcome NOT IN ({', '.join('?' for _ in but)}) "
                 "ORDER BY started DESC, id DESC LIMIT ?",
-                (agent, agent, limit),
+                (agent, agent, float("-inf") if since is None else since, *but, limit),
             )
             return [Entry(*row) for row in rows]
 

@@ -30,15 +30,15 @@ from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
 from salmon_revsmtp.net.mechanisms import CHALLENGES, PASSWORDS, VERIFIED
 from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, NotTrusted, Refused
 from salmon_revsmtp.net.pinned import OtherCertificate, described, pinned
+from salmon_revsmtp.net.trace import tell
 from salmon_revsmtp.net.words import certificate_refused
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Connection", "Server", "error_for"]
 
 log = logging.getLogger(__name__)
-# -v shows it; its lines never hold a secret.
-dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 
+# Stands for a secret in the dialogue.
 HIDDEN = "***"
 
 # Letters of a secret word; a shorter one is hidden only where it stands alone.
@@ -253,7 +253,7 @@ class Connection:
             raise error_for(self._reply(error.code, error.message), doing) from None
         except aiosmtplib.SMTPException as error:
             raise self._broken(doing, error) from None
-        dialogue.debug("S: %s", self._reply(greeting.code, greeting.message))
+        tell("S: %s", self._reply(greeting.code, greeting.message))
         self.peer = self._transport().get_extra_info("peername")[:2]
         self._note_tls()
 
@@ -314,7 +314,7 @@ class Connection:
         transport = self._transport()
         watch = StartTlsWatch(transport)
         transport.set_protocol(watch)
-        dialogue.debug("C: STARTTLS")
+        tell("C: STARTTLS")
         self._smtp.in_step = False
         try:
             response = await self._smtp.starttls()
@@ -328,7 +328,7 @@ class Connection:
             if watch.glued:
                 raise Failed(f"{doing}: {GLUED}") from None
             raise self._broken(doing, error) from None
-        dialogue.debug("S: %s", self._reply(response.code, response.message))
+        tell("S: %s", self._reply(response.code, response.message))
         self._note_tls()
 
     async def _authenticate(self) -> None:
@@ -518,7 +518,7 @@ class Connection:
         verb = line.partition(" ")[0]
         doing = f"waiting for the answer of {self._where} to {verb}"
         answer = Handover(self._transport(), doing)
-        dialogue.debug("C: %s", self.hide(line))
+        tell("C: %s", self.hide(line))
         try:
             reply = await asyncio.wait_for(answer.ask(line.encode("ascii") + b"\r\n"), timeout)
         except (asyncio.TimeoutError, TimeoutError):
@@ -526,15 +526,15 @@ class Connection:
         except Failed as error:
             raise Failed(self.hide(str(error))) from None
         reply = Reply(reply.code, self.hide(reply.text))
-        dialogue.debug("S: %s", reply)
+        tell("S: %s", reply)
         return reply, answer
 
     async def say_goodbye(self, answer: Handover) -> None:
         """QUIT after a last command that was answered with no; waits a little for the answer."""
-        dialogue.debug("C: QUIT")
+        tell("C: QUIT")
         with contextlib.suppress(CollectionError, asyncio.TimeoutError, TimeoutError):
             reply = await asyncio.wait_for(answer.ask(b"QUIT\r\n"), GOODBYE)
-            dialogue.debug("S: %s", Reply(reply.code, self.hide(reply.text)))
+            tell("S: %s", Reply(reply.code, self.hide(reply.text)))
         self.close()
 
     # -- details ------------------------------------------------------------------------------
@@ -601,14 +601,14 @@ class _SMTP(aiosmtplib.SMTP):
             public = args[:2] if args[:1] == (b"AUTH",) else args
             shown = self._hide_secrets(b" ".join(public).decode("utf-8", "replace"))
             shown += f" {HIDDEN}" if len(public) < len(args) else ""
-        dialogue.debug("C: %s", shown)
+        tell("C: %s", shown)
         self._in_auth = self.in_step = False
         response = await super().execute_command(*args, timeout=timeout)
         self._in_auth = response.code == 334
         self.closing = response.code == 421
         self.in_step = 200 <= response.code < 600 and not self._in_auth
         text = HIDDEN if self._in_auth else self._hide_secrets(response.message)
-        dialogue.debug("S: %d %s", response.code, " / ".join(text.splitlines()))
+        tell("S: %d %s", response.code, " / ".join(text.splitlines()))
         return response
 
     async def _create_connection(self, timeout: float | None) -> aiosmtplib.SMTPResponse:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import ssl
 import struct
@@ -34,7 +33,7 @@ from typing import Protocol
 
 from salmon_revsmtp.net.guard import Guard, guard
 from salmon_revsmtp.net.tls import TlsTransport
-from salmon_revsmtp.net.trace import Trace, dialogue
+from salmon_revsmtp.net.trace import Trace, hearer
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["DEAD_AFTER", "Driver", "Machine"]
@@ -126,6 +125,7 @@ class Driver(asyncio.Protocol):
         "_eof",
         "_guard",
         "_handshake",
+        "_hearer",
         "_lost",
         "_marks",
         "_outgoing",
@@ -170,7 +170,8 @@ class Driver(asyncio.Protocol):
         # When the peer was given the word, and the octets that had gone either way; when it began
         # what is under way, and the octets of content.
         self._word = self._begun = (0.0, 0)
-        self._trace = Trace() if dialogue.isEnabledFor(logging.DEBUG) else None
+        self._hearer = hearer()
+        self._trace = Trace() if self._hearer is not None else None
 
     # -- what a subclass says -------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class Driver(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._trace is None:
+        if self._trace is None or self._hearer is None:
             self.happened(self.machine.receive_bytes(data))
             return
         # A machine that answers is the server.
@@ -237,7 +238,7 @@ class Driver(asyncio.Protocol):
             content = self.machine.content_octets - before
             shown = self._trace.client(data, content) if answers else self._trace.server(data)
         if shown:
-            dialogue.debug("%s: %s", self.THEY, shown)
+            self._hearer(f"{self.THEY}: {shown}")
         self.happened(events)
 
     def eof_received(self) -> bool:
@@ -324,11 +325,11 @@ class Driver(asyncio.Protocol):
 
     def _say(self, said: bytes | Sequence[bytes]) -> None:
         for data in (said,) if isinstance(said, bytes) else said:
-            if self._trace is not None:
+            if self._trace is not None and self._hearer is not None:
                 answers = self.machine.answers
                 shown = self._trace.server(data) if answers else self._trace.client(data)
                 if shown:
-                    dialogue.debug("%s: %s", self.WE, shown)
+                    self._hearer(f"{self.WE}: {shown}")
             self._write(data)
 
     def _write(self, data: bytes) -> None:

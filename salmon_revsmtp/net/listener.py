@@ -115,6 +115,17 @@ class Listener:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
+    @property
+    def address(self) -> str:
+        """Where it listens, for a person."""
+        host = f"[{self._host}]" if ":" in self._host else self._host or "*"
+        return f"{host}:{self.port}"
+
+    @property
+    def tls_from_the_start(self) -> bool:
+        """Whether a client begins with TLS."""
+        return self._tls is not None
+
     async def start(self, quietly: bool = False) -> None:
         """Listen; port 0 takes a free one.  Raises :class:`OSError` when the address cannot be
         had.  ``quietly``: only to see whether it can; no connection is taken."""

@@ -1,22 +1,31 @@
 """The SMTP dialogue for a person: commands and replies, and of content only its octets.
 
 The dialogue is on only where it was asked for, with ``-v`` or by its logger's name: a project's log
-may have the level DEBUG for everything, and anyone may be able to read it.
+may have the level DEBUG for everything, and anyone may be able to read it.  Of a running server it
+may be asked for one collection (:data:`hearing`); what others say is not heard then.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from contextvars import ContextVar
 
 from salmon_revsmtp.foreign import printable
 
-__all__ = ["Trace", "dialogue"]
+__all__ = ["Hearer", "Trace", "dialogue", "hearer", "hearing", "tell"]
+
+#: Takes a line of a dialogue, on the event loop; returns at once.
+Hearer = Callable[[str], None]
 
 # Its lines never hold a secret.
 dialogue = logging.getLogger("salmon_revsmtp.dialogue")
 if dialogue.level == logging.NOTSET:
     dialogue.setLevel(logging.INFO)
+
+#: Who hears the connections that are made in this context, beside the log.
+hearing: ContextVar[Hearer | None] = ContextVar("hearing", default=None)
 
 # Octets of a line that are shown, and of one line's beginning that are kept until its end comes.
 SHOWN = 300
@@ -31,6 +40,26 @@ _COMMAND = re.compile(
 )
 _CHUNK = re.compile(rb"BDAT (\d{1,18})(?: |$)", re.IGNORECASE)
 _END = b"\r\n.\r\n"
+
+
+def hearer() -> Hearer | None:
+    """Who hears a connection that is made now; ``None``: no one."""
+    asked = hearing.get()
+    if not dialogue.isEnabledFor(logging.DEBUG):
+        return asked
+
+    def both(line: str) -> None:
+        dialogue.debug("%s", line)
+        if asked is not None:
+            asked(line)
+
+    return both
+
+
+def tell(text: str, *arguments: object) -> None:
+    """Have a line heard, if anyone hears this context.  It holds no secret."""
+    if (hears := hearer()) is not None:
+        hears(text % arguments if arguments else text)
 
 
 class Trace:

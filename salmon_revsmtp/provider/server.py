@@ -47,6 +47,7 @@ class Provider:
     ``addresses``    where to listen, and whether TLS is from the start.
     ``timeout``      seconds without a byte from the customer.
     ``keepalive``    seconds of silence in a push session.
+    ``listeners``    one for each address, once they listen.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Provider:
         self._certificate = certificate
         self._addresses = addresses
         self._most, self._most_per_address = max_sessions, max_sessions_per_address
-        self._listeners: list[Listener] = []
+        self.listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions: dict[str, list[Connection]] = {}
         self._seen: dict[str, float] = {}  # when an account had a session the last time
@@ -83,7 +84,7 @@ class Provider:
     @property
     def port(self) -> int:
         """The TCP port of the first address."""
-        return self._listeners[0].port
+        return self.listeners[0].port
 
     def tls(self) -> ssl.SSLContext | None:
         return self._certificate.context() if self._certificate is not None else None
@@ -118,14 +119,14 @@ class Provider:
                 places=places,
             )
             await listener.start()
-            self._listeners.append(listener)
+            self.listeners.append(listener)
 
     def _connect(self, admit: Admit, implicit: bool) -> Connection:
         return Connection(self, admit, implicit)
 
     async def stop(self, grace: float = GRACE) -> None:
         """Close the listeners and every connection; what was not answered with 2yz stays."""
-        await asyncio.gather(*(one.stop(grace) for one in self._listeners))
+        await asyncio.gather(*(one.stop(grace) for one in self.listeners))
         await self.settler.finish(grace)
         self._loop = None
 

@@ -37,7 +37,7 @@ from salmon_revsmtp.server.project import enable_logging
 from salmon_revsmtp.settings import SettingsError
 from salmon_revsmtp.threads import apart
 
-__all__ = ["AttachedReceiver", "attach", "serve_in_foreground"]
+__all__ = ["AttachedReceiver", "Told", "attach", "serve_in_foreground"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,33 @@ FAILURE = 1
 LAST_WORDS = 5.0
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+
+class Told:
+    """What hears how a server is.  Each method returns at once and raises nothing."""
+
+    def started(self, daemon: Daemon) -> None:
+        """Everything listens."""
+
+    def stopping(self) -> None:
+        """A signal has come."""
+
+    def stopped(self) -> None:
+        """It has ended as it should."""
+
+
+class _Listening(Told):
+    """Notes that everything listens, and tells ``other``."""
+
+    def __init__(self, note: Callable[[], None], other: Told | None = None) -> None:
+        self._note, self._other = note, other or Told()
+
+    def started(self, daemon: Daemon) -> None:
+        self._note()
+        self._other.started(daemon)
+
+    def stopping(self) -> None:
+        self._other.stopping()
 
 
 class AttachedReceiver:
@@ -119,9 +146,9 @@ class AttachedReceiver:
         stopped_by = None
         try:
             collector = Collector(self.configuration, self._plugins, self._relay, self._project)
-            started = functools.partial(listening.set_result, None)
+            told = _Listening(functools.partial(listening.set_result, None))
             with ours_alone(_salmons_descriptors):
-                stopped_by = run(_serve(collector, self._plugins, self._grace, signals, started))
+                stopped_by = run(_serve(collector, self._plugins, self._grace, signals, told))
         except BaseException as error:
             if not listening.done():
                 listening.set_exception(error)
@@ -157,15 +184,22 @@ def attach(settings: ModuleType, receiver: Any = None) -> AttachedReceiver:
 
 
 def serve_in_foreground(
-    configuration: Configuration, plugins: Plugins, relay: Callable[[], Any], project: Path
+    configuration: Configuration,
+    plugins: Plugins,
+    relay: Callable[[], Any],
+    project: Path,
+    told: Told | None = None,
 ) -> None:
-    """Run the server in the main thread until a signal stops it.  Raises :class:`OSError`."""
+    """Run the server in the main thread until a signal stops it, and end the process.  Raises
+    :class:`OSError` if an address cannot be had; ``told`` has heard nothing then."""
+    told = told or Told()
     signals = _heard_signals()
     listening = threading.Event()
     status = 0
     try:
         collector = Collector(configuration, plugins, relay, project)
-        run(_serve(collector, plugins, GRACE, signals, listening.set))
+        run(_serve(collector, plugins, GRACE, signals, _Listening(listening.set, told)))
+        told.stopped()
     except BaseException:
         if not listening.is_set():
             raise
@@ -182,7 +216,7 @@ async def _serve(
     plugins: Plugins,
     grace: float,
     signals: socket.socket | None,
-    started: Callable[[], None],
+    told: Told,
 ) -> int | None:
     """Run the server; returns the number of the signal that stopped it."""
     stopped_by = None
@@ -201,10 +235,11 @@ async def _serve(
                 stopped_by = ours[0]
                 log.info("stopping on signal %s", stopped_by)
                 daemon.stop()
+                told.stopping()
 
         loop.add_reader(signals, heard)
     try:
-        await daemon.run(started)
+        await daemon.run(lambda: told.started(daemon))
     finally:
         collector.close()
     return stopped_by

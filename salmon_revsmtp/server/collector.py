@@ -57,6 +57,7 @@ from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.intake import Intake
 from salmon_revsmtp.server.configuration import Configuration
+from salmon_revsmtp.server.failing import Failing
 from salmon_revsmtp.server.providing import Providing
 from salmon_revsmtp.service.listening import listeners
 from salmon_revsmtp.service.policy import Service
@@ -111,6 +112,7 @@ class Collector:
         self._locks = AgentLocks(self.project / LOCKS)
         self.journal = Journal(self.project / DEFAULT_JOURNAL)
         self._records = Threads("journal", JOURNAL_THREADS)
+        self.failing = Failing()
         self._deliveries = DeliveryJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
         self._workers: dict[tuple[str, str | None], BatchWorker[PendingDelivery]] = {}
@@ -328,16 +330,34 @@ class Collector:
         return bool(agent.settings.enabled if kept is None else kept)
 
     async def run(self, agent: Agent, current: Collection) -> Report:
-        """Run one collection, if its agent is enabled, and write it down."""
+        """Run one collection, if its agent is enabled, and write it down, also if it is
+        cancelled."""
         started = time.time()
         if not await self.enabled(agent):
             current.report.outcome = Outcome.DISABLED
             return current.report
-        report = await run.run(agent, current, self._locks)
+        try:
+            report = await run.run(agent, current, self._locks)
+        except asyncio.CancelledError:
+            report = current.report
+            ended = report.outcome.good  # and only plugins were still being told
+            if not ended:
+                report.error = report.error or run.INTERRUPTED
+            await self._write_down(report, started, interrupted=not ended)
+            raise
         if report.outcome is not Outcome.BUSY:
-            good = report.outcome.good
-            await self._records.call(self.journal.record, _entry(report, started), good)
+            interrupted = current.stopping and not report.outcome.good
+            await self._write_down(report, started, interrupted)
         return report
+
+    async def _write_down(self, report: Report, started: float, interrupted: bool) -> None:
+        """In the journal; and if its agent begins to fail, or recovers, in the log."""
+        good, before = None if interrupted else report.outcome.good, None
+        try:
+            before = await self._records.call(self.journal.record, _entry(report, started), good)
+        finally:  # a stop does not wait for the journal, which is written all the same
+            if not interrupted:
+                self.failing.note(report, before)
 
     async def collect(
         self,

@@ -2,7 +2,10 @@
 
 A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, an answer several:
 
-    {"do": "collect", "agents": ["isp"]}
+    {"do": "collect", "agents": ["isp"], "verbose": true}
+        {"verbose": true}                                   said first, if it was asked for: what
+        {"agent": "isp", "dialogue": "C: ATRN"}             follows has the dialogue line by line,
+        {"agent": "isp", "unheard": "its push ..."}         or says why there is none
         {"agent": "isp", "messages": 2, "bytes": 4711,      as it goes on: the counts, what it does
          "doing": "connecting to ...", "seconds": 0.7}      or waits for, and for how long
         {"report": {...}}                                   one per agent
@@ -21,7 +24,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ _OURS: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13)
 
 log = logging.getLogger(__name__)
 
-Answers = AsyncIterator[dict[str, Any]]
+Answers = AsyncGenerator[dict[str, Any], None]
 
 
 class NoServer(Exception):
@@ -94,8 +97,12 @@ class Control:
         self._asking.add(task)
         try:
             with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-                if line := await reader.readline():  # else someone looked whether we are here
-                    async for answer in self._answers(line):
+                line = await reader.readline()
+                if not line:
+                    return  # someone looked whether we are here
+                # Who has gone is answered no more, and nothing is kept for him.
+                async with contextlib.aclosing(self._answers(line)) as answers:
+                    async for answer in answers:
                         writer.write(json.dumps(answer).encode() + b"\n")
                         await writer.drain()
         finally:
@@ -109,8 +116,9 @@ class Control:
             request = json.loads(line)
             if not isinstance(request, dict):
                 raise ValueError("a request is a JSON object")
-            async for answer in self._handle(request):
-                yield answer
+            async with contextlib.aclosing(self._handle(request)) as answers:
+                async for answer in answers:
+                    yield answer
         except Exception as error:
             log_safely(log, logging.ERROR, "socket=%s a request failed", self._path, error=True)
             yield {"error": f"the server could not do that: {type(error).__name__}: {error}"}

@@ -18,16 +18,17 @@ from collections.abc import Callable, Coroutine, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
-from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.customer.report import Report, iso
 from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.net.trace import Hearer, hearing
 from salmon_revsmtp.plugins.facade import Server
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.connection import Connection
@@ -38,11 +39,12 @@ from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
 from salmon_revsmtp.server.health import Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
+from salmon_revsmtp.server.overheard import Overheard
 from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.server.waiting_requests import WaitingRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
 
-__all__ = ["Daemon"]
+__all__ = ["Daemon", "Planned"]
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,15 @@ def version() -> str:
         return "unknown"
 
 
+class Planned(NamedTuple):
+    """What becomes of an agent when the server starts.  ``seconds``: until it runs first; ``None``:
+    only when it is asked for."""
+
+    agent: Agent
+    enabled: bool
+    seconds: float | None
+
+
 class Daemon:
     """Runs until it is stopped.
 
@@ -98,7 +109,7 @@ class Daemon:
         self._running: dict[str, tuple[Collection, asyncio.Task[Report]]] = {}
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
-        self._failing: dict[str, float] = {}
+        self._disabled: set[str] = set()
         self._notify_at = self._expire_at = self._look_at = clock()
         self._started = time.time()
         self._looking, self._blind = asyncio.Lock(), False
@@ -124,6 +135,15 @@ class Daemon:
     def sessions(self) -> list[Connection]:
         """The customers' reversed sessions that are open."""
         return self.provider.sessions if self.provider is not None else []
+
+    def plan(self) -> list[Planned]:
+        """What becomes of each agent, as it is known when the server starts."""
+        now, plan = self._clock(), []
+        for name, agent in self._agents.items():
+            at = self._schedule.next_run(name)
+            seconds = None if at is None else at - now
+            plan.append(Planned(agent, name not in self._disabled, seconds))
+        return plan
 
     def stop(self) -> None:
         """End :meth:`run` at the next message boundary."""
@@ -162,11 +182,14 @@ class Daemon:
     # -- the schedule ---------------------------------------------------------------------------
 
     async def _recall(self) -> None:
-        """Who was failing when the last process ended: its recovery is news."""
-        for name in self._agents:
+        """Who was failing when the last process ended, for its recovery is news; and who is
+        disabled."""
+        for name, agent in self._agents.items():
             state = await self._collector.state(name)
+            if not (agent.settings.enabled if state.enabled is None else state.enabled):
+                self._disabled.add(name)
             if state.failing_since is not None:
-                self._failing[name] = state.failing_since
+                self._collector.failing.recall(name, state.failing_since)
 
     def _start_due(self) -> None:
         while name := self._schedule.due(self._clock()):
@@ -258,7 +281,7 @@ class Daemon:
             self._started,
             running=set(self._running),
             push={name: one.push_since or time.time() for name, one in self._pushing()},
-            failing=dict(self._failing),
+            failing=self._collector.failing.since,
             next={name: at + ahead for name, at in times.items() if at is not None},
             held=held,
             undeliverable=await asyncio.to_thread(self._undeliverable),
@@ -299,7 +322,7 @@ class Daemon:
         except Exception as error:
             # Our own bug, or no thread to be had; the next run comes all the same.
             log_safely(log, logging.ERROR, "agent=%s the collection broke", agent.name, error=True)
-            self._note(_broken(agent, error))
+            self._collector.failing.note(_broken(agent, error))
         finally:
             if collection is not None and collection.push_since is not None:
                 self._schedule.dropped(agent.name, self._clock() - began, self._clock())
@@ -333,29 +356,13 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(self._collector.run(agent, collection))
         self._running[agent.name] = (collection, task)
         try:
-            report = await task
+            return await task
         except asyncio.CancelledError:
             if not self._stop.is_set():
                 raise
-            report = collection.report
+            return collection.report
         finally:
             del self._running[agent.name]
-        self._note(report)
-        return report
-
-    def _note(self, report: Report) -> None:
-        """One line when an agent begins to fail and one when it recovers, not one a try."""
-        if report.outcome in (Outcome.BUSY, Outcome.DISABLED):
-            return
-        since = self._failing.get(report.agent)
-        if report.outcome.good and since is not None:
-            del self._failing[report.agent]
-            minutes = (time.time() - since) / 60
-            log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
-        elif not (report.outcome.good or since is not None or self._stop.is_set()):
-            self._failing[report.agent] = time.time()
-            reason = f"{report.outcome}: {report.error}"
-            log_safely(log, logging.WARNING, "agent=%s fails: %s", report.agent, reason)
 
     # -- the control socket ---------------------------------------------------------------------
 
@@ -383,35 +390,59 @@ class Daemon:
             async for answer in self._waiting.answer(request):
                 yield answer
         elif request.get("do") == "collect":
-            async for answer in self._answer_collect(request.get("agents", [])):
-                yield answer
+            names, verbose = request.get("agents", []), bool(request.get("verbose"))
+            async with contextlib.aclosing(self._answer_collect(names, verbose)) as answers:
+                async for answer in answers:
+                    yield answer
         else:
             yield {"error": "no such request"}
 
-    async def _answer_collect(self, names: list[str]) -> Answers:
+    async def _answer_collect(self, names: list[str], verbose: bool) -> Answers:
+        if verbose:
+            yield {"verbose": True}
         # Salmon may be loading the handlers again.
         routed = self._collector.configuration.routed
         if warning := await asyncio.to_thread(sample_warning, routed):
             yield {"warning": warning}
-        unknown = [name for name in names if name not in self._agents]
-        for name in unknown:
-            yield {"error": f"the running server has no agent {name!r}; restart it"}
-        agents = {
-            asyncio.get_running_loop().create_task(self._collect(self._agents[name])): agent
-            for name, agent in self._agents.items()
-            if name in names
+        for name in names:
+            if name not in self._agents:
+                yield {"error": f"the running server has no agent {name!r}; restart it"}
+        wanted = [agent for name, agent in self._agents.items() if name in names]
+        unheard = {
+            agent.name: _why_unheard(self._running[agent.name][0])
+            for agent in wanted
+            if verbose and agent.name in self._running
         }
+        heard = {one.name: Overheard() for one in wanted if verbose and one.name not in unheard}
+        agents = {self._begin(agent, heard.get(agent.name)): agent for agent in wanted}
         tasks = set(agents)
-        while tasks:
-            done, tasks = await asyncio.wait(
-                tasks, timeout=PROGRESS, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in done:
-                yield {"report": _report(agents[task], task).as_dict()}
-            for name in names:
-                if running := self._running.get(name):
-                    yield _progress(name, running[0])
+        try:
+            for name, why in unheard.items():
+                yield {"agent": name, "unheard": why}
+            while tasks:
+                done, tasks = await asyncio.wait(
+                    tasks, timeout=PROGRESS, return_when=asyncio.FIRST_COMPLETED
+                )
+                for name, one in heard.items():
+                    for line in one.taken():
+                        yield {"agent": name, "dialogue": line}
+                for task in done:
+                    yield {"report": _report(agents[task], task).as_dict()}
+                for name in names:
+                    if running := self._running.get(name):
+                        yield _progress(name, running[0])
+        finally:
+            for one in heard.values():
+                one.close()
         yield {"end": True}
+
+    def _begin(self, agent: Agent, heard: Hearer | None) -> asyncio.Task[Report]:
+        """A task that collects; ``heard`` hears its dialogue."""
+        before = hearing.set(heard)
+        try:
+            return asyncio.get_running_loop().create_task(self._collect(agent))
+        finally:
+            hearing.reset(before)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -441,6 +472,14 @@ class Daemon:
         await self._control.stop()
         provide(None)
         log.info("stopped")
+
+
+def _why_unheard(collection: Collection) -> str:
+    """Why who asks now is not shown the dialogue of one that is running."""
+    if collection.pushing and collection.push_since is not None:
+        since = iso(collection.push_since)
+        return f"its push session is open since {since}, and what is said in it is not kept"
+    return "it began before this command, and what was said is not kept"
 
 
 def _progress(name: str, collection: Collection) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,19 +24,24 @@ def on_a_terminal(
     *arguments: str,
     answers: Sequence[Answer] = (),
     program: Sequence[str] = (sys.executable, "-m", "salmon_revsmtp"),
+    width: int = 200,
+    term: str = "xterm",
+    colours: bool = False,
     **environment: str,
 ) -> tuple[int, str]:
     """Run a command in a project's folder; returns its exit status, and what the terminal showed
-    without colours.  The ``answers`` are given in order, each once."""
+    without ``colours``.  The ``answers`` are given in order, each once; "\\x03" is ctrl-c."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*program, *arguments],
         cwd=folder,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "200", **environment},
+        env={**os.environ, "TERM": term, "COLUMNS": str(width), **environment},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        start_new_session=True,  # the terminal of whoever runs the tests is not asked
+        # The terminal of whoever runs the tests is not asked, and ctrl-c is a signal on this one.
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(theirs)
     waiting, seen, answered = list(answers), b"", 0
@@ -48,4 +55,5 @@ def on_a_terminal(
     os.close(ours)
     status = process.wait(60)
     assert not waiting, seen
-    return status, re.sub(r"\x1b\[[0-9;]*m", "", seen.decode("utf-8", "replace"))
+    text = seen.decode("utf-8", "replace")
+    return status, text if colours else re.sub(r"\x1b\[[0-9;]*m", "", text)
