@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.completion import agent_names
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
 from salmon_revsmtp.cli.output import has_colours, print_json
 from salmon_revsmtp.foreign import printable
@@ -33,7 +34,7 @@ NEEDED = ("boot", "listen")
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=agent_names)
 @click.option("--offline", is_flag=True, help="Nothing that needs the network, as for CI.")
 @json_option
 @with_options
