@@ -549,7 +549,7 @@ def test_what_root_makes_belongs_to_the_user_who_runs_it(tmp_path: Path) -> None
     )
     os.chown(private, 0, 0)
     done = provider(tmp_path / "q", "--tls-cert", private / "both.pem")
-    assert f"nobody, who is to run the server, cannot read {private}/both.pem" in done.stderr
+    assert f"nobody, who is to run the server, cannot use {private}/both.pem" in done.stderr
 
 
 # -- DNS ------------------------------------------------------------------------------------------

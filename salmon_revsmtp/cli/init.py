@@ -527,13 +527,12 @@ def _show_start(folder: Path, end: str) -> None:
 
 def _warn(user: ProjectUser, *paths: Path | None) -> None:
     """Say what the server's user could not use."""
-    from salmon_revsmtp.init.project import cannot_use, program
+    from salmon_revsmtp.init.project import cannot_use
 
-    needed = [Path(program()[0]), *(one for one in paths if one)]
-    for path in cannot_use(user, *needed):
+    for path in cannot_use(user, *(one for one in paths if one)):
         click.echo(
-            f"warning: the user {user.name}, who is to run the server, cannot read {path}; have a "
-            "copy where it can, or name another user with --user",
+            f"warning: the user {user.name}, who is to run the server, cannot use {path}; have it "
+            "where that user can, or name another one with --user",
             err=True,
         )
 
