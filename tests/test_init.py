@@ -414,13 +414,16 @@ def test_with_force_it_shows_what_changes_and_a_customer_still_gets_in(tmp_path:
     first = parse(join_line(provider(tmp_path / "p")))
     with (tmp_path / "p/.env").open("a") as env:
         env.write("# old: hunter1\nOTHER_PASSWORD='hunter2'\n")
+    with (tmp_path / "p/config/settings.py").open("a") as module:
+        module.write("relay_config = {'password': 'hunter3', 'x': 'y'}\n")
+        module.write('API_TOKEN = r"hunter4"  # revsmtp://a:hunter5@h\n')
     (tmp_path / "p/config/consumer.py").unlink()
     done = provider(tmp_path / "p", "--domain", "example.com", "--force")
     second = parse(join_line(done))
     assert '+        "domains": ["example.org", "example.com"],' in done.stdout
     assert "config/consumer.py: new" in done.stdout
     assert (second.password, second.fingerprint) == (first.password, first.fingerprint)
-    assert "hunter" not in done.stdout
+    assert "hunter" not in done.stdout and '-API_TOKEN = r"(hidden)"' in done.stdout
     assert value_of((tmp_path / "p/.env").read_text(), "OTHER_PASSWORD") == "hunter2"
     assert not list((tmp_path / "p").glob(".init-*"))
 
