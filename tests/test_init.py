@@ -288,6 +288,9 @@ def test_systemd_takes_the_unit(tmp_path: Path, end: str) -> None:
         ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    escaped = str(folder).replace("%", "%%")  # systemd expands what begins with %
+    assert f"\nWorkingDirectory={escaped}\n" in unit.read_text()
+    assert f'\nReadWritePaths="{escaped}/run" "{escaped}/logs"\n' in unit.read_text()
     assert ("CAP_NET_BIND_SERVICE" in unit.read_text()) is (end == "provider")
 
 
