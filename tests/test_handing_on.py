@@ -326,6 +326,24 @@ def test_tls_that_fails_is_done_without(
     assert "TLS failed" in line and line.endswith("calling again in the clear")
 
 
+def test_what_comes_with_the_answer_to_starttls_is_no_reply(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is in between has put it there (CVE-2011-0411)."""
+    monkeypatch.setattr(nexthop._Dialogue, "_is_near", lambda self: False)
+
+    def script(call: Call) -> None:
+        call.greet("STARTTLS", hello="EHLO")
+        call.asks("STARTTLS", "220 go ahead\r\n250 next.example.org")
+        call.silence()
+
+    with next_host(script) as server:
+        use(monkeypatch, server, "smtp")
+        assert deliver().code == 451
+    [line] = said(caplog)
+    assert "more came with the answer to STARTTLS" in line
+
+
 # -- a server that is not there, or goes away ------------------------------------------------------
 
 
@@ -684,7 +702,7 @@ def test_one_that_says_nothing_is_given_up_in_time_and_left_alone_for_a_while(
         )
         began = time.monotonic()
         assert str(deliver()).startswith("451 4.4.2 ")
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10  # a second, on a machine that has nothing else to do
         assert str(deliver()).startswith("451 4.4.1 ")  # and it is not called
     assert len(said(caplog)) == 1
 

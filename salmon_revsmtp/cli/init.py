@@ -487,6 +487,9 @@ def _show_provider(folder: Path, made: Provider, user: ProjectUser, check_dns: b
         click.echo(f"\nTo see which of them are there: {_here(folder, 'provider dns')}")
     ports = sorted({int(one.rpartition(":")[2]) for one in (*made.mx, *made.listen)})
     click.echo(f"Your firewall has to let in TCP {' and '.join(map(str, ports))}.")
+    relay = f"{made.relay.host}:{made.relay.port}"
+    click.echo(f"A mail server on {relay} has to send what senders are told of mail that does")
+    click.echo("not arrive; --relay names another one.")
     _show_start(folder, "provider")
     _heading("Your join line: it has a password in it, so show it to no one")
     line = join_line(folder, made)
@@ -503,11 +506,11 @@ def _show_provider(folder: Path, made: Provider, user: ProjectUser, check_dns: b
 
 def _show_customer(folder: Path, made: Customer, user: ProjectUser) -> None:
     domains = ", ".join(made.join.domains)
-    kept = "in run/mail, a Maildir for each address"
+    kept = "keeps it in run/mail, a Maildir for each address"
     if server := made.lmtp or made.smtp:
-        kept = f"by handing it to {server}"
+        kept = f"hands it to {server}"
     click.echo(f"The project is in {folder}. It collects the mail for {domains}")
-    click.echo(f"from {made.join.host}, and keeps it {kept}.")
+    click.echo(f"from {made.join.host}, and {kept}.")
     click.echo("What it does is in config/settings.py.")
     _heading("See whether it works")
     click.echo(f"{INDENT}{_here(folder, f'check {made.agent}')}")
@@ -527,13 +530,12 @@ def _show_start(folder: Path, end: str) -> None:
 
 def _warn(user: ProjectUser, *paths: Path | None) -> None:
     """Say what the server's user could not use."""
-    from salmon_revsmtp.init.project import cannot_use, program
+    from salmon_revsmtp.init.project import cannot_use
 
-    needed = [Path(program()[0]), *(one for one in paths if one)]
-    for path in cannot_use(user, *needed):
+    for path in cannot_use(user, *(one for one in paths if one)):
         click.echo(
-            f"warning: the user {user.name}, who is to run the server, cannot read {path}; have a "
-            "copy where it can, or name another user with --user",
+            f"warning: the user {user.name}, who is to run the server, cannot use {path}; have it "
+            "where that user can, or name another one with --user",
             err=True,
         )
 
