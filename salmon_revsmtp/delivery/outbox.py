@@ -23,6 +23,7 @@ from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.relay import address_of, why
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import LONGEST_REASON, envelope_lines, split_envelope
+from salmon_revsmtp.delivery.waiting import WaitingMail
 from salmon_revsmtp.files import FolderLock, write_private
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
@@ -37,6 +38,9 @@ GIVE_UP = 5 * 86400.0
 # Seconds between two rounds that count as time in which a notification has waited.  Where the clock
 # shows more, it was set, or nothing ran: neither is a reason to give up.
 LONGEST_WAIT = 86400.0
+
+# Notifications that were given up and are known as such; older ones are mail like any other.
+MOST_GIVEN_UP = 10_000
 
 #: What the reason begins with why a notification is undeliverable.
 GIVEN_UP = "a notification that the relay did not take"
@@ -132,18 +136,18 @@ class Outbox:
                 busy = "they are being sent just now, by the server or another command"
                 yield from ((key, False, busy) for key in keys)
                 return
-            waiting = open_queue(self._folder)
+            waiting, files = open_queue(self._folder), WaitingMail(self._folder)
             self._check_writable(keys)
             reasons = self.reasons()
             for key in keys:
-                if key not in waiting.keys():
+                if files.path(key) is None:
                     yield key, False, "it is not there any more"
                     continue
                 self._reasons = {}
                 self._send(waiting, key)
                 reasons.pop(key, None)
                 reasons.update(self._reasons)
-                yield key, key not in waiting.keys(), self._reasons.get(key, "")
+                yield key, key not in self._reasons, self._reasons.get(key, "")
             self._keep_reasons(reasons)
 
     def reasons(self) -> dict[str, str]:
@@ -153,6 +157,23 @@ class Outbox:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def gave_up(self, key: str) -> bool:
+        """Whether what is undeliverable under this key is a notification of ours.  It is not enough
+        that it says so: who reads that may have it from a stranger.  Never raises."""
+        return key in self._given_up()
+
+    def _given_up(self) -> list[str]:
+        try:
+            found = json.loads((self._folder / "given-up").read_text())
+        except (OSError, ValueError):
+            return []
+        return [str(key) for key in found] if isinstance(found, list) else []
+
+    def _note_given_up(self, key: str) -> None:
+        keys = [*self._given_up(), key][-MOST_GIVEN_UP:]
+        with contextlib.suppress(OSError):
+            write_private(self._folder / "given-up", json.dumps(keys).encode())
 
     def _keep_reasons(self, reasons: Mapping[str, str]) -> None:
         """In the file whose time is that of the last round."""
@@ -200,7 +221,8 @@ class Outbox:
                 self._say(
                     logging.ERROR, to, f"the notification cannot be sent, given up: {why(error)}"
                 )
-                undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {why(error)}")
+                kept = undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {why(error)}")
+                self._note_given_up(kept)
                 waiting.remove(key)
                 self._reasons[key] = "the relay refuses it for good; it is undeliverable now"
                 return True

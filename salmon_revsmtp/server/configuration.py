@@ -106,7 +106,9 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     if provider is not None:
         provider = validated(ProviderSettings, provider, "provider", problems)
     configuration = Configuration(
-        tuple(agents), services, written, accounts, provider, module, tuple(_misspelt(module))
+        *(tuple(agents), services, written, accounts, provider),
+        module=module,
+        warnings=tuple(_misspelt(module)),
     )
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
