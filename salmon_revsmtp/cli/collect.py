@@ -166,7 +166,7 @@ def _check_start(options: Options, as_json: bool) -> None:
 
 def _check_agent(options: Options, name: str, as_json: bool) -> None:
     from salmon_revsmtp.customer.agent import Check
-    from salmon_revsmtp.net.outcome import CollectionError
+    from salmon_revsmtp.net.outcome import CollectionError, NotTrusted
     from salmon_revsmtp.server.eventloop import run
     from salmon_revsmtp.service.policy import Service
 
@@ -180,6 +180,8 @@ def _check_agent(options: Options, name: str, as_json: bool) -> None:
     except CollectionError as error:
         outcome = error.outcome.value
         result.problems.append(str(error))
+        if isinstance(error, NotTrusted):
+            result.fingerprint = error.fingerprint
     if as_json:
         print_json(
             {
@@ -202,6 +204,8 @@ def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
         login = f"logged in with {result.auth}" if result.auth else "not logged in"
         click.echo(f"{agent.title}: {agent.address} reached {secured}, {login}")
         click.echo("it offers: " + printable(", ".join(sorted(result.offers))))
+        if result.fingerprint:
+            click.echo(f"its certificate has the fingerprint {result.fingerprint}")
     for problem in result.problems:
         click.echo(f"{outcome or 'warning'}: {printable(problem)}")
     if not result.problems:

@@ -27,12 +27,15 @@ class Check:
 
     ``offers``    the server's EHLO keywords after logging in, with their parameters.
     ``problems``  sentences: what would fail, and the setting to change.
+    ``fingerprint``  that of the server's certificate, as the key ``fingerprint`` has it; ``None``:
+                  it has shown none.
     """
 
     tls: str | None = None
     auth: str | None = None
     offers: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
 
 
 class Agent(ABC):

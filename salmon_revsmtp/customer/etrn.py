@@ -166,10 +166,11 @@ class EtrnAgent(Agent):
         """Dial, TLS, EHLO, AUTH; no ETRN."""
         from salmon_revsmtp.net.client import Connection
 
-        connection = await Connection.open(
+        connection = await Connection.try_out(
             self.settings, await service.find_hostname(), self._let_in_by
         )
         result = Check(connection.tls, connection.auth, connection.extensions)
+        result.fingerprint = connection.fingerprint
         if "ETRN" not in connection.extensions:
             result.problems.append(f"{self.address} does not offer ETRN")
         if not service.settings.listen:

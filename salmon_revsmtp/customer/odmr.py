@@ -250,10 +250,11 @@ class OdmrAgent(Agent):
         """Dial, TLS, EHLO, AUTH; no ATRN."""
         from salmon_revsmtp.net.client import Connection
 
-        connection = await Connection.open(
+        connection = await Connection.try_out(
             self.settings, await service.find_hostname(), self._let_in_by
         )
         result = Check(connection.tls, connection.auth, connection.extensions)
+        result.fingerprint = connection.fingerprint
         try:
             self._admit(service, connection)
         except Failed as error:

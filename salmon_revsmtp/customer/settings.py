@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 from salmon_revsmtp.net.mechanisms import PASSWORDS, VERIFIED, Mechanism
+from salmon_revsmtp.net.pinned import FINGERPRINT, normal_fingerprint
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 
 __all__ = [
@@ -101,6 +102,10 @@ class ServerSettings(AgentSettings):
     ] = None
     """Trust these certificates instead of the system's: those of a CA, or the server's own
     self-signed one.  It needs a ``tls`` that verifies."""
+    fingerprint: Annotated[str | None, Field(description=FINGERPRINT)] = None
+    """Trust the certificate with this fingerprint, ``"sha256:..."``, and no other.  No CA, name or
+    date in it matters.  ``salmon-revsmtp check`` shows the one that the server has.  It needs a
+    ``tls`` that verifies, and takes the place of ``ca_file``."""
     account: Annotated[str | None, Field(min_length=1, description=ACCOUNT)] = None
     """The name of your account at the provider.  Without one, the agent does not log in."""
     password: Annotated[SecretStr | None, Field(min_length=1, description=PASSWORD)] = None
@@ -202,6 +207,17 @@ class ServerSettings(AgentSettings):
                 raise ValueError(str(error.strerror or error)) from None
             value = value.absolute()  # a handler may change the folder of the process
         return value
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _fingerprint(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if (tls := info.data.get("tls")) not in (None, *VERIFIED):
+            raise ValueError(f"tls {tls!r} verifies no certificate; set 'starttls'")
+        if info.data.get("ca_file") is not None:
+            raise ValueError("ca_file is set, too, and only one of the two can say whom to trust")
+        return normal_fingerprint(value)
 
     @property
     def hidden_words(self) -> tuple[str, ...]:

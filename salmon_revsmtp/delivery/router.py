@@ -38,7 +38,7 @@ __all__ = [
     "DEFAULT_UNDELIVERABLE",
     "Handling",
     "RouterDelivery",
-    "envelope_of",
+    "delivery_of",
     "undeliverable_queue",
 ]
 
@@ -223,7 +223,7 @@ class _Kept:
         self.failure: OSError | None = None
         self._before = before
         self.process = os.getpid()
-        self.envelope, self._recipient, self._message = envelope, recipient, message
+        self.envelope, self.recipient, self._message = envelope, recipient, message
         self._storing = threading.Lock()
 
     def __enter__(self) -> _Kept:
@@ -251,7 +251,7 @@ class _Kept:
         with self._storing:
             if self.done:
                 return ""
-            lines = stored_envelope(self.envelope, self._recipient)
+            lines = stored_envelope(self.envelope, self.recipient)
             between = separator(self._message)
             key = push_safely(self._before.original, lines, between, self._message)
             self.done = True
@@ -259,7 +259,7 @@ class _Kept:
             log,
             logging.ERROR,
             "from=%s to=%s undeliverable, kept with key %s; %s",
-            *(angle(self.envelope.reverse_path), angle(self._recipient), key, reason),
+            *(angle(self.envelope.reverse_path), angle(self.recipient), key, reason),
         )
         return key
 
@@ -294,11 +294,14 @@ class _Undeliverable:
         return push_safely(self.original, *pieces)
 
 
-def envelope_of(message: Any) -> Envelope | None:
-    """The envelope of the message that this thread is delivering, if it is this one."""
+def delivery_of(message: Any) -> tuple[Envelope, str] | None:
+    """The envelope, and the recipient, of the message that this thread is delivering, if it is this
+    one.  The recipient is spelled as it is routed, but for the case of its letters."""
     current = Router.UNDELIVERABLE_QUEUE
-    kept = getattr(getattr(current, "delivering", None), "kept", None)
-    return kept.envelope if kept is not None and kept.request is message else None
+    kept: _Kept | None = getattr(getattr(current, "delivering", None), "kept", None)
+    if kept is None or kept.request is not message:
+        return None
+    return kept.envelope, kept.recipient
 
 
 _wrapping = threading.Lock()

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -24,10 +24,12 @@ from pydantic import SecretStr
 from scramp import ScramClient, ScramException
 from scramp.core import saslprep
 
+from salmon_revsmtp.net.certificate import fingerprint
 from salmon_revsmtp.net.dial import dial
 from salmon_revsmtp.net.handover import GLUED, Handover, StartTlsWatch
 from salmon_revsmtp.net.mechanisms import CHALLENGES, PASSWORDS, VERIFIED
-from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Refused
+from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, NotTrusted, Refused
+from salmon_revsmtp.net.pinned import OtherCertificate, described, pinned
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["Connection", "Server", "error_for"]
@@ -70,6 +72,8 @@ class Server(Protocol):
     @property
     def ca_file(self) -> Path | None: ...
     @property
+    def fingerprint(self) -> str | None: ...
+    @property
     def account(self) -> str | None: ...
     @property
     def password(self) -> SecretStr | None: ...
@@ -94,15 +98,23 @@ class Connection:
     ``auth``        the SASL mechanism that let us in, or ``None``.
     ``extensions``  the server's EHLO keywords in upper case, with their parameters.
     ``peer``        the server's address and port.
+    ``fingerprint`` that of the server's certificate; ``None`` without TLS.
     """
 
-    def __init__(self, settings: Server, hostname: str, let_in_by: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: Server,
+        hostname: str,
+        let_in_by: str | None = None,
+        tls_context: ssl.SSLContext | None = None,
+    ) -> None:
         self.settings = settings
         self._let_in_by = let_in_by
         self.tls: str | None = None
         self.auth: str | None = None
         self.extensions: dict[str, str] = {}
         self.peer: tuple[str, int] = ("", 0)
+        self.fingerprint: str | None = None
         host = f"[{settings.server}]" if ":" in settings.server else settings.server
         self._where = f"{host}:{settings.port}"
         #: Blanks secrets in a text that is shown.
@@ -116,7 +128,7 @@ class Connection:
             hostname=settings.server,
             use_tls=settings.tls == "implicit",
             start_tls=False,
-            tls_context=_tls_context(settings),
+            tls_context=tls_context or _tls_context(settings),
             timeout=settings.timeout,
             local_hostname=hostname,
         )
@@ -138,6 +150,43 @@ class Connection:
             # password is lost now.
             log.info("%s; calling again in the clear", error)
             return await cls._open_one(settings, hostname, let_in_by, clear=True)
+
+    @classmethod
+    async def try_out(
+        cls, settings: Server, hostname: str, let_in_by: str | None = None
+    ) -> Connection:
+        """The same for a check.  Where the server's certificate is not trusted, the error says
+        which one it has."""
+        try:
+            return await cls.open(settings, hostname, let_in_by)
+        except NotTrusted as error:
+            if error.fingerprint is not None:
+                raise
+            certificate = await cls._certificate(settings, hostname)
+            if certificate is None:
+                raise
+            found = fingerprint(certificate)
+            raise NotTrusted(
+                f"{error}; the certificate has the fingerprint {found} "
+                f"({described(certificate) or 'it cannot be read'}); if the provider says that "
+                "this is its own, you may set fingerprint to it instead",
+                found,
+            ) from None
+
+    @classmethod
+    async def _certificate(cls, settings: Server, hostname: str) -> bytes | None:
+        """The certificate that a server shows, whoever it is; nothing else is asked or told."""
+        looking = cls(settings, hostname, tls_context=_unverified())
+        try:
+            await looking._dial()
+            if settings.tls != "implicit":
+                await looking._ehlo()
+                await looking._begin_tls()
+            return looking._peer_certificate()
+        except CollectionError:
+            return None
+        finally:
+            looking.close()
 
     @classmethod
     async def _open_one(
@@ -202,7 +251,7 @@ class Connection:
         except aiosmtplib.SMTPConnectResponseError as error:
             raise error_for(self._reply(error.code, error.message), doing) from None
         except aiosmtplib.SMTPException as error:
-            raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
+            raise self._broken(doing, error) from None
         dialogue.debug("S: %s", self._reply(greeting.code, greeting.message))
         self.peer = self._transport().get_extra_info("peername")[:2]
         self._note_tls()
@@ -251,6 +300,10 @@ class Connection:
             raise _NoTls(str(error)) from None
 
     async def _starttls(self) -> None:
+        await self._begin_tls()
+        await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
+
+    async def _begin_tls(self) -> None:
         if "STARTTLS" not in self.extensions:
             raise Failed(
                 f"{self._where} offers no STARTTLS; set tls to 'implicit' if it speaks TLS from "
@@ -273,10 +326,9 @@ class Connection:
             self._injected = watch.glued
             if watch.glued:
                 raise Failed(f"{doing}: {GLUED}") from None
-            raise Failed(f"{doing}: {_network_reason(error, self.settings)}") from None
+            raise self._broken(doing, error) from None
         dialogue.debug("S: %s", self._reply(response.code, response.message))
         self._note_tls()
-        await self._ehlo()  # RFC 3207 4.2: forget what was said in the clear
 
     async def _authenticate(self) -> None:
         offered = self._mechanisms
@@ -496,6 +548,12 @@ class Connection:
         self._dialled = self._transport()
         tls = self._dialled.get_extra_info("ssl_object")
         self.tls = tls.version() if tls is not None else None
+        certificate = self._peer_certificate()
+        self.fingerprint = fingerprint(certificate) if certificate is not None else None
+
+    def _peer_certificate(self) -> bytes | None:
+        tls = self._transport().get_extra_info("ssl_object")
+        return tls.getpeercert(binary_form=True) if tls is not None else None
 
     def _reply(self, code: int, message: str, doing: str = "") -> Reply:
         try:
@@ -506,7 +564,13 @@ class Connection:
             raise Failed(f"{prefix}{self._where} sent no SMTP reply: {said}") from None
 
     def _broken(self, doing: str, error: Exception) -> CollectionError:
-        return Failed(f"{doing}: {self.hide(_network_reason(error, self.settings))}")
+        text = f"{doing}: {self.hide(_network_reason(error, self.settings))}"
+        for cause in _causes(error):
+            if isinstance(cause, OtherCertificate):
+                return NotTrusted(text, fingerprint(cause.certificate))
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return NotTrusted(text)
+        return Failed(text)
 
 
 class _NoTls(Failed):
@@ -624,12 +688,13 @@ def _in_base64(text: str) -> str:
 def _tls_context(settings: Server) -> ssl.SSLContext | None:
     if settings.tls == "none":
         return None
-    context = ssl.create_default_context()
     if settings.tls == "opportunistic":
         # RFC 7435: encrypted is better than not, whoever is at the other end.
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    elif settings.ca_file is not None:
+        return _unverified()
+    if settings.fingerprint is not None:
+        return pinned(settings.fingerprint)
+    context = ssl.create_default_context()
+    if settings.ca_file is not None:
         context = ssl.create_default_context(cafile=str(settings.ca_file))
         # A server's own certificate may be the anchor, and one made by hand lacks what the strict
         # checks of Python 3.13 ask of a CA.
@@ -638,14 +703,40 @@ def _tls_context(settings: Server) -> ssl.SSLContext | None:
     return context
 
 
+def _unverified() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 # What OpenSSL calls a peer without a TLS version that we take.
 _OLD_TLS = ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW")
 
 
-def _network_reason(error: BaseException, settings: Server) -> str:
-    """What went wrong below SMTP, and what to try."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it comes from."""
     cause: BaseException | None = error
     while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _other_certificate(error: OtherCertificate) -> str:
+    about = described(error.certificate)
+    return (
+        f"its certificate is not the one that fingerprint names: it has "
+        f"{fingerprint(error.certificate)}{f' ({about})' if about else ''}, and "
+        f"{error.expected} is expected; if the provider has renewed its certificate, ask it for "
+        "the new fingerprint and set fingerprint to that; if not, someone else answers in its place"
+    )
+
+
+def _network_reason(error: BaseException, settings: Server) -> str:
+    """What went wrong below SMTP, and what to try."""
+    for cause in _causes(error):
+        if isinstance(cause, OtherCertificate):
+            return _other_certificate(cause)
         if isinstance(cause, ssl.SSLCertVerificationError):
             return (
                 f"its certificate was not accepted ({cause.verify_message}); set ca_file to the "
@@ -665,7 +756,6 @@ def _network_reason(error: BaseException, settings: Server) -> str:
             )
         if isinstance(cause, ConnectionAbortedError):  # asyncio's word for a silent TLS handshake
             return f"no TLS handshake in {settings.timeout:g} seconds"
-        cause = cause.__cause__ or cause.__context__
     other = "set tls to 'implicit'" if settings.tls != "implicit" else "set tls to 'starttls'"
     if isinstance(error, aiosmtplib.SMTPResponseException):
         said = error.message.removeprefix("Malformed SMTP response line: ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["CollectionError", "Deferred", "Failed", "Outcome", "Refused"]
+__all__ = ["CollectionError", "Deferred", "Failed", "NotTrusted", "Outcome", "Refused"]
 
 
 class Outcome(str, Enum):
@@ -55,3 +55,14 @@ class Failed(CollectionError):
     """The network, TLS or the protocol failed, or we refused to go on ourselves."""
 
     outcome = Outcome.FAILED
+
+
+class NotTrusted(Failed):
+    """The server's certificate is not one that we trust.
+
+    ``fingerprint``  that of the certificate that it has; ``None`` where that is not known.
+    """
+
+    def __init__(self, text: str, fingerprint: str | None = None) -> None:
+        super().__init__(text)
+        self.fingerprint = fingerprint

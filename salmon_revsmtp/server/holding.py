@@ -7,23 +7,19 @@ none runs, the store is opened for the one message.
 
 from __future__ import annotations
 
-import email.utils
 import os
 import secrets
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salmon import encoding
 from salmon.server import SMTPError
 
+from salmon_revsmtp.delivery.handed import handed_envelope, handed_octets
 from salmon_revsmtp.delivery.maildir import disk_reply
-from salmon_revsmtp.delivery.router import envelope_of
-from salmon_revsmtp.delivery.trace import separator
 from salmon_revsmtp.files import make_folder
 from salmon_revsmtp.server.control import NoServer, ask
 from salmon_revsmtp.smtp.envelope import Client, Envelope
-from salmon_revsmtp.smtp.replies import Reply, without_surrogates
+from salmon_revsmtp.smtp.replies import Reply
 
 if TYPE_CHECKING:
     from salmon.mail import MailRequest
@@ -66,7 +62,7 @@ def hold(message: MailRequest, *, sender: str | None = None, recipient: str | No
     Raises :class:`salmon.server.SMTPError`: 550 for a domain that no account has, 452 over quota
     or on a full disk, 451 where it cannot be held now.  Let it pass, and the client hears it.
     """
-    reply = _held(_envelope(message, sender, recipient), _octets(message))
+    reply = _held(handed_envelope(message, sender, recipient), handed_octets(message))
     if not reply.positive:
         raise SMTPError(reply.code, f"{reply.status} {reply.message}")
 
@@ -158,48 +154,3 @@ def _configured() -> Providing:
     outbox = Outbox(lambda: settings.relay)
     rates = RateLimit(CountJournal())
     return Providing(load(settings, plugins), plugins, outbox, rates, PROJECT)
-
-
-# -- what a handler has -------------------------------------------------------------------------
-
-
-def _envelope(message: MailRequest, sender: str | None, recipient: str | None) -> Envelope:
-    """That of a message of ours if it is one, else what Salmon makes of it."""
-    to = recipient or without_surrogates(str(message.To))
-    came = envelope_of(message)
-    if came is None:
-        return Envelope(_sender(message) if sender is None else sender, (to,))
-    options = {to: came.rcpt_options.get(to, {})}
-    path = came.reverse_path if sender is None else sender
-    # A handler may make several messages of one; none of them has its ident.
-    client = replace(came.client, ident="") if came.client is not None else None
-    return replace(came, reverse_path=path, recipients=(to,), rcpt_options=options, client=client)
-
-
-def _sender(message: MailRequest) -> str:
-    """The envelope's sender.  Salmon puts the header's in its place where it is null."""
-    said = without_surrogates(str(message.From or ""))
-    address = email.utils.parseaddr(said)[1]
-    written_out = said.strip() not in (address, f"<{address}>")
-    return "" if said in ("", "<>") or written_out else address
-
-
-def _octets(message: MailRequest) -> bytes:
-    """The message as it came, with what the handler has done to its header."""
-    data = message.Data if isinstance(message.Data, bytes) else str(message.Data).encode()
-    now, came = list(message.items()), list(encoding.from_string(message.Data).items())
-    added = [one for one in now if one not in came]
-    kept = [one for one in now if one in came]
-    # Salmon adds these itself where a message lacks them.
-    had = {name.lower() for name, _ in came}
-    added = [one for one in added if one[0].lower() not in {"from", "to"} - had]
-    if kept == came and not {name.lower() for name, _ in added} & had:
-        head = b"".join(f"{name}: {_one_line(value)}\n".encode() for name, value in added)
-    else:
-        head, data = b"", str(message).encode("utf-8", "surrogateescape")
-    between = separator(data) if head else b""
-    return (head + between + data).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())

@@ -166,6 +166,7 @@ REPLIES: Mapping[str, Expected] = {
     "the connection": Expected({220}, wait=True),
     "EHLO": Expected(_2YZ | _5YZ, wait=True),  # 5yz: an old server (RFC 5321 3.2)
     "HELO": Expected(_2YZ, wait=True),
+    "LHLO": Expected(_2YZ, wait=True),  # RFC 2033 4.1: there is no older one
     "STARTTLS": Expected({220} | _4YZ | _5YZ, wait=True),  # RFC 3207 4
     "XFORWARD": Expected(_FINAL),  # whatever it is, the mail goes on
     "MAIL": Expected(_FINAL),
@@ -219,6 +220,10 @@ class Sender:
     ``ahead``     how much is under way at a time where the peer lets us.
     ``starttls``  use STARTTLS where the peer offers it, and go on in the clear where it does not,
                   or says no (RFC 3207; RFC 7435).
+    ``lmtp``      speak LMTP (RFC 2033).  Each message has one recipient then, so that there is one
+                  reply to it.
+    ``chunking``  use CHUNKING where the peer offers it.  Without it, content is sent only to a peer
+                  that has asked for it (354), and so has not answered ahead of its time.
     """
 
     answers = False  # it reads replies while it writes, or both sides wait for ever
@@ -226,12 +231,14 @@ class Sender:
 
     __slots__ = (
         "_ahead",
+        "_chunking",
         "_commands",
         "_content",
         "_events",
         "_expected",
         "_extensions",
         "_hostname",
+        "_lmtp",
         "_messages",
         "_octets_under_way",
         "_out",
@@ -250,9 +257,17 @@ class Sender:
     )
 
     def __init__(
-        self, hostname: str, ahead: AheadLimits | None = None, *, starttls: bool = False
+        self,
+        hostname: str,
+        ahead: AheadLimits | None = None,
+        *,
+        starttls: bool = False,
+        lmtp: bool = False,
+        chunking: bool = True,
     ) -> None:
         self._hostname = hostname
+        self._lmtp = lmtp
+        self._chunking = chunking
         self._starttls = starttls
         self._ahead = ahead or AheadLimits()
         self._parser = ReplyParser()
@@ -281,8 +296,11 @@ class Sender:
     def send(self, message: Outgoing) -> list[Event]:
         """Queue a message; it goes out when there is room among those whose replies are not here.
 
-        Returns what happens at once: a message that this peer cannot take.
+        Returns what happens at once: a message that this peer cannot take.  Raises
+        :class:`ValueError` for one with several recipients by LMTP.
         """
+        if self._lmtp and len(message.envelope.recipients) != 1:
+            raise ValueError("by LMTP each message has one recipient here")
         self._messages.append(message)
         return self.advance()
 
@@ -458,7 +476,8 @@ class Sender:
         self._say_ehlo()
 
     def _say_ehlo(self) -> None:
-        self._command("EHLO", f"EHLO {self._hostname}".encode(), self._on_ehlo)
+        name = "LHLO" if self._lmtp else "EHLO"
+        self._command(name, f"{name} {self._hostname}".encode(), self._on_ehlo)
 
     def _on_ehlo(self, reply: Reply) -> None:
         if reply.permanent:
@@ -467,6 +486,8 @@ class Sender:
             for line in reply.text.split("\n")[1:]:
                 keyword, _, parameters = line.strip().partition(" ")
                 self._extensions[keyword.upper()] = parameters
+            if not self._chunking:
+                self._extensions.pop("CHUNKING", None)
             if self._starttls and self._has("STARTTLS"):
                 self._starttls = False
                 self._command("STARTTLS", b"STARTTLS", self._on_starttls)

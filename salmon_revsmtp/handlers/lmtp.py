@@ -1,0 +1,28 @@
+"""Hands the mail on by LMTP (RFC 2033) to the server that ``lmtp_server`` of the settings names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from salmon.routing import route, stateless
+
+from salmon_revsmtp.handlers import options
+from salmon_revsmtp.handlers.forward import forward
+from salmon_revsmtp.handlers.nexthop import next_hop
+
+if TYPE_CHECKING:
+    from salmon.mail import MailRequest
+
+__all__ = ["FORWARD"]
+
+ALLOWED = "'host:port' such as '127.0.0.1:24', or 'unix:/path' such as 'unix:/run/dovecot/lmtp'"
+
+_server = options.server("lmtp_server", ALLOWED, unix=True)
+_next_hop = next_hop("lmtp", _server, options.hostname(), options.handler_timeout())
+
+
+@route(".+")
+@stateless
+def FORWARD(message: MailRequest) -> None:
+    """Hand it on; what the server there says becomes the answer."""
+    forward(message, _next_hop)

@@ -1,0 +1,94 @@
+"""The settings of the handlers: names in the project's settings module.
+
+A wrong one is one sentence when the handler is imported, which the boot module does.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from salmon import utils
+
+from salmon_revsmtp.handlers.names import Mailbox
+from salmon_revsmtp.handlers.nexthop import Server
+from salmon_revsmtp.service.settings import ServiceSettings
+from salmon_revsmtp.settings import SettingsError, quote
+
+__all__ = ["addresses", "folder", "handler_timeout", "hostname", "server"]
+
+# The project's folder: a handler may change that of the process.
+PROJECT = Path.cwd()
+
+FOLDER = "a folder such as 'run/mail'"
+ADDRESSES = "a list of addresses such as 'bob@example.org', or no such setting for every address"
+
+
+def _setting(name: str) -> Any:
+    return getattr(utils.import_settings(False), name, None)
+
+
+def _wrong(name: str, value: object, allowed: str, reason: str = "") -> SettingsError:
+    why = f" ({reason})" if reason else ""
+    return SettingsError([f"{name}: found {quote(value)}{why}, allowed: {allowed}"])
+
+
+def folder(name: str, default: str) -> Path:
+    """A folder; one that is not absolute is below the project's.  Raises :class:`SettingsError`."""
+    value = _setting(name)
+    if value is None:
+        value = default
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise _wrong(name, value, FOLDER)
+    return PROJECT / Path(value).expanduser()
+
+
+def addresses(name: str) -> list[Mailbox] | None:
+    """A list of addresses; ``None`` where there is no such setting.  Raises
+    :class:`SettingsError`."""
+    value = _setting(name)
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
+        raise _wrong(name, value, ADDRESSES)
+    if not value:
+        raise _wrong(name, value, ADDRESSES, "it is empty, so there would be no mailbox at all")
+    found = []
+    for one in value:
+        try:
+            found.append(Mailbox.of_setting(one))
+        except ValueError as error:
+            raise _wrong(name, one, ADDRESSES, str(error)) from None
+    return found
+
+
+def server(name: str, allowed: str, *, unix: bool) -> Server:
+    """A server to hand mail on to; with ``unix`` it may be a socket on this machine.  Raises
+    :class:`SettingsError`."""
+    value = _setting(name)
+    if value is None:
+        raise SettingsError([f"{name}: missing, allowed: {allowed}"])
+    try:
+        return Server.of_setting(value, unix=unix, below=PROJECT)
+    except ValueError as error:
+        raise _wrong(name, value, allowed, str(error)) from None
+
+
+def hostname() -> str | None:
+    """What we call ourselves: as the services do, where the settings say it."""
+    services = _setting("smtp_services")
+    found = list(services.values()) if isinstance(services, dict) else []
+    names = [one.get("hostname") for one in found if isinstance(one, dict)]
+    return next((name for name in names if isinstance(name, str) and name.isascii()), None)
+
+
+def handler_timeout() -> float:
+    """Seconds that a handler has, whichever service the mail comes to."""
+    default = float(ServiceSettings.model_fields["handler_timeout"].default)
+    services = _setting("smtp_services")
+    found = list(services.values()) if isinstance(services, dict) else []
+    given = [one.get("handler_timeout", default) for one in found if isinstance(one, dict)]
+    # Whatever is wrong there is said where services are set up.
+    usable = [float(one) for one in given if isinstance(one, int | float) and one > 0]
+    return min([one for one in usable if math.isfinite(one)], default=default)
