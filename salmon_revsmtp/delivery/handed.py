@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import email.utils
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from salmon import encoding
 
 from salmon_revsmtp.delivery.router import delivery_of
-from salmon_revsmtp.delivery.trace import separator
+from salmon_revsmtp.delivery.trace import header_end, separator
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import without_surrogates
 
@@ -53,29 +53,56 @@ def _sender(message: MailRequest) -> str:
 def handed_content(message: MailRequest) -> bytes:
     """The message with LF line ends, its last line ended: the octets that came, and what handlers
     have done to the header as :func:`handed_octets` has it."""
-    content = handed_octets(message).replace(b"\r\n", b"\n")
-    # Salmon's receivers, and ours, leave out the last line end.
-    if delivery_of(message) is not None or not content.endswith(b"\n"):
-        content += b"\n"
-    return content
+    content = _handed(message)
+    if delivery_of(message) is not None:
+        return content + b"\n"  # we always leave out the last line end, as Salmon's receivers do
+    content = content.replace(b"\r\n", b"\n")
+    return content if content.endswith(b"\n") else content + b"\n"
 
 
 def handed_octets(message: MailRequest) -> bytes:
     """The message with CRLF line ends as it came.  Header fields that handlers have added go on
     top of it; where they have changed or deleted others the header is written anew."""
+    return _handed(message).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+def _handed(message: MailRequest) -> bytes:
     data = message.Data if isinstance(message.Data, bytes) else str(message.Data).encode()
-    now, came = list(message.items()), list(encoding.from_string(message.Data).items())
+    head = b""
+    if not _as_it_came(message):
+        added = _added(message, list(encoding.from_string(message.Data).items()))
+        if added is not None:
+            head = b"".join(f"{name}: {_one_line(value)}\n".encode() for name, value in added)
+        else:
+            data = str(message).encode("utf-8", "surrogateescape")
+    between = separator(data) if head else b""
+    return head + between + data
+
+
+_Fields = list[tuple[str, Any]]
+
+
+def _as_it_came(message: MailRequest) -> bool:
+    """Its header is certainly that which came.  To parse the header alone takes no time, to parse
+    the whole once more as long as the first time."""
+    if not isinstance(message.Data, bytes):
+        return False
+    header = message.Data[: header_end(message.Data)]
+    return _added(message, list(encoding.from_string(header).items())) == []
+
+
+def _added(message: MailRequest, came: _Fields) -> _Fields | None:
+    """The fields that handlers have added to those that came; ``None`` if they did anything else
+    to the header."""
+    now = list(message.items())
     added = [one for one in now if one not in came]
     kept = [one for one in now if one in came]
     # Salmon adds these itself where a message lacks them.
     had = {name.lower() for name, _ in came}
     added = [one for one in added if one[0].lower() not in {"from", "to"} - had]
-    if kept == came and not {name.lower() for name, _ in added} & had:
-        head = b"".join(f"{name}: {_one_line(value)}\n".encode() for name, value in added)
-    else:
-        head, data = b"", str(message).encode("utf-8", "surrogateescape")
-    between = separator(data) if head else b""
-    return (head + between + data).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    if kept != came or {name.lower() for name, _ in added} & had:
+        return None
+    return added
 
 
 def _one_line(value: object) -> str:

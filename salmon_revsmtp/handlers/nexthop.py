@@ -21,6 +21,7 @@ import logging
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +65,9 @@ GOODBYE = 1.0
 
 # Octets that are read at a time.
 READ = 64 * 1024
+
+# SO_LINGER on, with no time.
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 # Refusals that are not about a message or its recipient: what we speak is not spoken there, or not
 # to us (RFC 5321 4.2.3, RFC 4954 6, RFC 2554).  As an answer to the sender they would turn all mail
@@ -205,10 +209,13 @@ class _Dialogue:
         with contextlib.suppress(OSError):
             self._socket.settimeout(GOODBYE)
             self._socket.sendall(b"QUIT\r\n")
-        self.close()
+        self._socket.close()
 
     def close(self) -> None:
-        """Close it without a word."""
+        """Close it without a word.  It is reset, so that no server, however lax, takes the part of
+        a message that it has for a message."""
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         self._socket.close()
 
     def fileno(self) -> int:

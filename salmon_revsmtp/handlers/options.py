@@ -5,7 +5,9 @@ A wrong one is one sentence when the handler is imported, which the boot module 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from salmon import utils
 
 from salmon_revsmtp.handlers.names import Mailbox
 from salmon_revsmtp.handlers.nexthop import Server
+from salmon_revsmtp.net.address import host_and_port
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.settings import SettingsError, quote
 
@@ -20,6 +23,9 @@ __all__ = ["addresses", "folder", "handler_timeout", "hostname", "server"]
 
 # The project's folder: a handler may change that of the process.
 PROJECT = Path.cwd()
+
+# This machine as it is called in settings.
+HERE = ("127.0.0.1", "::1", "localhost")
 
 FOLDER = "a folder such as 'run/mail'"
 ADDRESSES = "a list of addresses such as 'bob@example.org', or no such setting for every address"
@@ -70,25 +76,42 @@ def server(name: str, allowed: str, *, unix: bool) -> Server:
     if value is None:
         raise SettingsError([f"{name}: missing, allowed: {allowed}"])
     try:
-        return Server.of_setting(value, unix=unix, below=PROJECT)
+        found = Server.of_setting(value, unix=unix, below=PROJECT)
     except ValueError as error:
         raise _wrong(name, value, allowed, str(error)) from None
+    if found.host in HERE and any(found.port == port for port in _own_ports()):
+        reason = "a service of this project listens there, and mail would go round in circles"
+        raise _wrong(name, value, allowed, reason)
+    return found
+
+
+def _own_ports() -> Iterator[int]:
+    """Where the services listen on this machine; whatever is wrong there is said elsewhere."""
+    for keys in _services():
+        listen = keys.get("listen") or ()
+        for one in (listen,) if isinstance(listen, str) else listen:
+            with contextlib.suppress(ValueError, TypeError):
+                host, port = host_and_port(one)
+                if host in ("", "0.0.0.0", "::", *HERE):
+                    yield port
+
+
+def _services() -> list[Mapping[str, Any]]:
+    services = _setting("smtp_services")
+    found = services.values() if isinstance(services, Mapping) else ()
+    return [one for one in found if isinstance(one, Mapping)]
 
 
 def hostname() -> str | None:
     """What we call ourselves: as the services do, where the settings say it."""
-    services = _setting("smtp_services")
-    found = list(services.values()) if isinstance(services, dict) else []
-    names = [one.get("hostname") for one in found if isinstance(one, dict)]
+    names = [keys.get("hostname") for keys in _services()]
     return next((name for name in names if isinstance(name, str) and name.isascii()), None)
 
 
 def handler_timeout() -> float:
     """Seconds that a handler has, whichever service the mail comes to."""
     default = float(ServiceSettings.model_fields["handler_timeout"].default)
-    services = _setting("smtp_services")
-    found = list(services.values()) if isinstance(services, dict) else []
-    given = [one.get("handler_timeout", default) for one in found if isinstance(one, dict)]
+    given = [keys.get("handler_timeout", default) for keys in _services()]
     # Whatever is wrong there is said where services are set up.
     usable = [float(one) for one in given if isinstance(one, int | float) and one > 0]
     return min([one for one in usable if math.isfinite(one)], default=default)

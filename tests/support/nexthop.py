@@ -103,6 +103,9 @@ class Call:
         """Break the connection off."""
         linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
         self.socket.close()
 

@@ -27,7 +27,9 @@ from typing import ClassVar, TypeVar
 __all__ = [
     "ACCOUNTS",
     "DEFERRED",
+    "FULL",
     "REFUSED",
+    "Dovecot",
     "Exim",
     "EximOfThePage",
     "Postfix",
@@ -43,6 +45,9 @@ DEFAULT_ROOT = "/var/cache/salmon-revsmtp"
 
 #: Recipients that Exim and Postfix refuse for good, and for now.
 REFUSED, DEFERRED = "refused@example.org", "deferred@example.org"
+
+#: A recipient whose mailbox is full at Dovecot.
+FULL = "full@example.org"
 
 #: account -> password, of Exim
 ACCOUNTS = {"acme": "s3cret of acme"}
@@ -527,6 +532,97 @@ class Sendmail(Server):
 
     def waiting(self) -> int:
         return len(list((self.folder / "queue").glob("qf*")))
+
+
+DOVECOT = """
+base_dir = {place}/run
+state_dir = {place}/state
+log_path = {place}/mail.log
+protocols = imap lmtp
+listen = 127.0.0.1
+ssl = no
+disable_plaintext_auth = no
+postmaster_address = postmaster@example.org
+hostname = mail.example.org
+auth_username_chars =
+mail_location = maildir:{place}/mail/%u
+mail_plugins = quota
+passdb {{
+  driver = passwd-file
+  args = scheme=PLAIN username_format=%u {place}/users
+}}
+userdb {{
+  driver = passwd-file
+  args = username_format=%u {place}/users
+}}
+plugin {{
+  quota = maildir
+}}
+quota_full_tempfail = yes
+service lmtp {{
+  inet_listener lmtp {{
+    port = {port}
+  }}
+  unix_listener {place}/lmtp {{
+    mode = 0666
+  }}
+}}
+service imap-login {{
+  inet_listener imap {{
+    port = {imap}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+"""
+
+
+class Dovecot(Program):
+    """Dovecot: LMTP on ``port`` and on the Unix socket ``socket``, IMAP on ``imap``.
+
+    ``users``  whose Maildirs are below ``mail``, each called as the user; all have the password
+               ``"secret"``.  The mailbox of :data:`FULL` has room for nothing.
+    """
+
+    program = "dovecot"
+
+    #: Whom the mail belongs to.
+    OWNER = 5000
+
+    def __init__(self, root: Path, *users: str) -> None:
+        super().__init__(root)
+        self.users = users
+
+    def configure(self) -> None:
+        self.imap = free_port()
+        values = {"place": self.place, "port": self.port, "imap": self.imap}
+        (self.folder / "dovecot.conf").write_text(DOVECOT.format(**values))
+        home = f"{self.place}/home"
+        lines = [
+            f"{user}:{{PLAIN}}secret:{self.OWNER}:{self.OWNER}::{home}::" for user in self.users
+        ]
+        full = [line + "userdb_quota_rule=*:bytes=1" for line in lines if line.startswith(FULL)]
+        lines = [line for line in lines if not line.startswith(FULL)] + full
+        (self.folder / "users").write_text("".join(f"{line}\n" for line in lines))
+        for name in ("home", "mail"):
+            (self.folder / name).mkdir()
+            os.chown(self.folder / name, self.OWNER, self.OWNER)
+
+    def command(self) -> list[str]:
+        return ["dovecot", "-F", "-c", f"{self.place}/dovecot.conf"]
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "lmtp"
+
+    @property
+    def mail(self) -> Path:
+        return self.folder / "mail"
+
+    def doveadm(self, *arguments: str) -> str:
+        """What doveadm says."""
+        return self.inside("doveadm", "-c", f"{self.place}/dovecot.conf", *arguments)
 
 
 async def until(what: Callable[[], bool], server: Server) -> None:
