@@ -41,11 +41,13 @@ setup(
     package_data={
         "salmon_revsmtp": ["py.typed"],
         "salmon_revsmtp.demo": ["*.pem"],
+        "salmon_revsmtp.init": ["templates/*"],
         "salmon_revsmtp.demo.project.config": ["*.conf"],
     },
     install_requires=[
         "aiosmtplib>=5.1",
         "click>=8.1",
+        "dnspython>=2.1",  # it comes with Salmon
         "pluggy>=1.5",
         "pydantic>=2.8",
         "python-dotenv>=1.0",

@@ -14,6 +14,7 @@ import click
 from salmon_revsmtp.cli.agents import agents, disable, enable, history
 from salmon_revsmtp.cli.collect import check, collect, run
 from salmon_revsmtp.cli.demo import demo
+from salmon_revsmtp.cli.init import init
 from salmon_revsmtp.cli.options import Options, with_options
 from salmon_revsmtp.cli.plugins import plugins
 from salmon_revsmtp.cli.provider import provider
@@ -29,7 +30,19 @@ def cli(options: Options) -> None:
     """Collect waiting mail into a Salmon project by reverse SMTP."""
 
 
-for _command in (agents, collect, check, enable, disable, history, run, provider, plugins, demo):
+for _command in (
+    init,
+    agents,
+    collect,
+    check,
+    enable,
+    disable,
+    history,
+    run,
+    provider,
+    plugins,
+    demo,
+):
     cli.add_command(_command)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from salmon_revsmtp.cli.held import held
-from salmon_revsmtp.cli.options import Options, json_option, with_options
+from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
 from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.records import looked_up, show_findings
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.provider.settings import ProviderSettings
+    from salmon_revsmtp.server.configuration import Configuration
 
 __all__ = ["provider"]
 
@@ -171,6 +176,87 @@ def _verifier(text: str) -> str:
     except (ScramException, UnicodeError):
         # RFC 4013: such as a letter that Unicode does not know yet.
         raise click.UsageError("the password has letters that SCRAM forbids") from None
+
+
+@provider.command()
+@click.argument("account")
+@with_options
+def join(options: Options, account: str) -> None:
+    """Print the join line of an account.
+
+    On the customer's machine, `salmon-revsmtp init customer` takes it. There is the account's
+    password in it, so show it to no one else. It is made of the settings as they are now: after a
+    change of the certificate it is another line.
+    """
+    from salmon_revsmtp.init.provider import join_line_of
+
+    _, configuration = options.open()
+    settings = _provider_of(configuration)
+    chosen = next((one for one in configuration.accounts if one.name == account), None)
+    if chosen is None:
+        known = ", ".join(one.name for one in configuration.accounts) or "none"
+        raise stop(f"no account is named {account!r}; there are: {known}")
+    if settings.tls_cert is None:
+        raise stop("provider has no tls_cert, and a customer with a join line uses STARTTLS")
+    ports = [address.port for address, implicit in settings.addresses if not implicit]
+    if not ports:
+        raise stop("provider has no listen, and a customer with a join line uses STARTTLS")
+    line = join_line_of(
+        chosen.name,
+        chosen.password.get_secret_value(),
+        _hostname(settings),
+        ports[0],
+        chosen.domains,
+        (settings.tls_cert, settings.tls_key),
+    )
+    if line is None:
+        raise stop(
+            f"the settings have no password of {account!r}, but a verifier, of which no password "
+            "can be made; `salmon-revsmtp provider password --generate` makes both"
+        )
+    click.echo(str(line))
+
+
+@provider.command()
+@json_option
+@with_options
+def dns(options: Options, as_json: bool) -> None:
+    """See whether the DNS records that the provider needs are there.
+
+    These are the host's address, its name for that address (PTR), the MX record of each domain, and
+    an SPF record, because senders are told of what does not arrive.
+    """
+    from salmon_revsmtp.init.records import PLACE, own_addresses, records
+
+    _, configuration = options.open()
+    hostname = _hostname(_provider_of(configuration))
+    domains = [domain for one in configuration.accounts for domain in one.domains]
+    holding = [one for one in configuration.services.values() if one.delivery == "hold"]
+    listen = [address for one in holding for address in one.listen]
+    findings = looked_up(hostname, list(records(hostname, domains, listen, own_addresses())))
+    if as_json:
+        for one in findings:
+            record = one.record
+            known = None if PLACE in record.name else record.name
+            value = None if PLACE in record.value else record.value
+            row = {"name": known, "type": record.kind, "value": value}
+            print_json({**row, "there": one.right, "instead": one.instead or None})
+    else:
+        show_findings(findings)
+    if not all(one.right for one in findings):
+        sys.exit(ATTENTION)
+
+
+def _provider_of(configuration: Configuration) -> ProviderSettings:
+    if configuration.provider is None:
+        raise stop("this project is no provider: provider in the settings is missing")
+    return configuration.provider
+
+
+def _hostname(settings: ProviderSettings) -> str:
+    from salmon_revsmtp.hostname import machine_name
+
+    return settings.hostname or machine_name()
 
 
 provider.add_command(held)

@@ -9,7 +9,14 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Certificate", "certificate_ends", "certificate_problem", "fingerprint"]
+__all__ = [
+    "Certificate",
+    "certificate_ends",
+    "certificate_problem",
+    "fingerprint",
+    "is_for",
+    "own_certificate",
+]
 
 # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for.
 _WHATEVER_THE_TIME = 0x200000
@@ -31,20 +38,56 @@ def certificate_problem(certificate: Path | None, key: Path | None) -> str | Non
 def certificate_ends(certificate: Path, key: Path | None) -> float:
     """The end of a server's certificate (notAfter), in seconds since the epoch, also when that is
     in the past.  Raises :class:`OSError`, of which :class:`ssl.SSLError` is one."""
+    found: Any = _shown(certificate, key, _itself(certificate)).getpeercert()
+    return float(ssl.cert_time_to_seconds(found["notAfter"]))
+
+
+def is_for(certificate: Path, key: Path | None, hostname: str) -> bool:
+    """Whether a server's certificate is for a host name.  Raises :class:`OSError`, but not
+    :class:`ssl.SSLCertVerificationError`."""
+    theirs = _itself(certificate)
+    theirs.check_hostname = True
+    try:
+        _shown(certificate, key, theirs, hostname)
+    except ssl.SSLCertVerificationError:
+        return False
+    return True
+
+
+def own_certificate(certificate: Path, key: Path | None, hostname: str) -> tuple[bytes, bool]:
+    """A server's certificate in DER form; and whether this machine's certificate authorities vouch
+    for it, for a host name and now.  Raises :class:`OSError`."""
+    shown = _shown(certificate, key, _itself(certificate)).getpeercert(binary_form=True)
+    assert shown is not None
+    try:
+        _shown(certificate, key, ssl.create_default_context(), hostname)
+    except ssl.SSLCertVerificationError:
+        return shown, False
+    return shown, True
+
+
+def _itself(certificate: Path) -> ssl.SSLContext:
+    """A client's context that takes one certificate, whoever has signed it, whatever the time."""
     # Python shows what is in a certificate to the client of a handshake only, and only if it was
-    # verified: against itself, whoever has signed it.
+    # verified: against itself.
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     theirs.check_hostname = False
     theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_WHATEVER_THE_TIME)
     theirs.load_verify_locations(certificate)
+    return theirs
+
+
+def _shown(
+    certificate: Path, key: Path | None, theirs: ssl.SSLContext, hostname: str | None = None
+) -> ssl.SSLObject:
+    """The client of a handshake with a server that has this certificate, in memory."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = _context(certificate, key).wrap_bio(to_server, to_client, server_side=True)
-    client = theirs.wrap_bio(to_client, to_server)
+    client = theirs.wrap_bio(to_client, to_server, server_hostname=hostname)
     for side in (client, server, client):
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
-    found: Any = client.getpeercert()
-    return float(ssl.cert_time_to_seconds(found["notAfter"]))
+    return client
 
 
 def fingerprint(certificate: bytes) -> str:

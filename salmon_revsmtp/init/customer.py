@@ -1,0 +1,101 @@
+"""The project of a customer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from salmon_revsmtp.init import environment
+from salmon_revsmtp.init.joinline import JoinLine
+from salmon_revsmtp.init.project import ProjectUser, common_files, filled, literal, unit
+from salmon_revsmtp.init.writing import File
+from salmon_revsmtp.net.address import HostAndPort
+
+__all__ = ["Customer", "customer_files"]
+
+HANDLERS = "salmon_revsmtp.handlers"
+
+MAILDIR = """\
+# Each address has a Maildir of its own below this folder.
+maildirs = "run/mail"
+
+# The addresses that there are. Without this line every address of your domains is one.
+# mailboxes = [$example]"""
+
+NEXT_HOST = """\
+# The mail server that takes each message; what it refuses is refused, and what it defers is kept by
+# the provider.
+{setting} = {server}"""
+
+
+@dataclass(frozen=True)
+class Customer:
+    """What a person has said of it.
+
+    ``agent``     the name of the collection agent.
+    ``hostname``  of this machine; ``None``: what it calls itself.
+    ``lmtp``, ``smtp``  the server that takes the mail; with neither it goes into Maildirs.
+    """
+
+    join: JoinLine
+    agent: str
+    hostname: str | None
+    lmtp: str | None
+    smtp: str | None
+    relay: HostAndPort
+
+    @property
+    def variable(self) -> str:
+        return environment.variable_name(self.agent)
+
+
+def customer_files(folder: Path, made: Customer, user: ProjectUser) -> list[File]:
+    """All files of the project.  Raises :class:`OSError` and :class:`UnicodeDecodeError`."""
+    return [
+        File("config/settings.py", _settings(made)),
+        _environment(folder, made),
+        *common_files(),
+        File("app/__init__.py", b""),
+        File("app/handlers/__init__.py", b""),
+        unit(folder, user, "customer"),
+    ]
+
+
+def _settings(made: Customer) -> bytes:
+    join = made.join
+    pinned = f'        "fingerprint": {literal(join.fingerprint)},\n' if join.fingerprint else ""
+    handler, settings = _handler(made)
+    return filled(
+        "customer-settings.py",
+        agent=literal(made.agent),
+        server=literal(join.host),
+        port=literal(join.port),
+        fingerprint_line=pinned,
+        account=literal(join.account),
+        variable=made.variable,
+        domains=literal(join.domains, 8, len('"domains": ,')),
+        hostname_key=f'"hostname": {literal(made.hostname)}' if made.hostname else "",
+        handler=literal(f"{HANDLERS}.{handler}"),
+        handler_settings=settings,
+        relay_host=literal(made.relay.host),
+        relay_port=literal(made.relay.port),
+    )
+
+
+def _handler(made: Customer) -> tuple[str, str]:
+    """The handler, and what the settings say to it."""
+    for name, server in (("lmtp", made.lmtp), ("smtp", made.smtp)):
+        if server:
+            text = NEXT_HOST.format(setting=f"{name}_server", server=literal(server))
+            return name, text
+    domain = made.join.domains[0]
+    return "maildir", MAILDIR.replace("$example", literal(f"me@{domain}"))
+
+
+def _environment(folder: Path, made: Customer) -> File:
+    try:
+        text = (folder / ".env").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        text = ""
+    text = environment.with_value(text, made.variable, made.join.password)
+    return File(".env", text.encode(), "env")
