@@ -17,9 +17,12 @@ from salmon import queue
 from salmon.mail import MailRequest
 from salmon.routing import Router
 from salmon.server import SMTPError
+from support.dialogue import no_more_mail
 from support.disk import small_disk
 from support.listener import listener
+from support.messages import MESSAGE
 from support.nexthop import deliver, load
+from support.project import Project, isp, one_message, provider
 from support.salmon import Salmon
 
 from salmon_revsmtp.delivery import maildir
@@ -411,3 +414,36 @@ def test_a_wrong_setting_is_one_sentence_when_the_handler_is_imported(
         load(monkeypatch, handler, **settings)
     [problem] = raised.value.problems
     assert problem.startswith(words)
+
+
+# -- in a project ----------------------------------------------------------------------------------
+
+
+def with_handlers(project: Project, port: int, handlers: str, **settings: object) -> None:
+    """A project of ``salmon gen`` with another line for its handlers."""
+    project.configure(isp(port))
+    module = project.folder / "config/settings.py"
+    text, before = module.read_text(), "handlers = ['app.handlers.sample']"
+    assert before in text
+    lines = [f"handlers = {handlers}", *(f"{key} = {value!r}" for key, value in settings.items())]
+    module.write_text(text.replace(before, "\n".join(lines)))
+
+
+def test_one_line_in_the_settings_has_a_project_keep_its_mail(project: Project) -> None:
+    with provider(one_message, no_more_mail) as port:
+        with_handlers(project, port, '["salmon_revsmtp.handlers.maildir"]')
+        done = project.run("collect", "isp")
+    assert done.returncode == 0, done.stderr
+    assert "1 message" in done.stdout
+    mail = stored(str(project.folder / "run/mail"))
+    assert list(mail) == ["b@example.org"]
+    [message] = mail["b@example.org"]
+    assert message.startswith(b"Return-Path: <a@example.net>\nDelivered-To: b@example.org\n")
+    assert message.endswith(MESSAGE.partition(b"\r\n\r\n")[2].replace(b"\r\n", b"\n"))
+
+
+def test_check_says_what_is_wrong_with_a_handlers_setting(project: Project) -> None:
+    with_handlers(project, 366, '["salmon_revsmtp.handlers.maildir"]', mailboxes=["bob"])
+    done = project.run("check")
+    assert done.returncode != 0
+    assert "mailboxes: found 'bob' (it has no domain), allowed: a list of addresses" in done.stderr
