@@ -123,6 +123,7 @@ class Daemon:
                 self._start_due()
                 self._send_waiting()
                 await self._end_disabled()
+                await self._note_sessions()
                 self._give_up_old_mail()
                 await self._sleep()
         finally:
@@ -155,6 +156,13 @@ class Daemon:
             if not await self._collector.enabled(self._agents[name]):
                 log.info("agent=%s it is disabled, its push session ends", name)
                 collection.stop()
+
+    async def _note_sessions(self) -> None:
+        """Who has a push session works again, although its collection may go on for weeks."""
+        for name, _ in self._pushing():
+            if name in self._failing:
+                self._say_recovered(name)
+                await self._collector.recovered(name)
 
     def _give_up_old_mail(self) -> None:
         """At a provider, and who has not called for long."""
@@ -244,13 +252,15 @@ class Daemon:
             return
         since = self._failing.get(report.agent)
         if report.outcome.good and since is not None:
-            del self._failing[report.agent]
-            minutes = (time.time() - since) / 60
-            log.warning("agent=%s recovered after %.0f minutes", report.agent, minutes)
+            self._say_recovered(report.agent)
         elif not (report.outcome.good or since is not None or self._stop.is_set()):
             self._failing[report.agent] = time.time()
             reason = f"{report.outcome}: {report.error}"
             log_safely(log, logging.WARNING, "agent=%s fails: %s", report.agent, reason)
+
+    def _say_recovered(self, name: str) -> None:
+        minutes = (time.time() - self._failing.pop(name)) / 60
+        log.warning("agent=%s recovered after %.0f minutes", name, minutes)
 
     # -- the control socket ---------------------------------------------------------------------
 
