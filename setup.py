@@ -79,6 +79,7 @@ setup(
     entry_points={
         "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli.main:main"],
         "salmon_revsmtp": [
+            "alert = salmon_revsmtp.alert",
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",
         ],

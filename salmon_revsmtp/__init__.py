@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from salmon_revsmtp.hooks import hookimpl
     from salmon_revsmtp.net.client import Connection
     from salmon_revsmtp.net.outcome import CollectionError, Deferred, Failed, Outcome, Refused
+    from salmon_revsmtp.plugins.facade import Server, Trouble
     from salmon_revsmtp.server.attach import attach
     from salmon_revsmtp.server.holding import hold
-    from salmon_revsmtp.settings import SettingsError
+    from salmon_revsmtp.settings import SettingsError, validated
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
 
@@ -38,11 +39,14 @@ __all__ = [
     "Refused",
     "Reply",
     "Report",
+    "Server",
     "ServerSettings",
     "SettingsError",
+    "Trouble",
     "attach",
     "hold",
     "hookimpl",
+    "validated",
 ]
 
 # name -> module: imported when it is first asked for, so that a command that needs none of it
@@ -62,11 +66,14 @@ _HOME = {
     "Refused": "net.outcome",
     "Reply": "smtp.replies",
     "Report": "customer.report",
+    "Server": "plugins.facade",
     "ServerSettings": "customer.settings",
     "SettingsError": "settings",
+    "Trouble": "plugins.facade",
     "attach": "server.attach",
     "hold": "server.holding",
     "hookimpl": "hooks",
+    "validated": "settings",
 }
 
 

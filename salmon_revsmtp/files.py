@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "make_folder",
     "make_private_file",
     "sync_folder",
+    "write_private",
 ]
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,29 @@ def make_private_file(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         give_to_owner(path)
+
+
+def write_private(path: Path, *content: bytes, beside: Path | None = None) -> None:
+    """Have a file hold this and nothing else, for its owner only: a crash leaves what it held
+    before.  It is written as ``beside``, which is in the same folder by default, and renamed.  The
+    folders are made.  Raises :class:`OSError`."""
+    beside = beside or path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    for folder in {path.parent, beside.parent}:
+        make_folder(folder)
+    try:
+        with os.fdopen(os.open(beside, _NEW, 0o600), "wb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
+        give_to_owner(beside)
+        beside.rename(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+# A file of before with such a name is no one's any more.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 
 def give_to_owner(path: Path) -> None:

@@ -27,6 +27,13 @@ class SettingsError(Exception):
 
 
 def validated(model: type[BaseModel], keys: object, where: str, problems: list[str]) -> Any:
+    """A dict of settings as a pydantic model; ``None`` if anything is wrong with it.
+
+    ``model``     gives each field a ``description``: what is allowed.
+    ``keys``      what the user wrote.
+    ``where``     what that is called, such as ``agent "isp"``.
+    ``problems``  gets a sentence for each wrong key; none of them quotes a secret.
+    """
     if not isinstance(keys, Mapping):
         problems.append(f"{where}: found {quote(keys)}, allowed: a dict")
         return None

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from sphinx import addnodes
 
 import salmon_revsmtp
+from salmon_revsmtp.alert.settings import AlertSettings
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.customer.etrn import EtrnSettings
 from salmon_revsmtp.customer.odmr import OdmrSettings
@@ -37,6 +38,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "Services": ServiceSettings,
     "Accounts": AccountSettings,
     "The provider": ProviderSettings,
+    "The alarm": AlertSettings,
 }
 
 Pages = Callable[[str], nodes.document]

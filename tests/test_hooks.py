@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from email.message import EmailMessage
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from salmon import queue
 from support.configuration import agent_keys, configuration
 from support.dialogue import Dialogue, no_more_mail, scripted
 from support.messages import MESSAGE
@@ -20,10 +23,11 @@ from support.salmon import Salmon
 from support.servers import free_port
 from support.serving import RUN, START, server, wait_for
 
-from salmon_revsmtp import hookimpl
+from salmon_revsmtp import Server, SettingsError, hookimpl
 from salmon_revsmtp.plugins import manager
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.collector import Collector
+from salmon_revsmtp.server.configuration import load
 from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.server.eventloop import run
 
@@ -182,7 +186,7 @@ def test_a_hook_that_blocks_for_messages_holds_up_no_other_agents(
 
 PLUGIN = """
 import atexit, threading
-from salmon_revsmtp import hookimpl
+from salmon_revsmtp import Server, SettingsError, hookimpl
 
 @hookimpl
 def {hook}(agent):
@@ -227,3 +231,141 @@ def test_collect_ends_at_a_signal_although_a_hook_blocks(project: Project) -> No
         process.send_signal(signal.SIGTERM)
         assert "interrupted" in process.communicate(timeout=LONG)[1]
         assert process.returncode == 1
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+class Watches:
+    """A plugin that notes what it hears of the server, and what the server says."""
+
+    def __init__(self, started: threading.Event) -> None:
+        self.started = started
+        self.heard: list[tuple[Any, ...]] = []
+        self.server: Server | None = None
+
+    @hookimpl
+    def server_started(self, server: Server) -> None:
+        self.server = server
+        rows, troubles = server.status(), server.troubles()
+        kinds = {row["status"] for row in rows}
+        self.heard.append(("started", kinds, [one.key for one in troubles]))
+        self.started.set()
+
+    @hookimpl
+    def server_stopping(self, server: Server) -> None:
+        self.heard.append(("stopping", server is self.server))
+
+
+class Hangs:
+    """A plugin that does what a plugin must not do."""
+
+    def __init__(self, go: threading.Event) -> None:
+        self._go = go
+
+    @hookimpl(tryfirst=True)
+    def server_started(self) -> None:
+        self._go.wait(LONG)
+
+    @hookimpl(tryfirst=True)
+    def server_stopping(self) -> None:
+        self._go.wait(LONG)
+
+
+class Raises:
+    @hookimpl(tryfirst=True)
+    def server_started(self, server: Server) -> None:
+        raise RuntimeError("what a plugin")
+
+    @hookimpl(tryfirst=True)
+    def server_stopping(self, server: Server) -> None:
+        raise RuntimeError("what a plugin")
+
+
+def served(salmon: Salmon, plugins: Plugins, started: threading.Event, grace: float = 10) -> float:
+    """Run a server until ``started`` is set; returns the seconds that its end took."""
+    queue.Queue("run/undeliverable").push(MESSAGE)
+
+    async def main() -> float:
+        valid = configuration(agent_keys(1, every=None), plugins=plugins)
+        with Collector(valid, plugins, lambda: salmon.relay) as collector:
+            daemon = Daemon(collector, plugins, grace)
+            running = asyncio.create_task(daemon.run())
+            assert await asyncio.to_thread(started.wait, LONG)
+            daemon.stop()
+            began = time.monotonic()
+            await asyncio.wait_for(running, LONG)
+            return time.monotonic() - began
+
+    return run(main())
+
+
+def test_a_plugin_hears_that_the_server_has_started_and_that_it_stops(salmon: Salmon) -> None:
+    started, plugins = threading.Event(), Plugins.load()
+    watches = Watches(started)
+    plugins.register(watches)
+    before = time.time()
+    served(salmon, plugins, started)
+    assert watches.heard == [
+        ("started", {"server", "agent", "queue", "trouble"}, ["undeliverable"]),
+        ("stopping", True),
+    ]
+    server = watches.server
+    assert server is not None and server.project == salmon.folder
+    assert before <= server.started <= time.time() and server.version
+    with pytest.raises(RuntimeError, match="stopped"):
+        server.status()
+
+
+def test_a_plugin_that_raises_or_blocks_keeps_no_other_from_it_and_costs_the_server_nothing(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, go, plugins = threading.Event(), threading.Event(), Plugins.load()
+    watches = Watches(started)
+    for plugin in (Raises(), Hangs(go), watches):
+        plugins.register(plugin)
+    try:
+        seconds = served(salmon, plugins, started, grace=0.3)
+    finally:
+        go.set()
+    assert 0.3 <= seconds < LONG / 2, "no longer than the grace"
+    assert [what for what, *_ in watches.heard] == ["started", "stopping"]
+    assert caplog.text.count("RuntimeError: what a plugin") == 2
+
+
+def test_what_a_plugin_sends_waits_for_the_relay(salmon: Salmon) -> None:
+    sent = threading.Event()
+
+    class Sends:
+        @hookimpl
+        def server_started(self, server: Server) -> None:
+            message = EmailMessage()
+            message["Subject"] = "hello"
+            message.set_content("hi")
+            server.send(message, "ann@example.net")
+            sent.set()
+
+    plugins = Plugins.load()
+    plugins.register(Sends())
+    served(salmon, plugins, sent)
+    [(sender, to, text)] = salmon.relayed
+    assert (sender, to) == ("<>", "ann@example.net") and "Subject: hello" in text
+
+
+def test_a_plugin_says_what_is_wrong_with_its_own_settings() -> None:
+    class Console:
+        @hookimpl
+        def check_settings(self, settings: Any) -> list[str]:
+            return [f"console: found {settings.console!r}, allowed: a port"]
+
+    class Broken:
+        @hookimpl
+        def check_settings(self, settings: Any) -> list[str]:
+            raise RuntimeError
+
+    plugins = Plugins.load()
+    for plugin in (Broken(), Console()):
+        plugins.register(plugin)
+    with pytest.raises(SettingsError) as caught:
+        load(SimpleNamespace(console="x"), plugins)  # type: ignore[arg-type]
+    assert caught.value.problems == ["console: found 'x', allowed: a port"]

@@ -23,7 +23,12 @@ from salmon_revsmtp.delivery.automatic import why_automatic
 from salmon_revsmtp.delivery.dsn import RecipientStatus
 from salmon_revsmtp.delivery.rates import ADDRESS, ALL, DOMAIN, Limit, RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
-from salmon_revsmtp.delivery.trace import split_envelope, stored_envelope, unpack
+from salmon_revsmtp.delivery.trace import (
+    split_envelope,
+    stored_envelope,
+    unpack,
+    unpack_undeliverable,
+)
 from salmon_revsmtp.journal.counts import Change, CountJournal, Window
 
 GOOD, BAD = "good@example.org", "bad@example.org"
@@ -102,6 +107,10 @@ def test_999_recipients_that_fail_are_one_notification_and_one_message_kept(
     [kept] = salmon.undeliverable()
     assert split_envelope(kept)[1] == "bad0@example.org"
     assert b"X-Failed-Recipients: bad0@example.org,\n bad1@example.org,\n" in kept
+    failed, reason, message = unpack_undeliverable(kept)
+    assert failed.recipients == tuple(everyone), "whoever tries it again tries it for all of them"
+    assert reason.startswith("refused with 5") and "its sender is not told: " in reason
+    assert message.startswith(b"Precedence: bulk\n")
     assert len(salmon.relayed) == 1
 
 
@@ -385,7 +394,8 @@ def test_the_undeliverable_queue_has_it_too(salmon: Salmon, mode: str) -> None:
     [kept] = salmon.undeliverable()
     assert kept.startswith(
         b"Return-Path: <ann@example.net>\nDelivered-To: bad@example.org\n"
-        b"X-Envelope-Parameters: MAIL ENVID=7 RCPT NOTIFY=NEVER\nReceived: "
+        b"X-Envelope-Parameters: MAIL ENVID=7 RCPT NOTIFY=NEVER\n"
+        b"X-Undeliverable-Reason: no route takes it\nReceived: "
     )
     envelope, _ = unpack(kept)
     assert envelope.envelope_id == "7"

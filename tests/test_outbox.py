@@ -18,7 +18,8 @@ from salmon.server import Relay as SalmonRelay
 from support.salmon import Salmon
 
 from salmon_revsmtp.delivery.maildir import by_age
-from salmon_revsmtp.delivery.outbox import GIVE_UP, Outbox
+from salmon_revsmtp.delivery.outbox import GIVE_UP, GIVEN_UP, Outbox
+from salmon_revsmtp.delivery.trace import unpack_undeliverable
 from salmon_revsmtp.files import FolderLock
 
 NOTICE = b"Subject: Undelivered mail\nTo: ann@example.net\n\nsorry\n"
@@ -124,7 +125,11 @@ def test_one_that_is_refused_is_given_up_and_kept_aside(
     relay.fails["*"] = error
     outbox.send()
     assert keys() == [] and relay.asked == ["ann@example.net"]
-    assert salmon.undeliverable() == [b"Return-Path: <>\nDelivered-To: ann@example.net\n" + NOTICE]
+    [kept] = salmon.undeliverable()
+    envelope, reason, message = unpack_undeliverable(kept)
+    assert (envelope.reverse_path, envelope.recipients) == ("", ("ann@example.net",))
+    assert reason.startswith(f"{GIVEN_UP}: ") and "no " in reason
+    assert message == NOTICE
 
 
 def test_one_that_has_waited_too_long_is_given_up(salmon: Salmon, relay: Relay) -> None:

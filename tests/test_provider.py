@@ -252,7 +252,7 @@ def test_every_sample_arrives_once_as_it_was(salmon: Salmon, tmp_path: Path, tls
     assert len(queue) == 0
     # One of them never gets past Salmon's parser.
     arrived = [message.Data.split(b"\n", 4)[4] for message in salmon.handled]
-    arrived += [one.split(b"\n", 6)[6] for one in salmon.undeliverable()]
+    arrived += [one.split(b"\n", 7)[7] for one in salmon.undeliverable()]
     expected = [
         sample.data.replace(b"\r\n", b"\n").removesuffix(b"\n")
         for sample in sent

@@ -1,12 +1,12 @@
-"""Whom the commands about a provider ask: the server that runs, or this process, which opens the
-hold store itself where none does."""
+"""Whom commands ask: the server that runs, or this process where none does.  Those about a provider
+then open the hold store themselves."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -14,9 +14,12 @@ from salmon_revsmtp.cli.options import Options, stop
 from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
-    from salmon_revsmtp.server.collector import Collector
+    from typing_extensions import Self
 
-__all__ = ["Desk"]
+    from salmon_revsmtp.server.collector import Collector
+    from salmon_revsmtp.server.control import Answers
+
+__all__ = ["Asking", "Desk"]
 
 NO_PROVIDER = (
     "no mail is held in this project: its settings have neither a provider nor a service with "
@@ -25,24 +28,24 @@ NO_PROVIDER = (
 
 
 # A server keeps the settings and the version that it was started with.
-OLDER = "; when it was started it held no mail, or was older: restart it"
+OLDER = "; when it was started it had other settings, or was older: restart it"
 
 
-class Desk:
-    """Answers requests about held mail.  A context manager: the hold store belongs to one process,
-    so it is let go at the end, and while a person thinks.
+class Asking:
+    """Has a request answered by the running server, or by this process.  A context manager: what is
+    opened for that is let go at the end.
 
-    A project that holds no mail ends the command with status 2.
+    ``about``  the word that each request begins with.
     """
+
+    about: ClassVar[str]
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._project, self._configuration = options.open()
-        if not self._configuration.holds:
-            raise stop(NO_PROVIDER)
         self._beside: Collector | None = None
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -56,10 +59,10 @@ class Desk:
             self._beside = None
 
     def ask(self, do: str, **request: Any) -> Iterator[dict[str, Any]]:
-        """The answers to ``provider ...``; what goes wrong ends the command with status 1."""
+        """The answers to a request; what goes wrong ends the command with status 1."""
         from salmon_revsmtp.server.control import SOCKET, NoServer, ask
 
-        request = {"do": f"provider {do}", **request}
+        request = {"do": f"{self.about} {do}", **request}
         try:
             yield from _whole(ask(request))
             return
@@ -77,19 +80,22 @@ class Desk:
     def _alone(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         from salmon_revsmtp.server.collector import Collector
         from salmon_revsmtp.server.eventloop import run
-        from salmon_revsmtp.server.provider_requests import ProviderRequests
 
         if self._beside is None:
             plugins, project = self._options.load_plugins(), self._project
             self._beside = Collector(
                 self._configuration, plugins, lambda: project.settings.relay, project.folder
             )
-        requests = ProviderRequests(self._beside.providing)
+        made = self._answers(self._beside, request)
 
         async def answers() -> list[dict[str, Any]]:
-            return [one async for one in requests.answer(request)]
+            return [one async for one in made]
 
         yield from run(answers())
+
+    def _answers(self, collector: Collector, request: dict[str, Any]) -> Answers:
+        """Those of this process."""
+        raise NotImplementedError
 
     def prepare_to_act(self) -> None:
         """Whatever is done is in the project's log, and its relay takes notifications: import the
@@ -98,6 +104,26 @@ class Desk:
 
         if not running():
             self._options.boot_project(self._project)
+
+
+class Desk(Asking):
+    """Answers requests about held mail.  The hold store belongs to one process, so it is let go
+    while a person thinks.
+
+    A project that holds no mail ends the command with status 2.
+    """
+
+    about = "provider"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        if not self._configuration.holds:
+            raise stop(NO_PROVIDER)
+
+    def _answers(self, collector: Collector, request: dict[str, Any]) -> Answers:
+        from salmon_revsmtp.server.provider_requests import ProviderRequests
+
+        return ProviderRequests(collector.providing).answer(request)
 
     @property
     def accounts(self) -> list[str]:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import base64
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
 from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.treating import (
+    confirm,
+    named_and_more,
+    refuse_options,
+    requests,
+    say_what_became,
+    show_message,
+    yes_option,
+)
 from salmon_revsmtp.customer.report import counted
-from salmon_revsmtp.foreign import printable, printable_lines
+from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.cli.desk import Desk
@@ -22,9 +31,6 @@ __all__ = ["held"]
 
 # The largest number that a store has for a message.
 LARGEST_KEY = 2**63 - 1
-# Recipients that a row of the list names.
-NAMED = 3
-
 STATES = {"waiting": "waiting", "aside": "set aside"}
 
 Key = click.IntRange(1, LARGEST_KEY)
@@ -62,7 +68,7 @@ def held(options: Options, account: str | None, limit: int, after: int, as_json:
 
     context = click.get_current_context()
     if context.invoked_subcommand is not None:
-        _refuse_options(context)
+        refuse_options(context, "account", "limit", "after", "as_json")
         return
     with Desk(options) as desk:
         if account is not None:
@@ -81,15 +87,6 @@ def held(options: Options, account: str | None, limit: int, after: int, as_json:
         click.echo(f"There are more; see them with --after {rows[-1]['key']}.", err=True)
 
 
-def _refuse_options(context: click.Context) -> None:
-    """The list's own options say nothing to the commands below it."""
-    given = click.core.ParameterSource.COMMANDLINE
-    for name in ("account", "limit", "after", "as_json"):
-        if context.get_parameter_source(name) is given:
-            option = "--json" if name == "as_json" else f"--{name}"
-            raise click.UsageError(f"{option} goes after {context.invoked_subcommand!r}")
-
-
 def _check_account(desk: Desk, name: str) -> None:
     """Whether there is such an account, in the settings or with mail."""
     if not list(desk.ask("accounts", account=name)):
@@ -98,13 +95,11 @@ def _check_account(desk: Desk, name: str) -> None:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    to = row["to"][:NAMED]
-    others = len(row["to"]) - len(to)
     return (
         str(row["key"]),
         row["account"],
         row["from"] or "<>",
-        ", ".join(to) + (f" and {others} more" if others else ""),
+        named_and_more(row["to"]),
         f"{row['size']:,}",
         at(row["arrived"]),
         STATES[row["state"]],
@@ -132,24 +127,7 @@ def show(options: Options, key: int, content: bool, as_json: bool) -> None:
         raise stop(f"no message with the key {key} is held")
     row, cut = answers[0]["held"], answers[0]["cut"]
     octets = b"".join(base64.b64decode(answer["octets"]) for answer in answers[1:])
-    if as_json:
-        shown = {"content": base64.b64encode(octets).decode("ascii")}
-        print_json({**row, **(shown if content else {"header": _text(octets)})})
-    elif not content:
-        for line in _lines(row):
-            click.echo(printable(line))
-        click.echo("\n" + printable_lines(_text(octets).expandtabs()), nl=False)
-        if cut:
-            click.echo("(there is more of this header)")
-    elif sys.stdout.isatty():
-        click.echo(printable_lines(_text(octets.replace(b"\r\n", b"\n")).expandtabs()))
-    else:
-        sys.stdout.buffer.write(octets)
-        sys.stdout.buffer.flush()
-
-
-def _text(octets: bytes) -> str:
-    return octets.decode("utf-8", "replace")
+    show_message(row, _lines(row), octets, content=content, cut=cut, as_json=as_json)
 
 
 def _lines(row: Mapping[str, Any]) -> Iterable[str]:
@@ -170,7 +148,6 @@ keys_argument = click.argument("keys", metavar="[KEY]...", nargs=-1, type=Key)
 account_option = click.option(
     "--account", metavar="NAME", help="All that is held for this account."
 )
-yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 @held.command()
@@ -255,7 +232,7 @@ def _end(
         return
     # Whoever thinks about it does not keep the store, and what comes meanwhile is not meant.
     if not yes:
-        _confirm(question.format(what=_described(chosen)), action)
+        confirm(question.format(what=_described(chosen)), action)
     with desk:
         _act(desk, action, chosen, done, as_json)
 
@@ -274,21 +251,13 @@ def _choose(
         rows = [answer["held"] for answer in desk.ask("held", account=account, state=state)]
     else:
         wanted = list(dict.fromkeys(keys))
-        asked = (desk.ask("held", keys=part) for part in _requests(wanted))
+        asked = (desk.ask("held", keys=part) for part in requests(wanted))
         rows = [answer["held"] for answers in asked for answer in answers]
         found = {row["key"] for row in rows}
         if missing := [str(key) for key in wanted if key not in found]:
             which = "keys" if len(missing) > 1 else "key"
             raise stop(f"no message is held with the {which} {', '.join(missing)}; nothing is done")
     return [Message(row["key"], row["account"], row["size"]) for row in rows]
-
-
-def _requests(keys: Sequence[int]) -> Iterator[Sequence[int]]:
-    """As many keys at a time as may be in a request."""
-    from salmon_revsmtp.server.control import MOST_KEYS
-
-    for start in range(0, len(keys), MOST_KEYS):
-        yield keys[start : start + MOST_KEYS]
 
 
 def _described(chosen: Sequence[Message]) -> str:
@@ -301,15 +270,6 @@ def _described(chosen: Sequence[Message]) -> str:
     return f"{counted(len(chosen), octets)}, held for {whose}"
 
 
-def _confirm(question: str, action: str) -> None:
-    if not sys.stdin.isatty():
-        raise stop(f"{question} There is no terminal to ask: say {action} --yes. Nothing is done.")
-    question = printable(question)
-    if not click.confirm(question, err=True):
-        click.echo("nothing is done", err=True)
-        sys.exit(ATTENTION)
-
-
 def _say_nothing_is_held(account: str | None, what: str, as_json: bool) -> None:
     if not as_json:
         click.echo(printable(f"nothing is {what} for {account}"))
@@ -318,19 +278,13 @@ def _say_nothing_is_held(account: str | None, what: str, as_json: bool) -> None:
 def _act(desk: Desk, action: str, chosen: Sequence[Message], done: str, as_json: bool) -> None:
     """Do it, and say what became of each that is not simply done."""
     desk.prepare_to_act()
-    treated: list[Message] = []
     messages = {one.key: one for one in chosen}
-    for some in _requests(list(messages)):
-        for answer in desk.ask(action, keys=some):
-            one = messages[answer["key"]]
-            if answer["done"]:
-                treated.append(one)
-            if as_json:
-                print_json({"account": one.account, "action": action, **answer})
-            elif answer["remark"]:
-                what = f"{done}; " if answer["done"] else f"not {done}: "
-                click.echo(printable(f"{one.key}: {what}{answer['remark']}"), err=True)
+    asked = (desk.ask(action, keys=some) for some in requests(list(messages)))
+    answers = (answer for some in asked for answer in some)
+    treated = say_what_became(
+        answers, action, done, as_json, lambda key: {"account": messages[key].account}
+    )
     if treated and not as_json:
-        click.echo(printable(f"{done}: {_described(treated)}"))
+        click.echo(printable(f"{done}: {_described([messages[key] for key in treated])}"))
     if len(treated) < len(chosen):
         sys.exit(ATTENTION)

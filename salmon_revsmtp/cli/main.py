@@ -18,6 +18,8 @@ from salmon_revsmtp.cli.init import init
 from salmon_revsmtp.cli.options import Options, with_options
 from salmon_revsmtp.cli.plugins import plugins
 from salmon_revsmtp.cli.provider import provider
+from salmon_revsmtp.cli.status import status
+from salmon_revsmtp.cli.undelivered import undelivered, unsent
 from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
 __all__ = ["cli", "main"]
@@ -43,6 +45,8 @@ for _command in (
     plugins,
     demo,
 ):
+    cli.add_command(_command)
+for _command in (status, undelivered, unsent):
     cli.add_command(_command)
 
 

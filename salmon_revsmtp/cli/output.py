@@ -22,7 +22,7 @@ from salmon_revsmtp.foreign import printable
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
 
-__all__ = ["at", "in_a_thread", "print_json", "table", "when"]
+__all__ = ["at", "folded", "in_a_thread", "print_json", "table", "when"]
 
 # Seconds that what is being written has after ctrl-c.
 LAST_WORDS = 1.0
@@ -65,7 +65,7 @@ def table(
         for line in lines:
             click.echo(line)
         if remark:
-            click.echo("\n".join(_folded(remark, width - len(INDENT), INDENT)))
+            click.echo("\n".join(folded(remark, width - len(INDENT), INDENT)))
 
 
 def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
@@ -83,7 +83,7 @@ def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
 
 
 def _side_by_side(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    cells = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
+    cells = [folded(cell, width) for cell, width in zip(row, widths, strict=True)]
     for line in zip_longest(*cells, fillvalue=""):
         parts = [part.ljust(width) for part, width in zip(line, widths, strict=True)]
         yield (" " * GAP).join(parts).rstrip()
@@ -92,13 +92,13 @@ def _side_by_side(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 def _one_below_another(columns: Sequence[str], row: Sequence[str], width: int) -> Iterator[str]:
     label = max(map(len, columns)) + GAP
     for column, cell in zip(columns, row, strict=True):
-        first, *others = _folded(cell, width - label) or [""]
+        first, *others = folded(cell, width - label) or [""]
         yield f"{column:<{label}}{first}"
         yield from (" " * label + other for other in others)
     yield ""
 
 
-def _folded(text: str, width: int, indent: str = "") -> list[str]:
+def folded(text: str, width: int, indent: str = "") -> list[str]:
     """Lines of whole words; a word that is wider than a line is left to the terminal."""
     lines = textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False)
     return [indent + line for line in lines]

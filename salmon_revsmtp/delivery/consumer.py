@@ -263,7 +263,8 @@ class QueueConsumer:
 
     def _set_aside(self, key: str, stored: bytes) -> Reply:
         try:
-            kept = undeliverable_queue(self._undeliverable).keep(stored)
+            reason = f"the process died {CRASHES} times while a handler had it"
+            kept = undeliverable_queue(self._undeliverable).keep_stored(stored, reason)
         except OSError as error:
             log.error("queue=%s key=%s cannot be set aside: %s", self._folder, key, error)
             return disk_reply(error)

@@ -16,13 +16,13 @@ import logging
 import mailbox
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from salmon import queue
 
+from salmon_revsmtp.delivery.waiting import by_age
 from salmon_revsmtp.files import give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -136,11 +136,6 @@ def move_across(target: Any, key: str) -> None:
     if not there.exists():  # nothing is overwritten
         Path(mbox._paths[folder], name).rename(there)
         mbox._toc[key] = f"{other}/{name}"
-
-
-def by_age(keys: Sequence[str]) -> list[str]:
-    """Maildir keys (``seconds.MmicrosecondsPpidQnumber.host``), oldest first."""
-    return sorted(keys, key=lambda key: [int(number) for number in re.findall(r"\d+", key)[:4]])
 
 
 def disk_reply(error: OSError) -> Reply:

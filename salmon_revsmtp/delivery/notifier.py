@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from salmon_revsmtp.delivery.dsn import MAX_LISTED, RecipientStatus
+from salmon_revsmtp.delivery.dsn import RecipientStatus
 from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.reporter import Notice, Reporter
 from salmon_revsmtp.delivery.router import undeliverable_queue
-from salmon_revsmtp.delivery.trace import separator, stored_envelope
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -51,7 +50,7 @@ class Notifier:
             if notice.message is not None:
                 self._outbox.put(envelope.reverse_path, notice.message)
             elif notice.about:
-                self._keep(envelope, notice, message)
+                self._keep(envelope, notice, failed, message)
         except OSError as error:
             self._reporter.take_back(envelope, notice)
             self._say(logging.ERROR, envelope, "the notification was not kept: %s", error)
@@ -63,14 +62,14 @@ class Notifier:
             self._say(logging.INFO, envelope, "wants no notification of %d failures", len(failed))
         return None
 
-    def _keep(self, envelope: Envelope, notice: Notice, message: bytes) -> None:
+    def _keep(
+        self, envelope: Envelope, notice: Notice, failed: Mapping[str, Reply], message: bytes
+    ) -> None:
         """Once for all recipients, however large it is.  Raises :class:`OSError`."""
-        first, *others = [one.recipient for one in notice.about]
-        lines = stored_envelope(envelope, first)
-        if others:
-            named = ",\n ".join([first, *others][:MAX_LISTED])
-            lines += f"X-Failed-Recipients: {named}\n".encode("utf-8", "replace")
-        key = undeliverable_queue().keep(lines, separator(message), message)
+        recipients = [one.recipient for one in notice.about]
+        said = failed[recipients[0]]
+        reason = f"refused with {said}, and its sender is not told: {notice.why_not}"
+        key = undeliverable_queue().keep(envelope, recipients, message, reason)
         self._say(
             logging.INFO if notice.limited else logging.WARNING,
             envelope,

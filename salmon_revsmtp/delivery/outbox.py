@@ -7,25 +7,26 @@ between sent and deleted sends one twice, and loses none.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import smtplib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.parser import BytesHeaderParser
 from pathlib import Path
 from typing import Any
 
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
-from salmon_revsmtp.delivery.trace import envelope_lines, split_envelope
-from salmon_revsmtp.files import FolderLock
+from salmon_revsmtp.delivery.trace import LONGEST_REASON, envelope_lines, split_envelope
+from salmon_revsmtp.files import FolderLock, write_private
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
 
-__all__ = ["UNSENT", "Outbox"]
+__all__ = ["GIVEN_UP", "UNSENT", "Outbox"]
 
 UNSENT = Path("run/unsent")
 
@@ -35,6 +36,9 @@ GIVE_UP = 5 * 86400.0
 # Seconds between two rounds that count as time in which a notification has waited.  Where the clock
 # shows more, it was set, or nothing ran: neither is a reason to give up.
 LONGEST_WAIT = 86400.0
+
+#: What the reason begins with why a notification is undeliverable.
+GIVEN_UP = "a notification that the relay did not take"
 
 # It is the relay, and not this notification.
 _DOWN = (
@@ -58,6 +62,7 @@ class Outbox:
         self._folder = folder.absolute()
         self._down = False
         self._sent: set[str] = set()
+        self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._again = False
@@ -115,16 +120,67 @@ class Outbox:
         except Exception as error:
             log.error("queue=%s notifications cannot be sent: %s", self._folder, error)
 
-    def _send_all(self, waiting: Any) -> None:
-        keys = by_age(waiting.keys())
+    def send_now(self, keys: Sequence[str]) -> Iterator[tuple[str, bool, str]]:
+        """Send these, because a person says so; yields of each its key, whether it was sent, and
+        why not.  Blocks.  Raises :class:`OSError`."""
+        if not self._folder.is_dir():
+            yield from ((key, False, "it is not there") for key in keys)
+            return
+        with FolderLock(self._folder).hold() as lock:
+            if not lock.had:
+                busy = "they are being sent just now, by the server or another command"
+                yield from ((key, False, busy) for key in keys)
+                return
+            waiting = open_queue(self._folder)
+            self._check_writable(keys)
+            reasons = self.reasons()
+            for key in keys:
+                if key not in waiting.keys():
+                    yield key, False, "it is not there any more"
+                    continue
+                self._reasons = {}
+                self._send(waiting, key)
+                reasons.pop(key, None)
+                reasons.update(self._reasons)
+                yield key, key not in waiting.keys(), self._reasons.get(key, "")
+            self._keep_reasons(reasons)
+
+    def reasons(self) -> dict[str, str]:
+        """Why notifications wait, by their keys, as far as they have been tried.  Never raises."""
+        try:
+            found = json.loads((self._folder / "tried").read_text() or "{}")
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _keep_reasons(self, reasons: Mapping[str, str]) -> None:
+        """In the file whose time is that of the last round."""
+        tried = self._folder / "tried"
+        with contextlib.suppress(OSError):
+            before = tried.stat() if tried.exists() else None
+            write_private(tried, json.dumps(dict(reasons)).encode())
+            if before is not None:
+                os.utime(tried, ns=(before.st_mtime_ns, before.st_mtime_ns))
+
+    def _check_writable(self, keys: Sequence[str]) -> None:
         if keys and not os.access(self._folder / "new", os.W_OK):
             # What was sent could not be deleted, and would be sent again.
             raise PermissionError(f"{len(keys)} wait, and the folder cannot be written")
-        if keys:
-            self._mend_ages(keys)
-        for key in keys:
+
+    def _send_all(self, waiting: Any) -> None:
+        keys = by_age(waiting.keys())
+        self._check_writable(keys)
+        if not keys:
+            return
+        self._mend_ages(keys)
+        self._reasons = {}
+        for number, key in enumerate(keys):
             if not self._send(waiting, key):
-                return
+                # What is said of this one is so for those that follow.
+                said = self._reasons.get(key, "")
+                self._reasons.update(dict.fromkeys(keys[number:], said))
+                break
+        self._keep_reasons(self._reasons)
 
     def _send(self, waiting: Any, key: str) -> bool:
         """One of them; ``False`` when the relay takes none just now."""
@@ -141,10 +197,12 @@ class Outbox:
                 self._say(logging.INFO, to, "the relay broke off after the notification")
             elif _for_good(error) or self._age(key) > GIVE_UP:
                 self._say(logging.ERROR, to, f"the notification cannot be sent, given up: {error}")
-                undeliverable_queue().keep(stored)
+                undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {error}")
                 waiting.remove(key)
+                self._reasons[key] = "the relay refuses it for good; it is undeliverable now"
                 return True
             else:
+                self._reasons[key] = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
                 return self._defer(to, error)
         self._down = False
         self._sent.add(key)

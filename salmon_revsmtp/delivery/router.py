@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.bounds import address_excess, excess
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
-from salmon_revsmtp.delivery.trace import separator, stored_envelope
+from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope, with_reason
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.safelog import log_safely
@@ -37,6 +40,7 @@ __all__ = [
     "BUG",
     "DEFAULT_UNDELIVERABLE",
     "Handling",
+    "Retrial",
     "RouterDelivery",
     "delivery_of",
     "undeliverable_queue",
@@ -141,9 +145,11 @@ class Handling:
         """Raises :class:`OSError` when no undeliverable queue can be made."""
         with self._settling:
             if self._kept is None:
-                before = undeliverable_queue(self._place)
-                self._kept = _Kept(before, self._envelope, self._recipient, self._message)
+                self._kept = self._keeper(undeliverable_queue(self._place))
             return self._kept
+
+    def _keeper(self, before: _Undeliverable) -> _Kept:
+        return _Kept(before, self._envelope, self._recipient, self._message)
 
     def _handled(self) -> Reply:
         try:
@@ -168,10 +174,10 @@ class Handling:
             except Exception:
                 self._log(logging.ERROR, "delivery raised", error=True)
                 if not kept.done:
-                    kept.push_quietly()
+                    kept.push_quietly(_raised())
             except SystemExit:
                 self._log(logging.ERROR, "a handler tried to end the process", error=True)
-                kept.push_quietly()
+                kept.push_quietly("a handler tried to end the process")
             if kept.failure is not None:
                 return disk_reply(kept.failure)
             return KEPT if kept.done else DELIVERED
@@ -193,6 +199,36 @@ class Handling:
 
     def _log(self, level: int, what: str, error: bool = False) -> None:
         log_safely(log, level, "recipient=%s %s", *(angle(self._recipient), what), error=error)
+
+
+class Retrial(Handling):
+    """The same for a message that is in the undeliverable queue already: if no handler takes it, it
+    stays where it is.
+
+    ``reason``  why it stays; empty if it need not.
+    """
+
+    @property
+    def reason(self) -> str:
+        if isinstance(self._kept, _Stays) and self._kept.done:
+            return self._kept.reason
+        if self.reply is None or self.reply.positive:
+            return ""
+        return f"{'deferred' if self.reply.transient else 'refused'} with {self.reply}"
+
+    def _keeper(self, before: _Undeliverable) -> _Kept:
+        return _Stays(before, self._envelope, self._recipient, self._message)
+
+
+def _raised() -> str:
+    """Why a message is undeliverable, while Salmon pushes it: it does so where it has caught what a
+    handler raised, and where no route has matched."""
+    error = sys.exc_info()[1]
+    if error is None:
+        return "no route takes it"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}, line {where.lineno}"
+    return f"a handler raised {type(error).__name__}: {error} ({place}; the log has more)"
 
 
 def reply_to_error(error: SMTPError) -> Reply:
@@ -233,7 +269,7 @@ class _Kept:
     def __exit__(self, *raised: object) -> None:
         self._before.delivering.kept = None
 
-    def push(self, reason: str = "the log has the reason above") -> str:
+    def push(self, reason: str) -> str:
         """Store the message, once; returns its key.  Raises :class:`OSError`, and then ``failure``
         is what the delivery has come to."""
         if os.getpid() != self.process:
@@ -251,10 +287,12 @@ class _Kept:
         with self._storing:
             if self.done:
                 return ""
-            lines = stored_envelope(self.envelope, self.recipient)
-            between = separator(self._message)
-            key = push_safely(self._before.original, lines, between, self._message)
+            key = self._put(reason)
             self.done = True
+        return key
+
+    def _put(self, reason: str) -> str:
+        key = self._before.keep(self.envelope, [self.recipient], self._message, reason)
         log_safely(
             log,
             logging.ERROR,
@@ -263,11 +301,21 @@ class _Kept:
         )
         return key
 
-    def push_quietly(self, reason: str = "the log has the reason above") -> None:
+    def push_quietly(self, reason: str) -> None:
         try:
             self.push(reason)
         except OSError as error:
             log_safely(log, logging.ERROR, "undeliverable, and not kept either: %s", error)
+
+
+class _Stays(_Kept):
+    """A message that is in the queue: it is not put there again, but it is known why it stays."""
+
+    reason = ""
+
+    def _put(self, reason: str) -> str:
+        self.reason = reason
+        return ""
 
 
 class _Undeliverable:
@@ -286,12 +334,27 @@ class _Undeliverable:
     def push(self, message: Any) -> Any:
         kept: _Kept | None = getattr(self.delivering, "kept", None)
         if kept is not None and message is kept.request:
-            return kept.push()
+            return kept.push(_raised())
         return self.original.push(message)
 
-    def keep(self, *pieces: bytes) -> str:
-        """Store a message as it is, synced.  Raises :class:`OSError`."""
-        return push_safely(self.original, *pieces)
+    def keep(
+        self, envelope: Envelope, recipients: Sequence[str], message: bytes, reason: str
+    ) -> str:
+        """Store a message that no handler has taken, and why, synced; returns its key.  Raises
+        :class:`OSError`."""
+        lines = undeliverable_envelope(envelope, recipients, reason)
+        return push_safely(self.original, lines, separator(message), message)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is; ``None`` for a queue of someone's own that is in no folder."""
+        mbox = getattr(self.original, "mbox", None)
+        found = getattr(mbox, "_path", None) or getattr(self.original, "dir", None)
+        return Path(found).absolute() if found else None
+
+    def keep_stored(self, stored: bytes, reason: str) -> str:
+        """The same for a message that has its envelope on top."""
+        return push_safely(self.original, with_reason(stored, reason))
 
 
 def delivery_of(message: Any) -> tuple[Envelope, str] | None:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import formatdate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from salmon_revsmtp.foreign import printable, shortened
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.xforward import told, words
 
 __all__ = [
+    "LONGEST_REASON",
     "MAX_HOPS",
     "AddedFields",
     "Named",
@@ -27,7 +29,10 @@ __all__ = [
     "separator",
     "split_envelope",
     "stored_envelope",
+    "undeliverable_envelope",
     "unpack",
+    "unpack_undeliverable",
+    "with_reason",
 ]
 
 # RFC 5321 6.3: that many Received lines are a loop.
@@ -36,6 +41,10 @@ MAX_HOPS = 100
 # RFC 5322 2.1.1: octets of a line, as they should be and as they must be.
 FOLDED_LINE = 78
 LONGEST_LINE = 998
+
+# Characters of a reason that are kept: enough to act on, and one line (RFC 5322 2.1.1), whatever an
+# exception quotes.
+LONGEST_REASON = 300
 
 # Octets of all that plugins add to one message; there are servers that take no header of 64 KiB.
 MAX_ADDED = 16 * 1024
@@ -53,6 +62,8 @@ _OF_MAIL = ("SMTPUTF8", "RET", "ENVID")
 _OF_RCPT = ("NOTIFY", "ORCPT")
 _WORD = re.compile(r"[A-Z0-9]+(?:=[^\x00-\x20=\x7f]+)?")
 _FIELD = re.compile(rb"([!-9;-~]+):([^\n]*)\n")  # blanks are part of the value: see _BLANK
+
+_FAILED = re.compile(rb"x-failed-recipients:([^\n]*(?:\n [^\n]*)*)\n", re.IGNORECASE)
 
 # Around a field's value.  Not what Unicode calls a space: a mailbox may begin with one (RFC 6531).
 _BLANK = " \t\r"
@@ -246,26 +257,86 @@ def unpack(stored: bytes) -> tuple[Envelope, bytes]:
 
     The reverse-path or the recipient is empty where the first lines do not have it.
     """
-    reverse_path, recipient, parameters, message = _split(stored)
-    of_mail, of_rcpt, client = _options(parameters)
-    reverse_path, recipient = reverse_path or "", recipient or ""
+    parts = _split(stored)
+    return _envelope(parts), stored[parts.end :]
+
+
+def _envelope(parts: _Parts) -> Envelope:
+    of_mail, of_rcpt, client = _options(parts.parameters)
+    reverse_path, recipient = parts.reverse_path or "", parts.recipient or ""
     if not (reverse_path + recipient).isascii():
         of_mail = {**of_mail, "SMTPUTF8": ""}
     helo = client.helo if client is not None else ""
     options = of_mail, {recipient: of_rcpt}
-    return Envelope(reverse_path, (recipient,), *options, helo, client=client), message
+    return Envelope(reverse_path, (recipient,), *options, helo, client=client)
 
 
 def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
     """The same as reverse-path, recipient and message; ``None`` for what the first lines do not
     have."""
-    reverse_path, recipient, _, message = _split(stored)
-    return reverse_path, recipient, message
+    parts = _split(stored)
+    return parts.reverse_path, parts.recipient, stored[parts.end :]
 
 
-def _split(stored: bytes) -> tuple[str | None, str | None, str, bytes]:
+# -- what is undeliverable ------------------------------------------------------------------------
+
+
+def undeliverable_envelope(envelope: Envelope, recipients: Sequence[str], reason: str) -> bytes:
+    """:func:`stored_envelope` for what no handler has taken, and why: for the first of
+    ``recipients``, and a line that names them all where there are several."""
+    first, *others = recipients
+    lines = stored_envelope(envelope, first) + _reason_line(reason)
+    if others:
+        named = ",\n ".join(recipients)
+        lines += f"X-Failed-Recipients: {named}\n".encode("utf-8", "replace")
+    return lines
+
+
+def with_reason(stored: bytes, reason: str) -> bytes:
+    """A message with its envelope on top, if it has one, and the reason why it is undeliverable
+    below that, instead of one that is there already."""
+    parts = _split(stored)
+    head = stored[: parts.above] + _reason_line(reason)
+    rest = stored[parts.end :]
+    return head + separator(rest) + rest
+
+
+def unpack_undeliverable(stored: bytes) -> tuple[Envelope, str, bytes]:
+    """What :func:`undeliverable_envelope` stands on top of: the envelope, why the message is
+    undeliverable, and the message.
+
+    The envelope has no recipients where there is no line of ours that names any, and the reason is
+    empty where none was kept.
+    """
+    parts = _split(stored)
+    envelope, message = _envelope(parts), stored[parts.end :]
+    recipients: tuple[str, ...] = (parts.recipient,) if parts.recipient else ()
+    if parts.recipient and (found := _FAILED.match(message)):
+        named = found[1].decode("utf-8", "replace").split(",\n ")
+        if named[0].strip(_BLANK) == parts.recipient:  # the line is ours
+            recipients, message = tuple(one.strip(_BLANK) for one in named), message[found.end() :]
+    return replace(envelope, recipients=recipients), parts.reason, message
+
+
+def _reason_line(reason: str) -> bytes:
+    text = shortened(printable(" ".join(reason.split())), LONGEST_REASON)
+    return f"X-Undeliverable-Reason: {text}\n".encode("utf-8", "replace")
+
+
+class _Parts(NamedTuple):
+    """What our lines on top of a message say; where the envelope ends, and where they end."""
+
+    reverse_path: str | None
+    recipient: str | None
+    parameters: str
+    above: int
+    reason: str
+    end: int
+
+
+def _split(stored: bytes) -> _Parts:
     reverse_path = recipient = None
-    parameters, end = "", 0
+    parameters, reason, end = "", "", 0
     if value := _first_line(stored, end, b"return-path"):
         reverse_path, end = value
         reverse_path = reverse_path.removeprefix("<").removesuffix(">")
@@ -273,7 +344,10 @@ def _split(stored: bytes) -> tuple[str | None, str | None, str, bytes]:
         recipient, end = value
         if value := _first_line(stored, end, b"x-envelope-parameters"):
             parameters, end = value
-    return reverse_path, recipient, parameters, stored[end:]
+    above = end
+    if value := _first_line(stored, end, b"x-undeliverable-reason"):
+        reason, end = value
+    return _Parts(reverse_path, recipient, parameters, above, reason, end)
 
 
 def _first_line(stored: bytes, start: int, name: bytes) -> tuple[str, int] | None:

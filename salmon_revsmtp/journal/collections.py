@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +59,15 @@ class AgentState:
 
     enabled: bool | None = None
     failing_since: float | None = None
+
+
+def _state(database: sqlite3.Connection, agent: str) -> AgentState:
+    row = database.execute(
+        "SELECT enabled, failing_since FROM agents WHERE agent = ?", (agent,)
+    ).fetchone()
+    if row is None:
+        return AgentState()
+    return AgentState(None if row[0] is None else bool(row[0]), row[1])
 
 
 _COLUMNS = ", ".join(Entry.__annotations__)
@@ -117,15 +126,24 @@ class Journal:
     def state(self, agent: str) -> AgentState:
         """What is kept of an agent."""
 
-        def read(database: sqlite3.Connection) -> AgentState:
-            row = database.execute(
-                "SELECT enabled, failing_since FROM agents WHERE agent = ?", (agent,)
-            ).fetchone()
-            if row is None:
-                return AgentState()
-            return AgentState(None if row[0] is None else bool(row[0]), row[1])
+        return self._read(lambda database: _state(database, agent), AgentState())
 
-        return self._read(read, AgentState())
+    def latest(self, agents: Iterable[str]) -> dict[str, tuple[AgentState, Entry | None]]:
+        """What is kept of each of these agents, and its last collection, if it has had one."""
+        names = tuple(agents)
+
+        def read(database: sqlite3.Connection) -> dict[str, tuple[AgentState, Entry | None]]:
+            found = {}
+            for name in names:
+                row = database.execute(
+                    f"SELECT {_COLUMNS} FROM collections WHERE agent = ? "
+                    "ORDER BY started DESC, id DESC LIMIT 1",
+                    (name,),
+                ).fetchone()
+                found[name] = _state(database, name), Entry(*row) if row else None
+            return found
+
+        return self._read(read, {name: (AgentState(), None) for name in names})
 
     def history(self, agent: str | None = None, limit: int = 50) -> list[Entry]:
         """Past collections, newest first."""

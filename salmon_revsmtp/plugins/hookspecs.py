@@ -12,7 +12,8 @@ A hook may be called for several agents at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from salmon_revsmtp.customer.agent import Agent
     from salmon_revsmtp.customer.report import Report
+    from salmon_revsmtp.plugins.facade import Server
     from salmon_revsmtp.service.session import Session
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
@@ -124,6 +126,28 @@ def message_expired(account: str, envelope: Envelope, key: int) -> None:
 def quota_exceeded(account: str, messages: int, octets: int) -> None:
     """At a provider: senders hear 452, because so much is held for ``account``.  Once an hour at
     most."""
+
+
+@hookspec
+def check_settings(settings: ModuleType) -> Sequence[str] | None:
+    """Before anything starts: return what is wrong with your plugin's own settings in the project's
+    settings module, a sentence for each, such as ``alert: after: found '1x', allowed: ...``.  They
+    are said with all others, and the server does not start.  :func:`~salmon_revsmtp.validated`
+    makes them of a pydantic model.  Called for most commands, so it has to be quick."""
+
+
+@hookspec
+def server_started(server: Server) -> None:
+    """The server listens and collects.  Each plugin has a thread of its own for this, which may
+    block.  What is to go on as long as the server runs has a thread of the plugin's own, which this
+    hook starts: a hook that has not returned in five minutes is logged."""
+
+
+@hookspec
+def server_stopping(server: Server) -> None:
+    """The server is about to stop.  Each plugin has a thread of its own for this, too, and as much
+    time as a stop gives messages: 10 seconds.  Called where ``server_started`` was, also if that
+    has not returned yet."""
 
 
 @hookspec

@@ -171,6 +171,35 @@ class Plugins(pluggy.PluginManager):
             )
             return None
 
+    async def call_each_apart(self, hook: str, **arguments: Any) -> None:
+        """Call a hook that is about no agent, each plugin's in a thread of its own: one that blocks
+        keeps no other from it.  Waits for them, but no longer than :data:`HOOK_TIMEOUT`."""
+        import asyncio  # only a server needs it
+
+        running: dict[asyncio.Future[Any], str] = {}
+        for one in getattr(self.hook, hook).get_hookimpls():
+            given = [arguments[name] for name in one.argnames]
+            call = functools.partial(one.function, *given)
+            try:
+                future = apart(f"plugin={one.plugin_name} hook={hook}", call)
+            except RuntimeError as error:  # the machine has no thread to spare
+                log.error("plugin=%s hook=%s is left out: %s", one.plugin_name, hook, error)
+                continue
+            running[asyncio.wrap_future(future)] = one.plugin_name
+        if not running:
+            return
+        try:
+            _, late = await asyncio.wait(running, timeout=HOOK_TIMEOUT)
+        except asyncio.CancelledError:
+            for waiting in running:
+                waiting.cancel()
+            raise
+        for one in late:
+            log.error(
+                "plugin=%s hook=%s has not returned in %g seconds",
+                *(running[one], hook, HOOK_TIMEOUT),
+            )
+
     def implemented(self, hook: str) -> bool:
         """Whether any plugin has this hook, so that no one pays for one that none has."""
         return bool(getattr(self.hook, hook).get_hookimpls())

@@ -15,21 +15,24 @@ in it after a while.  Most such sessions have nothing to do most of the time, an
 thousand of them: one that rests has an alarm, and neither a task nor a frame.
 
 A session that stays open passes transactions on as well, for which a sender waits: they go out
-before what is held, and who waits for one hears what the customer says to it.
+before what is held, and who waits for one hears what the customer says to it.  What is said too
+late for that is its answer to the same message, which is held by then: it does not go out again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.provider.hold.store import Feed, Held, HoldStore, State
-from salmon_revsmtp.provider.settling import Answered, Settler
+from salmon_revsmtp.provider.settling import Answered, Settler, is_for_later
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import PIECE, Content, Octets
 from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.sender import Broken, NotForwarded, Outgoing, Ready, Sender, Sent
 
 __all__ = ["MOST_STRIKES", "HandOver", "Page", "Passing"]
@@ -43,6 +46,8 @@ PAGE_OCTETS = 1024 * 1024
 MOST_STRIKES = 5
 # Transactions in a session, under way or waiting for that, at which no more are passed on.
 MOST_WAITING = 512
+# Answers that came too late for their senders, and are kept until the message comes from the feed.
+MOST_LATE = MOST_WAITING
 # Seconds until what was deferred is tried again in the same session: the first time, and, each time
 # twice as long, at the most.  A session looks for all that waits after so long in any case: an
 # answer that the disk could not take is settled later, and what was deferred waits only then.
@@ -58,6 +63,11 @@ def _made_ready(content: bytes | Content) -> bytes | Content:
     if isinstance(content, bytes) and len(content) > PIECE:
         return Octets(content)
     return content
+
+
+def _ident_of(envelope: Envelope) -> str:
+    """What tells its message from others; ``""``: nothing does."""
+    return envelope.client.ident if envelope.client is not None else ""
 
 
 class Passing:
@@ -118,6 +128,7 @@ class HandOver:
         "_heard_at",
         "_keepalive",
         "_late",
+        "_late_replies",
         "_more",
         "_news",
         "_sender",
@@ -153,6 +164,8 @@ class HandOver:
         # In the order in which they are answered.
         self._under_way: list[Held | Passing] = []
         self._late = 0  # of those under way
+        # By the ident of the message, and the recipient.
+        self._late_replies: OrderedDict[str, Mapping[str, Reply]] = OrderedDict()
         self._stuck = False  # one was late, and nothing has been answered since
         self._alone = False  # the one that is sent now
         self._domains: Collection[str] | None = None
@@ -371,7 +384,12 @@ class HandOver:
         return self._stopped or (self._sender is not None and self._sender.room)
 
     async def _send(self, held: Held, content: bytes | Content) -> None:
-        """Send a message; one over which a session broke goes alone."""
+        """Send a message; one over which a session broke goes alone.  What the customer has said of
+        it already, or is about to, is not asked again."""
+        await self._wait_until(lambda: not self._is_answered_late(held))
+        if replies := self._late_replies_of(held):
+            self._held_answered(held, replies)
+            return
         self._alone = bool(held.strikes)
         if self._alone:
             await self._wait_until(lambda: not self._under_way)
@@ -382,6 +400,23 @@ class HandOver:
         if self._alone:
             await self._wait_until(lambda: not self._under_way)
             self._alone = False
+
+    def _is_answered_late(self, held: Held) -> bool:
+        """This message was passed on, too late for its sender, and is under way still."""
+        return self._late > 0 and any(
+            isinstance(one, Passing)
+            and one.late
+            and one.message.data is not None
+            and _ident_of(one.message.envelope) == _ident_of(held.envelope) != ""
+            for one in self._under_way
+        )
+
+    def _late_replies_of(self, held: Held) -> Sequence[Reply]:
+        """What the customer said of a held message too late for its sender; nothing, if it has not
+        been asked for all of the recipients."""
+        known = self._late_replies.pop(_ident_of(held.envelope), {})
+        replies = [known[one] for one in held.envelope.recipients if one in known]
+        return replies if len(replies) == len(held.envelope.recipients) else ()
 
     async def _wait_until(self, so: Callable[[], bool]) -> None:
         """Wait until something is so.  Raises :class:`ConnectionError` when it never will be."""
@@ -460,27 +495,39 @@ class HandOver:
         self._stuck = False
         if isinstance(key, Passing):
             self._under_way.remove(key)
-            self._late -= key.late
+            if key.late:
+                self._late -= 1
+                self._note_late(sent)
             key.end(sent)
         else:
             assert isinstance(key, Held)
-            self._held_answered(key, sent)
+            self._under_way.remove(key)
+            self._held_answered(key, sent.replies)
         if not self._under_way:
             self.be_patient()
         self.look()
 
-    def _held_answered(self, held: Held, sent: Sent) -> None:
+    def _note_late(self, sent: Sent) -> None:
+        """The customer has answered after all; its message is held, or about to be."""
+        envelope = sent.message.envelope
+        if sent.message.data is None or not sent.asked or not _ident_of(envelope):
+            return
+        replies = dict(zip(envelope.recipients, sent.replies, strict=True))
+        self._late_replies[_ident_of(envelope)] = replies
+        while len(self._late_replies) > MOST_LATE:
+            self._late_replies.popitem(last=False)
+
+    def _held_answered(self, held: Held, replies: Sequence[Reply]) -> None:
         assert self._feed is not None
-        self._under_way.remove(held)
         self.sent += 1
-        if any(reply.transient for reply in sent.replies):
+        if any(is_for_later(reply) for reply in replies):
             if not self._deferred:
                 self._again_at = asyncio.get_running_loop().time() + self._again_in
             self._deferred = True
         elif not self._deferred:
             self._again_in = AGAIN_FIRST
         self._feed.leave([held.key])
-        self._settler.settle(Answered(held, sent.replies))
+        self._settler.settle(Answered(held, replies))
 
     async def _strike(self, held: Held) -> None:
         """The session broke, and this is the message that the customer was answering."""

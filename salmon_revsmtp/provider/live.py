@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from salmon_revsmtp.foreign import ERROR_TEXT, angle, shortened
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.handover import HandOver, Passing
+from salmon_revsmtp.provider.settling import NOT_ABOUT_MAIL
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content
@@ -45,9 +46,9 @@ MESSAGE_IN = 60.0
 MESSAGE_AT_MOST = 300.0
 LEAST_RATE = 64 * 1024
 
-# Refusals of a command's form or order (RFC 5321 4.2.2), and of what a session may do at all, say
-# nothing of the mail.
-_NOT_ABOUT_MAIL = frozenset({500, 501, 502, 503, 504, 530, 534, 535, 538, 555})
+# While a sender waits, a refusal of a command's form or parameters is in doubt as well: the message
+# is held, and goes out again.
+_IN_DOUBT = NOT_ABOUT_MAIL | {501, 555}
 # What a 2yz to RCPT, or to a message, may be (RFC 5321 4.3.2).
 _POSITIVE = frozenset({250, 251, 252})
 
@@ -175,7 +176,7 @@ def _said(sent: Sent) -> Said:
     if not sent.asked:
         return _nothing(sent.message.envelope, f"the customer cannot be sent it: {sent.replies[0]}")
     replies = [
-        None if reply.transient or reply.code in _NOT_ABOUT_MAIL else _passed_on(reply)
+        None if reply.transient or reply.code in _IN_DOUBT else _passed_on(reply)
         for reply in sent.replies
     ]
     missing = [was for was, reply in zip(sent.replies, replies, strict=True) if reply is None]

@@ -23,9 +23,13 @@ from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["Answered", "Notify", "Settler"]
+__all__ = ["NOT_ABOUT_MAIL", "Answered", "Notify", "Settler", "is_for_later"]
 
 log = logging.getLogger(__name__)
+
+# Refusals of a command that we did not get right, or of all that a session may do, say nothing of
+# the mail (RFC 5321 4.2.2, RFC 3207 4, RFC 4954 6): as when the server at home asks for a login.
+NOT_ABOUT_MAIL = frozenset({500, 502, 503, 504, 530, 534, 535, 538})
 
 # Seconds until a hold store that could not settle is tried again.
 RETRY = 5.0
@@ -33,6 +37,11 @@ RETRY = 5.0
 #: Tells a message's sender of recipients that have not got it: its envelope, the replies by
 #: recipient, its octets.  ``None`` when that is safe on disk, or none is owed; else why not.
 Notify = Callable[[Envelope, dict[str, Reply], bytes | Content], Reply | None]
+
+
+def is_for_later(reply: Reply) -> bool:
+    """A held message stays held after this reply of its customer."""
+    return reply.transient or reply.code in NOT_ABOUT_MAIL
 
 
 @dataclass(eq=False)
@@ -123,7 +132,11 @@ class Settler:
     def _notify_of(self, answered: Answered) -> None:
         """Have the sender told of those that refused."""
         held = answered.held
-        refused = {one: reply for one, reply in answered.by_recipient.items() if reply.permanent}
+        refused = {
+            one: reply
+            for one, reply in answered.by_recipient.items()
+            if reply.permanent and not is_for_later(reply)
+        }
         if refused and not answered.told:
             # One whose file is lost meanwhile is told of, too, without its header.
             content = self._store.load([held.key]).get(held.key, b"")
@@ -165,8 +178,8 @@ class Settler:
 
 
 def _settled(answered: Answered) -> Settled:
-    """What an answer comes to: 2yz and 5yz are done with, 4yz stays."""
+    """What an answer comes to: 2yz and 5yz are done with, unless they are for later."""
     replies = answered.by_recipient
-    later = [reply for reply in replies.values() if reply.transient]
-    done = [one for one, reply in replies.items() if not reply.transient]
+    later = [reply for reply in replies.values() if is_for_later(reply)]
+    done = [one for one, reply in replies.items() if not is_for_later(reply)]
     return Settled(answered.held.key, done, f"the customer says {later[-1]}" if later else "")

@@ -36,6 +36,7 @@ from salmon_revsmtp.delivery.outbox import UNSENT, Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
 from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
+from salmon_revsmtp.delivery.retry import Retry
 from salmon_revsmtp.delivery.router import (
     DEFAULT_UNDELIVERABLE,
     RouterDelivery,
@@ -188,6 +189,16 @@ class Collector:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @property
+    def outbox(self) -> Outbox:
+        """Where notifications wait for the relay."""
+        return self._outbox
+
+    @cached_property
+    def retry(self) -> Retry:
+        """What takes undeliverable mail through the handlers again."""
+        return Retry(self.project, self._deliveries, self._outbox, self._turns["router"])
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""

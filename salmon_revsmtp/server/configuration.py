@@ -25,6 +25,7 @@ class Configuration:
     """Valid settings: agents in their order, services by name.
 
     ``accounts``  the customers whose mail is held; ``provider``: how they reach us, if they do.
+    ``module``   the settings module itself, in which plugins have settings of their own.
     ``written``  the domains of each service, and then those that its agents ask for, as a person
                  wrote them: handlers route by these.
     """
@@ -34,6 +35,7 @@ class Configuration:
     written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     accounts: tuple[AccountSettings, ...] = ()
     provider: ProviderSettings | None = None
+    module: ModuleType | None = field(default=None, repr=False)
 
     @property
     def holds(self) -> bool:
@@ -71,7 +73,7 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     provider = getattr(module, "provider", None)
     if provider is not None:
         provider = validated(ProviderSettings, provider, "provider", problems)
-    configuration = Configuration(tuple(agents), services, written, accounts, provider)
+    configuration = Configuration(tuple(agents), services, written, accounts, provider, module)
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
         "recipient would be refused; name the domains"
@@ -86,6 +88,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
             "customer_accounts: missing, so there is no one to hold mail for; allowed: a list of "
             "dicts with name, password and domains"
         )
+    for said in plugins.call("check_settings", settings=module) or ():
+        problems += [str(one) for one in said]
     if problems:
         raise SettingsError(problems)
     return configuration

@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import logging
+import os
 import random
+import sqlite3
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent
@@ -20,6 +27,7 @@ from salmon_revsmtp.customer.schedule import Schedule
 from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
 from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.facade import Server
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.connection import Connection
 from salmon_revsmtp.provider.expiry import CHECK_EVERY
@@ -27,8 +35,10 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
+from salmon_revsmtp.server.health import Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.server.provider_requests import ProviderRequests
+from salmon_revsmtp.server.waiting_requests import WaitingRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
 
 __all__ = ["Daemon"]
@@ -41,6 +51,10 @@ TICK = 15.0
 BLINK = 0.01
 # Seconds until notifications that the relay did not take are tried again.
 NOTIFY_EVERY = 300.0
+# Seconds between two looks at what needs a person.
+LOOK_EVERY = 60.0
+# Seconds that a plugin waits for one.
+LOOK_PATIENCE = 60.0
 # Seconds between two lines of progress to who asked for a collection.
 PROGRESS = 0.2
 
@@ -49,6 +63,15 @@ def awake_or_asleep() -> float:
     """Seconds since boot, on a clock that no one sets and that counts a suspended machine's sleep,
     too, where the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@functools.cache
+def version() -> str:
+    """Of salmon-revsmtp."""
+    try:
+        return metadata.version("salmon-revsmtp")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class Daemon:
@@ -75,11 +98,16 @@ class Daemon:
         self._scheduled: set[asyncio.Task[None]] = set()
         self._held: dict[str, str] = {}
         self._failing: dict[str, float] = {}
-        self._notify_at = self._expire_at = clock()
+        self._notify_at = self._expire_at = self._look_at = clock()
+        self._started = time.time()
+        self._looking, self._blind = asyncio.Lock(), False
+        self._health = Health(collector.configuration, collector.project, memory=True)
+        self._facade: Server | None = None
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self.listeners: list[Listener] = []
         self.provider: Provider | None = None
+        self._waiting = WaitingRequests(collector)
         self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
@@ -119,12 +147,14 @@ class Daemon:
             await self._control.start()
             await self._recall()
             started()
+            self._tell_plugins()
             while not self._stop.is_set():
                 self._start_due()
                 self._send_waiting()
                 await self._end_disabled()
                 await self._note_sessions()
                 self._give_up_old_mail()
+                self._look_after()
                 await self._sleep()
         finally:
             await self._shut_down()
@@ -172,6 +202,80 @@ class Daemon:
             self._spawn(check)
             if self.provider is not None:
                 self.provider.name_the_unseen()
+
+    # -- what needs a person --------------------------------------------------------------------
+
+    def _tell_plugins(self) -> None:
+        """Have the plugins hear that the server runs."""
+        loop = asyncio.get_running_loop()
+
+        def look() -> Findings:
+            looking = self.look()
+            try:
+                return asyncio.run_coroutine_threadsafe(looking, loop).result(LOOK_PATIENCE)
+            except (RuntimeError, concurrent.futures.CancelledError) as error:
+                looking.close()
+                raise RuntimeError("the server has stopped") from error
+            except concurrent.futures.TimeoutError:
+                raise RuntimeError(f"no answer in {LOOK_PATIENCE:g} seconds") from None
+
+        def send(to: str, message: bytes) -> None:
+            self._collector.outbox.put(to, message)
+            self._collector.outbox.send_soon()
+
+        module = self._collector.configuration.module or ModuleType("settings")
+        place = self._collector.project
+        self._facade = Server(module, place, version(), self._started, look=look, send=send)
+        self._spawn(self._plugins.call_each_apart("server_started", server=self._facade))
+
+    def _look_after(self) -> None:
+        if self._clock() >= self._look_at:
+            self._look_at = self._clock() + LOOK_EVERY
+            self._spawn(self._look_and_remember())
+
+    async def _look_and_remember(self) -> None:
+        try:
+            await self.look()
+            self._blind = False
+        except Exception:
+            level = logging.DEBUG if self._blind else logging.ERROR
+            self._blind = True  # one line tells of all that follow
+            log_safely(log, level, "looking for what needs a person", error=True)
+
+    async def look(self) -> Findings:
+        """What there is, and what needs a person."""
+        async with self._looking:
+            live = await self._live()
+            return await asyncio.to_thread(self._health.look, live)
+
+    async def _live(self) -> Live:
+        ahead = time.time() - self._clock()
+        times = {name: self._schedule.next_run(name) for name in self._agents}
+        held: Mapping[str, Holding] = {}
+        hold_error = ""
+        if self._collector.configuration.holds:
+            requests = ProviderRequests(self._collector.providing, self.provider)
+            try:
+                held = await requests.holdings()
+            except (OSError, sqlite3.Error) as error:
+                hold_error = str(error)
+        return Live(
+            os.getpid(),
+            version(),
+            self._started,
+            running=set(self._running),
+            push={name: one.push_since or time.time() for name, one in self._pushing()},
+            failing=dict(self._failing),
+            next={name: at + ahead for name, at in times.items() if at is not None},
+            held=held,
+            undeliverable=await asyncio.to_thread(self._undeliverable),
+            hold_error=hold_error,
+        )
+
+    def _undeliverable(self) -> Path | None:
+        with contextlib.suppress(OSError):
+            return self._collector.retry.folder
+        return None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -278,6 +382,15 @@ class Daemon:
             requests = ProviderRequests(self._collector.providing, self.provider)
             async for answer in requests.answer(request):
                 yield answer
+        elif request.get("do") == "status":
+            # First of all that there is an answer: what follows may have to wait for a slow disk.
+            yield {"pid": os.getpid(), "version": version()}
+            for row in (await self.look()).rows:
+                yield {"row": row}
+            yield {"end": True}
+        elif self._waiting.knows(request):
+            async for answer in self._waiting.answer(request):
+                yield answer
         elif request.get("do") == "collect":
             async for answer in self._answer_collect(request.get("agents", [])):
                 yield answer
@@ -312,7 +425,11 @@ class Daemon:
         for collection, task in self._running.values():
             if not collection.stop():
                 task.cancel()
-        ending: list[asyncio.Future[Any]] = [task for _, task in self._running.values()]
+        telling: list[Coroutine[Any, Any, None]] = []
+        if self._facade is not None:
+            telling = [self._plugins.call_each_apart("server_stopping", server=self._facade)]
+        ending: list[asyncio.Future[Any]] = [*map(asyncio.ensure_future, telling)]
+        ending += [task for _, task in self._running.values()]
         ending += [asyncio.ensure_future(one.stop(self._grace)) for one in self.listeners]
         if self._collector.configuration.holds:
             ending.append(asyncio.ensure_future(self._collector.providing.stop(self._grace)))

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -36,6 +37,7 @@ from salmon_revsmtp.provider.hold.store import Held, State
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.upkeep import Treated, Upkeep
 from salmon_revsmtp.server.control import MOST_KEYS, Answers
+from salmon_revsmtp.server.health import Holding
 from salmon_revsmtp.server.providing import Providing
 from salmon_revsmtp.smtp.content import Content, beginning
 
@@ -80,6 +82,29 @@ class ProviderRequests:
         async for answer in kind(request):
             yield answer
         yield {"end": True}
+
+    async def holdings(self) -> dict[str, Holding]:
+        """What is held for each account, and who of them is there.  Raises :class:`OSError`."""
+        online = Counter(
+            one.account.name
+            for one in (self._provider.sessions if self._provider else ())
+            if one.account is not None and one.reversed_at is not None
+        )
+        held = await asyncio.to_thread(self._holdings)
+        last = self._provider.last_seen if self._provider else lambda name: None
+        return {
+            name: (held.get(name) or Holding())._replace(online=online[name], seen=last(name))
+            for name in {*held, *online}
+        }
+
+    def _holdings(self) -> dict[str, Holding]:
+        store, found = self._providing.store, {}
+        for name, used in store.usages().items():
+            if used.messages:
+                waiting = store.listing(name, messages=1, state=State.WAITING)
+                oldest = waiting[0].arrived if waiting else None
+                found[name] = Holding(used.messages, used.octets, store.aside(name), oldest)
+        return found
 
     # -- accounts and sessions ------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ def names(data: bytes) -> list[str]:
 
 RECIPIENTS = [f"{local}@example.org" for local in LOCAL_PARTS]
 KEPT = ["Return-Path", "Delivered-To", "Received", "From", "To", "Subject"]
+UNDELIVERABLE = [*KEPT[:2], "X-Undeliverable-Reason", *KEPT[2:]]
 ODD_SENDER = "a\u2028Bcc\u0085@example.net"
 
 
@@ -115,11 +116,11 @@ def test_the_queue_keeps_the_envelope_in_two_lines_and_gives_it_back(salmon: Sal
     assert list(inbound.keys()) == []
 
 
-def test_what_no_handler_takes_is_kept_in_two_lines(salmon: Salmon) -> None:
+def test_what_no_handler_takes_is_kept_below_its_envelope_and_the_reason(salmon: Salmon) -> None:
     exchange(salmon, *RECIPIENTS, sender=ODD_SENDER, data=MESSAGE, mail=" SMTPUTF8")
     kept = salmon.undeliverable()
     for one in kept:
-        assert names(one) == KEPT
+        assert names(one) == UNDELIVERABLE
     assert sorted(split_envelope(one)[:2] for one in kept) == sorted(
         (ODD_SENDER, one) for one in RECIPIENTS
     )
@@ -322,7 +323,7 @@ def test_our_header_lines_end_before_a_message_without_a_header_begins(
     if "queue" in mode:
         QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
     data, ours = (
-        (salmon.undeliverable()[0], KEPT[:3])
+        (salmon.undeliverable()[0], UNDELIVERABLE[:4])
         if mode == "undeliverable"
         else (salmon.handled[0].Data, [] if mode == "put into the queue" else ["Received"])
     )
@@ -338,7 +339,10 @@ def test_what_lies_in_the_queue_without_a_header_is_kept_below_the_envelope(
     queue.Queue("run/inbound").push(b"\tDear all\n")
     QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
     [kept] = salmon.undeliverable()
-    assert kept == b"Return-Path: <>\nDelivered-To: \n\n\tDear all"
+    assert names(kept.partition(b"\n\n")[0] + b"\n\n") == UNDELIVERABLE[:3]
+    assert kept.startswith(b"Return-Path: <>\nDelivered-To: \n") and kept.endswith(
+        b"\n\n\tDear all"
+    )
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -461,7 +465,7 @@ def test_what_a_plugin_adds_stands_between_our_line_and_the_message(
         QueueConsumer(relay=lambda: salmon.relay).start(one_shot=True)
     added = ["X-Envelope-Parameters", "Delivered-To"]
     kept, ours = (
-        (salmon.undeliverable()[0], [*KEPT[:3], *added])
+        (salmon.undeliverable()[0], [*UNDELIVERABLE[:4], *added])
         if mode == "undeliverable"
         else (salmon.handled[0].Data, ["Received", *added])
     )

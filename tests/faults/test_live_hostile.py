@@ -237,3 +237,80 @@ def test_what_senders_ask_that_are_gone_is_asked_no_more(salmon: Salmon) -> None
         dialogue.abort()
 
     in_the_world(salmon, main)
+
+
+@pytest.mark.parametrize(
+    ("says", "held", "told"),
+    [
+        ("250 2.0.0 taken", 0, 0),
+        ("550 5.7.1 no thanks", 0, 1),
+        ("451 4.3.0 later", 1, 0),
+        ("530 5.7.0 authenticate first", 1, 0),
+    ],
+)
+def test_an_answer_that_comes_late_settles_what_is_held(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, says: str, held: int, told: int
+) -> None:
+    """A customer that does not know a message again is not sent it twice."""
+    monkeypatch.setattr(live, "MESSAGE_IN", 0.5)
+
+    async def main(here: World) -> None:
+        dialogue = Dialogue(*await asyncio.open_connection("127.0.0.1", here.odmr))
+        await Customer(dialogue, b"", False, "").open()
+        await dialogue.asks("EHLO", "250 home")
+        providing = here.collector.providing
+        await here.until(lambda: providing.live.verdict("b@example.org") is not None)
+        async with connected(here.mx) as line:
+            await line.hear()
+            await line.ask("EHLO sender.example.net")
+            await line.ask("MAIL FROM:<a@example.net>")
+            line.say(b"RCPT TO:<b@example.org>\r\n")
+            for command in ("MAIL", "RCPT", "RSET"):
+                await dialogue.asks(command, "250 ok")
+            assert (await line.hear()).code == 250
+            assert (await line.ask("DATA")).code == 354
+            line.say(message("one") + b".\r\n")
+            for command in ("MAIL", "RCPT"):
+                await dialogue.asks(command, "250 ok")
+            await dialogue.asks("DATA", "354 go on")
+            while await dialogue.hear() != ".":
+                pass
+            assert "held as" in (await line.hear()).text
+            [one] = here.held()
+            # What is held after it goes out, and it does not.
+            here.hold("b@example.org", data=message("two"))
+            dialogue.say(says)
+            if not says.startswith("250"):
+                await dialogue.asks("RSET", "250 ok")
+            await dialogue.asks("MAIL", "250 ok")
+            await dialogue.asks("RCPT", "250 ok")
+            await dialogue.asks("DATA", "354 go on")
+            lines = []
+            while (content := await dialogue.hear()) != ".":
+                lines.append(content)
+            assert "Subject: two" in lines
+            dialogue.say("250 ok")
+            await here.until(lambda: len(here.held()) == held)
+            assert [found.key for found in here.held()] == [one.key] * held
+            assert all(says[:3] in found.reason for found in here.held())
+        dialogue.abort()
+
+    in_the_world(salmon, main)
+    assert len(salmon.relayed) == told
+
+
+def test_what_a_customer_says_of_the_session_returns_no_mail(salmon: Salmon) -> None:
+    """Its server at home wants a login: its owner's mistake is no reason to refuse held mail."""
+
+    async def main(here: World) -> None:
+        key = here.hold("b@example.org")
+        dialogue = Dialogue(*await asyncio.open_connection("127.0.0.1", here.odmr))
+        await Customer(dialogue, b"", False, "").open()
+        await dialogue.asks("EHLO", "250 home")
+        await dialogue.asks("MAIL", "530 5.7.0 authenticate first")
+        await here.until(lambda: "530" in here.held()[0].reason)
+        assert [one.key for one in here.held()] == [key]
+        dialogue.abort()
+
+    in_the_world(salmon, main)
+    assert salmon.relayed == []

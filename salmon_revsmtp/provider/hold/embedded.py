@@ -56,7 +56,7 @@ from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content, Traits
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 
-__all__ = ["EmbeddedStore"]
+__all__ = ["EmbeddedStore", "glance"]
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,33 @@ _USED = (
     "INSERT INTO usage (account, messages, octets) VALUES (?, ?, ?) ON CONFLICT (account) "
     "DO UPDATE SET messages = messages + excluded.messages, octets = octets + excluded.octets"
 )
+
+
+def glance(folder: Path) -> dict[str, tuple[int, int, int, float | None]]:
+    """What is held in ``folder``, without a store being opened, so that it may be another's: by
+    account the messages, their octets, how many are set aside, and when the oldest of the others
+    came.  Empty where that cannot be read."""
+    index = (folder / "index.sqlite3").absolute()
+    found: dict[str, tuple[int, int, int, float | None]] = {}
+    with contextlib.suppress(sqlite3.Error):
+        reader = sqlite3.connect(f"{index.as_uri()}?mode=ro", uri=True, timeout=1.0)
+        with contextlib.closing(reader):
+            reader.isolation_level = None
+            reader.execute("BEGIN")
+            aside: Counter[str] = Counter()
+            oldest: dict[str, float] = {}
+            for account, state, number, first in reader.execute(
+                "SELECT account, state, count(*), min(id) FROM held GROUP BY account, state"
+            ).fetchall():
+                if state == State.ASIDE:
+                    aside[account] = number
+                else:
+                    row = reader.execute("SELECT arrived FROM held WHERE id = ?", (first,))
+                    [oldest[account]] = row.fetchone()
+            for account, *used in reader.execute("SELECT account, messages, octets FROM usage"):
+                if used[0]:
+                    found[account] = (*used, aside[account], oldest.get(account))
+    return found
 
 
 class EmbeddedStore:

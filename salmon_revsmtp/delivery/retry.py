@@ -1,0 +1,207 @@
+"""Undeliverable mail, taken through the handlers once more because a person says so.
+
+The order is that of queue mode: handled, recorded, deleted.  A crash before the record leaves the
+message, and the one delivery in progress may be done twice.  A crash after it leaves a file that
+the next try deletes without asking a handler.  A message that some recipients do not get stays,
+with its key and the new reason: its file is replaced by one that names only these.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from salmon_revsmtp.delivery.outbox import GIVEN_UP, Outbox
+from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE, Retrial, undeliverable_queue
+from salmon_revsmtp.delivery.trace import (
+    separator,
+    undeliverable_envelope,
+    unpack_undeliverable,
+)
+from salmon_revsmtp.delivery.waiting import WaitingMail
+from salmon_revsmtp.files import FolderLock, sync_folder, write_private
+from salmon_revsmtp.foreign import angle
+from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
+from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.envelope import Envelope
+from salmon_revsmtp.threads import apart
+
+__all__ = ["Retried", "Retry"]
+
+# Seconds for the handlers of one message: as long as a client waits for them by default
+# (``handler_timeout``).
+PATIENCE = 300.0
+# Seconds that a delivery is remembered.  It matters only until the message's file is replaced or
+# deleted, which the next try does if this one died.
+REMEMBERED = 365 * 86400.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retried:
+    """What became of a message: ``done``, and it is gone from the queue, or ``remark`` says why it
+    is still there."""
+
+    key: str
+    done: bool
+    remark: str = ""
+
+
+class Retry:
+    """Takes undeliverable mail through the handlers of this process.
+
+    ``project``  its folder.
+    ``journal``  where deliveries are recorded.
+    ``outbox``   where notifications go, which are undeliverable, too, if the relay refuses them.
+    ``turn``     held while a handler runs: they run one at a time.
+    """
+
+    def __init__(
+        self,
+        project: Path,
+        journal: DeliveryJournal,
+        outbox: Outbox,
+        turn: threading.Lock,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._project, self._journal, self._outbox = project, journal, outbox
+        self._turn, self._patience = turn, patience
+        self._place = project / DEFAULT_UNDELIVERABLE
+
+    @property
+    def folder(self) -> Path | None:
+        """Where undeliverable mail is; ``None`` if the project's queue is in no folder.  Raises
+        :class:`OSError`."""
+        return undeliverable_queue(self._place).folder
+
+    def retry(self, keys: Sequence[str], to: str | None = None) -> Iterator[Retried]:
+        """Try messages again, one after another; for ``to`` if it is not known for whom they are.
+        Blocks.  Two processes never do this at once.  Raises :class:`OSError`."""
+        folder = self.folder
+        if folder is None or not folder.is_dir():
+            yield from (Retried(key, False, "it is not there") for key in keys)
+            return
+        with FolderLock(folder).hold() as lock:
+            for key in keys:
+                if lock.had:
+                    yield self._retry(WaitingMail(folder), key, to)
+                else:
+                    yield Retried(key, False, "another process is at work on this queue just now")
+
+    def _retry(self, waiting: WaitingMail, key: str, to: str | None) -> Retried:
+        try:
+            path = waiting.path(key)
+            stored = waiting.read(key)
+            if path is None or stored is None:
+                return Retried(key, False, "it is not there any more")
+            if not os.access(path.parent, os.W_OK):
+                # What was handled could not be deleted, and would be handled again.
+                return Retried(key, False, f"it is not tried, for {path.parent} cannot be written")
+            return self._try(waiting, key, path, stored, to)
+        except OSError as error:
+            return Retried(key, False, f"reading or writing it: {error}")
+
+    def _try(
+        self, waiting: WaitingMail, key: str, path: Path, stored: bytes, to: str | None
+    ) -> Retried:
+        envelope, reason, message = unpack_undeliverable(stored)
+        if reason.startswith(GIVEN_UP) and not envelope.reverse_path:
+            return self._send_again(waiting, key, envelope.recipients, message)
+        recipients = envelope.recipients
+        if not recipients:
+            recipients, envelope = self._guessed(waiting, key, envelope, to)
+            if len(recipients) != 1:
+                return Retried(key, False, _unknown(recipients))
+        name = MessageKey.of(f"undeliverable {path.name}", envelope.reverse_path, message)
+        known = self._journal.known(name, recipients, REMEMBERED)
+        left: dict[str, str] = {}
+        for recipient in recipients:
+            if recipient in known:
+                continue
+            why = self._handle(name, envelope, recipient, message)
+            if why:
+                left[recipient] = why
+        if not left:
+            waiting.drop(key)
+            return Retried(key, True)
+        remark = next(iter(left.values()))
+        self._replace(path, envelope, list(left), message, remark)
+        return Retried(key, False, remark)
+
+    def _guessed(
+        self, waiting: WaitingMail, key: str, envelope: Envelope, to: str | None
+    ) -> tuple[tuple[str, ...], Envelope]:
+        """Of a message that Salmon's own receiver took: its header has what is known."""
+        found = waiting.find(key)
+        recipients = found.recipients if found is not None else ()
+        sender = found.sender if found is not None else ""
+        return (to,) if to else recipients, Envelope(sender, recipients, client=envelope.client)
+
+    def _handle(self, name: MessageKey, envelope: Envelope, recipient: str, message: bytes) -> str:
+        """Have one recipient's handlers take it; returns why they have not, if they have not."""
+        peer = envelope.peer or ("undelivered", 0)
+        trial = Retrial(peer, envelope, recipient, message, self._place)
+
+        def handle() -> None:
+            try:
+                trial.run()
+            finally:
+                # One that hangs keeps the others waiting, as in any delivery.
+                self._turn.release()
+
+        if not self._turn.acquire(timeout=self._patience):
+            return f"not tried: another handler has not returned in {self._patience:g} seconds"
+        try:
+            running = apart("retry", handle)
+        except RuntimeError as error:  # the machine has no thread to spare
+            self._turn.release()
+            return f"not tried: {error}"
+        try:
+            running.result(self._patience)
+        except concurrent.futures.TimeoutError:
+            trial.give_up(f"not handled in {self._patience:g} seconds; the handler still runs")
+        assert trial.reply is not None
+        if not trial.reason:
+            self._journal.record(name, recipient, trial.reply, REMEMBERED)
+        log_safely(
+            log,
+            logging.WARNING if trial.reason else logging.INFO,
+            "undelivered from=%s to=%s tried again: %s",
+            *(angle(envelope.reverse_path), angle(recipient), trial.reason or "delivered"),
+        )
+        return trial.reason
+
+    def _replace(
+        self,
+        path: Path,
+        envelope: Envelope,
+        recipients: Sequence[str],
+        message: bytes,
+        reason: str,
+    ) -> None:
+        """Have the file name these recipients, and this reason; a crash leaves one or the other."""
+        lines = undeliverable_envelope(envelope, recipients, reason)
+        beside = path.parent.parent / "tmp" / path.name
+        write_private(path, lines, separator(message), message, beside=beside)
+        sync_folder(path.parent)
+
+    def _send_again(
+        self, waiting: WaitingMail, key: str, recipients: Sequence[str], message: bytes
+    ) -> Retried:
+        """A notification is for a relay, not for handlers."""
+        for one in recipients:
+            self._outbox.put(one, message)
+        waiting.drop(key)
+        self._outbox.send_soon()
+        return Retried(key, True, "a notification: it goes to the relay again, see unsent")
+
+
+def _unknown(recipients: Sequence[str]) -> str:
+    what = "names several addresses" if recipients else "names no address"
+    return f"its envelope was not kept, and its To {what}: say for whom it is with --to ADDRESS"
