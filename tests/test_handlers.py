@@ -129,6 +129,27 @@ def test_mail_of_salmons_own_receiver_is_stored_as_well(
     ]
 
 
+def test_a_first_line_that_is_no_header_does_not_become_a_part_of_the_envelope(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(monkeypatch, "maildir")
+    Router.deliver(MailRequest("peer", "ann@example.net", "bob@example.org", " eve@example.com\n"))
+    assert stored()["bob@example.org"] == [
+        b"Return-Path: <ann@example.net>\nDelivered-To: bob@example.org\n\n eve@example.com\n"
+    ]
+
+
+def test_a_handler_that_sends_a_message_elsewhere_makes_no_mailbox(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def readdresses(message: MailRequest) -> None:
+        message.To = "eve@example.org"
+
+    salmon.handle(".*", readdresses)
+    load(monkeypatch, "maildir", mailboxes=["bob@example.org"])
+    assert str(deliver()) == "550 5.1.1 no such mailbox here"
+
+
 def test_a_handler_that_is_imported_again_goes_on(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +391,7 @@ def test_any_name_is_one_that_the_file_system_takes(
     [
         ("maildir", {"maildirs": 17}, "maildirs: found 17, allowed: a folder"),
         ("maildir", {"maildirs": ""}, "maildirs: found '', allowed: a folder"),
+        ("maildir", {"maildirs": "~no.one/x"}, "maildirs: found '~no.one/x' (Could not determine"),
         (
             "maildir",
             {"mailboxes": "bob@example.org"},

@@ -765,3 +765,33 @@ def test_what_comes_glued_to_the_answer_to_starttls_is_no_reply(after: str) -> N
     peer = Peer("STARTTLS", starttls=True)
     peer.say("220 go ahead", "250 evil")
     assert isinstance(peer.events[-1], Broken)
+
+
+# -- LMTP, and a peer that is not trusted to count ------------------------------------------------
+
+
+def test_lmtp_says_lhlo_and_never_helo() -> None:
+    sender = Sender("mail.example.org", lmtp=True)
+    sender.receive_bytes(b"220 store\r\n")
+    assert sender.data_to_send() == [b"LHLO mail.example.org\r\n"]
+    [event] = sender.receive_bytes(b"500 5.5.2 what?\r\n")
+    assert event == Broken("the peer answers LHLO with 500 5.5.2 what?")
+
+
+def test_by_lmtp_a_message_has_one_recipient() -> None:
+    """There would be a reply for each of several."""
+    sender = Sender("mail.example.org", lmtp=True)
+    with pytest.raises(ValueError, match="one recipient"):
+        sender.send(outgoing("a@example.org", "b@example.org"))
+
+
+def test_without_chunking_content_waits_for_the_354_of_a_peer_that_offers_it() -> None:
+    sender = Sender("mail.example.org", chunking=False)
+    sender.receive_bytes(b"220 peer\r\n")
+    sender.data_to_send()
+    sender.receive_bytes(b"250-peer\r\n250-PIPELINING\r\n250 CHUNKING\r\n")
+    sender.send(outgoing())
+    commands = b"".join(sender.data_to_send())
+    assert commands == b"MAIL FROM:<a@example.net>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
+    sender.receive_bytes(b"250 ok\r\n250 ok\r\n354 go\r\n")
+    assert b"".join(sender.data_to_send()) == STUFFED

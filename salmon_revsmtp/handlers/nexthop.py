@@ -60,6 +60,8 @@ PART = 0.8
 IDLE = 15.0
 # Seconds in which a server is not asked that did not answer in time.
 PAUSE = 30.0
+# Seconds after a line about trouble before one about another trouble.
+SILENCE = 60.0
 # Seconds for a QUIT to be written; its answer changes nothing.
 GOODBYE = 1.0
 
@@ -337,6 +339,7 @@ class NextHop:
         self._lock = threading.Lock()
         self._closing: threading.Timer | None = None
         self._trouble = ""
+        self._silent_until = 0.0
         self._asked_again = 0.0
         self._tls = True
         self._descriptors = contextlib.ExitStack()
@@ -409,18 +412,20 @@ class NextHop:
             self._in_trouble(_Trouble(f"it answers {reply}"))
             return NOT_US
         if self._trouble:
-            self._trouble = ""
+            self._trouble, self._silent_until = "", 0.0
             log_safely(log, logging.INFO, "%s takes mail again", self)
         return reply
 
     def _in_trouble(self, trouble: _Trouble) -> None:
         """Say so once for each trouble, not for each message."""
+        now, text = time.monotonic(), str(trouble)
         if trouble.slow:
-            self._asked_again = time.monotonic() + PAUSE
-        if not self._trouble:
-            text = "%s %s; mail for it is answered with 451, and its senders keep it"
-            log_safely(log, logging.ERROR, text, self, trouble)
-        self._trouble = str(trouble)
+            self._asked_again = now + PAUSE
+        if text != self._trouble and now >= self._silent_until:
+            line = "%s %s; mail for it is answered with 451, and its senders keep it"
+            log_safely(log, logging.ERROR, line, self, trouble)
+            # A server may say something else each time.
+            self._trouble, self._silent_until = text, now + SILENCE
 
     def __str__(self) -> str:
         return f"{self._protocol}_server={self._server}"

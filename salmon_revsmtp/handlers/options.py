@@ -47,7 +47,10 @@ def folder(name: str, default: str) -> Path:
         value = default
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise _wrong(name, value, FOLDER)
-    return PROJECT / Path(value).expanduser()
+    try:
+        return PROJECT / Path(value).expanduser()
+    except RuntimeError as error:  # ~someone, who is not there
+        raise _wrong(name, value, FOLDER, str(error)) from None
 
 
 def addresses(name: str) -> list[Mailbox] | None:
