@@ -221,7 +221,7 @@ def test_a_death_while_one_is_told_does_not_tell_the_other_twice(tmp_path: Path)
     rig.send = dies  # type: ignore[method-assign]
     with pytest.raises(Death):
         rig.look(HOUR)
-    del rig.send  # type: ignore[method-assign]
+    del rig.send
     rig.start()
     assert rig.look(HOUR + 60) == []
     assert (len(rig.told), len(rig.mails)) == (1, 1)

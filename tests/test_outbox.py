@@ -299,3 +299,41 @@ def listening(quits: bool = True) -> Iterator[tuple[int, list[str]]]:
         finally:
             server.shutdown()
             thread.join()
+
+
+# -- because a person says so ----------------------------------------------------------------------
+
+
+def test_chosen_ones_go_now_and_each_has_its_own_answer(salmon: Salmon, relay: Relay) -> None:
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net", "bob@example.net", "cid@example.net", "dan@example.net")
+    ann, bob, cid, dan = by_age(keys())
+    relay.fails = {
+        "bob@example.net": smtplib.SMTPDataError(451, b"later"),
+        "cid@example.net": smtplib.SMTPDataError(554, b"never"),
+    }
+    answers = list(outbox.send_now([ann, bob, cid, "17"]))
+    assert [(key, done) for key, done, _ in answers] == [
+        (ann, True),
+        (bob, False),
+        (cid, False),
+        ("17", False),
+    ]
+    assert "later" in answers[1][2] and "undeliverable now" in answers[2][2]
+    assert by_age(keys()) == [bob, dan] and len(salmon.undeliverable()) == 1
+    assert "later" in outbox.reasons()[bob]
+    assert [to for _, to, _ in relay.sent] == ["ann@example.net"]
+
+
+def test_what_is_said_while_the_relay_is_down_is_kept_for_all_that_wait(relay: Relay) -> None:
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net", "bob@example.net")
+    relay.fails["*"] = ConnectionRefusedError("no relay")
+    outbox.send()
+    assert set(outbox.reasons()) == set(keys())
+    assert all("no relay" in one for one in Outbox(lambda: relay).reasons().values())
+    before = Path("run/unsent/tried").stat()
+    list(outbox.send_now(keys()))
+    after = Path("run/unsent/tried").stat()
+    assert after.st_mtime_ns == before.st_mtime_ns, "the time of the last round is as before"
+    assert after.st_mode & 0o777 == 0o600

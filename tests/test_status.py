@@ -235,6 +235,11 @@ def test_that_no_server_runs_needs_a_person_where_one_should(
     settings["agents"] = agents
 
 
+def test_an_agent_that_someone_has_disabled_needs_no_server(place: Place) -> None:
+    Journal(place.folder / "run/revsmtp.sqlite3").set_enabled("isp", False)
+    assert place.health(agent_keys(1), memory=False).look(None).troubles == []
+
+
 def test_the_log_says_once_what_begins_and_once_that_it_is_over(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:

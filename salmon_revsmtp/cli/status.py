@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,12 +100,12 @@ def _show(rows: Sequence[Row]) -> None:
     """On a terminal: trouble first, and nothing wider than it."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
     if not any(row["status"] == "trouble" for row in rows):
-        click.secho("Nothing needs you.", bold=True)
+        _heading("Nothing needs you.")
     for kind, heading in HEADINGS.items():
         these = [_cells(row) for row in rows if row["status"] == kind]
         if not these:
             continue
-        click.secho(heading, bold=True, fg="red" if kind == "trouble" else None)
+        _heading(heading, "red" if kind == "trouble" else None)
         label = 0 if kind == "trouble" else max(len(name) for _, name, *_ in these)
         for _, name, *texts in these:
             indent = INDENT + (" " * (label + 2) if label else "")
@@ -112,6 +113,11 @@ def _show(rows: Sequence[Row]) -> None:
             if label:
                 lines[0] = f"{INDENT}{printable(name):<{label}}  {lines[0].lstrip()}"
             click.echo("\n".join(lines))
+
+
+def _heading(text: str, colour: str | None = None) -> None:
+    """Without colours where NO_COLOR is set to anything (no-color.org)."""
+    click.echo(text if os.environ.get("NO_COLOR") else click.style(text, bold=True, fg=colour))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

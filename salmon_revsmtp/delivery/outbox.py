@@ -22,6 +22,7 @@ from typing import Any
 from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import LONGEST_REASON, envelope_lines, split_envelope
+from salmon_revsmtp.delivery.waiting import WaitingMail
 from salmon_revsmtp.files import FolderLock, write_private
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
@@ -131,18 +132,18 @@ class Outbox:
                 busy = "they are being sent just now, by the server or another command"
                 yield from ((key, False, busy) for key in keys)
                 return
-            waiting = open_queue(self._folder)
+            waiting, files = open_queue(self._folder), WaitingMail(self._folder)
             self._check_writable(keys)
             reasons = self.reasons()
             for key in keys:
-                if key not in waiting.keys():
+                if files.path(key) is None:
                     yield key, False, "it is not there any more"
                     continue
                 self._reasons = {}
                 self._send(waiting, key)
                 reasons.pop(key, None)
                 reasons.update(self._reasons)
-                yield key, key not in waiting.keys(), self._reasons.get(key, "")
+                yield key, key not in self._reasons, self._reasons.get(key, "")
             self._keep_reasons(reasons)
 
     def reasons(self) -> dict[str, str]:

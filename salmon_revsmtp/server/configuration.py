@@ -73,7 +73,9 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     provider = getattr(module, "provider", None)
     if provider is not None:
         provider = validated(ProviderSettings, provider, "provider", problems)
-    configuration = Configuration(tuple(agents), services, written, accounts, provider, module)
+    configuration = Configuration(
+        tuple(agents), services, written, accounts, provider, module=module
+    )
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
         "recipient would be refused; name the domains"

@@ -65,6 +65,8 @@ _LOGGED = ("agent:", "server")
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+#: By agent: what the journal keeps of it, and its last collection.
+_Kept = Mapping[str, tuple[AgentState, Entry | None]]
 
 
 class Holding(NamedTuple):
@@ -162,7 +164,7 @@ class Health:
         held = live.held if live is not None else self._held()
         queues = list(self._queues(live))
         found = [
-            *self._server(live, silent),
+            *self._server(kept, live, silent),
             *self._failing(agents.values(), kept, live),
             *self._disks([one.folder for one in queues]),
             *self._certificates(),
@@ -183,25 +185,26 @@ class Health:
 
     # -- what needs a person --------------------------------------------------------------------
 
-    def _server(self, live: Live | None, silent: bool) -> Iterator[Trouble]:
+    def _server(self, kept: _Kept, live: Live | None, silent: bool) -> Iterator[Trouble]:
         if silent:
             yield Trouble(
                 "server",
                 "The server does not answer: it is stopped or stuck. What is below is what the "
                 "disk says. See its log, and restart it.",
             )
-        elif live is None and self._is_to_run():
+        elif live is None and self._is_to_run(kept):
             yield Trouble(
                 "server",
                 "No server runs in this project, so nothing is collected on schedule and nothing "
                 "listens. Start it with `salmon start` or `salmon-revsmtp run`.",
             )
 
-    def _is_to_run(self) -> bool:
+    def _is_to_run(self, kept: _Kept) -> bool:
         """There is something that only a server does."""
         configuration = self._configuration
         scheduled = any(
-            one.settings.enabled and one.settings.every is not None for one in configuration.agents
+            one.settings.every is not None and _enabled(one, kept[one.name][0])
+            for one in configuration.agents
         )
         listening = any(one.listen for one in configuration.services.values())
         return scheduled or listening or configuration.provider is not None
@@ -209,7 +212,7 @@ class Health:
     def _failing(
         self,
         agents: Iterable[Agent],
-        kept: Mapping[str, tuple[AgentState, Entry | None]],
+        kept: _Kept,
         live: Live | None,
     ) -> Iterator[Trouble]:
         for agent in agents:
