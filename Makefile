@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 # What `make test` runs, each file's tests in one process.
 SHORT = -n auto --dist loadfile -m "not interop and not long"
 
-.PHONY: bench coverage demo test faults fuzz interop lint types docs wheel clean
+.PHONY: bench coverage demo test faults fuzz interop clock lint types docs wheel clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
@@ -48,6 +48,10 @@ $(VENV)/.fuzz-ready: $(READY)
 # Against real servers; tests/interop/install-server provides them (as root).
 interop: $(READY)
 	$(BIN)/python -m pytest -m interop
+
+# A VPS and a home by the README's commands, from two empty folders to mail at home: how long it takes.
+clock: $(READY)
+	$(BIN)/python tests/two_ends.py --install
 
 # Beside its peers, those that are here; QUICK=1 only shows that it works.
 bench: $(READY)

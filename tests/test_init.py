@@ -288,6 +288,9 @@ def test_systemd_takes_the_unit(tmp_path: Path, end: str) -> None:
         ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    escaped = str(folder).replace("%", "%%")  # systemd expands what begins with %
+    assert f"\nWorkingDirectory={escaped}\n" in unit.read_text()
+    assert f'\nReadWritePaths="{escaped}/run" "{escaped}/logs"\n' in unit.read_text()
     assert ("CAP_NET_BIND_SERVICE" in unit.read_text()) is (end == "provider")
 
 
@@ -313,9 +316,19 @@ def test_a_customer_collects_what_the_line_says_and_stores_it(
             "every": 10,
         }
     ]
-    assert found.smtp_services == {"default": {"hostname": "mail.example.org"}}
+    assert found.smtp_services == {
+        "default": {"hostname": "mail.example.org", "unknown_recipients": "refuse"}
+    }
     assert found.handlers == ["salmon_revsmtp.handlers.maildir"]
     assert found.maildirs == "run/mail"
+
+
+def test_a_customer_has_the_mailboxes_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["ann@example.org", "postmaster@example.org"]
+    customer(tmp_path / "c", *(word for one in named for word in ("--mailbox", one)))
+    assert settings(tmp_path / "c", monkeypatch).mailboxes == named
 
 
 @pytest.mark.parametrize(
@@ -342,6 +355,8 @@ def test_a_customer_hands_its_mail_on(
         ("--lmtp", "localhost:24", "--smtp", "localhost:25"),
         ("--lmtp", "unix:run/lmtp"),
         ("--name", "a b"),
+        ("--mailbox", "bob"),
+        ("--mailbox", "bob@example.org", "--lmtp", "localhost:24"),
         ("--hostname", "a b"),
     ],
 )
@@ -402,13 +417,16 @@ def test_with_force_it_shows_what_changes_and_a_customer_still_gets_in(tmp_path:
     first = parse(join_line(provider(tmp_path / "p")))
     with (tmp_path / "p/.env").open("a") as env:
         env.write("# old: hunter1\nOTHER_PASSWORD='hunter2'\n")
+    with (tmp_path / "p/config/settings.py").open("a") as module:
+        module.write("relay_config = {'password': 'hunter3', 'x': 'y'}\n")
+        module.write('API_TOKEN = r"hunter4"  # revsmtp://a:hunter5@h\n')
     (tmp_path / "p/config/consumer.py").unlink()
     done = provider(tmp_path / "p", "--domain", "example.com", "--force")
     second = parse(join_line(done))
     assert '+        "domains": ["example.org", "example.com"],' in done.stdout
     assert "config/consumer.py: new" in done.stdout
     assert (second.password, second.fingerprint) == (first.password, first.fingerprint)
-    assert "hunter" not in done.stdout
+    assert "hunter" not in done.stdout and '-API_TOKEN = r"(hidden)"' in done.stdout
     assert value_of((tmp_path / "p/.env").read_text(), "OTHER_PASSWORD") == "hunter2"
     assert not list((tmp_path / "p").glob(".init-*"))
 
@@ -537,7 +555,7 @@ def test_what_root_makes_belongs_to_the_user_who_runs_it(tmp_path: Path) -> None
     )
     os.chown(private, 0, 0)
     done = provider(tmp_path / "q", "--tls-cert", private / "both.pem")
-    assert f"nobody, who is to run the server, cannot read {private}/both.pem" in done.stderr
+    assert f"nobody, who is to run the server, cannot use {private}/both.pem" in done.stderr
 
 
 # -- DNS ------------------------------------------------------------------------------------------

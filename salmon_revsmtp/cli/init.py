@@ -142,6 +142,14 @@ def provider(options: Options, directory: str, **given: Any) -> None:
 )
 @click.option("--smtp", metavar="HOST:PORT", help="Hand the mail to this server by SMTP.")
 @click.option(
+    "--mailbox",
+    "mailboxes",
+    metavar="ADDRESS",
+    multiple=True,
+    help="An address that there is. May be given several times; all others are refused. Without it "
+    "every address of your domains is one.",
+)
+@click.option(
     "--name",
     metavar="NAME",
     default="isp",
@@ -340,12 +348,17 @@ def _customer(given: dict[str, Any]) -> Customer:
     ):
         if given[option] is not None:
             problems.valid(f"--{option}", given[option], check, allowed)
+    for one in given["mailboxes"]:
+        problems.valid("--mailbox", one, _mailbox, "an address such as bob@example.org")
+    if given["mailboxes"] and (given["lmtp"] or given["smtp"]):
+        problems.found.append("--mailbox: the server that takes the mail knows its addresses")
     name = problems.valid("--name", given["name"], _agent, "letters, digits, - and _")
     relay = problems.valid("--relay", given["relay"], _server, SERVER)
     join = _join_line(given["join"], problems)
     problems.end()
     assert join is not None
-    return Customer(join, name, given["hostname"], given["lmtp"], given["smtp"], relay)
+    boxes = tuple(dict.fromkeys(given["mailboxes"]))
+    return Customer(join, name, given["hostname"], given["lmtp"], given["smtp"], boxes, relay)
 
 
 def _lmtp(text: str) -> object:
@@ -360,6 +373,12 @@ def _host_or_address(text: str) -> str:
     from salmon_revsmtp.net.address import host_name
 
     return host_name(text)
+
+
+def _mailbox(text: str) -> None:
+    from salmon_revsmtp.handlers.names import Mailbox
+
+    Mailbox.of_setting(text)
 
 
 def _agent(text: str) -> str:
@@ -468,6 +487,9 @@ def _show_provider(folder: Path, made: Provider, user: ProjectUser, check_dns: b
         click.echo(f"\nTo see which of them are there: {_here(folder, 'provider dns')}")
     ports = sorted({int(one.rpartition(":")[2]) for one in (*made.mx, *made.listen)})
     click.echo(f"Your firewall has to let in TCP {' and '.join(map(str, ports))}.")
+    relay = f"{made.relay.host}:{made.relay.port}"
+    click.echo(f"A mail server on {relay} has to send what senders are told of mail that does")
+    click.echo("not arrive; --relay names another one.")
     _show_start(folder, "provider")
     _heading("Your join line: it has a password in it, so show it to no one")
     line = join_line(folder, made)
@@ -484,11 +506,11 @@ def _show_provider(folder: Path, made: Provider, user: ProjectUser, check_dns: b
 
 def _show_customer(folder: Path, made: Customer, user: ProjectUser) -> None:
     domains = ", ".join(made.join.domains)
-    kept = "in run/mail, a Maildir for each address"
+    kept = "keeps it in run/mail, a Maildir for each address"
     if server := made.lmtp or made.smtp:
-        kept = f"by handing it to {server}"
+        kept = f"hands it to {server}"
     click.echo(f"The project is in {folder}. It collects the mail for {domains}")
-    click.echo(f"from {made.join.host}, and keeps it {kept}.")
+    click.echo(f"from {made.join.host}, and {kept}.")
     click.echo("What it does is in config/settings.py.")
     _heading("See whether it works")
     click.echo(f"{INDENT}{_here(folder, f'check {made.agent}')}")
@@ -508,13 +530,12 @@ def _show_start(folder: Path, end: str) -> None:
 
 def _warn(user: ProjectUser, *paths: Path | None) -> None:
     """Say what the server's user could not use."""
-    from salmon_revsmtp.init.project import cannot_use, program
+    from salmon_revsmtp.init.project import cannot_use
 
-    needed = [Path(program()[0]), *(one for one in paths if one)]
-    for path in cannot_use(user, *needed):
+    for path in cannot_use(user, *(one for one in paths if one)):
         click.echo(
-            f"warning: the user {user.name}, who is to run the server, cannot read {path}; have a "
-            "copy where it can, or name another user with --user",
+            f"warning: the user {user.name}, who is to run the server, cannot use {path}; have it "
+            "where that user can, or name another one with --user",
             err=True,
         )
 

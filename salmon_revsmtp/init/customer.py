@@ -19,8 +19,9 @@ MAILDIR = """\
 # Each address has a Maildir of its own below this folder.
 maildirs = "run/mail"
 
-# The addresses that there are. Without this line every address of your domains is one.
-# mailboxes = [$example]"""
+# The addresses that there are; mail for any other is refused. Without this list every address of
+# your domains is one, and whoever guesses addresses makes a Maildir with each guess.
+$mailboxes"""
 
 NEXT_HOST = """\
 # The mail server that takes each message; what it refuses is refused, and what it defers is kept by
@@ -35,6 +36,7 @@ class Customer:
     ``agent``     the name of the collection agent.
     ``hostname``  of this machine; ``None``: what it calls itself.
     ``lmtp``, ``smtp``  the server that takes the mail; with neither it goes into Maildirs.
+    ``mailboxes``  the addresses that there are; with none every one is.
     """
 
     join: JoinLine
@@ -42,6 +44,7 @@ class Customer:
     hostname: str | None
     lmtp: str | None
     smtp: str | None
+    mailboxes: tuple[str, ...]
     relay: HostAndPort
 
     @property
@@ -64,6 +67,7 @@ def customer_files(folder: Path, made: Customer, user: ProjectUser) -> list[File
 def _settings(made: Customer) -> bytes:
     join = made.join
     pinned = f'        "fingerprint": {literal(join.fingerprint)},\n' if join.fingerprint else ""
+    hostname = f'        "hostname": {literal(made.hostname)},\n' if made.hostname else ""
     handler, settings = _handler(made)
     return filled(
         "customer-settings.py",
@@ -74,7 +78,7 @@ def _settings(made: Customer) -> bytes:
         account=literal(join.account),
         variable=made.variable,
         domains=literal(join.domains, 8, len('"domains": ,')),
-        hostname_key=f'"hostname": {literal(made.hostname)}' if made.hostname else "",
+        hostname_line=hostname,
         handler=literal(f"{HANDLERS}.{handler}"),
         handler_settings=settings,
         relay_host=literal(made.relay.host),
@@ -89,7 +93,10 @@ def _handler(made: Customer) -> tuple[str, str]:
             text = NEXT_HOST.format(setting=f"{name}_server", server=literal(server))
             return name, text
     domain = made.join.domains[0]
-    return "maildir", MAILDIR.replace("$example", literal(f"me@{domain}"))
+    boxes = f"# mailboxes = {literal([f'me@{domain}', f'postmaster@{domain}'])}"
+    if made.mailboxes:
+        boxes = f"mailboxes = {literal(made.mailboxes, 0, len('mailboxes = '))}"
+    return "maildir", MAILDIR.replace("$mailboxes", boxes)
 
 
 def _environment(folder: Path, made: Customer) -> File:

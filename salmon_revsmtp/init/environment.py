@@ -8,7 +8,7 @@ import re
 import dotenv
 from dotenv.parser import parse_stream
 
-__all__ = ["hidden", "value_of", "variable_name", "with_value"]
+__all__ = ["HIDDEN", "hidden", "value_of", "variable_name", "with_value"]
 
 HIDDEN = "(hidden)"
 

@@ -89,16 +89,24 @@ def _owner_above(folder: Path) -> int:
 
 
 def cannot_use(user: ProjectUser, *paths: Path) -> list[Path]:
-    """Which of these files and folders the user may not read, or cannot get to.  Only root can
-    tell."""
+    """Which of these files and folders the user may not read or cannot get to, and this program if
+    the user cannot run it.  Only root can tell."""
     if user.owner is None:
         return []
-    uid, gid = user.owner
-    return [
-        path
-        for path in paths
-        if subprocess.run(["test", "-r", path], user=uid, group=gid, extra_groups=[]).returncode
-    ]
+    tried = [(path, ["test", "-r", str(path)]) for path in paths]
+    tried.insert(0, (Path(program()[0]), [*program(), "--version"]))
+    return [path for path, command in tried if not _works_for(user.owner, command)]
+
+
+def _works_for(owner: Owner, command: list[str]) -> bool:
+    uid, gid = owner
+    try:
+        done = subprocess.run(
+            command, user=uid, group=gid, extra_groups=[], cwd="/", capture_output=True
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def program() -> tuple[str, ...]:

@@ -11,10 +11,12 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from salmon_revsmtp.files import make_folder, sync_folder
 from salmon_revsmtp.init import environment
@@ -25,18 +27,26 @@ __all__ = ["Change", "File", "Owner", "changes", "difference", "write"]
 Owner = tuple[int, int]
 
 
+# "password": "...", in any spelling; os.environ["..."] is none.  And revsmtp://name:password@host.
+_PASSWORD = re.compile(
+    r"""((?:pass|secret|token)\w*["']?\s*[:=]\s*[rbuf]*)(["'])(.*)\2""", re.IGNORECASE
+)
+_IN_A_URL = re.compile(r"//[^/\s\"']*@")
+
+
 @dataclass(frozen=True)
 class File:
     """A file of a project.
 
     ``path``    below its folder.
-    ``kind``    what a person may see of it: ``"text"`` all, ``"env"`` names, ``"secret"`` nothing.
+    ``kind``    what a person may see of it: ``"text"`` all but passwords, ``"env"`` names,
+                ``"secret"`` nothing.
     ``public``  any user may read it; otherwise only its owner.
     """
 
     path: str
     content: bytes
-    kind: str = "text"
+    kind: Literal["text", "env", "secret"] = "text"
     public: bool = False
 
     @property
@@ -70,11 +80,10 @@ def difference(change: Change) -> str:
     before, after = change.before or b"", change.file.content
     if change.file.kind == "secret":
         return f"{change.file.path}: replaced (its content is secret)\n"
-    texts = [one.decode("utf-8", "backslashreplace") for one in (before, after)]
-    if change.file.kind == "env":
-        texts = [environment.hidden(text) for text in texts]
-        if texts[0] == texts[1]:
-            return f"{change.file.path}: a value changes\n"
+    hidden = environment.hidden if change.file.kind == "env" else _without_passwords
+    texts = [hidden(one.decode("utf-8", "backslashreplace")) for one in (before, after)]
+    if texts[0] == texts[1]:
+        return f"{change.file.path}: a value changes\n"
     lines = difflib.unified_diff(
         texts[0].splitlines(),
         texts[1].splitlines(),
@@ -83,6 +92,15 @@ def difference(change: Change) -> str:
         lineterm="",
     )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _without_passwords(text: str) -> str:
+    """A text, in which a person may have written a password after all."""
+    return _IN_A_URL.sub(f"//{environment.HIDDEN}@", _PASSWORD.sub(_hidden, text))
+
+
+def _hidden(found: re.Match[str]) -> str:
+    return f"{found[1]}{found[2]}{environment.HIDDEN}{found[2]}"
 
 
 def write(

@@ -17,14 +17,20 @@ __all__ = ["Answer", "on_a_terminal"]
 Answer = tuple[str, str | Callable[[], str]]
 
 
-def on_a_terminal(folder: Path, *arguments: str, answers: Sequence[Answer] = ()) -> tuple[int, str]:
+def on_a_terminal(
+    folder: Path,
+    *arguments: str,
+    answers: Sequence[Answer] = (),
+    program: Sequence[str] = (sys.executable, "-m", "salmon_revsmtp"),
+    **environment: str,
+) -> tuple[int, str]:
     """Run a command in a project's folder; returns its exit status, and what the terminal showed
     without colours.  The ``answers`` are given in order, each once."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "salmon_revsmtp", *arguments],
+        [*program, *arguments],
         cwd=folder,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "200", **environment},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
