@@ -161,7 +161,7 @@ def test_a_page_beside_the_package_has_no_mistake_in_its_markup(source: Path) ->
     publish_doctree(source.read_text(), source_path=str(source), settings_overrides=strict)
 
 
-SOURCES = [*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst")]
+SOURCES = [*ROOT.glob("*.rst"), *ROOT.glob("docs/**/*.rst")]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)

@@ -19,7 +19,7 @@ from support.configuration import PASSWORD, agent_keys, configuration
 from support.dialogue import Dialogue
 from support.holding import Holding, account
 from support.messages import MESSAGE
-from support.proxy import Direction, Proxy
+from support.proxy import Direction, Fault, How, Proxy
 from support.salmon import Salmon
 
 from salmon_revsmtp.customer import schedule
@@ -201,6 +201,24 @@ def test_a_disabled_agent_lets_its_session_go(salmon: Salmon) -> None:
         home.collector.journal.set_enabled("isp", False)
         home.daemon._wake.set()
         await home.until(lambda: not home.provider.sessions)
+
+    at_home(salmon, work)
+
+
+def test_an_agent_that_failed_has_recovered_once_its_session_is_open(
+    salmon: Salmon, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    async def work(home: Home) -> None:
+        home.proxy.fault = Fault(How.RST, Direction.TO_CUSTOMER)
+        await home.until(lambda: "agent=isp fails: failed" in caplog.text)
+        assert home.collector.journal.state("isp").failing_since is not None
+        await home.open()
+        home.daemon._wake.set()
+        await home.until(lambda: "agent=isp recovered after 0 minutes" in caplog.text)
+        await home.until(lambda: home.collector.journal.state("isp").failing_since is None)
+        assert home.provider.sessions
 
     at_home(salmon, work)
 

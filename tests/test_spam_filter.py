@@ -135,9 +135,11 @@ def test_it_asks_about_the_client_and_not_about_us(rspamd: Any) -> None:
         ("Hostname", "mail.example.net"),
         ("Helo", "helo.example.net"),
         ("Queue-Id", "4bXk"),
-        ("Content-Length", str(len(CONTENT))),
+        ("Content-Length", str(len(CONTENT) + 1)),
     ]
-    assert asked.body == CONTENT, "without our Received line, whose client may be the provider"
+    assert asked.body == CONTENT + b"\n", (
+        "without our Received line, whose client may be the provider"
+    )
 
 
 @pytest.mark.parametrize("client", [None, Client()])
@@ -150,7 +152,7 @@ def test_of_a_client_that_is_not_known_it_says_nothing(rspamd: Any, client: Clie
 
 def test_the_line_of_the_server_before_ours_stays(rspamd: Any) -> None:
     theirs = b"Received: from x ([192.0.2.25])\n\tby mx.example.net\n" + CONTENT
-    assert question(rspamd, ENVELOPE, theirs).body == theirs
+    assert question(rspamd, ENVELOPE, theirs).body == theirs + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_nobody_listens(rspamd: Any, caplog: pytest.LogCaptureFixture) -> None:
 def test_what_is_larger_than_rspamd_takes_is_not_asked_about(
     rspamd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rspamd, "MAX_MESSAGE", len(CONTENT) - 1)
+    monkeypatch.setattr(rspamd, "MAX_MESSAGE", len(CONTENT))
     assert filtered(rspamd, f"http://127.0.0.1:{free_port()}") == (None, ["X-Spam: Unknown"])
 
 

@@ -111,6 +111,14 @@ class Journal:
 
         return before if self._write(write) else None
 
+    def recovered(self, agent: str) -> None:
+        """Its collection goes on, and it does not fail any more."""
+
+        def write(database: sqlite3.Connection) -> None:
+            database.execute("UPDATE agents SET failing_since = NULL WHERE agent = ?", (agent,))
+
+        self._write(write)
+
     def set_enabled(self, agent: str, enabled: bool) -> bool:
         """Keep what ``enable`` or ``disable`` said; ``False`` if it cannot be kept."""
 

@@ -324,6 +324,11 @@ class Collector:
         """What the journal keeps of an agent."""
         return await self._records.call(self.journal.state, agent)
 
+    async def recovered(self, agent: str) -> None:
+        """Note that an agent does not fail any more, although its collection goes on, and say so."""
+        self.failing.recovered(agent)
+        await self._records.call(self.journal.recovered, agent)
+
     async def enabled(self, agent: Agent) -> bool:
         """What ``enable`` or ``disable`` said, else what the settings say."""
         kept = (await self.state(agent.name)).enabled

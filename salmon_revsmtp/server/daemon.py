@@ -173,6 +173,7 @@ class Daemon:
                 self._start_due()
                 self._send_waiting()
                 await self._end_disabled()
+                await self._note_sessions()
                 self._give_up_old_mail()
                 self._look_after()
                 await self._sleep()
@@ -209,6 +210,12 @@ class Daemon:
             if not await self._collector.enabled(self._agents[name]):
                 log.info("agent=%s it is disabled, its push session ends", name)
                 collection.stop()
+
+    async def _note_sessions(self) -> None:
+        """Who has a push session works again, although its collection may go on for weeks."""
+        for name, _ in self._pushing():
+            if name in self._collector.failing.since:
+                await self._collector.recovered(name)
 
     def _give_up_old_mail(self) -> None:
         """At a provider, and who has not called for long."""

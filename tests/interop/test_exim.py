@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import smtplib
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.collecting import collect
-from support.configuration import agent_keys
-from support.salmon import Salmon
-from support.servers import ACCOUNTS, Exim
+from support.configuration import DEFAULT, agent_keys
+from support.salmon import Salmon, fails
+from support.servers import ACCOUNTS, Exim, EximOfThePage
 from support.tls import CERTIFICATE, PRIVATE_KEY
 
 from salmon_revsmtp.customer.report import Report
@@ -40,6 +42,12 @@ def exim_with_tls(root: Path) -> Iterator[Exim]:
         yield running
 
 
+@pytest.fixture
+def of_the_page(root: Path) -> Iterator[EximOfThePage]:
+    with EximOfThePage(root, CERTIFICATE, PRIVATE_KEY) as running:
+        yield running
+
+
 def collected(salmon: Salmon, exim: Exim, **keys: object) -> Report:
     tls = {"tls": "none", "domains": DOMAINS, "password": ACCOUNTS["acme"], "timeout": 30}
     [report] = asyncio.run(
@@ -48,7 +56,23 @@ def collected(salmon: Salmon, exim: Exim, **keys: object) -> Report:
     return report
 
 
-def submit(exim: Exim, held: list[Sample]) -> None:
+def collected_by_the_page(
+    salmon: Salmon, exim: EximOfThePage, delivery: object = "router", **keys: object
+) -> Report:
+    given = {
+        "server": "localhost",
+        "tls": "starttls",
+        "ca_file": str(CERTIFICATE),
+        "domains": DOMAINS,
+        "password": ACCOUNTS["acme"],
+        **keys,
+    }
+    service = {**DEFAULT, "delivery": delivery}
+    [report] = asyncio.run(collect(salmon, agent_keys(exim.odmr, **given), default=service))
+    return report
+
+
+def submit(exim: Exim | EximOfThePage, held: list[Sample]) -> None:
     for sample in held:
         options = [
             f"{key}={value}" if value else key
@@ -159,3 +183,70 @@ def test_an_untrusted_certificate(salmon: Salmon, exim_with_tls: Exim) -> None:
     report = collected(salmon, exim_with_tls, tls="starttls")
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "ca_file" in report.error
+
+
+def test_the_configuration_of_the_page_holds_mail_until_its_customer_asks(
+    salmon: Salmon, of_the_page: EximOfThePage
+) -> None:
+    exim = of_the_page
+    salmon.handle(".*")
+    held = samples()
+    submit(exim, held)
+    exim.run_queue()
+    assert exim.waiting() == len(held)
+    report = collected_by_the_page(salmon, exim)
+    assert report.outcome is Outcome.COLLECTED, (report, exim.log())
+    assert (report.auth, report.messages) == ("PLAIN", len(held))
+    assert report.tls is not None
+    assert arrived(salmon) == expected(held)
+    assert exim.waiting() == 0
+    assert collected_by_the_page(salmon, exim).outcome is Outcome.NO_MAIL
+
+
+def test_the_configuration_of_the_page_gives_mail_to_its_customer_only(
+    salmon: Salmon, of_the_page: EximOfThePage
+) -> None:
+    exim = of_the_page
+    exim.submit("a@example.net", ["b@example.org"], b"Subject: org\r\n\r\nx\r\n")
+    wrong: list[dict[str, object]] = [
+        {"password": "wrong"},
+        {"account": "no-one"},
+        {"domains": ["example.org", "example.net"]},
+    ]
+    for keys in wrong:
+        report = collected_by_the_page(salmon, exim, **keys)
+        assert report.outcome in (Outcome.REFUSED, Outcome.DEFERRED), (keys, report)
+    for name, password in (("idle", ""), ("no-one", ""), ("", "")):  # idle has no password
+        with smtplib.SMTP("localhost", exim.odmr) as client:
+            client.starttls(context=ssl.create_default_context(cafile=str(CERTIFICATE)))
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                client.login(name, password)
+    for port in (exim.port, exim.odmr):
+        with smtplib.SMTP("127.0.0.1", port) as client:
+            client.ehlo("stranger.example.net")
+            assert not client.has_extn("auth")
+            assert client.has_extn("atrn") is (port == exim.odmr)
+            assert client.docmd("ATRN example.org")[0] >= 500
+            client.mail("a@example.net")
+            assert client.rcpt("b@example.net")[0] == 550
+            assert client.rcpt("b@example.org")[0] == (250 if port == exim.port else 550)
+    assert (exim.waiting(), salmon.handled) == (1, [])
+
+
+def test_a_message_that_we_defer_keeps_back_those_after_it(
+    salmon: Salmon, of_the_page: EximOfThePage
+) -> None:
+    """A session has one message, and Exim begins each with the oldest one, due or not."""
+    exim = of_the_page
+    salmon.handle("later@.*", fails(451, "4.2.1 later"))
+    salmon.handle("yes@.*")
+    for name in ("later", "yes"):
+        exim.submit("a@example.net", [f"{name}@example.org"], b"Subject: x\r\n\r\nx\r\n")
+    for _ in range(2):
+        report = collected_by_the_page(salmon, exim)
+        assert (report.outcome, report.messages) == (Outcome.FAILED, 0), exim.log()
+    assert exim.waiting() == 2
+    # In queue mode what handlers say is between the queue and them.
+    report = collected_by_the_page(salmon, exim, delivery="queue")
+    assert (report.outcome, report.messages) == (Outcome.COLLECTED, 2), exim.log()
+    assert exim.waiting() == 0

@@ -31,6 +31,7 @@ __all__ = [
     "REFUSED",
     "Dovecot",
     "Exim",
+    "EximOfThePage",
     "Postfix",
     "Program",
     "Sendmail",
@@ -358,6 +359,66 @@ class Exim(Server):
 
     def waiting(self) -> int:
         return int(self.inside("exim4", "-C", f"{self.place}/exim.conf", "-bpc"))
+
+
+class EximOfThePage(Server):
+    """Exim with the configuration of the documentation's page, and what a test needs beside it.
+
+    ``port``  where the world sends mail.
+    ``odmr``  where customers call.
+    """
+
+    program = "exim"
+    configuration: ClassVar[Path] = Path(__file__).parents[2] / "docs/exim/exim4.conf"
+
+    def __init__(self, root: Path, certificate: Path, key: Path) -> None:
+        super().__init__(root)
+        self.odmr = free_port()
+        self._tls = (certificate, key)
+
+    def configure(self) -> None:
+        for file, name in zip(self._tls, ("certificate.pem", "key.pem"), strict=True):
+            shutil.copy(file, self.folder / name)
+        lines = [
+            f'{account}: password="{password}" domains=example.org,example.com'
+            for account, password in ACCOUNTS.items()
+        ]
+        (self.folder / "customers").write_text("\n".join([*lines, "idle: domains=example.org", ""]))
+        text = self.configuration.read_text()
+        for name, value in (
+            ("HOSTNAME", "localhost"),
+            ("FOLDER", self.place),
+            ("MX_PORT", self.port),
+            ("ODMR_PORT", self.odmr),
+        ):
+            text, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", text)
+            assert found == 1, name
+        ours = [
+            f"spool_directory = {self.place}/spool",
+            f"log_file_path = {self.place}/%slog",
+            "local_interfaces = 127.0.0.1",
+            "rfc1413_hosts = :",
+            "host_lookup =",
+            "smtputf8_advertise_hosts = *",
+            "received_header_text =",
+        ]
+        (self.folder / "exim.conf").write_text("\n".join([*ours, text]))
+        (self.folder / "spool").mkdir()
+        owner = (self.root / "var/spool/exim4").stat()
+        # But the configuration has to be root's.
+        readable = [self.folder / name for name in ("spool", "key.pem", "customers")]
+        for path in (self.folder, *readable):
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+    def command(self) -> list[str]:
+        return ["exim4", "-C", f"{self.place}/exim.conf", "-bdf"]
+
+    def waiting(self) -> int:
+        return int(self.inside("exim4", "-C", f"{self.place}/exim.conf", "-bpc"))
+
+    def run_queue(self) -> None:
+        """Try whatever may be tried."""
+        self.inside("exim4", "-C", f"{self.place}/exim.conf", "-q")
 
 
 POSTFIX = """

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiosmtplib
@@ -108,9 +109,10 @@ async def world(
     plugins: Plugins | None = None,
     accounts: list[dict[str, Any]] | None = None,
     provider: dict[str, Any] | None = None,
+    folder: Path | None = None,
     **service: Any,
 ) -> AsyncIterator[World]:
-    """A world whose MX has these settings beside the usual ones."""
+    """A world whose MX has these settings beside the usual ones, in Salmon's folder or another."""
     plugins = plugins or Plugins.load()
     mx = {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold", **service}
     valid = configuration(
@@ -119,7 +121,7 @@ async def world(
         provider={"hostname": "mx.example.net", "listen": "127.0.0.1:0", **(provider or {})},
         mx=mx,
     )
-    with Collector(valid, plugins, lambda: salmon.relay) as collector:
+    with Collector(valid, plugins, lambda: salmon.relay, folder) as collector:
         daemon = Daemon(collector, plugins)
         listening = asyncio.Event()
         running = asyncio.create_task(daemon.run(listening.set))

@@ -89,8 +89,9 @@ class Rspamd:
         self, envelope: Envelope, message: bytes, add_field: Callable[[str, str], None]
     ) -> Reply | None:
         """Refuse the message, or say in its header what rspamd thinks of it."""
-        # As other mail servers ask: without the line of the server that asks.
-        content = OUR_RECEIVED.sub(b"", message, count=1)
+        # As other mail servers ask: without the line of the server that asks, and with an end of
+        # the last line.
+        content = OUR_RECEIVED.sub(b"", message, count=1).removesuffix(b"\n") + b"\n"
         if len(content) > MAX_MESSAGE:
             add_field("X-Spam", "Unknown")
             return None
