@@ -325,7 +325,7 @@ class Collector:
         return await self._records.call(self.journal.state, agent)
 
     async def recovered(self, agent: str) -> None:
-        """Note that an agent does not fail any more, although its collection goes on, and say so."""
+        """Note, and say, that an agent does not fail any more, although its collection goes on."""
         self.failing.recovered(agent)
         await self._records.call(self.journal.recovered, agent)
 
