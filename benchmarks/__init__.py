@@ -10,8 +10,8 @@
 ``project``    the Salmon projects, whose handlers do nothing
 ``serving``    our provider as its owners run it
 ``feeding``    the other end: a provider or client that is never the bottleneck, and an ideal sink
-``intake``, ``distance``, ``tls``, ``many``, ``startup``, ``alone``, ``provider``: parts of the
-table
+``intake``, ``distance``, ``tls``, ``many``, ``threads``, ``startup``, ``alone``, ``provider``:
+parts of the table
 ``bare``, ``holding``, ``delay``, ``crowd``, ``filling``, ``moments``, ``burst``: processes that
 those start
 

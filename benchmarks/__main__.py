@@ -25,6 +25,7 @@ from benchmarks import (
     provider,
     startup,
     table,
+    threads,
     tls,
 )
 from benchmarks.processes import ROOT, Failure
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
+    "threads": threads.sections,
     **provider.SECTIONS,
     **live.SECTIONS,
     "idle": idle.sections,
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in section.cases:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
-    targets += [*distance.targets(), *provider.targets(), *live.targets()]
+    targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
     targets += idle.targets()
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):

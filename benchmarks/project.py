@@ -15,10 +15,13 @@ from typing import Any
 
 from benchmarks.processes import ROOT
 
-__all__ = ["ACCOUNT", "CERTIFICATE", "DOMAIN", "KEY", "PASSWORD", "agent", "project"]
+__all__ = ["ACCOUNT", "CERTIFICATE", "DOMAIN", "KEY", "PASSWORD", "WAITS", "agent", "project"]
 
 DOMAIN = "example.org"
 ACCOUNT, PASSWORD = "acme", "of no importance"
+
+# Seconds that a handler waits for something else.
+WAITS = 0.1
 
 # localhost's, self-signed, of the demo.
 CERTIFICATE = ROOT / "salmon_revsmtp/demo/localhost-certificate.pem"
@@ -86,6 +89,28 @@ _file = open("run/arrivals", "a", buffering=1)
 def ARRIVALS(message, person=None, host=None):
     print(message["Message-Id"], time.monotonic(), file=_file)
 """,
+    "nothing_beside": """
+from salmon.routing import nolocking, route, stateless
+
+
+@route("(person)@(host)", person="[a-z]+")
+@stateless
+@nolocking
+def NOTHING_BESIDE(message, person=None, host=None):
+    pass
+""",
+    "waits": f"""
+import time
+
+from salmon.routing import nolocking, route, stateless
+
+
+@route("(person)@(host)", person="[a-z]+")
+@stateless
+@nolocking
+def WAITS(message, person=None, host=None):
+    time.sleep({WAITS})
+""",
     "refuses_spam": """
 from salmon.routing import route, stateless
 from salmon.server import SMTPError
@@ -127,7 +152,8 @@ def project(
     """A project in a temporary folder, which is removed at the end.
 
     ``port``      where Salmon's own receivers listen, if one is started.
-    ``handler``   ``"nothing"``; ``"arrivals"``: it writes down when it saw which message; or
+    ``handler``   ``"nothing"``; ``"nothing_beside"``: the same, beside others; ``"waits"``, beside
+                  others; ``"arrivals"``: it writes down when it saw which message; or
                   ``"refuses_spam"``.
     ``settings``  more of them, such as those of a provider.
     """

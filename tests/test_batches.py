@@ -1,4 +1,4 @@
-"""Deliveries in worker: who waits for whom."""
+"""Deliveries in threads: who waits for whom."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ class RecordingHandler:
         self.ended = threading.Semaphore(0)
         self._do = do
 
-    def begin(self, pieces: Sequence[str]) -> None:
+    def begin(self, pieces: Sequence[str]) -> str:
         self.record.append(f"begin {' '.join(pieces)}")
+        return " ".join(pieces)
 
-    def do(self, piece: str) -> None:
+    def do(self, piece: str, batch: str) -> None:
+        assert piece in batch.split()
         self._do(piece)
         self.record.append(piece)
 
     def drop(self, piece: str) -> None:
         self.record.append(f"drop {piece}")
 
-    def end(self, pieces: Sequence[str]) -> None:
+    def end(self, pieces: Sequence[str], batch: str) -> None:
+        assert batch.startswith(" ".join(pieces))
         self.record.append(f"end {' '.join(pieces)}")
         self.ended.release()
 
@@ -172,8 +175,8 @@ def test_a_batch_whose_end_fails_takes_nothing_from_the_next(
     gate = Gate("a")
 
     class Fails(RecordingHandler):
-        def end(self, pieces: Sequence[str]) -> None:
-            super().end(pieces)
+        def end(self, pieces: Sequence[str], batch: str) -> None:
+            super().end(pieces, batch)
             raise ValueError("a bug")
 
     handler = Fails(gate)
@@ -208,3 +211,94 @@ def test_a_batch_is_prepared_for_what_there_is_time_for(
     while not handler.wait()[-1].endswith("p"):
         pass
     assert max(line.count(" ") for line in handler.record if line.startswith("begin")) > 2
+
+
+@pytest.fixture
+def several() -> Iterator[BatchWorker[str]]:
+    worker = BatchWorker[str]("several", 2)
+    yield worker
+    worker.close()
+    assert worker.wait(LONG)
+
+
+def test_several_threads_take_what_waits_one_by_one(several: BatchWorker[str]) -> None:
+    """Nothing waits for a slow one before it while another thread has nothing to do."""
+    gate = Gate("a")
+    handler = RecordingHandler(gate)
+    for piece in "abcd":
+        several.submit(handler, piece)
+    record = handler.wait(3)
+    assert gate.reached.wait(LONG)
+    assert [line for line in record if line.startswith("end")] == ["end b", "end c", "end d"]
+    assert sorted(line for line in record if line.startswith("begin")) == [
+        f"begin {piece}" for piece in "abcd"
+    ]
+    gate.opened.set()
+    assert handler.wait()[-1] == "end a"
+
+
+def test_as_many_are_in_hand_as_there_are_threads(several: BatchWorker[str]) -> None:
+    meeting = threading.Barrier(2)
+
+    def do(piece: str) -> None:
+        meeting.wait(LONG)
+
+    handler = RecordingHandler(do)
+    for piece in "abcdef":
+        several.submit(handler, piece)
+    assert len(handler.wait(6)) == 18
+
+
+def both_busy(several: BatchWorker[str]) -> tuple[RecordingHandler, list[Gate]]:
+    """Two threads that have ``a`` and ``b`` in hand until their gates are opened."""
+    gates = [Gate("a"), Gate("b")]
+
+    def do(piece: str) -> None:
+        for gate in gates:
+            gate(piece)
+
+    handler = RecordingHandler(do)
+    for gate in gates:
+        busy_with(several, handler, gate)
+    return handler, gates
+
+
+def test_an_item_that_comes_before_others(several: BatchWorker[str]) -> None:
+    handler, gates = both_busy(several)
+    several.submit(handler, "c")
+    several.submit(handler, "d", before_others=True)
+    gates[0].opened.set()
+    done = [line for line in handler.wait(3) if line.startswith("end")]
+    assert done == ["end a", "end d", "end c"]
+    gates[1].opened.set()
+
+
+def test_closed_several_threads_end_after_what_each_has_in_hand() -> None:
+    several = BatchWorker[str]("several", 2)
+    handler, gates = both_busy(several)
+    several.submit(handler, "c")
+    several.submit(handler, "d")
+    several.withdraw(handler, "d")
+    several.close()
+    assert handler.record[2:] == ["drop d", "drop c"]
+    gates[0].opened.set()
+    handler.wait()
+    assert not several.wait(0.0), "the other one is in hand still"
+    gates[1].opened.set()
+    assert several.wait(LONG)
+    assert handler.record[-1] == "end b"
+
+
+def test_closed_before_a_thread_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No one waits for what will never be."""
+    worker = BatchWorker[str]("worker")
+    gate = Gate("a")
+    handler = RecordingHandler(gate)
+    busy_with(worker, handler, gate)
+    other = BatchWorker[str]("other")
+    monkeypatch.setattr(other, "_threads", worker._threads)  # which has none to spare
+    other.submit(handler, "b")
+    worker.close()
+    other.close()
+    gate.opened.set()
+    assert other.wait(LONG) and worker.wait(LONG)

@@ -13,6 +13,7 @@ from typing import Any
 import aiosmtplib
 import pytest
 from salmon.mail import MailRequest
+from salmon.routing import nolocking, route, stateless
 from salmon.server import SMTPError
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.messages import MESSAGE
@@ -422,6 +423,29 @@ def test_a_handler_of_a_service_of_ours_has_the_envelope_as_it_came(salmon: Salm
         assert held.envelope.helo
 
     in_the_world(salmon, work, delivery="router", domains=["example.org"])
+
+
+def test_handlers_that_run_at_the_same_time_hold_each_its_own(salmon: Salmon) -> None:
+    meeting = threading.Barrier(3)
+
+    def handler(message: MailRequest, **captures: str) -> None:
+        meeting.wait(20)
+        hold(message)
+
+    route(".*")(stateless(nolocking(handler)))
+
+    async def send(port: int, name: str) -> None:
+        data = f"From: other@example.net\r\nSubject: {name}\r\n\r\nhello\r\n".encode()
+        async with aiosmtplib.SMTP(hostname="127.0.0.1", port=port, start_tls=False) as client:
+            await client.sendmail(f"{name}@example.net", [f"{name}@example.org"], data)
+
+    async def work(here: World) -> None:
+        await asyncio.gather(*(send(here.mx, name) for name in "abc"))
+        held = sorted((one.envelope.reverse_path, one.envelope.recipients) for one in here.held())
+        assert held == [(f"{name}@example.net", (f"{name}@example.org",)) for name in "abc"]
+
+    service = {"delivery": "router", "delivery_threads": 3, "domains": ["example.org"]}
+    in_the_world(salmon, work, **service)
 
 
 def test_another_process_has_the_server_hold_it(salmon: Salmon, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from support.serving import wait_for
 
 from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.files import exclusive_lock
-from salmon_revsmtp.journal.claims import CLAIMS, Claims
+from salmon_revsmtp.journal.claims import CLAIMS, Claims, SharedClaims
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server import collector as module
 from salmon_revsmtp.server.collector import Collector
@@ -276,6 +276,24 @@ def test_a_message_is_claimed_until_it_is_released(tmp_path: Path) -> None:
     assert ours.claim(KEYS[:1]) == set()
     assert claimed_elsewhere(path) == "['a']"
     ours.release(KEYS)
+
+
+def test_what_several_threads_claim_is_claimed_until_the_last_one_releases_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / CLAIMS
+    ours, others = SharedClaims(path), Claims(path)
+    assert others.claim(KEYS[2:]) == set()
+    assert ours.claim(KEYS) == set(KEYS[2:])
+    assert ours.claim(KEYS[:1]) == set()
+    ours.release(KEYS[:2])
+    assert claimed_elsewhere(path) == "['a', 'c']"
+    ours.release(KEYS[:1])
+    assert claimed_elsewhere(path) == "['c']"
+    others.release(KEYS[2:])
+    assert ours.claim(KEYS[2:]) == set()
+    ours.release(KEYS[2:])
+    assert claimed_elsewhere(path) == "[]"
 
 
 def test_a_child_does_not_have_the_claims(tmp_path: Path) -> None:

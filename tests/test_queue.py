@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mailbox
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from support.collecting import exchange
 from support.salmon import Salmon, explodes, fails
 
 from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp.delivery.maildir import open_queue, push_safely
 
 
 def test_queue_mode_keeps_the_envelope_and_the_consumer_routes_by_it(salmon: Salmon) -> None:
@@ -552,3 +555,48 @@ def test_a_consumer_whose_handlers_all_hang_ends(salmon: Salmon) -> None:
 def test_a_handler_timeout_is_seconds_above_0(salmon: Salmon, seconds: float) -> None:
     with pytest.raises(ValueError, match=r"handler_timeout: found .*, allowed: seconds above 0"):
         QueueConsumer("run/inbound", handler_timeout=seconds)
+
+
+class SlowToLook:
+    """:mod:`os`, where the first look at a file is held up for a moment, or until it may end."""
+
+    def __init__(self) -> None:
+        self.looked, self.may_end = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def stat(self, path: str) -> os.stat_result:
+        if not self.looked.is_set():
+            self.looked.set()
+            self.may_end.wait(0.2)
+        return Path(path).stat()
+
+
+def test_threads_that_store_in_the_same_microsecond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None takes the name that another has thought of, and overwrites its message."""
+    opened, slow = open_queue(tmp_path / "q"), SlowToLook()
+    monkeypatch.setattr(mailbox, "time", SimpleNamespace(time=lambda: 1.5))
+    monkeypatch.setattr(mailbox, "os", slow)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(push_safely, opened, b"first\n")
+        assert slow.looked.wait(20)
+        second = push_safely(opened, b"second\n")
+        slow.may_end.set()
+        keys = {first.result(): b"first\n", second: b"second\n"}
+    assert {(tmp_path / "q/new" / key).read_bytes() for key in keys} == set(keys.values())
+    assert len(keys) == 2
+
+
+def test_threads_that_make_a_queue_at_the_same_time(tmp_path: Path) -> None:
+    ready = threading.Barrier(8)
+
+    def make(number: int) -> None:
+        ready.wait(20)
+        for one in range(20):
+            open_queue(tmp_path / str(one))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(make, range(8)))

@@ -19,22 +19,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from salmon_revsmtp.delivery.batches import BatchWorker
+from salmon_revsmtp.delivery.inhand import InHand
 from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.trace import MAX_HOPS, AddedFields, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
-from salmon_revsmtp.journal.claims import Claims
+from salmon_revsmtp.journal.claims import Claims, SharedClaims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.smtp.content import Sink
@@ -46,6 +48,7 @@ __all__ = [
     "Delivery",
     "Dispatcher",
     "PendingDelivery",
+    "SharedWork",
     "delivered",
     "last_of_many",
     "refusal_by",
@@ -236,15 +239,6 @@ def refusal_of(hook: str, said: object) -> Reply | None:
     return None
 
 
-def _known_by(pending: PendingDelivery) -> bytes:
-    """What a repeat of this message has in common with it: its octets; or the ident that a provider
-    of ours has for it, which it has for a message that its own sender sends again, too."""
-    client = pending.envelope.client
-    if client is not None and _IDENT.fullmatch(client.ident):  # of a host that is believed
-        return client.ident.encode()
-    return pending.data
-
-
 def refusal_by(plugins: HookCaller, hook: str, **arguments: Any) -> Reply | None:
     """Whether a plugin refuses something, asked in a thread that others work in, too: a hook that
     tries to end the process defers it."""
@@ -255,11 +249,41 @@ def refusal_by(plugins: HookCaller, hook: str, **arguments: Any) -> Reply | None
         return BUG
 
 
+@dataclass(eq=False)
+class _Batch:
+    """What is known of a batch while a thread has it in hand.
+
+    ``log_at``     when its log lines are written at the latest, on the monotonic clock.
+    ``lines``      those that are not written yet.
+    ``looked_up``  the messages that the rest is about.
+    ``known``      who of them has been served before.
+    ``elsewhere``  what another process has in hand.
+    ``claimed``    what no other process may have until it is released.
+    """
+
+    log_at: float
+    lines: deque[tuple[PendingDelivery, str, Reply, bool]] = field(default_factory=deque)
+    looked_up: Sequence[PendingDelivery] = ()
+    known: dict[MessageKey, dict[str, DeliveryRecord]] = field(default_factory=dict)
+    elsewhere: Collection[MessageKey] = ()
+    claimed: Collection[MessageKey] = ()
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What dispatchers share that deliver messages of one service in several threads."""
+
+    claims: SharedClaims
+    in_hand: InHand[PendingDelivery] = field(default_factory=InHand)
+
+
 class Dispatcher:
-    """Delivers messages of one service, one after another, in the thread of ``worker``.
+    """Delivers messages of one service in the threads of ``worker``: one after another if that has
+    one.
 
     ``service``          its name.
-    ``claims``           what this dispatcher is delivering.
+    ``claims``           what this dispatcher is delivering; or, if ``worker`` has several threads,
+                         what they share.
     ``turn``             held while ``delivery`` is at work, which others may not be then.
     ``spell``            a recipient in the form that it is routed, recorded and logged in.
     ``handler_timeout``  seconds from a message's end to its answer.
@@ -273,7 +297,7 @@ class Dispatcher:
         service: str,
         delivery: Delivery,
         journal: DeliveryJournal,
-        claims: Claims,
+        claims: Claims | SharedWork,
         plugins: HookCaller,
         notifier: Notifier,
         worker: BatchWorker[PendingDelivery],
@@ -290,7 +314,8 @@ class Dispatcher:
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
         self._journal = journal
-        self._claims = claims
+        self._in_hand = claims.in_hand if isinstance(claims, SharedWork) else None
+        self._claims = claims.claims if isinstance(claims, SharedWork) else claims
         self._turn = turn
         self._plugins = plugins
         self._notifier = notifier
@@ -298,12 +323,7 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[PendingDelivery] = deque()
         self._looking = False  # soon
-        # Of the batch in hand, in the thread.
-        self._known: dict[MessageKey, dict[str, DeliveryRecord]] = {}
-        self._elsewhere: set[MessageKey] = set()
-        self._looked_up: list[PendingDelivery] = []
-        self._lines: deque[tuple[PendingDelivery, str, Reply, bool]] = deque()
-        self._log_at = 0.0
+        self._batches: set[_Batch] = set()  # those in hand
 
     # -- in the event loop ------------------------------------------------------------------------
 
@@ -345,9 +365,16 @@ class Dispatcher:
         forgotten = pending.abandon(GONE, if_not_begun=True)
         if forgotten:
             pending.answered = None
-            self._worker.withdraw(self, pending)
+            self._withdraw(pending)
         pending.data = b""  # a handler has its own
         return forgotten
+
+    def _withdraw(self, pending: PendingDelivery) -> None:
+        """Wherever it waits for its turn, it does so no more."""
+        if self._in_hand is not None and self._in_hand.forget(pending):
+            self.drop(pending)
+        else:
+            self._worker.withdraw(self, pending)
 
     def _look_soon(self) -> None:
         if not self._looking:
@@ -363,7 +390,8 @@ class Dispatcher:
                 if pending.reply is None and pending.until <= now:
                     self._abandon(pending)
             if any(one.reply is not None for one in self._waiting):
-                self._log_lines()  # before the answer leaves
+                for batch in list(self._batches):  # before the answer leaves
+                    self._log_lines(batch)
                 self._answer(self._waiting)
         finally:
             self._waiting = deque(one for one in self._waiting if one.answered is not None)
@@ -386,7 +414,7 @@ class Dispatcher:
         text = f"not done in {self._handler_timeout:g} seconds, try again later"
         late = Reply(451, text, "4.3.0")
         pending.abandon(late)
-        self._worker.withdraw(self, pending)
+        self._withdraw(pending)
         pending.log.log(
             log,
             logging.WARNING,
@@ -397,87 +425,126 @@ class Dispatcher:
             "handler still running" if pending.begun else "not started",
         )
 
-    # -- in the thread ----------------------------------------------------------------------------
+    # -- in the threads ---------------------------------------------------------------------------
 
-    def begin(self, items: Sequence[PendingDelivery]) -> None:
+    def begin(self, items: Sequence[PendingDelivery]) -> _Batch:
         """A batch: see which of them have been delivered before."""
-        self._log_at = time.monotonic() + LOOK_EVERY
-        self._look_up(pending for pending in items if not pending.abandoned)
+        batch = _Batch(time.monotonic() + LOOK_EVERY)
+        self._batches.add(batch)
+        if self._in_hand is None:  # else another thread may deliver one of them meanwhile
+            self._look_up(batch, (pending for pending in items if not pending.abandoned))
+        return batch
 
-    def _look_up(self, items: Iterable[PendingDelivery]) -> None:
+    def _look_up(self, batch: _Batch, items: Iterable[PendingDelivery]) -> None:
         """See what the journal knows of the first of these: as many as have a few hundred
         recipients together, and one at least, for a batch may end before the others' turn."""
         wanted: dict[MessageKey, list[str]] = {}
-        recipients, self._looked_up = 0, []
+        recipients, looked_up = 0, []
         for pending in items:
             if pending.key is None:
-                # Of one that is abandoned meanwhile it may be of no data; that one is not begun.
-                sender = pending.envelope.reverse_path
-                pending.key = MessageKey.of(self._service, sender, _known_by(pending))
+                pending.key = self._key_of(pending)
             wanted.setdefault(pending.key, []).extend(pending.envelope.recipients)
             recipients += len(pending.envelope.recipients)
-            self._looked_up.append(pending)
+            looked_up.append(pending)
             if recipients >= LOOK_UP:
                 break
         # Those before have been delivered.  First claimed, then looked up: what another process has
         # in hand may be recorded between.
-        self._claims.release(self._known)
-        self._elsewhere = self._claims.claim(wanted)
-        self._known = self._journal.known_all(wanted, self._repeat_seconds)
+        self._claims.release(batch.claimed)
+        batch.looked_up, batch.claimed = looked_up, ()
+        batch.elsewhere = elsewhere = self._claims.claim(wanted)
+        batch.claimed = wanted.keys() - elsewhere
+        batch.known = self._journal.known_all(wanted, self._repeat_seconds)
 
-    def do(self, item: PendingDelivery) -> None:
+    def _key_of(self, pending: PendingDelivery) -> MessageKey:
+        """What a repeat of this message has in common with it: its octets; or the ident that a
+        provider of ours has for it, which it has for a message that its own sender sends again,
+        too.  Of one that is abandoned meanwhile there may be no octets; that one is not begun."""
+        envelope, known_by = pending.envelope, pending.data
+        client = envelope.client
+        if client is not None and _IDENT.fullmatch(client.ident):  # of a host that is believed
+            known_by = client.ident.encode()
+        return MessageKey.of(self._service, envelope.reverse_path, known_by)
+
+    def do(self, item: PendingDelivery, batch: _Batch) -> None:
         """Deliver one message, if anyone still waits for it."""
+        if self._in_hand is not None and not self._take(self._in_hand, item):
+            return
         lines = item.begin()
         try:
             if lines is not None:
-                self._deliver(item, lines)
+                self._deliver(item, batch, lines)
         except BaseException:  # a hook may even try to end the process
             item.abandon(BUG)
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
         finally:
+            if self._in_hand is not None:
+                self._in_hand.give_back(item)
+            self.drop(item)
+
+    def _take(self, in_hand: InHand[PendingDelivery], item: PendingDelivery) -> bool:
+        """Whether no other thread has this message in hand; else it goes on when none has."""
+        if item.key is None:
+            item.key = self._key_of(item)
+        recipients, go_on = item.envelope.recipients, functools.partial(self._go_on, item)
+        taken = in_hand.take(item, item.key, recipients, go_on)
+        if not taken and item.abandoned and in_hand.forget(item):  # it was withdrawn just now
+            self.drop(item)
+        return taken
+
+    def _go_on(self, item: PendingDelivery) -> None:
+        """Its turn comes next."""
+        try:
+            self._worker.submit(self, item, before_others=True)
+        except RuntimeError:  # the threads are closed
+            item.abandon(STOPPED)
             self.drop(item)
 
     def drop(self, item: PendingDelivery) -> None:
         """Nothing more will be done for it."""
         over, item.over = item.over, _nothing
-        over()
+        try:
+            over()
+        except Exception:  # the others of its batch have nothing to do with it
+            log_safely(log, logging.ERROR, "letting an agent's lock go failed", error=True)
 
-    def end(self, items: Sequence[PendingDelivery]) -> None:
+    def end(self, items: Sequence[PendingDelivery], batch: _Batch) -> None:
         """Log those of a batch, and answer them."""
-        self._claims.release(self._known)
-        self._log_lines()
+        self._batches.discard(batch)
+        self._claims.release(batch.claimed)
+        self._log_lines(batch)
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
             self._loop.call_soon_threadsafe(self._answer, items)
 
-    def _deliver(self, pending: PendingDelivery, lines: bytes) -> None:
-        if pending not in self._looked_up:
-            self._look_up([pending])
+    def _deliver(self, pending: PendingDelivery, batch: _Batch, lines: bytes) -> None:
+        if pending not in batch.looked_up:
+            self._look_up(batch, [pending])
         key = pending.key
         assert key is not None
         refusal = LOOP if hops(lines) >= MAX_HOPS else None
-        if key in self._elsewhere:
+        if key in batch.elsewhere:
             refusal = ELSEWHERE
         if refusal is not None:
             for recipient in pending.envelope.recipients:
-                self._note(pending, recipient, refusal, repeat=False)
+                self._note(pending, batch, recipient, refusal, repeat=False)
             pending.settle(refusal)
             return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
-        known = self._known[key]
+        known = batch.known[key]
         deferred: dict[str, DeliveryRecord] = {}
         for recipient in pending.envelope.recipients:
             if pending.abandoned:
                 return
             record = known.get(recipient) or deferred.get(recipient)
             if record is not None:
-                self._note(pending, recipient, record.reply, repeat=True)
+                self._note(pending, batch, recipient, record.reply, repeat=True)
                 continue
             record = self._hand_over(pending, key, recipient, content)
             if record is None:
                 return
             (deferred if record.reply.transient else known)[recipient] = record
-            self._note(pending, recipient, record.reply, repeat=False)
+            self._note(pending, batch, recipient, record.reply, repeat=False)
             if self._plugins.implemented("message_delivered"):
                 self._tell_plugins(pending, recipient, record.reply)
         if not pending.abandoned:
@@ -524,20 +591,22 @@ class Dispatcher:
         )
         return refusal_of("message_received", said)
 
-    def _note(self, pending: PendingDelivery, recipient: str, reply: Reply, repeat: bool) -> None:
+    def _note(
+        self, pending: PendingDelivery, batch: _Batch, recipient: str, reply: Reply, repeat: bool
+    ) -> None:
         pending.add(reply, repeat)
-        self._lines.append((pending, recipient, reply, repeat))
-        if time.monotonic() >= self._log_at:
-            self._log_lines()
+        batch.lines.append((pending, recipient, reply, repeat))
+        if time.monotonic() >= batch.log_at:
+            self._log_lines(batch)
 
-    def _log_lines(self) -> None:
+    def _log_lines(self, batch: _Batch) -> None:
         """Write the lines of a batch together: one among deliveries costs twice as much.  In a
         batch that takes long they are written as they come, by the event loop if the thread is
         held up."""
         lines = []  # taken first: what a slow log holds up is not written by the other, too
         with contextlib.suppress(IndexError):
             while True:
-                lines.append(self._lines.popleft())
+                lines.append(batch.lines.popleft())
         for pending, recipient, reply, repeat in lines:
             pending.log.log(
                 log,

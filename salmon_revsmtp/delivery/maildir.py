@@ -16,6 +16,7 @@ import logging
 import mailbox
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ log = logging.getLogger(__name__)
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
 
+# Held while a folder is made: mailbox fails where another thread makes it at the same time.
+_making = threading.Lock()
+# Held while a name is taken, which has the time and a number that is counted on after it: two
+# threads would have the same within a microsecond, and one overwrites what the other has stored.
+_naming = threading.Lock()
+
 
 def open_queue(folder: str | Path) -> Any:
     """A Salmon Queue in a folder, which is made with those above it.  Raises :class:`OSError`.
@@ -40,12 +47,13 @@ def open_queue(folder: str | Path) -> Any:
     What a process left under ``tmp/`` when it died goes when it is 36 hours old, as Maildir has it.
     """
     place = Path(folder).expanduser()  # mailbox does that, and Salmon does not
-    make_folder(place.parent)
-    opened = queue.Queue(str(place))
-    # mailbox reads its folders anew if their times have changed since it looked last: with a clock
-    # that was set back they have not.  A skew of any size has it read them always.
-    opened.mbox._skewfactor = math.inf
-    make_whole(opened)
+    with _making:
+        make_folder(place.parent)
+        opened = queue.Queue(str(place))
+        # mailbox reads its folders anew if their times have changed since it looked last: with a
+        # clock that was set back they have not.  A skew of any size has it read them always.
+        opened.mbox._skewfactor = math.inf
+        make_whole(opened)
     with contextlib.suppress(OSError):  # litter costs no mail
         opened.mbox.clean()
     return opened
@@ -113,7 +121,8 @@ def _create(mbox: Any) -> Any:
     """A new file under ``tmp/``, with the name that the mailbox would give it."""
     for _ in range(CLASHES):
         try:
-            file = mbox._create_tmp()
+            with _naming:
+                file = mbox._create_tmp()
             os.fchmod(file.fileno(), 0o600)  # it has 0666 less the umask
             give_to_owner(Path(file.name))
             return file

@@ -9,10 +9,12 @@ with its key and the new reason: its file is replaced by one that names only the
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,7 @@ class Retry:
     ``journal``  where deliveries are recorded.
     ``outbox``   where notifications go, which are undeliverable, too, if the relay refuses them.
     ``turn``     held while a handler runs: they run one at a time.
+    ``beside``   held then, too, where other handlers may run beside those.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Retry:
     ) -> None:
         self._project, self._journal, self._outbox = project, journal, outbox
         self._turn, self._patience = turn, patience
+        self.beside: AbstractContextManager[object] = contextlib.nullcontext()
         self._place = project / DEFAULT_UNDELIVERABLE
 
     @property
@@ -150,7 +154,8 @@ class Retry:
 
         def handle() -> None:
             try:
-                trial.run()
+                with self.beside:
+                    trial.run()
             finally:
                 # One that hangs keeps the others waiting, as in any delivery.
                 self._turn.release()

@@ -19,13 +19,14 @@ import hashlib
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from salmon_revsmtp.files import make_private_file
 
-__all__ = ["CLAIMS", "Claims"]
+__all__ = ["CLAIMS", "Claims", "SharedClaims"]
 
 CLAIMS = Path("run/.revsmtp.claims")
 
@@ -142,6 +143,34 @@ class Claims:
     def close(self) -> None:
         """Close the file, if no one in this process has a claim.  The next claim opens it again."""
         self._file.close()
+
+
+class SharedClaims(Claims):
+    """The claims of several threads: a message that more than one of them has is claimed until the
+    last one has released it."""
+
+    def __init__(self, path: Path = CLAIMS) -> None:
+        super().__init__(path)
+        self._lock = threading.Lock()
+        self._times: Counter[tuple[str, str, bytes]] = Counter()
+
+    def claim(self, keys: Iterable[Key]) -> set[Key]:
+        """As that of one owner.  What was claimed is to be released once for each time."""
+        keys = list(keys)
+        with self._lock:
+            elsewhere = super().claim(key for key in keys if not self._times[key])
+            self._times.update(key for key in keys if key not in elsewhere)
+            return elsewhere
+
+    def release(self, keys: Iterable[Key]) -> None:
+        """Only what was claimed."""
+        with self._lock:
+            keys = list(keys)
+            self._times.subtract(keys)
+            last = [key for key in keys if not self._times[key]]
+            for key in last:
+                del self._times[key]
+            super().release(last)
 
 
 @functools.lru_cache(maxsize=1024)  # it is asked for at the claim and at the release

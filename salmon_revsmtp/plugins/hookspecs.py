@@ -7,7 +7,8 @@ returns it is not called for that agent again.  A hook that is called for a reci
 is part of its delivery: the provider hears 451 when the time for that is over (a minute, or
 ``handler_timeout``).  No stop waits for a hook.
 
-A hook may be called for several agents at the same time.
+A hook may be called for several agents at the same time, and with ``delivery_threads`` for several
+messages of one agent.
 """
 
 from __future__ import annotations

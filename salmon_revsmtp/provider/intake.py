@@ -295,7 +295,7 @@ class Intake:
         """A batch."""
         self._arrivals, self._ready = [], []
 
-    def do(self, item: PendingDelivery) -> None:
+    def do(self, item: PendingDelivery, batch: None) -> None:
         """Get one message ready; or see what its customer has said of it."""
         try:
             if (passed_on := self._passed_on.pop(item, None)) is not None:
@@ -308,7 +308,7 @@ class Intake:
             _discard(item)
             log_safely(log, logging.ERROR, "%s a message failed", item.origin.label, error=True)
 
-    def end(self, items: Sequence[PendingDelivery]) -> None:
+    def end(self, items: Sequence[PendingDelivery], batch: None) -> None:
         """Make all of a batch safe, and answer them."""
         arrivals, self._arrivals = self._arrivals, []
         ready, self._ready = self._ready, []

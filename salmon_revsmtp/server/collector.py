@@ -1,12 +1,13 @@
 """What a process needs to run collections: services, the threads that deliver, plugins.
 
-Handlers run one at a time, because Salmon wants that: ``Router.RELOAD`` re-imports the handlers at
-each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not thread safe.  So
-there is one delivery thread, and one for queue mode, which runs no handlers.  A plugin's hooks for
-messages may block as long as they like; where there are any, each agent and each listening service
-has a delivery thread of its own, and these take turns at the handlers.  Notifications have a
-thread, for a relay may take its time, the journal has some, and so has each hook of a collection.
-The event loop never waits for any of them.
+Handlers run one at a time by default, because Salmon wants that: ``Router.RELOAD`` re-imports the
+handlers at each delivery and loses routes when two threads do it, and ``MemoryStorage`` is not
+thread safe.  So there is one delivery thread, and one for queue mode, which runs no handlers.  A
+service with ``delivery_threads`` has as many of its own (``delivery.turns`` says when they are of
+no use).  A plugin's hooks for messages may block as long as they like; where there are any, each
+agent and each listening service has delivery threads of its own, and these take turns at the
+handlers.  Notifications have a thread, for a relay may take its time, the journal has some, and so
+has each hook of a collection.  The event loop never waits for any of them.
 
 Every path is absolute from the start, for a handler may change the folder of the process.
 """
@@ -19,6 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +32,13 @@ from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.locks import AgentLocks
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.batches import BatchWorker
-from salmon_revsmtp.delivery.dispatcher import Deliverer, Delivery, Dispatcher, PendingDelivery
+from salmon_revsmtp.delivery.dispatcher import (
+    Deliverer,
+    Delivery,
+    Dispatcher,
+    PendingDelivery,
+    SharedWork,
+)
 from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import UNSENT, Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
@@ -42,7 +50,8 @@ from salmon_revsmtp.delivery.router import (
     RouterDelivery,
     undeliverable_queue,
 )
-from salmon_revsmtp.journal.claims import CLAIMS, Claims
+from salmon_revsmtp.delivery.turns import Turns
+from salmon_revsmtp.journal.claims import CLAIMS, Claims, SharedClaims
 from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.counts import CountJournal
@@ -118,7 +127,14 @@ class Collector:
         self._workers: dict[tuple[str, str | None], BatchWorker[PendingDelivery]] = {}
         self._intakes: dict[str, Intake] = {}
         self._deciding: dict[tuple[str, str | None], Threads] = {}
-        self._turns = {"router": threading.Lock(), "queue": threading.Lock()}
+        # Which deliveries of a mode may be made at the same time, where services have one thread,
+        # and of a service where it has several.
+        self._turns: dict[tuple[str, str | None], AbstractContextManager[object]] = {}
+        self._one_at_a_time = {"router": threading.Lock(), "queue": threading.Lock()}
+        self._shared: dict[str, SharedWork] = {}
+        # Of all handlers, if some of them may run at the same time.
+        several = [one for one in configuration.services.values() if one.delivery_threads > 1]
+        self._beside = Turns() if any(one.delivery == "router" for one in several) else None
         self._outbox = Outbox(relay, self.project / UNSENT)
         self._counts = CountJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._rates = RateLimit(self._counts)
@@ -144,6 +160,8 @@ class Collector:
         """Deliver no more than what is under way."""
         for worker in self._workers.values():
             worker.close()
+        for shared in self._shared.values():
+            shared.in_hand.close()
         for threads in self._deciding.values():
             threads.close()
         self.providing.close()
@@ -200,7 +218,10 @@ class Collector:
     @cached_property
     def retry(self) -> Retry:
         """What takes undeliverable mail through the handlers again."""
-        return Retry(self.project, self._deliveries, self._outbox, self._turns["router"])
+        again = Retry(self.project, self._deliveries, self._outbox, self._one_at_a_time["router"])
+        if self._beside is not None:
+            again.beside = self._beside.within(again.beside)
+        return again
 
     def send_waiting(self) -> None:
         """Have the notifications that wait sent to the relay, in their thread."""
@@ -236,14 +257,22 @@ class Collector:
     def _dispatcher(self, name: str, agent: str | None) -> Dispatcher:
         """That of a service, for an agent or for what comes to its listening socket."""
         hooks = ("message_received", "message_delivered")
-        lane = f"{name} {agent or ''}" if any(map(self._plugins.implemented, hooks)) else None
+        lane = name if self.services[name].settings.delivery_threads > 1 else None
+        if any(map(self._plugins.implemented, hooks)):
+            lane = f"{name} {agent or ''}"
         if (name, lane) not in self._dispatchers:
             self._dispatchers[name, lane] = self._new_dispatcher(self.services[name], lane)
         return self._dispatchers[name, lane]
 
     def _new_dispatcher(self, service: Service, lane: str | None) -> Dispatcher:
-        mode = service.settings.delivery
-        worker = self._workers.setdefault((mode, lane), BatchWorker(f"{mode} {lane or 'all'}"))
+        mode, threads = service.settings.delivery, service.settings.delivery_threads
+        worker = self._workers.setdefault(
+            (mode, lane), BatchWorker(f"{mode} {lane or 'all'}", threads)
+        )
+        claims: Claims | SharedWork = Claims(self.project / CLAIMS)
+        if threads > 1:
+            shared = SharedWork(SharedClaims(self.project / CLAIMS))
+            claims = self._shared.setdefault(service.name, shared)
         delivery: Delivery = RouterDelivery(self.project)
         if mode == "queue":
             delivery = QueueDelivery(service.settings.queue, self.project)
@@ -253,16 +282,31 @@ class Collector:
             service.name,
             delivery,
             self._deliveries,
-            Claims(self.project / CLAIMS),
+            claims,
             self._plugins,
             Notifier(reporter, self._outbox),
             worker,
-            turn=self._turns[mode],
+            turn=self._turn(service),
             spell=service.spell,
             handler_timeout=service.settings.handler_timeout,
             repeat_seconds=service.settings.repeat_seconds,
             share=self._locks.share,
         )
+
+    def _turn(self, service: Service) -> AbstractContextManager[object]:
+        """What is held while a message of a service is handed over."""
+        mode, threads = service.settings.delivery, service.settings.delivery_threads
+        which = (mode, service.name if threads > 1 else None)
+        if which not in self._turns:
+            turn: AbstractContextManager[object] = threading.Semaphore(threads)
+            if threads == 1:
+                turn = self._one_at_a_time[mode]
+            if mode == "router" and self._beside is not None:
+                turn = self._beside.within(turn)
+                if threads > 1:
+                    self._beside.say(threads)
+            self._turns[which] = turn
+        return self._turns[which]
 
     async def listeners(self) -> list[Listener]:
         """One for each service that has ``listen``; not started."""

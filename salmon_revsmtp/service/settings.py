@@ -91,6 +91,16 @@ class ServiceSettings(BaseModel):
     """How long the provider waits for the answer to a message.  After that it hears 451 and tries
     again later; the handler goes on.  Most providers give up after 600 seconds (RFC 5321
     4.5.3.2.6), so stay well below that."""
+    delivery_threads: Annotated[
+        int, Field(strict=True, ge=1, le=256, description="a whole number from 1 to 256")
+    ] = 1
+    """How many messages of the service may be in handlers at the same time.  With 1, Salmon's
+    habits are safe whatever your handlers do: all services that have 1 share one thread.  More than
+    1 gives the service threads of its own, and messages are then not handled in the order in which
+    they arrive.  It is for handlers that wait, for a database or a web service, and that are marked
+    ``@nolocking``: :doc:`delivery` says what they and the state storage must allow.  In queue mode
+    so many messages are stored at the same time.  A session reads 256 messages ahead of their
+    answers, so more threads would have no work."""
     repeat_window: Annotated[
         float, Field(gt=0, le=3650, allow_inf_nan=False, description="days above 0, up to 3650")
     ] = 7
@@ -186,6 +196,15 @@ class ServiceSettings(BaseModel):
             raise ValueError(
                 "unknown_recipients: found 'refuse', allowed with delivery 'hold' is 'keep': held "
                 "mail has no routes; a customer at home refuses its own unknown recipients"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _threads(self) -> ServiceSettings:
+        if self.delivery_threads > 1 and self.delivery == "hold":
+            raise ValueError(
+                f"delivery_threads: found {self.delivery_threads}, allowed with delivery 'hold' is "
+                "1: no handlers run, and what comes at the same time is stored together"
             )
         return self
 

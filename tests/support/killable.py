@@ -2,7 +2,8 @@
 
     python -m support.killable FOLDER KEYS DELIVERY
 
-A line of JSON on standard input is a run: ``{"do": "collect", "die_at": 17}`` forks a child that
+DELIVERY is a mode, and where there are several the number of threads, such as ``"router 4"``.  A
+line of JSON on standard input is a run: ``{"do": "collect", "die_at": 17}`` forks a child that
 collects in FOLDER with an agent of these KEYS (``"consume"``: that handles the queue; ``"serve"``:
 a server, which has a session open), and that kills itself at the 17th line that it comes to of the
 code which makes a message safe, or, with ``"after"``, from the first call of that function on, such
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from salmon.mail import MailRequest
-from salmon.routing import Router, route, stateless
+from salmon.routing import Router, nolocking, route, stateless
 from salmon.server import SMTPError
 
 from salmon_revsmtp import QueueConsumer
@@ -62,7 +63,7 @@ def handle(message: MailRequest, name: str = "") -> None:
         raise SMTPError(550, "5.1.1 no such user")
 
 
-route("(name)@example.org", name="[a-z]+")(stateless(handle))
+route("(name)@example.org", name="[a-z]+")(stateless(nolocking(handle)))
 
 
 class Sent:
@@ -112,7 +113,9 @@ def die() -> None:
 
 def collect(keys: dict[str, Any], delivery: str, serve: bool) -> None:
     plugins = Plugins.load()
-    service = {"hostname": "mail.example.org", "delivery": delivery}
+    mode, _, threads = delivery.partition(" ")
+    service: dict[str, Any] = {"hostname": "mail.example.org", "delivery": mode}
+    service["delivery_threads"] = int(threads or 1)
     valid = configuration(keys, plugins=plugins, default=service)
     with Collector(valid, plugins, Sent) as collector:
         asyncio.run(Daemon(collector, plugins).run() if serve else collector.collect(valid.agents))
