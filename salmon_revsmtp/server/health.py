@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import ssl
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -325,8 +326,8 @@ class Health:
                 yield Trouble(
                     f"account:{name}:aside",
                     f"Set aside for the account {name}: {number}. They go out when you say "
-                    f"`salmon-revsmtp provider held retry --account NAME`; see `salmon-revsmtp "
-                    "provider held` for the reason.",
+                    f"`salmon-revsmtp provider held retry --account {shlex.quote(name)}`; see "
+                    "`salmon-revsmtp provider held` for the reason.",
                 )
             if one.messages and self._unseen(name, one, accounts.get(name), live):
                 known = self._known.get(f"account:{name}:unseen")
