@@ -484,4 +484,4 @@ def test_check_says_what_is_wrong_with_a_handlers_setting(project: Project) -> N
     with_handlers(project, 366, '["salmon_revsmtp.handlers.maildir"]', mailboxes=["bob"])
     done = project.run("check")
     assert done.returncode != 0
-    assert "mailboxes: found 'bob' (it has no domain), allowed: a list of addresses" in done.stderr
+    assert "mailboxes: found 'bob' (it has no domain), allowed: a list of addresses" in done.stdout

@@ -526,6 +526,27 @@ def test_the_tables_of_a_server_that_runs(salmon: Salmon) -> None:
     on_a_server(salmon, work)
 
 
+def test_a_look_at_a_provider_has_who_is_there_and_what_waits(salmon: Salmon) -> None:
+    async def work(here: Server) -> None:
+        key = put(here.store, "other", "b@example.com")
+        here.store.strike(key, 1, "it broke")
+        customer = await here.customer()
+        looked = await here.daemon.look()
+        [row] = [one for one in looked.rows if one["status"] == "provider"]
+        assert (row["accounts"], row["online"], row["messages"]) == (2, 1, 1)
+        assert (row["bytes"], row["aside"], row["oldest"]) == (len(MESSAGE), 1, None)
+        assert [one.key for one in looked.troubles] == ["account:other:aside"]
+        customer.writer.close()
+        await here.until(lambda: not here.provider.sessions)
+        here.store.retry([key])
+        looked = await here.daemon.look()
+        [row] = [one for one in looked.rows if one["status"] == "provider"]
+        assert (row["online"], row["aside"], row["oldest"] is not None) == (0, 0, True)
+        assert looked.troubles == []
+
+    on_a_server(salmon, work)
+
+
 def test_sessions_shows_the_version_of_tls_and_who_does_not_push(salmon: Salmon) -> None:
     async def work(here: Server) -> None:
         put(here.store)

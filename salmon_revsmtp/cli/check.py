@@ -14,7 +14,7 @@ import click
 
 from salmon_revsmtp.cli.completion import agent_names
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, named, with_options
-from salmon_revsmtp.cli.output import has_colours, print_json
+from salmon_revsmtp.cli.output import BAD, GOOD, WAITS, Toned, print_json, shown
 from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 # What each result looks like on a terminal, and how wide it is.
-STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
+TONES = {"ok": GOOD, "warning": WAITS, "failed": BAD}
 RESULT = 9
 
 # What a server does not start without.
@@ -83,7 +83,7 @@ def _check_everything(options: Options, offline: bool, as_json: bool) -> None:
     if as_json:
         _print_summary(result, text, running, problems)
     else:
-        _say(text, STYLES[result])
+        _say(text, TONES[result])
     if problems:
         sys.exit(ATTENTION)
 
@@ -171,12 +171,12 @@ def _show(finding: Finding) -> None:
     if sys.stdout.isatty():
         width = max(shutil.get_terminal_size().columns - RESULT, 20)
         lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
-    _say(finding.result.ljust(RESULT), STYLES.get(finding.result), nl=False)
+    _say(finding.result.ljust(RESULT), TONES.get(finding.result), nl=False)
     click.echo(f"\n{' ' * RESULT}".join(lines))
 
 
-def _say(text: str, colour: str | None, nl: bool = True) -> None:
-    click.echo(click.style(text, fg=colour) if colour and has_colours(sys.stdout) else text, nl=nl)
+def _say(text: str, tone: str | None, nl: bool = True) -> None:
+    click.echo(shown(Toned(text, tone) if tone else text), nl=nl)
 
 
 # -- one agent -------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _show_check(agent: Agent, result: Check, outcome: str | None) -> None:
         if result.fingerprint:
             click.echo(f"its certificate has the fingerprint {result.fingerprint}")
     for problem in result.problems:
-        _say(f"{outcome or 'warning'}: ", STYLES["failed" if outcome else "warning"], nl=False)
+        _say(f"{outcome or 'warning'}: ", TONES["failed" if outcome else "warning"], nl=False)
         click.echo(printable(problem))
     if not result.problems:
         click.echo("nothing found that would fail")

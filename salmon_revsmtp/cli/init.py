@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from salmon_revsmtp.cli.errors import complain, warn
 from salmon_revsmtp.cli.options import Options, stop, with_options
+from salmon_revsmtp.cli.output import BOLD, Toned, shown
 from salmon_revsmtp.cli.records import INDENT, looked_up, show_findings, show_records
 from salmon_revsmtp.foreign import printable, printable_lines
 
@@ -399,7 +401,7 @@ def _join_line(given: str | None, problems: _Problems) -> JoinLine | None:
         try:
             return parse(click.prompt("Join line (is not shown)", hide_input=True, err=True))
         except JoinLineError as error:
-            click.echo(f"error: {error}", err=True)
+            complain(str(error))
     try:
         if given == "-":
             given = sys.stdin.buffer.read(LONGEST + 1).decode()
@@ -533,16 +535,15 @@ def _warn(user: ProjectUser, *paths: Path | None) -> None:
     from salmon_revsmtp.init.project import cannot_use
 
     for path in cannot_use(user, *(one for one in paths if one)):
-        click.echo(
-            f"warning: the user {user.name}, who is to run the server, cannot use {path}; have it "
-            "where that user can, or name another one with --user",
-            err=True,
+        warn(
+            f"the user {user.name}, who is to run the server, cannot use {path}; have it where "
+            "that user can, or name another one with --user"
         )
 
 
 def _heading(text: str) -> None:
     click.echo()
-    click.secho(text, bold=True)
+    click.echo(shown(Toned(text, BOLD)))
     click.echo()
 
 

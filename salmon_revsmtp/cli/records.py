@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.output import GOOD, WAITS, Toned, shown
 from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def show_findings(findings: Sequence[Finding]) -> None:
     """Each record with ``ok`` or ``not yet`` before it, and what there is instead below it."""
     lines = _lines([one.record for one in findings])
     for finding, line in zip(findings, lines, strict=True):
-        word, colour = ("ok", "green") if finding.right else ("not yet", "yellow")
-        click.echo(f"{INDENT}{click.style(f'{word:<9}', fg=colour)}{line}")
+        word = Toned(f"{'ok':<9}", GOOD) if finding.right else Toned(f"{'not yet':<9}", WAITS)
+        click.echo(f"{INDENT}{shown(word)}{line}")
         if not finding.right:
             click.echo(f"{INDENT}{'':<9}found: {printable(finding.instead)}")
 

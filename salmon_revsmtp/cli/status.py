@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, with_options
-from salmon_revsmtp.cli.output import at, folded, print_json
+from salmon_revsmtp.cli.output import BAD, BOLD, Toned, at, folded, print_json, shown
 from salmon_revsmtp.customer.report import counted
 from salmon_revsmtp.foreign import printable
 
@@ -63,8 +63,8 @@ def _ask_server() -> tuple[bool, Sequence[Row]]:
     try:
         for answer in ask({"do": "status"}, patience=GLANCE):
             if "error" in answer:
-                text = printable(answer["error"]) + OLDER * (answer["error"] == "no such request")
-                click.echo(f"warning: the running server: {text}", err=True)
+                text = answer["error"] + OLDER * (answer["error"] == "no such request")
+                warn(f"the running server: {text}")
                 break
             if "row" in answer:
                 rows.append(answer["row"])
@@ -73,7 +73,7 @@ def _ask_server() -> tuple[bool, Sequence[Row]]:
     except NoServer:
         return False, ()
     except (OSError, ValueError) as error:
-        click.echo(f"warning: asking the running server: {printable(error)}", err=True)
+        warn(f"asking the running server: {error}")
     return True, ()
 
 
@@ -105,7 +105,7 @@ def _show(rows: Sequence[Row]) -> None:
         these = [_cells(row) for row in rows if row["status"] == kind]
         if not these:
             continue
-        _heading(heading, "red" if kind == "trouble" else None)
+        _heading(heading, BAD if kind == "trouble" else BOLD)
         label = 0 if kind == "trouble" else max(len(name) for _, name, *_ in these)
         for _, name, *texts in these:
             indent = INDENT + (" " * (label + 2) if label else "")
@@ -115,9 +115,8 @@ def _show(rows: Sequence[Row]) -> None:
             click.echo("\n".join(lines))
 
 
-def _heading(text: str, colour: str | None = None) -> None:
-    """Without colours where NO_COLOR is set to anything (no-color.org)."""
-    click.echo(text if os.environ.get("NO_COLOR") else click.style(text, bold=True, fg=colour))
+def _heading(text: str, tone: str = BOLD) -> None:
+    click.echo(shown(Toned(text, tone)))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

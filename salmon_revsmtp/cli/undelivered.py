@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from salmon_revsmtp.cli.desk import Asking
+from salmon_revsmtp.cli.errors import warn
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
 from salmon_revsmtp.cli.output import at, print_json, table
 from salmon_revsmtp.cli.treating import (
@@ -22,7 +23,6 @@ from salmon_revsmtp.cli.treating import (
     yes_option,
 )
 from salmon_revsmtp.customer.report import counted, iso
-from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.delivery.waiting import Message, WaitingMail
@@ -90,10 +90,7 @@ class _Undelivered(_Place):
         try:
             self.prepare_to_act()
         except click.ClickException as error:
-            click.echo(
-                f"warning: {printable(error.message)}; this is what is in run/undeliverable",
-                err=True,
-            )
+            warn(f"{error.message}; this is what is in run/undeliverable")
             return WaitingMail(Path("run/undeliverable").absolute())
         [answer] = self.ask("folder")
         if answer["folder"] is None:
