@@ -21,7 +21,7 @@ from support.dialogue import no_more_mail
 from support.disk import small_disk
 from support.listener import listener
 from support.messages import MESSAGE
-from support.nexthop import deliver, load
+from support.nexthop import Call, deliver, load, next_host
 from support.project import Project, isp, one_message, provider
 from support.salmon import Salmon
 
@@ -462,6 +462,22 @@ def test_one_line_in_the_settings_has_a_project_keep_its_mail(project: Project) 
     [message] = mail["b@example.org"]
     assert message.startswith(b"Return-Path: <a@example.net>\nDelivered-To: b@example.org\n")
     assert message.endswith(MESSAGE.partition(b"\r\n\r\n")[2].replace(b"\r\n", b"\n"))
+
+
+def test_another_line_hands_it_on_and_says_goodbye_at_the_end(project: Project) -> None:
+    got = []
+
+    def store(call: Call) -> None:
+        call.greet()
+        got.append(call.message())
+        call.hear("QUIT")
+
+    with provider(one_message, no_more_mail) as port, next_host(store) as server:
+        with_handlers(project, port, '["salmon_revsmtp.handlers.lmtp"]', lmtp_server=server)
+        done = project.run("collect", "isp")
+    assert done.returncode == 0, done.stderr
+    assert got[0].startswith(b"Received: from ")
+    assert got[0].endswith(MESSAGE.partition(b"\r\n\r\n")[2].replace(b".", b"..", 1))
 
 
 def test_check_says_what_is_wrong_with_a_handlers_setting(project: Project) -> None:

@@ -14,10 +14,12 @@ time, it is not asked again for a while: each message would hold up all others f
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import ipaddress
 import logging
+import os
 import select
 import socket
 import ssl
@@ -344,6 +346,8 @@ class NextHop:
         self._tls = True
         self._descriptors = contextlib.ExitStack()
         self._descriptors.enter_context(ours_alone(self._open_descriptors))
+        self._process = os.getpid()
+        atexit.register(self._leave)
 
     def hand_on(self, envelope: Envelope, content: bytes) -> Reply:
         """Hand a message for one recipient on.  Returns the server's reply, or a 451 of ours."""
@@ -467,6 +471,15 @@ class NextHop:
             if self._kept:
                 self._arm()
         for one in idle:
+            one.quit()
+
+    def _leave(self) -> None:
+        """Our process ends."""
+        if os.getpid() != self._process:
+            return  # in a handler's child they are closed, and their numbers may be other files
+        with self._lock:
+            kept, self._kept = self._kept, []
+        for one in kept:
             one.quit()
 
     def _open_descriptors(self) -> list[int]:
