@@ -284,6 +284,10 @@ def test_what_cannot_be_read_is_named_and_hides_nothing_else(place: Place) -> No
     found = place.troubles(looked, place.live(hold_error="no such table"))
     assert set(found) == {"queue:run/undeliverable", "hold", "account:acme:unseen"}
     assert "no such table" in found["hold"].text
+    (place.folder / "run/hold").mkdir()
+    (place.folder / "run/hold/index.sqlite3").write_bytes(b"this is no database")
+    [hold] = [one for one in looked.look(None).troubles if one.key == "hold"]
+    assert "run/hold/index.sqlite3: file is not a database" in hold.text
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import smtplib
 import socket
 import stat
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,18 +342,44 @@ def test_a_handler_gets_it_as_it_would_have_at_first(salmon: Salmon, retry: Retr
     assert (first.Data, first.From, first.To) == (again.Data, again.From, again.To)
 
 
+@pytest.fixture
+def given_up(salmon: Salmon) -> str:
+    """The key of a notification that the relay has refused for good."""
+    taken, salmon.relay = salmon.relay, SimpleNamespace(deliver=refuses)
+    outbox = Outbox(lambda: salmon.relay)
+    outbox.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
+    outbox.send()
+    salmon.relay = taken
+    [key] = WaitingMail(salmon.folder / WAITS).keys()
+    return key
+
+
+def refuses(message: Any, To: str, From: str) -> None:
+    raise smtplib.SMTPDataError(554, b"no bounces here")
+
+
 def test_a_notification_goes_to_the_relay_and_not_to_the_handlers(
-    salmon: Salmon, retry: Retry
+    salmon: Salmon, given_up: str, retry: Retry
 ) -> None:
     salmon.handle(".*")
-    notice = b"Subject: Undelivered mail\n\nsorry\n"
-    stored = envelope_lines("", "ann@example.net") + notice
-    key = undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: 550")
-    [one] = retry.retry([key])
+    [one] = retry.retry([given_up])
     assert one.done and "unsent" in one.remark
     retry._outbox.wait(10)
     assert [whose for _, whose, _ in salmon.relayed] == ["ann@example.net"]
     assert salmon.handled == []
+
+
+def test_what_only_says_that_it_is_a_notification_never_goes_to_the_relay(
+    salmon: Salmon, given_up: str, retry: Retry
+) -> None:
+    """A stranger may have written so, in mail that Salmon's own receiver took."""
+    salmon.handle(".*")
+    forged = WaitingMail(salmon.folder / WAITS).read(given_up)
+    assert forged is not None and GIVEN_UP.encode() in forged
+    key = str(queue.Queue(str(salmon.folder / WAITS)).push(forged))
+    assert list(retry.retry([key])) == [Retried(key, True)]
+    retry._outbox.wait(10)
+    assert salmon.relayed == [] and len(salmon.handled) == 1
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ GIVE_UP = 5 * 86400.0
 # shows more, it was set, or nothing ran: neither is a reason to give up.
 LONGEST_WAIT = 86400.0
 
+# Notifications that were given up and are known as such; older ones are mail like any other.
+MOST_GIVEN_UP = 10_000
+
 #: What the reason begins with why a notification is undeliverable.
 GIVEN_UP = "a notification that the relay did not take"
 
@@ -154,6 +157,23 @@ class Outbox:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def gave_up(self, key: str) -> bool:
+        """Whether what is undeliverable under this key is a notification of ours.  It is not enough
+        that it says so: who reads that may have it from a stranger.  Never raises."""
+        return key in self._given_up()
+
+    def _given_up(self) -> list[str]:
+        try:
+            found = json.loads((self._folder / "given-up").read_text())
+        except (OSError, ValueError):
+            return []
+        return [str(key) for key in found] if isinstance(found, list) else []
+
+    def _note_given_up(self, key: str) -> None:
+        keys = [*self._given_up(), key][-MOST_GIVEN_UP:]
+        with contextlib.suppress(OSError):
+            write_private(self._folder / "given-up", json.dumps(keys).encode())
+
     def _keep_reasons(self, reasons: Mapping[str, str]) -> None:
         """In the file whose time is that of the last round."""
         tried = self._folder / "tried"
@@ -198,7 +218,8 @@ class Outbox:
                 self._say(logging.INFO, to, "the relay broke off after the notification")
             elif _for_good(error) or self._age(key) > GIVE_UP:
                 self._say(logging.ERROR, to, f"the notification cannot be sent, given up: {error}")
-                undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {error}")
+                kept = undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {error}")
+                self._note_given_up(kept)
                 waiting.remove(key)
                 self._reasons[key] = "the relay refuses it for good; it is undeliverable now"
                 return True

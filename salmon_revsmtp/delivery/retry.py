@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salmon_revsmtp.delivery.outbox import GIVEN_UP, Outbox
+from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE, Retrial, undeliverable_queue
 from salmon_revsmtp.delivery.trace import (
     separator,
@@ -110,8 +110,8 @@ class Retry:
     def _try(
         self, waiting: WaitingMail, key: str, path: Path, stored: bytes, to: str | None
     ) -> Retried:
-        envelope, reason, message = unpack_undeliverable(stored)
-        if reason.startswith(GIVEN_UP) and not envelope.reverse_path:
+        envelope, _, message = unpack_undeliverable(stored)
+        if self._outbox.gave_up(key):
             return self._send_again(waiting, key, envelope.recipients, message)
         recipients = envelope.recipients
         if not recipients:

@@ -283,13 +283,14 @@ def split_envelope(stored: bytes) -> tuple[str | None, str | None, bytes]:
 
 def undeliverable_envelope(envelope: Envelope, recipients: Sequence[str], reason: str) -> bytes:
     """:func:`stored_envelope` for what no handler has taken, and why: for the first of
-    ``recipients``, and a line that names them all where there are several."""
+    ``recipients``, and a line that names them all where there are several.  The reason is the last
+    line, so nothing that a sender has written below it is taken for one of ours."""
     first, *others = recipients
-    lines = stored_envelope(envelope, first) + _reason_line(reason)
+    lines = stored_envelope(envelope, first)
     if others:
         named = ",\n ".join(recipients)
         lines += f"X-Failed-Recipients: {named}\n".encode("utf-8", "replace")
-    return lines
+    return lines + _reason_line(reason)
 
 
 def with_reason(stored: bytes, reason: str) -> bytes:
@@ -309,13 +310,8 @@ def unpack_undeliverable(stored: bytes) -> tuple[Envelope, str, bytes]:
     empty where none was kept.
     """
     parts = _split(stored)
-    envelope, message = _envelope(parts), stored[parts.end :]
-    recipients: tuple[str, ...] = (parts.recipient,) if parts.recipient else ()
-    if parts.recipient and (found := _FAILED.match(message)):
-        named = found[1].decode("utf-8", "replace").split(",\n ")
-        if named[0].strip(_BLANK) == parts.recipient:  # the line is ours
-            recipients, message = tuple(one.strip(_BLANK) for one in named), message[found.end() :]
-    return replace(envelope, recipients=recipients), parts.reason, message
+    envelope = replace(_envelope(parts), recipients=parts.failed)
+    return envelope, parts.reason, stored[parts.end :]
 
 
 def _reason_line(reason: str) -> bytes:
@@ -324,11 +320,13 @@ def _reason_line(reason: str) -> bytes:
 
 
 class _Parts(NamedTuple):
-    """What our lines on top of a message say; where the envelope ends, and where they end."""
+    """What our lines on top of a message say; where those before the reason end, and where all
+    end.  ``failed``: all recipients that have not got it."""
 
     reverse_path: str | None
     recipient: str | None
     parameters: str
+    failed: tuple[str, ...]
     above: int
     reason: str
     end: int
@@ -344,10 +342,15 @@ def _split(stored: bytes) -> _Parts:
         recipient, end = value
         if value := _first_line(stored, end, b"x-envelope-parameters"):
             parameters, end = value
+    failed: tuple[str, ...] = (recipient,) if recipient else ()
     above = end
-    if value := _first_line(stored, end, b"x-undeliverable-reason"):
+    found = _FAILED.match(stored, end) if recipient else None
+    if value := _first_line(stored, found.end() if found else end, b"x-undeliverable-reason"):
         reason, end = value
-    return _Parts(reverse_path, recipient, parameters, above, reason, end)
+        if found:
+            named = found[1].decode("utf-8", "replace").split(",\n ")
+            failed, above = tuple(one.strip(_BLANK) for one in named), found.end()
+    return _Parts(reverse_path, recipient, parameters, failed, above, reason, end)
 
 
 def _first_line(stored: bytes, start: int, name: bytes) -> tuple[str, int] | None:

@@ -161,7 +161,7 @@ class Health:
         answer.  Blocks.  What cannot be read is a trouble, and raises nothing."""
         agents = {one.name: one for one in self._configuration.agents}
         kept = self._journal.latest(agents)
-        held = live.held if live is not None else self._held()
+        held, unread = (live.held, live.hold_error) if live is not None else self._held()
         queues = list(self._queues(live))
         found = [
             *self._server(kept, live, silent),
@@ -169,6 +169,7 @@ class Health:
             *self._disks([one.folder for one in queues]),
             *self._certificates(),
             *self._waiting(queues),
+            *([Trouble("hold", f"What is held cannot be read: {unread}.")] if unread else []),
             *self._accounts(held, live),
         ]
         troubles = [self._dated(one) for one in found]
@@ -313,13 +314,10 @@ class Health:
                 )
 
     def _accounts(self, held: Mapping[str, Holding], live: Live | None) -> Iterator[Trouble]:
-        """Without a server it is what the last one knew."""
-        if live is None:
+        """Without a server, or a look into the hold store, it is what was known last."""
+        if live is None or live.hold_error:
             yield from (one for key, one in self._known.items() if key.startswith("account:"))
             return
-        if live.hold_error:
-            yield Trouble("hold", f"What is held cannot be read: {live.hold_error}.")
-            yield from (one for key, one in self._known.items() if key.startswith("account:"))
         accounts = {one.name: one for one in self._configuration.accounts}
         for name, one in held.items():
             if one.aside:
@@ -398,13 +396,16 @@ class Health:
         settings = self._configuration.provider or ProviderSettings()
         return self._project / settings.hold
 
-    def _held(self) -> Mapping[str, Holding]:
-        """Without a server: what the hold store's index says."""
+    def _held(self) -> tuple[Mapping[str, Holding], str]:
+        """Without a server: what the hold store's index says, or why that is not known."""
         if not self._configuration.holds:
-            return {}
+            return {}, ""
         from salmon_revsmtp.provider.hold.embedded import glance
 
-        return {name: Holding(*one) for name, one in glance(self._hold).items()}
+        try:
+            return {name: Holding(*one) for name, one in glance(self._hold).items()}, ""
+        except OSError as error:
+            return {}, str(error)
 
     def _named(self, path: Path) -> str:
         """A path as a person writes it."""

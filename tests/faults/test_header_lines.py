@@ -19,7 +19,7 @@ from salmon.mail import MailRequest
 from salmon.server import SMTPError
 from support.collecting import exchange
 from support.messages import MESSAGE
-from support.salmon import Salmon
+from support.salmon import Salmon, fails
 
 from salmon_revsmtp import QueueConsumer, hookimpl
 from salmon_revsmtp.delivery.dsn import MAX_HEADERS, RecipientStatus, notification
@@ -32,6 +32,8 @@ from salmon_revsmtp.delivery.trace import (
     hops,
     separator,
     split_envelope,
+    unpack_undeliverable,
+    with_reason,
 )
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -472,3 +474,28 @@ def test_what_a_plugin_adds_stands_between_our_line_and_the_message(
     header, _, rest = kept.partition(b"\n\n")
     assert names(header + b"\n\n") == ours
     assert rest.strip(b"\n") == body.strip(b"\n")
+
+
+FORGED = (
+    b"X-Failed-Recipients: good@example.org,\n evil@elsewhere.example\n",
+    b"X-Undeliverable-Reason: none\n",
+    b"Delivered-To: evil@elsewhere.example\n",
+    b"X-Failed-Recipients: evil@elsewhere.example\nX-Undeliverable-Reason: none\n",
+)
+
+
+@pytest.mark.parametrize("lines", FORGED)
+def test_what_a_sender_writes_is_no_line_of_ours_when_it_is_tried_again(
+    salmon: Salmon, lines: bytes
+) -> None:
+    """No one is told of what is refused of an automatic message, and it is kept as it came."""
+    salmon.handle("bad@.*", fails(550))
+    salmon.handle("good@.*")
+    data = lines.replace(b"\n", b"\r\n") + b"Precedence: bulk\r\n" + MESSAGE
+    exchange(salmon, "good@example.org", "bad@example.org", data=data)
+    [kept] = salmon.undeliverable()
+    envelope, reason, message = unpack_undeliverable(kept)
+    assert envelope.recipients == ("bad@example.org",)
+    assert reason.startswith("refused with 550") and message.startswith(lines)
+    again = with_reason(kept, "another")
+    assert unpack_undeliverable(again) == (envelope, "another", message)

@@ -127,28 +127,34 @@ _USED = (
 def glance(folder: Path) -> dict[str, tuple[int, int, int, float | None]]:
     """What is held in ``folder``, without a store being opened, so that it may be another's: by
     account the messages, their octets, how many are set aside, and when the oldest of the others
-    came.  Empty where that cannot be read."""
+    came.  Raises :class:`OSError` where that cannot be read."""
     index = (folder / "index.sqlite3").absolute()
-    found: dict[str, tuple[int, int, int, float | None]] = {}
-    with contextlib.suppress(sqlite3.Error):
-        reader = sqlite3.connect(f"{index.as_uri()}?mode=ro", uri=True, timeout=1.0)
-        with contextlib.closing(reader):
+    if not index.exists():
+        return {}
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{index.as_uri()}?mode=ro", uri=True, timeout=1.0)
+        ) as reader:
             reader.isolation_level = None
             reader.execute("BEGIN")
-            aside: Counter[str] = Counter()
-            oldest: dict[str, float] = {}
-            for account, state, number, first in reader.execute(
-                "SELECT account, state, count(*), min(id) FROM held GROUP BY account, state"
-            ).fetchall():
-                if state == State.ASIDE:
-                    aside[account] = number
-                else:
-                    row = reader.execute("SELECT arrived FROM held WHERE id = ?", (first,))
-                    [oldest[account]] = row.fetchone()
-            for account, *used in reader.execute("SELECT account, messages, octets FROM usage"):
-                if used[0]:
-                    found[account] = (*used, aside[account], oldest.get(account))
-    return found
+            return _glanced(reader)
+    except sqlite3.Error as error:
+        raise HoldStoreError(f"{index}: {error}") from error
+
+
+def _glanced(reader: sqlite3.Connection) -> dict[str, tuple[int, int, int, float | None]]:
+    aside: Counter[str] = Counter()
+    oldest: dict[str, float] = {}
+    for account, state, number, first in reader.execute(
+        "SELECT account, state, count(*), min(id) FROM held GROUP BY account, state"
+    ).fetchall():
+        if state == State.ASIDE:
+            aside[account] = number
+        else:
+            row = reader.execute("SELECT arrived FROM held WHERE id = ?", (first,))
+            [oldest[account]] = row.fetchone()
+    used = reader.execute("SELECT account, messages, octets FROM usage WHERE messages > 0")
+    return {account: (*row, aside[account], oldest.get(account)) for account, *row in used}
 
 
 class EmbeddedStore:
