@@ -17,6 +17,7 @@ from support.servers import ACCOUNTS, Exim, EximOfThePage
 from support.tls import CERTIFICATE, PRIVATE_KEY
 
 from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.delivery.trace import unpack_undeliverable
 from salmon_revsmtp.demo.samples import Sample, samples
 from salmon_revsmtp.net.outcome import Outcome
 
@@ -86,8 +87,8 @@ def arrived(salmon: Salmon) -> list[tuple[str, bytes]]:
     """Recipient and message without our Received, of everything that came."""
     found = [(one.To, one.Data.split(b"\n", 4)[4]) for one in salmon.handled]
     for one in salmon.undeliverable():
-        _, recipient, _, _, _, _, message = one.split(b"\n", 6)
-        found.append((recipient.removeprefix(b"Delivered-To: ").decode(), message))
+        envelope, _, message = unpack_undeliverable(one)
+        found.append((envelope.recipients[0], message.split(b"\n", 4)[4]))
     return sorted(found)
 
 

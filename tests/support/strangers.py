@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from salmon_revsmtp.delivery.trace import unpack
+from salmon_revsmtp.delivery.trace import unpack_undeliverable
 from salmon_revsmtp.demo.samples import samples
 from salmon_revsmtp.smtp.envelope import Envelope
 from support.salmon import Salmon
@@ -35,7 +35,7 @@ def arrived(salmon: Salmon) -> list[tuple[str, bytes]]:
     """The same without the Received lines on top, of which the samples have none."""
     found = [(one.To, one.Data) for one in salmon.handled]
     for one in salmon.undeliverable():
-        envelope, message = unpack(one)
+        envelope, _, message = unpack_undeliverable(one)
         found.append((envelope.recipients[0], message))
     # Exim writes a UTF-8 mailbox as an old server would understand it.
     return sorted((to.replace("xn--jxalpdlp@", "δοκιμή@"), _beneath(data)) for to, data in found)
