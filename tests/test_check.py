@@ -221,7 +221,8 @@ def test_a_handler_that_salmon_goes_on_without(
     receiver()
     settings = project.folder / "config/settings.py"
     settings.write_text(
-        settings.read_text() + "handlers = ['app.handlers.sample', 'app.handlers.orders']\n"
+        settings.read_text()
+        + "handlers = ['app.handlers.sample', 'app.handlers.orders', 'app.handlers.ordrs']\n"
     )
     (project.folder / "app/handlers/orders.py").write_text("import a_module_that_is_not_there\n")
     found = check(project, status=1)
@@ -230,7 +231,9 @@ def test_a_handler_that_salmon_goes_on_without(
     assert "No module named 'a_module_that_is_not_there'" in orders.text
     assert "(app/handlers/orders.py, line 1)" in orders.text
     assert "goes on without it" in orders.text
-    assert found["summary", ""].text.startswith("the server can start; 1 thing would fail")
+    misspelt = found["handlers", "app.handlers.ordrs"]
+    assert "see how it is spelled" in misspelt.text and "--chdir" not in misspelt.text
+    assert found["summary", ""].text.startswith("the server can start; 2 things would fail")
 
 
 def test_handlers_without_a_route(project: Project, receiver: Callable[[], None]) -> None:

@@ -52,6 +52,9 @@ AHEAD = 3600.0
 # Seconds to wait for a process that writes to the journal.
 JOURNAL_PATIENCE = 2.0
 
+# Of a module in `handlers`.
+MISSING = "see how it is spelled, and whether the file is in the project's folder"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -163,7 +166,7 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
     missing = False
     for name in names:
         try:
-            with explained(str(name)):
+            with explained(str(name), MISSING):
                 importlib.import_module(str(name))
         except ProjectError as error:
             missing = True

@@ -23,6 +23,8 @@ __all__ = ["Project", "ProjectError", "enable_logging", "explained"]
 DEFAULT_SETTINGS = "config.settings"
 DEFAULT_BOOT = "config.boot"
 
+ELSEWHERE = "run this in a Salmon project's folder, or with --chdir"
+
 
 class ProjectError(Exception):
     """The project cannot be loaded; the text says which file and why, without quoting values."""
@@ -103,8 +105,9 @@ def _give_logs_to_owner() -> None:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn what a project's own file raises into one sentence with the line that raised it."""
+def explained(what: str, if_missing: str = ELSEWHERE) -> Iterator[None]:
+    """Turn what a project's own file raises into one sentence with the line that raised it.
+    ``if_missing``: what to try if there is no such module at all."""
     try:
         yield
     except ProjectError:
@@ -112,7 +115,7 @@ def explained(what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         hint = ""
         if error.name and (what == error.name or what.startswith(error.name + ".")):
-            hint = "; run this in a Salmon project's folder, or with --chdir"
+            hint = f"; {if_missing}"
         raise ProjectError(f"{what}: {error}{_where(error)}{hint}") from None
     except KeyError as error:
         raise ProjectError(
