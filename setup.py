@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+POSTGRES = ["psycopg[binary,pool]>=3.2"]
+
 setup(
     name="salmon-revsmtp",
     version="0.1.0",
@@ -60,6 +62,7 @@ setup(
             "hypothesis",
             "import-linter>=2.5",
             "mypy",
+            *POSTGRES,
             "pytest",
             "pytest-xdist",
             "ruff",
@@ -68,6 +71,8 @@ setup(
             "trustme",
             "types-docutils",
         ],
+        # A hold store in a database: hold = "postgresql://...".
+        "postgres": POSTGRES,
         # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
         "fuzz": [
             "atheris>=2.3; sys_platform == 'linux' and platform_machine == 'x86_64'"
@@ -79,6 +84,7 @@ setup(
         "salmon_revsmtp": [
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",
+            "postgres = salmon_revsmtp.plugins.builtin:postgres",
         ],
     },
 )

@@ -64,6 +64,8 @@ def _reason(detail: ErrorDetails) -> str:
 def _secret(key: str, value: object) -> bool:
     if key == "parameters" and isinstance(value, str):  # there may be a password among them
         return True
+    if isinstance(value, str) and "://" in value:  # and in a URL
+        return True
     return re.search("pass|secret|token|key", key, re.IGNORECASE) is not None
 
 

@@ -1,6 +1,7 @@
 """What every hold store must do: a third party's passes the same tests.
 
-To try another store, give ``STORES`` a function that opens one in a folder.
+To try another store, give ``STORES`` a function that, given the test's request and a folder,
+returns one that opens a store.
 """
 
 from __future__ import annotations
@@ -32,19 +33,40 @@ from salmon_revsmtp.provider.hold.store import (
 from salmon_revsmtp.smtp.content import whole
 from salmon_revsmtp.smtp.envelope import Envelope
 
-STORES: dict[str, Callable[[Path], HoldStore]] = {"embedded": EmbeddedStore}
+Open = Callable[[], HoldStore]
+
+
+def embedded_store(request: pytest.FixtureRequest, folder: Path) -> Open:
+    return lambda: EmbeddedStore(folder)
+
+
+def postgres_store(request: pytest.FixtureRequest, folder: Path) -> Open:
+    from salmon_revsmtp.provider.hold.postgres import PostgresStore
+
+    cluster = request.getfixturevalue("database")
+    url = cluster.url(cluster.schema())
+    return lambda: PostgresStore(url, folder)
+
+
+STORES: dict[str, Callable[[pytest.FixtureRequest, Path], Open]] = {
+    "embedded": embedded_store,
+    "postgres": postgres_store,
+}
 LARGE = b"Subject: large\r\n\r\n" + b"x" * embedded.LARGE
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(
+    params=["embedded", pytest.param("postgres", marks=pytest.mark.interop)],
+)
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], HoldStore]]:
     """Opens the store, again and again; what was open is closed before."""
     opened: list[HoldStore] = []
+    open_one = STORES[request.param](request, tmp_path / "hold")
 
     def open_again() -> HoldStore:
         for one in opened:
             one.close()
-        opened[:] = [STORES[request.param](tmp_path / "hold")]
+        opened[:] = [open_one()]
         return opened[0]
 
     yield open_again

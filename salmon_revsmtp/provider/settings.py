@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from salmon_revsmtp.net.address import ADDRESS, ADDRESSES, HostAndPort, host_and_port, host_name
 from salmon_revsmtp.net.certificate import certificate_problem
+from salmon_revsmtp.provider.hold.places import scheme_of
 from salmon_revsmtp.smtp.addresses import to_ascii
 from salmon_revsmtp.smtp.verifier import Verifier
 
@@ -153,8 +154,17 @@ class ProviderSettings(BaseModel):
     ] = None
     """Whether ``AUTH`` and ``ATRN`` need TLS.  With a certificate they do; ``False`` is for
     customers that have none, as fetchmail's ODMR."""
-    hold: Annotated[str, Field(min_length=1, description="a folder")] = "run/hold"
-    """The folder in which mail is held."""
+    hold: Annotated[
+        str,
+        Field(
+            min_length=1,
+            repr=False,
+            description="a folder, or a URL such as 'postgresql://user:password@host/database'",
+        ),
+    ] = "run/hold"
+    """Where mail is held: a folder, or the URL of a database that several hosts share
+    (:doc:`several-hosts`).  Take a URL with a password from the environment, as you do with
+    passwords."""
     keepalive: Annotated[
         float,
         Field(ge=1, le=3600, allow_inf_nan=False, description="seconds, 1 to 3600"),
@@ -185,6 +195,12 @@ class ProviderSettings(BaseModel):
     def _hostname(cls, value: str | None) -> str | None:
         return value if value is None else host_name(value)
 
+    @field_validator("hold")
+    @classmethod
+    def _hold(cls, value: str) -> str:
+        scheme_of(value)
+        return value
+
     @model_validator(mode="after")
     def _tls(self) -> ProviderSettings:
         if problem := certificate_problem(self.tls_cert, self.tls_key):
@@ -197,6 +213,11 @@ class ProviderSettings(BaseModel):
         if not self.listen and not self.listen_implicit:
             raise ValueError("listen: found nothing, and no listen_implicit; name an address")
         return self
+
+    @property
+    def hold_scheme(self) -> str | None:
+        """The scheme of ``hold`` if that is a URL; ``None``: it is a folder."""
+        return scheme_of(self.hold)
 
     @property
     def needs_tls(self) -> bool:

@@ -10,9 +10,9 @@ from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
-from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.expiry import Expiry
@@ -36,6 +36,8 @@ __all__ = ["Providing"]
 
 # Messages that plugins look at, at a time.
 FILTERS = 16
+# Where a store that is elsewhere has its files on this host.
+STORE_FILES = "run/hold"
 
 
 class Providing:
@@ -49,7 +51,7 @@ class Providing:
     def __init__(
         self,
         configuration: Configuration,
-        plugins: HookCaller,
+        plugins: Plugins,
         outbox: Outbox,
         rates: RateLimit,
         project: Path,
@@ -74,7 +76,10 @@ class Providing:
     @cached_property
     def store(self) -> HoldStore:
         """The hold store.  Raises :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
-        return EmbeddedStore(self._project / self.settings.hold)
+        hold = self.settings.hold
+        if (scheme := self.settings.hold_scheme) is None:
+            return EmbeddedStore(self._project / hold)
+        return self._plugins.hold_stores[scheme](hold, self._project / STORE_FILES)
 
     @cached_property
     def hostname(self) -> str:
