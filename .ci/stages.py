@@ -69,7 +69,7 @@ def stages() -> list[Stage]:
     # Each after the other: an installation writes salmon_revsmtp.egg-info, and all share the one.
     environments = ["make .venv/.fuzz-ready"]
     environments += [f"make .venv-{version}/.ready {with_python(version)}" for version in others]
-    names = ("exim", "postfix", "sendmail", "fetchmail", "rspamd")
+    names = ("exim", "postfix", "sendmail", "fetchmail", "rspamd", "pgbouncer", "postgresql")
     servers = [f"tests/interop/install-server {name}" for name in names]
     ready = ("environments",)
     return [

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +35,9 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 # Seconds until a host of the URL is given up, unless the URL says otherwise.
 CONNECT = 5
+# The pool logs each try to have a connection again.  We log when it begins to fail, and why.
+logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+
 # Connections of a process, beside two for wake-ups; each of them costs the server some memory.
 CONNECTIONS = 10
 # Seconds to wait for one of them, and those that the pool tries by itself to have one again, before
@@ -87,6 +92,7 @@ class Database:
         self.shown = without_secrets(url)
         self._watched: dict[Connection, float] = {}  # until when each has to answer
         self._closing = threading.Event()
+        self._refusals: deque[str] = deque(maxlen=1)  # why no connection was had the last time
         try:
             self._options = self._options_of(url)
             with contextlib.closing(self.connect()) as connection:
@@ -97,6 +103,7 @@ class Database:
                 "and is the URL right?"
             ) from None
         self._pool: psycopg_pool.ConnectionPool[Connection] = psycopg_pool.ConnectionPool(
+            connection_class=_noting(self._refusals),
             kwargs=self._options,
             min_size=1,
             max_size=CONNECTIONS,
@@ -196,7 +203,10 @@ class Database:
             yield
         except psycopg.Error as error:
             number = errno.ENOSPC if isinstance(error, psycopg.errors.DiskFull) else errno.EIO
-            raise OSError(number, f"the hold store {self.shown}: {_reason(error)}") from error
+            reason = _reason(error)
+            if isinstance(error, psycopg_pool.PoolTimeout) and self._refusals:
+                reason = self._refusals[0]
+            raise OSError(number, f"the hold store {self.shown}: {reason}") from error
 
     def _watch(self) -> None:
         """Shut down connections whose answer does not come."""
@@ -210,6 +220,23 @@ class Database:
         self._closing.set()
         self._pool.close()
         self._watcher.join()
+
+
+def _noting(refusals: deque[str]) -> type[Connection]:
+    """Connections; why one could not be had is noted."""
+
+    class Noting(psycopg.Connection[tuple[Any, ...]]):
+        @classmethod
+        def connect(cls, *arguments: Any, **options: Any) -> Any:
+            try:
+                connection = super().connect(*arguments, **options)
+            except psycopg.Error as error:
+                refusals.append(_reason(error))
+                raise
+            refusals.clear()
+            return connection
+
+    return Noting
 
 
 def _shut_down(connection: Connection) -> None:

@@ -52,6 +52,7 @@ class Wakeups:
         self._database, self._channel, self._heard = database, channel, heard
         self._us = secrets.token_hex(8)
         self._waiting: set[str] = set()
+        self._testing = False  # whether we hear ourselves
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._said_deaf = False
@@ -87,7 +88,8 @@ class Wakeups:
             self._closing.wait(GATHER)
             with self._changed:
                 waiting, self._waiting = self._waiting, set()
-            said = list(_payloads(self._us, waiting))
+                testing, self._testing = self._testing, False
+            said = [*_payloads(self._us, waiting), *([f"{self._us} {TEST}"] if testing else [])]
             for _ in range(2):  # the first may find that the connection is gone
                 try:
                     connection = connection or self._database.connect()
@@ -108,7 +110,7 @@ class Wakeups:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._waiting:
+            while not self._waiting and not self._testing:
                 if self._closing.is_set():
                     return False
                 self._changed.wait()
@@ -128,8 +130,10 @@ class Wakeups:
     def _hear(self, connection: Connection) -> None:
         with self._database.watched(connection):
             connection.execute(f'LISTEN "{self._channel}"')
-            connection.execute("SELECT pg_notify(%s, %s)", (self._channel, f"{self._us} {TEST}"))
         self._heard(None)  # what was said meanwhile
+        with self._changed:  # a pooler may pass on what this connection says itself
+            self._testing = True
+            self._changed.notify()
         deaf_at = since_boot() + ECHO
         while not self._closing.is_set():
             select.select([connection.fileno(), self._ended.fileno()], [], [], AGAIN)
@@ -160,6 +164,8 @@ class Wakeups:
 
 def _payloads(us: str, accounts: Collection[str]) -> Sequence[str]:
     """What is said: who we are, and for which accounts, whose names have no control characters."""
+    if not accounts:
+        return []
     said = [f"{us} {SOME}"]
     for one in sorted(accounts):
         if len(said[-1].encode()) + len(one.encode()) >= OCTETS:
