@@ -25,6 +25,7 @@ from support.processes import LONG
 from support.servers import PgBouncer, free_port
 
 from salmon_revsmtp.provider.hold.postgres import PostgresStore, lease, schema, store, wakeups
+from salmon_revsmtp.provider.hold.postgres.database import Transaction
 from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStoreError, Settled, State, Usage
 from salmon_revsmtp.smtp.content import whole
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -559,17 +560,27 @@ def test_wake_ups_come_again_after_the_listening_connection_was_lost(
     until(lambda: len(feed.take(**ALL)) == 1)
 
 
-def test_mail_goes_on_while_no_one_can_be_told(nodes: Nodes) -> None:
-    """A NOTIFY is no part of what holds mail: its connections are others."""
+def test_no_notification_is_part_of_what_holds_or_hands_over_mail(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its commit it waits for those of all others."""
+    said: list[str] = []
+    execute = Transaction._execute
+
+    def noted(self: Transaction, query: str, values: tuple[Any, ...]) -> Any:
+        said.append(query)
+        return execute(self, query, values)
+
+    monkeypatch.setattr(Transaction, "_execute", noted)
     node = nodes.start()
-    nodes.start()
-    until(lambda: bool(nodes.rows("SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_notify%'")))
-    with nodes.cluster.connection() as connection:
-        # What a NOTIFY waits for at its commit is held.
-        connection.execute("BEGIN; NOTIFY x")
-        for _ in range(5):
-            node.put([arrival("b@acme.example")])
-        assert node.usage("acme").messages == 5
+    with overheard(nodes) as heard:
+        node.put([arrival("b@acme.example")])
+        feed = node.feed("acme")
+        feed.take(**ALL)
+        feed.close()
+        until(lambda: any("acme" in one for one in heard))
+    assert any("INSERT INTO hold_queue" in one for one in said)
+    assert not any("notify" in one.lower() for one in said)
 
 
 def test_behind_a_pooler_that_shares_connections(

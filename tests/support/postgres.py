@@ -59,17 +59,19 @@ def _version(path: Path) -> int:
 class Cluster:
     """A server that runs while the context lasts.
 
+    ``place`` the folder that its own is in; the system's for temporary files unless given.
     ``port``  on 127.0.0.1, where a password is needed; the socket in ``folder`` needs none.
     """
 
-    def __init__(self, programs: Path, **options: str) -> None:
-        self._programs, self._options = programs, {**OPTIONS, **options}
+    def __init__(self, programs: Path, place: Path | None = None, **options: str) -> None:
+        self._programs, self._place = programs, place
+        self._options = {**OPTIONS, **options}
         self._numbers = itertools.count(1)
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
     def __enter__(self) -> Cluster:
-        self.folder = Path(tempfile.mkdtemp(prefix="revsmtp-postgres-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="revsmtp-postgres-", dir=self._place))
         try:
             self._own(self.folder)
             password = self.folder / "password"

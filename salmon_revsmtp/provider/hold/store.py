@@ -161,7 +161,7 @@ class Feed(Protocol):
 
     def has(self, key: int) -> bool:
         """Whether this one, which it took, may be sent: a store that several hosts have may have
-        had to give it to another.  Does not block."""
+        had to give it to another.  If not, it is let go.  Does not block."""
 
     def leave(self, keys: Iterable[int]) -> None:
         """These have been answered: no one gets them until they are settled, also when this feed

@@ -5,6 +5,10 @@ with it, in that instant, all that it has: a message is free when its number is 
 has to go through the messages of the dead, and a process that was only cut off finds that it has
 nothing when it comes back; it gets another number.
 
+When the server crashes, or a replica takes its place, what was settled in the last moments may be
+held again, as taken by a process that has forgotten it.  So the table of processes is one that is
+empty then: no one has anything any more, and all begin anew.
+
 Until then it must not send what it has.  It cannot ask, so it goes by its own clock: the time runs
 from before its last word to the database, and ends a while before the row goes.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import threading
 
@@ -28,6 +33,8 @@ log = logging.getLogger(__name__)
 LEASE = 30.0
 # Seconds before that from which it does not trust its own clock.
 MARGIN = 5.0
+# Bits of a process's number; none is ever used again.
+NUMBER = 62
 
 #: Whether a row of ``hold_queue`` is no one's.
 FREE = "(node IS NULL OR NOT EXISTS (SELECT FROM hold_nodes WHERE hold_nodes.id = node))"
@@ -74,15 +81,17 @@ class Lease:
                 )
                 node = had
                 if not kept:
-                    [[node]] = transaction.rows(
-                        "INSERT INTO hold_nodes (name, expires) "
-                        "VALUES (%s, clock_timestamp() + %s * interval '1 second') RETURNING id",
-                        *(self._name, LEASE),
+                    node = secrets.randbits(NUMBER)
+                    transaction.run(
+                        "INSERT INTO hold_nodes (id, name, expires) "
+                        "VALUES (%s, %s, clock_timestamp() + %s * interval '1 second')",
+                        *(node, self._name, LEASE),
                     )
             self.node, self._until = node, asked + LEASE - MARGIN
         if had is not None and not kept:
             log.warning(
-                "hold=%s this process was not heard of for %g seconds; what it had is anyone's",
+                "hold=%s this process was not heard of for %g seconds, or the database had to "
+                "recover; what it had is anyone's",
                 *(self._database.shown, LEASE),
             )
         return bool(kept)

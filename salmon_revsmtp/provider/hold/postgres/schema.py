@@ -66,8 +66,9 @@ MIGRATIONS = (
         octets bigint NOT NULL,
         PRIMARY KEY (account, part)
     ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
-    CREATE TABLE hold_nodes (
-        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    -- After a crash, and in a replica that takes over, it is empty.
+    CREATE UNLOGGED TABLE hold_nodes (
+        id bigint PRIMARY KEY,
         name text NOT NULL,
         expires timestamptz NOT NULL
     ) WITH (fillfactor = 50);

@@ -771,7 +771,13 @@ class _Feed:
 
     def has(self, key: int) -> bool:
         node = self._ours.get(key)
-        return node is not None and self._store.holds(node)
+        if node is None or self._store.holds(node):
+            return node is not None
+        with self._store.lists:
+            self._ours.pop(key, None)
+        # It may be ours after all, when the database is there again.
+        self._store.let_go_later(_Ticket(node, self.ticket), {key})
+        return False
 
     def leave(self, keys: Iterable[int]) -> None:
         with self._store.lists:
