@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -426,6 +427,30 @@ def test_what_is_set_aside_is_listed_and_counted(open_store: Callable[[], HoldSt
     assert store.listing("acme", keys[1], state=State.ASIDE) == []
     store.retry(keys)
     assert store.aside("acme") == 0
+
+
+@pytest.mark.parametrize("data", [MESSAGE, LARGE, (b"x" * 78 + b"\r\n") * 10_000])
+def test_what_another_store_has_held_is_as_it_was(
+    open_store: Callable[[], HoldStore], tmp_path: Path, data: bytes
+) -> None:
+    other = EmbeddedStore(tmp_path / "other")
+    [[first, _]] = other.put([arrival("b@acme.org", "c@acme.org", "d@other.org", data=data)])
+    other.settle([Settled(first, ["b@acme.org"], "later")])
+    other.strike(first, 1, "it broke")
+    other.note_warned(first)
+    held = [replace(one, arrived=1000.25) for one in other.listing()]
+    loaded = other.load([one.key for one in held])
+    store = open_store()
+    keys = store.adopt([(one, loaded[one.key]) for one in held])
+    other.close()
+    assert list(keys) == sorted(keys)
+    store = open_store()
+    assert list(store.listing()) == [
+        replace(one, key=key) for one, key in zip(held, keys, strict=True)
+    ]
+    assert contents(store, *keys) == dict.fromkeys(keys, data)
+    assert store.usages() == {name: Usage(1, len(data)) for name in ("acme", "other")}
+    assert (store.aside("acme"), store.others()) == (1, [])
 
 
 def test_from_several_threads_at_once(open_store: Callable[[], HoldStore]) -> None:

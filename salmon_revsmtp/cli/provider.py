@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from salmon_revsmtp.cli.held import held
+from salmon_revsmtp.cli.moving import move_hold
 from salmon_revsmtp.cli.options import Options, json_option, with_options
 from salmon_revsmtp.cli.output import at, print_json, table
 
@@ -174,3 +175,4 @@ def _verifier(text: str) -> str:
 
 
 provider.add_command(held)
+provider.add_command(move_hold)

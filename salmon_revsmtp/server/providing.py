@@ -18,6 +18,7 @@ from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.expiry import Expiry
 from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
+from salmon_revsmtp.provider.hold.places import scheme_of
 from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.idents import Idents
 from salmon_revsmtp.provider.intake import Intake
@@ -32,12 +33,20 @@ from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
 
-__all__ = ["Providing"]
+__all__ = ["Providing", "open_store"]
 
 # Messages that plugins look at, at a time.
 FILTERS = 16
 # Where a store that is elsewhere has its files on this host.
 STORE_FILES = "run/hold"
+
+
+def open_store(place: str, project: Path, plugins: Plugins) -> HoldStore:
+    """The hold store in a folder, or of a URL.  Raises
+    :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
+    if (scheme := scheme_of(place)) is None:
+        return EmbeddedStore(project / place)
+    return plugins.hold_stores[scheme](place, project / STORE_FILES)
 
 
 class Providing:
@@ -76,10 +85,7 @@ class Providing:
     @cached_property
     def store(self) -> HoldStore:
         """The hold store.  Raises :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
-        hold = self.settings.hold
-        if (scheme := self.settings.hold_scheme) is None:
-            return EmbeddedStore(self._project / hold)
-        return self._plugins.hold_stores[scheme](hold, self._project / STORE_FILES)
+        return open_store(self.settings.hold, self._project, self._plugins)
 
     @cached_property
     def hostname(self) -> str:

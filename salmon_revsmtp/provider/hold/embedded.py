@@ -41,6 +41,7 @@ from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.journal.clock import CLOCK_TABLE, SteadyClock, since_boot
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.provider.hold.records import (
+    arrival_of,
     envelope_of,
     for_domains,
     recipients_of,
@@ -200,6 +201,18 @@ class EmbeddedStore:
         return _Spool(self._tmp / self._new_name())
 
     def put(self, arrivals: Sequence[Arrival]) -> Sequence[tuple[int, ...]]:
+        return self._put(arrivals)
+
+    def adopt(self, moved: Sequence[tuple[Held, bytes | Content]]) -> Sequence[int]:
+        arrivals = [arrival_of(held, content, self.spool) for held, content in moved]
+        return [key for [key] in self._put(arrivals, [held for held, _ in moved])]
+
+    def others(self) -> Sequence[str]:
+        return []  # the folder is locked
+
+    def _put(
+        self, arrivals: Sequence[Arrival], as_they_were: Sequence[Held] = ()
+    ) -> Sequence[tuple[int, ...]]:
         bodies: list[_Body] = []
         used: Counter[str] = Counter()
         octets: Counter[str] = Counter()
@@ -214,6 +227,12 @@ class EmbeddedStore:
                     self._insert(database, one, body, used, octets)
                     for one, body in zip(arrivals, bodies, strict=True)
                 ]
+                for [key], was in zip(keys, as_they_were, strict=False):
+                    database.execute(
+                        "UPDATE held SET arrived = ?, state = ?, strikes = ?, reason = ?, "
+                        "warned = ? WHERE id = ?",
+                        (was.arrived, was.state, was.strikes, was.reason, was.warned, key),
+                    )
                 self._note_used(database, used, octets)
         except BaseException:
             for body in bodies:

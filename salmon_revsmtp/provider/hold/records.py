@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from salmon_revsmtp.provider.hold.store import Arrival, Held
+from salmon_revsmtp.provider.hold.store import Arrival, Held, Spool
 from salmon_revsmtp.smtp.addresses import domain_of
+from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 
-__all__ = ["envelope_of", "for_domains", "recipients_of", "said_text"]
+__all__ = ["arrival_of", "envelope_of", "for_domains", "recipients_of", "said_text"]
 
 
 def said_text(envelope: Envelope) -> str:
@@ -31,6 +32,22 @@ def recipients_of(arrival: Arrival, account: str) -> str:
         if whose == account
     ]
     return json.dumps(theirs)
+
+
+def arrival_of(held: Held, content: bytes | Content, spool: Callable[[], Spool]) -> Arrival:
+    """What another store has held, as if it came.  A large one goes through a spool, whose errors
+    are told by ``put``."""
+    accounts = (held.account,) * len(held.envelope.recipients)
+    if isinstance(content, bytes):
+        return Arrival(held.envelope, accounts, [content])
+    coming = spool()
+    try:
+        for piece in content.pieces():
+            coming.write(piece)
+    except BaseException:
+        coming.discard()
+        raise
+    return Arrival(held.envelope, accounts, [], coming)
 
 
 def envelope_of(sender: str, said: str, recipients: Sequence[Sequence[Any]]) -> Envelope:

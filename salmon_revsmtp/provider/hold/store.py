@@ -181,6 +181,14 @@ class HoldStore(Protocol):
         """Make messages safe, all of them together; returns the keys of each, one per account, in
         the order in which the accounts come.  Raises :class:`OSError`."""
 
+    def adopt(self, moved: Sequence[tuple[Held, bytes | Content]]) -> Sequence[int]:
+        """Make messages that another store has held safe, all of them together, as they are there:
+        since when, in which state, and why.  Returns their keys, in order.  Raises
+        :class:`OSError`."""
+
+    def others(self) -> Sequence[str]:
+        """Which other processes use the store now."""
+
     def spool(self) -> Spool:
         """A place for a message that is coming.  Does not block, and does not raise."""
 

@@ -45,6 +45,7 @@ from salmon_revsmtp.provider.hold.postgres.schema import migrate
 from salmon_revsmtp.provider.hold.postgres.usages import Usages
 from salmon_revsmtp.provider.hold.postgres.wakeups import Wakeups
 from salmon_revsmtp.provider.hold.records import (
+    arrival_of,
     envelope_of,
     for_domains,
     recipients_of,
@@ -170,6 +171,24 @@ class PostgresStore:
         return spool
 
     def put(self, arrivals: Sequence[Arrival]) -> Sequence[tuple[int, ...]]:
+        return self._put(arrivals)
+
+    def adopt(self, moved: Sequence[tuple[Held, bytes | Content]]) -> Sequence[int]:
+        arrivals = [arrival_of(held, content, self.spool) for held, content in moved]
+        return [key for [key] in self._put(arrivals, [held for held, _ in moved])]
+
+    def others(self) -> Sequence[str]:
+        with self._database.transaction(synced=False) as transaction:
+            rows = transaction.rows(
+                "SELECT name FROM hold_nodes WHERE id <> %s AND expires > clock_timestamp() "
+                "ORDER BY name",
+                self._lease.node or 0,
+            )
+        return [f"process {name[1]} on {name[0]}" for name in (row[0].split() for row in rows)]
+
+    def _put(
+        self, arrivals: Sequence[Arrival], as_they_were: Sequence[Held] = ()
+    ) -> Sequence[tuple[int, ...]]:
         accounts = {one for arrival in arrivals for one in arrival.accounts}
         used: Counter[str] = Counter()
         octets: Counter[str] = Counter()
@@ -177,6 +196,7 @@ class PostgresStore:
             with self._usages.changing(accounts):
                 with self._database.transaction() as transaction:
                     keys = self._insert(transaction, arrivals, used, octets)
+                    self._set_as_they_were(transaction, keys, as_they_were)
                 self._usages.add(used, octets)
         finally:
             for one in arrivals:
@@ -236,6 +256,23 @@ class PostgresStore:
         )
         self._note_used(transaction, used, octets)
         return keys
+
+    def _set_as_they_were(
+        self, transaction: Transaction, keys: Sequence[tuple[int, ...]], held: Sequence[Held]
+    ) -> None:
+        rows = [
+            (key, one.arrived, int(one.state), one.strikes, _text(one.reason), one.warned)
+            for [key], one in zip(keys, held, strict=False)
+        ]
+        if rows:
+            transaction.run(
+                "UPDATE hold_queue SET arrived = it.arrived, state = it.state, "
+                "strikes = it.strikes, reason = it.reason, warned = it.warned "
+                "FROM unnest(%s::bigint[], %s::double precision[], %s::smallint[], "
+                "%s::integer[], %s::text[], %s::boolean[]) "
+                "AS it (id, arrived, state, strikes, reason, warned) WHERE hold_queue.id = it.id",
+                *_columns(rows),
+            )
 
     def _keep_body(self, transaction: Transaction, message: int, arrival: Arrival) -> _Body:
         """Put the octets of a large message where they belong; what is left is in its row."""
