@@ -395,6 +395,14 @@ def test_agents_shows_the_next_run_of_the_running_server(project: Project) -> No
         assert all(row["next"] for row in rows)
 
 
+def test_looking_whether_a_server_runs_leaves_nothing_in_its_log(project: Project) -> None:
+    project.configure()
+    with server(project, RUN):
+        assert project.run("check").returncode == 0
+        assert project.run("agents").returncode == 0
+    assert "failed" not in project_log(project).decode()
+
+
 def test_a_socket_that_a_dead_process_left_is_no_obstacle(project: Project) -> None:
     with provider(no_more_mail) as port:
         project.configure(isp(port, every="None"))

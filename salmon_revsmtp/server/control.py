@@ -93,9 +93,10 @@ class Control:
         self._asking.add(task)
         try:
             with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):
-                async for answer in self._answers(await reader.readline()):
-                    writer.write(json.dumps(answer).encode() + b"\n")
-                    await writer.drain()
+                if line := await reader.readline():  # else someone looked whether we are here
+                    async for answer in self._answers(line):
+                        writer.write(json.dumps(answer).encode() + b"\n")
+                        await writer.drain()
         finally:
             self._asking.discard(task)
             writer.close()
