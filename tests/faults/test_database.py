@@ -25,7 +25,7 @@ import psycopg
 import pytest
 from support.configuration import agent_keys, configuration
 from support.disk import Disk, small_disk
-from support.postgres import Cluster, programs
+from support.postgres import Cluster, Standby, programs
 from support.processes import LONG
 from support.provider_process import ProviderProcess
 from support.proxy import Direction, Proxy
@@ -273,6 +273,38 @@ def _beside(salmon: Salmon) -> Path:
     folder = salmon.folder / "customer"
     (folder / "run").mkdir(parents=True)
     return folder
+
+
+def test_a_standby_takes_over(salmon: Salmon, own: Cluster, soon: None) -> None:
+    """What a sender heard 250 for is there, and what customers had is no one's."""
+
+    async def main() -> None:
+        with Standby(own) as standby:
+            await asyncio.to_thread(wait_until_synchronous, own)
+            first, second = f"127.0.0.1:{own.port}", f"127.0.0.1:{standby.port}"
+            url = own.url("public", own.port).replace(first, f"{first},{second}")
+            hold = f"{url}&target_session_attrs=read-write"
+            async with world(salmon, provider={"hold": hold}) as here:
+                for number in range(10):
+                    assert await answer(here, f"m{number}", LARGE if number == 3 else 0) == 250
+                taken = here.store.feed("acme").take(5, MIB * 100)
+                assert len(taken) == 5
+                await asyncio.to_thread(own.stop, signal.SIGQUIT)
+                assert await answer(here, "no") == 451
+                await asyncio.to_thread(standby.promote)
+                await until_taken(here, "m10")
+                assert await asyncio.to_thread(subjects, here) == [f"m{n}" for n in range(11)]
+                feed = here.store.feed("acme")
+                await here.until(lambda: bool(feed.take(100, MIB * 100)))
+
+    asyncio.run(main())
+
+
+def wait_until_synchronous(cluster: Cluster) -> None:
+    give_up = time.monotonic() + LONG
+    while cluster.rows("SELECT sync_state FROM pg_stat_replication") != [("sync",)]:
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
 
 
 # -- two nodes -------------------------------------------------------------------------------------

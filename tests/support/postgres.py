@@ -22,7 +22,7 @@ import psycopg
 
 from support.servers import free_port
 
-__all__ = ["PASSWORD", "USER", "Cluster", "programs"]
+__all__ = ["PASSWORD", "USER", "Cluster", "Standby", "programs"]
 
 USER, PASSWORD = "revsmtp", "s3cret of p@ostgres/"
 
@@ -74,12 +74,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="revsmtp-postgres-", dir=self._place))
         try:
             self._own(self.folder)
-            password = self.folder / "password"
-            password.write_text(PASSWORD)
-            self._own(password)
-            command = [str(self._programs / "initdb"), "--no-sync", "-D", str(self.folder / "data")]
-            command += ["-E", "UTF8", "--no-locale", "-U", USER, f"--pwfile={password}"]
-            command += ["--auth-local=trust", "--auth-host=scram-sha-256"]
+            command = [*self._make(), "--no-sync", "-D", str(self.folder / "data")]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **self._as_user())
             self.port = free_port()
             self.start()
@@ -96,6 +91,15 @@ class Cluster:
     ) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _make(self) -> list[str]:
+        """What makes its data."""
+        password = self.folder / "password"
+        password.write_text(PASSWORD)
+        self._own(password)
+        command = [str(self._programs / "initdb"), "-E", "UTF8", "--no-locale", "-U", USER]
+        command += [f"--pwfile={password}", "--auth-local=trust", "--auth-host=scram-sha-256"]
+        return command
 
     def _own(self, path: Path) -> None:
         if (user := self._as_user()) and user.get("user") is not None:
@@ -196,3 +200,25 @@ class Cluster:
         """A connection that commits by itself."""
         with contextlib.closing(psycopg.connect(self.url(schema), autocommit=True)) as connection:
             yield connection
+
+
+class Standby(Cluster):
+    """A standby of a server, which waits for it with each commit."""
+
+    def __init__(self, primary: Cluster) -> None:
+        super().__init__(primary._programs, None, **primary._options)
+        self._primary = primary
+
+    def _make(self) -> list[str]:
+        command = [str(self._programs / "pg_basebackup"), "-h", str(self._primary.folder)]
+        return [*command, "-p", str(self._primary.port), "-U", USER, "-R", "-c", "fast"]
+
+    def __enter__(self) -> Standby:
+        super().__enter__()
+        self._primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self._primary.execute("SELECT pg_reload_conf()")
+        return self
+
+    def promote(self) -> None:
+        """It is the server now."""
+        assert self.rows("SELECT pg_promote()") == [(True,)]
