@@ -209,6 +209,24 @@ def test_what_is_answered_is_no_ones_until_it_is_settled(
     assert (left.envelope.recipients, left.reason) == (("c@acme.example",), "later")
 
 
+def test_what_is_left_comes_again_when_a_feed_starts_over(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    """Not before, or what a customer defers would go round and round."""
+    store = open_store()
+    [[left], [other]] = store.put([arrival("b@acme.example", "c@acme.example")] * 2)
+    feed = store.feed("acme")
+    assert [one.key for one in feed.take(1, 1 << 40)] == [left]
+    assert feed.has(left) and not feed.has(other)
+    feed.leave([left])
+    store.settle([Settled(left, ["b@acme.example"], "later")])
+    assert [one.key for one in feed.take(10, 1 << 40)] == [other]
+    assert feed.take(10, 1 << 40) == []
+    feed.start_over()
+    [again] = feed.take(10, 1 << 40)
+    assert (again.key, again.envelope.recipients) == (left, ("c@acme.example",))
+
+
 def test_a_message_goes_with_its_last_recipient(open_store: Callable[[], HoldStore]) -> None:
     store = open_store()
     [[key]] = store.put([arrival("b@acme.example", "c@acme.example", data=LARGE)])

@@ -111,6 +111,7 @@ class PostgresStore:
         self._watchers: list[Woken] = []
         self._usages = Usages()
         self._feeds: weakref.WeakSet[_Feed] = weakref.WeakSet()
+        self._having: dict[int, _Feed] = {}  # who has taken a message, until it is settled
         self._claims: dict[int, _Ticket] = {}
         # What is to be let go, and is not yet: the database may not have been there.
         self._letting_go: list[tuple[_Ticket, set[int]]] = []
@@ -491,8 +492,8 @@ class PostgresStore:
         with self._lists:
             for key in answered:
                 self._claims.pop(key, None)
-            for feed in self._feeds:
-                feed.settled(answered, left)
+                if (feed := self._having.pop(key, None)) is not None:
+                    feed.settled(key, key in left)
 
     def _strike_off(
         self,
@@ -748,10 +749,16 @@ class PostgresStore:
         """What was taken under this number is surely ours still."""
         return self._lease.holds(node)
 
-    def forget(self, feed: _Feed) -> None:
-        """It is closed."""
-        with self._lists:
-            self._feeds.discard(feed)
+    def note_taken(self, feed: _Feed, keys: Iterable[int]) -> None:
+        """A feed has taken these.  Under ``lists``."""
+        self._having.update((key, feed) for key in keys)
+
+    def forget(self, feed: _Feed, keys: Iterable[int]) -> None:
+        """It is closed, and does not have these any more.  Under ``lists``."""
+        self._feeds.discard(feed)
+        for key in keys:
+            if self._having.get(key) is feed:
+                del self._having[key]
 
 
 @dataclass(frozen=True)
@@ -792,7 +799,6 @@ class _Feed:
         self._store, self.account, self.domains, self.ticket = store, account, domains, ticket
         self.seen: set[int] = set()
         self._ours: dict[int, int] = {}  # by key, under which number it was taken
-        self._answered: set[int] = set()
         self._restart = False
 
     def take(self, messages: int, octets: int) -> Sequence[Held]:
@@ -804,6 +810,7 @@ class _Feed:
         with self._store.lists:
             self._ours = {key: had for key, had in self._ours.items() if had == node}
             self._ours.update((one.key, node) for one in taken)
+            self._store.note_taken(self, (one.key for one in taken))
         return taken
 
     def has(self, key: int) -> bool:
@@ -819,26 +826,22 @@ class _Feed:
     def leave(self, keys: Iterable[int]) -> None:
         with self._store.lists:
             for key in keys:
-                if self._ours.pop(key, None) is not None:
-                    self._answered.add(key)
+                self._ours.pop(key, None)
 
-    def settled(self, keys: Collection[int], left: Collection[int]) -> None:
-        """These have been settled; those that are left still wait.  Under ``lists``."""
-        for key in keys:
-            if self._ours.pop(key, None) is not None or key in self._answered:
-                self._answered.discard(key)
-                if key in left:
-                    self.seen.add(key)
-            elif key not in left:
-                self.seen.discard(key)
+    def settled(self, key: int, left: bool) -> None:
+        """One that it took has been settled; if any recipient is left, it waits.  Under
+        ``lists``."""
+        self._ours.pop(key, None)
+        if left:
+            self.seen.add(key)
 
     def start_over(self) -> None:
         self._restart = True
 
     def close(self) -> None:
-        self._store.forget(self)
         with self._store.lists:
             ours, self._ours = self._ours, {}
+            self._store.forget(self, ours)
         for node in set(ours.values()):
             keys = {key for key, had in ours.items() if had == node}
             self._store.let_go_later(_Ticket(node, self.ticket), keys)
