@@ -190,6 +190,11 @@ class Providing:
         """Wait for what is under way, for so long at most."""
         self._worker.wait(seconds)
 
+    def leave_store(self) -> None:
+        """Other processes may have what this one has of the store, if it was opened.  Blocks."""
+        if "store" in self.__dict__:
+            self.store.leave()
+
     def close_store(self) -> None:
         """Let the hold store go, if it was opened."""
         if "store" in self.__dict__:

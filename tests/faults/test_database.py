@@ -316,7 +316,8 @@ class World2:
 
     def __init__(self, salmon: Salmon, cluster: Cluster, lease: float | None = 2.0) -> None:
         self.salmon = salmon
-        self.url = cluster.url(cluster.schema())
+        self.schema = cluster.schema()
+        self.url = cluster.url(self.schema)
         self.nodes = [
             ProviderProcess(salmon.folder / name, hold=self.url, lease=lease) for name in "ab"
         ]
@@ -423,6 +424,17 @@ def test_mail_on_one_node_goes_down_the_session_on_the_other(
         here.with_a_customer(work)
         assert sorted(took)[len(took) // 2] < 1, took
         assert set(here.handled().values()) == {1}
+
+
+def test_a_node_that_is_stopped_has_nothing_any_more(salmon: Salmon, database: Cluster) -> None:
+    """Others need not wait until it is given up."""
+    with World2(salmon, database, lease=None) as here:
+        node = here.nodes[0]
+        node.start()
+        nodes = f"SELECT count(*) FROM {here.schema}.hold_nodes"
+        assert database.rows(nodes) == [(2,)]
+        node.stop()
+        assert database.rows(nodes) == [(1,)], "the test's own"
 
 
 def killed_at_random(salmon: Salmon, cluster: Cluster, kills: int, random_: random.Random) -> int:

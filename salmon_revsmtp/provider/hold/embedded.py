@@ -207,6 +207,9 @@ class EmbeddedStore:
         arrivals = [arrival_of(held, content, self.spool) for held, content in moved]
         return [key for [key] in self._put(arrivals, [held for held, _ in moved])]
 
+    def leave(self) -> None:
+        pass  # no other process has it before this one has ended
+
     def others(self) -> Sequence[str]:
         return []  # the folder is locked
 

@@ -186,6 +186,10 @@ class HoldStore(Protocol):
         since when, in which state, and why.  Returns their keys, in order.  Raises
         :class:`OSError`."""
 
+    def leave(self) -> None:
+        """The process is about to end: what its feeds and claims have is for other processes, if
+        there are any.  What was answered can still be settled.  Does not raise."""
+
     def others(self) -> Sequence[str]:
         """Which other processes use the store now."""
 

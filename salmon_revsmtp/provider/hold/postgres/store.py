@@ -147,14 +147,17 @@ class PostgresStore:
 
     def close(self) -> None:
         """Let all go that we have, and the database."""
+        self.leave()
+        self._wakeups.close()
+        self._database.close()
+
+    def leave(self) -> None:
         self._closing.set()
         self._attention.set()
         self._keeper.join()
-        self._wakeups.close()
-        if not self._failing:
+        if not self._failing:  # then it is found out by others that we are gone
             with contextlib.suppress(OSError):
                 self._lease.end()
-        self._database.close()
 
     def now(self) -> float:
         now, at = self._clock
@@ -396,7 +399,8 @@ class PostgresStore:
         taken: list[Held] = []
         try:
             with self._database.transaction(synced=False) as transaction:
-                self._lease.ours(transaction)
+                if self._lease.ours(transaction) != ticket.node:
+                    raise LeaseLostError("this process has another number by now")
                 yield transaction, taken
                 if taken:
                     transaction.run(
