@@ -165,6 +165,23 @@ def test_the_database_says_nothing_any_more(salmon: Salmon, own: Cluster, soon: 
     with_database(salmon, own.url(), work)
 
 
+def test_a_server_stops_in_time_while_the_database_says_nothing(
+    salmon: Salmon, own: Cluster, soon: None
+) -> None:
+    async def main() -> list[int]:
+        async with world(salmon, provider={"hold": own.url()}) as here:
+            assert await answer(here, "first") == 250
+            return own.freeze()
+
+    began = time.monotonic()
+    frozen = asyncio.run(main())
+    try:
+        assert time.monotonic() - began < 30
+    finally:
+        own.thaw(frozen)
+    assert own.rows("SELECT count(*) FROM hold_queue") == [(1,)]
+
+
 def test_the_line_to_the_database_is_cut(salmon: Salmon, own: Cluster, soon: None) -> None:
     async def main() -> None:
         async with Proxy(own.port) as proxy:

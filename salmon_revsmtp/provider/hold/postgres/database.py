@@ -213,7 +213,8 @@ class Database:
         while not self._closing.wait(LOOK):
             now = since_boot()
             for connection, until in list(self._watched.items()):
-                if now > until and self._watched.pop(connection, None) is not None:
+                if now > until and self._watched.get(connection) == until:
+                    self._watched.pop(connection, None)
                     _shut_down(connection)
 
     def close(self) -> None:
