@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+POSTGRES = ["psycopg[binary,pool]>=3.2"]
+
 setup(
     name="salmon-revsmtp",
     version="0.1.0",
@@ -62,6 +64,7 @@ setup(
             "hypothesis",
             "import-linter>=2.5",
             "mypy",
+            *POSTGRES,
             "pytest",
             "pytest-xdist",
             "ruff",
@@ -70,6 +73,8 @@ setup(
             "trustme",
             "types-docutils",
         ],
+        # A hold store in a database: hold = "postgresql://...".
+        "postgres": POSTGRES,
         # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
         "fuzz": [
             "atheris>=2.3; sys_platform == 'linux' and platform_machine == 'x86_64'"
@@ -82,6 +87,7 @@ setup(
             "alert = salmon_revsmtp.alert",
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",
+            "postgres = salmon_revsmtp.plugins.builtin:postgres",
         ],
     },
 )

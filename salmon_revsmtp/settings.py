@@ -192,6 +192,8 @@ def _reason(detail: ErrorDetails) -> str:
 def _secret(key: str, value: object) -> bool:
     if key == "parameters" and isinstance(value, str):  # there may be a password among them
         return True
+    if key == "hold" and isinstance(value, str) and "://" in value:  # and in a URL, however written
+        return True
     if value is None or key in ("tls_cert", "tls_key"):  # a path
         return False
     return re.search("pass|secret|token|key", key, re.IGNORECASE) is not None

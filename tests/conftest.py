@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from salmon import queue
 from salmon.routing import Router
 from support import sample
+from support.postgres import Cluster, programs
 from support.project import Project
 from support.salmon import Salmon
 from support.servers import find
@@ -34,6 +35,19 @@ def salmon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Salmon:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[Cluster]:
+    """A PostgreSQL of this process's own.  Where none is installed, that is a reason to skip the
+    test, but not in CI."""
+    found = programs()
+    if isinstance(found, str):
+        if os.environ.get("CI"):
+            pytest.fail(found)
+        pytest.skip(found)
+    with Cluster(found) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

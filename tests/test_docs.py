@@ -174,7 +174,7 @@ def test_files_targets_and_commands_that_a_page_names_exist(source: Path) -> Non
     named = re.findall(r"(?:``|^    )make ([a-z]+)", text, re.MULTILINE)
     assert [one for one in named if one not in targets] == []
     commands = re.findall(
-        r"(?:``|^    |[/=])salmon-revsmtp ([a-z]+(?: [a-z]+)*)", text, re.MULTILINE
+        r"(?:``|^    |[/=])salmon-revsmtp ([a-z]+(?: [a-z]+(?:-[a-z]+)*)*)", text, re.MULTILINE
     )
     assert [one for one in commands if not _is_a_command(one)] == []
 

@@ -1,6 +1,7 @@
 """What every hold store must do: a third party's passes the same tests.
 
-To try another store, give ``STORES`` a function that opens one in a folder.
+To try another store, give ``STORES`` a function that, given the test's request and a folder,
+returns one that opens a store.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,19 +34,40 @@ from salmon_revsmtp.provider.hold.store import (
 from salmon_revsmtp.smtp.content import whole
 from salmon_revsmtp.smtp.envelope import Envelope
 
-STORES: dict[str, Callable[[Path], HoldStore]] = {"embedded": EmbeddedStore}
+Open = Callable[[], HoldStore]
+
+
+def embedded_store(request: pytest.FixtureRequest, folder: Path) -> Open:
+    return lambda: EmbeddedStore(folder)
+
+
+def postgres_store(request: pytest.FixtureRequest, folder: Path) -> Open:
+    from salmon_revsmtp.provider.hold.postgres import PostgresStore
+
+    cluster = request.getfixturevalue("database")
+    url = cluster.url(cluster.schema())
+    return lambda: PostgresStore(url, folder)
+
+
+STORES: dict[str, Callable[[pytest.FixtureRequest, Path], Open]] = {
+    "embedded": embedded_store,
+    "postgres": postgres_store,
+}
 LARGE = b"Subject: large\r\n\r\n" + b"x" * embedded.LARGE
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(
+    params=["embedded", pytest.param("postgres", marks=pytest.mark.interop)],
+)
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], HoldStore]]:
     """Opens the store, again and again; what was open is closed before."""
     opened: list[HoldStore] = []
+    open_one = STORES[request.param](request, tmp_path / "hold")
 
     def open_again() -> HoldStore:
         for one in opened:
             one.close()
-        opened[:] = [STORES[request.param](tmp_path / "hold")]
+        opened[:] = [open_one()]
         return opened[0]
 
     yield open_again
@@ -184,6 +207,24 @@ def test_what_is_answered_is_no_ones_until_it_is_settled(
     store.settle([Settled(key, ["b@acme.example"], "later")])
     [left] = store.feed("acme").take(10, 1 << 40)
     assert (left.envelope.recipients, left.reason) == (("c@acme.example",), "later")
+
+
+def test_what_is_left_comes_again_when_a_feed_starts_over(
+    open_store: Callable[[], HoldStore],
+) -> None:
+    """Not before, or what a customer defers would go round and round."""
+    store = open_store()
+    [[left], [other]] = store.put([arrival("b@acme.example", "c@acme.example")] * 2)
+    feed = store.feed("acme")
+    assert [one.key for one in feed.take(1, 1 << 40)] == [left]
+    assert feed.has(left) and not feed.has(other)
+    feed.leave([left])
+    store.settle([Settled(left, ["b@acme.example"], "later")])
+    assert [one.key for one in feed.take(10, 1 << 40)] == [other]
+    assert feed.take(10, 1 << 40) == []
+    feed.start_over()
+    [again] = feed.take(10, 1 << 40)
+    assert (again.key, again.envelope.recipients) == (left, ("c@acme.example",))
 
 
 def test_a_message_goes_with_its_last_recipient(open_store: Callable[[], HoldStore]) -> None:
@@ -404,6 +445,30 @@ def test_what_is_set_aside_is_listed_and_counted(open_store: Callable[[], HoldSt
     assert store.listing("acme", keys[1], state=State.ASIDE) == []
     store.retry(keys)
     assert store.aside("acme") == 0
+
+
+@pytest.mark.parametrize("data", [MESSAGE, LARGE, (b"x" * 78 + b"\r\n") * 10_000])
+def test_what_another_store_has_held_is_as_it_was(
+    open_store: Callable[[], HoldStore], tmp_path: Path, data: bytes
+) -> None:
+    other = EmbeddedStore(tmp_path / "other")
+    [[first, _]] = other.put([arrival("b@acme.org", "c@acme.org", "d@other.org", data=data)])
+    other.settle([Settled(first, ["b@acme.org"], "later")])
+    other.strike(first, 1, "it broke")
+    other.note_warned(first)
+    held = [replace(one, arrived=1000.25) for one in other.listing()]
+    loaded = other.load([one.key for one in held])
+    store = open_store()
+    keys = store.adopt([(one, loaded[one.key]) for one in held])
+    other.close()
+    assert list(keys) == sorted(keys)
+    store = open_store()
+    assert list(store.listing()) == [
+        replace(one, key=key) for one, key in zip(held, keys, strict=True)
+    ]
+    assert contents(store, *keys) == dict.fromkeys(keys, data)
+    assert store.usages() == {name: Usage(1, len(data)) for name in ("acme", "other")}
+    assert (store.aside("acme"), store.others()) == (1, [])
 
 
 def test_from_several_threads_at_once(open_store: Callable[[], HoldStore]) -> None:

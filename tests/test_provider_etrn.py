@@ -745,6 +745,7 @@ class FeedThatFails:
     def __init__(self, feed: Feed, fails: threading.Event) -> None:
         self._feed, self._fails, self._took = feed, fails, False
         self.leave, self.start_over, self.close = feed.leave, feed.start_over, feed.close
+        self.has = feed.has
 
     def take(self, messages: int, octets: int) -> Sequence[Held]:
         if self._took:

@@ -344,6 +344,30 @@ def test_what_was_deferred_and_could_not_be_settled_comes_again_in_the_same_sess
     with_provider(tmp_path, work, keepalive=1)
 
 
+def test_what_is_not_its_own_any_more_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that several hosts have may have given it to another since it was taken."""
+    has, lost = _Feed.has, [1]
+    monkeypatch.setattr(_Feed, "has", lambda feed, key: key not in lost and has(feed, key))
+
+    async def work(held: Holding, provider: Provider) -> None:
+        for name in ("first", "second"):
+            held.put(Envelope(f"{name}@example.net", ("b@example.org",)), MESSAGE)
+        customer = await log_in(provider.port)
+        customer.say("XHOLD", "ATRN")
+        await customer.replied(250)
+        await customer.replied(250)
+        await be_the_server(customer)
+        assert "second@" in await customer.hear()
+        customer.writer.close()
+
+    assert [one.envelope.reverse_path for one in with_provider(tmp_path, work).waiting()] == [
+        "first@example.net",
+        "second@example.net",
+    ]
+
+
 def test_a_silent_session_hears_noop(tmp_path: Path) -> None:
     async def work(held: Holding, provider: Provider) -> None:
         customer = await log_in(provider.port)

@@ -203,12 +203,6 @@ def provider_problem(**keys: Any) -> str:
     return problem.removeprefix("provider: ")
 
 
-def test_a_hold_that_is_a_url_would_be_a_folder_of_that_name() -> None:
-    assert "hold: found 'postgresql://***@db/x' (that is a URL" in provider_problem(
-        hold="postgresql://acme:secret@db/x"
-    )
-
-
 def pem(tmp_path: Path, name: str, *parts: str) -> Path:
     file = tmp_path / name
     file.write_text("".join(parts))

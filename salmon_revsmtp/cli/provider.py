@@ -10,6 +10,7 @@ import click
 
 from salmon_revsmtp.cli.completion import account_names
 from salmon_revsmtp.cli.held import held
+from salmon_revsmtp.cli.moving import move_hold
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
 from salmon_revsmtp.cli.output import BAD, GOOD, Toned, at, print_json, table
 from salmon_revsmtp.cli.records import looked_up, show_findings
@@ -263,3 +264,4 @@ def _hostname(settings: ProviderSettings) -> str:
 
 
 provider.add_command(held)
+provider.add_command(move_hold)

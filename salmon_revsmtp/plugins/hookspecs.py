@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
     from salmon_revsmtp.customer.report import Report
     from salmon_revsmtp.plugins.facade import Server
+    from salmon_revsmtp.provider.hold.store import OpenHoldStore
     from salmon_revsmtp.service.session import Session
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
@@ -127,6 +128,18 @@ def message_expired(account: str, envelope: Envelope, key: int) -> None:
 def quota_exceeded(account: str, messages: int, octets: int) -> None:
     """At a provider: senders hear 452, because so much is held for ``account``.  Once an hour at
     most."""
+
+
+@hookspec
+def register_hold_stores(register: Callable[[str, OpenHoldStore], None]) -> None:
+    """At a provider, before its hold store is opened: call ``register(scheme, open_store)`` for
+    each kind of store of the plugin.
+
+    Where ``hold`` in the settings is ``"scheme://..."``, ``open_store(url, folder)`` is called with
+    it.  It returns a :class:`~salmon_revsmtp.provider.hold.store.HoldStore`, or raises a
+    :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`, whose text shows no password of the
+    URL.  ``folder`` is the store's own on this host, for files; it need not be there.
+    """
 
 
 @hookspec

@@ -26,6 +26,7 @@ from salmon_revsmtp.threads import apart
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
+    from salmon_revsmtp.provider.hold.store import OpenHoldStore
 
 __all__ = ["ENTRY_POINTS", "Plugin", "Plugins"]
 
@@ -73,16 +74,29 @@ class Plugins(pluggy.PluginManager):
         """Protocol -> agent class.  The plugins are asked when it is first read, so that a command
         that is not about agents starts without what they import."""
         agent_types: dict[str, type[Agent]] = {}
+        self._register("register_agent_types", functools.partial(_register, agent_types))
+        return agent_types
+
+    @functools.cached_property
+    def hold_stores(self) -> dict[str, OpenHoldStore]:
+        """What opens a hold store, by the scheme of its URL.  The plugins are asked when it is
+        first read."""
+        stores: dict[str, OpenHoldStore] = {}
+        self._register("register_hold_stores", functools.partial(_register_store, stores))
+        return stores
+
+    def _register(self, hook: str, register: Callable[..., None]) -> None:
+        """Call a hook of each plugin by which it registers something; ``register`` is called with
+        the plugin first."""
         by_name = {entry.plugin: entry for entry in self._loaded}
-        for implementation in self.hook.register_agent_types.get_hookimpls():
+        for implementation in getattr(self.hook, hook).get_hookimpls():
             entry = by_name.get(implementation.plugin_name) or Plugin(implementation.plugin_name)
             function = getattr(implementation.function, "__wrapped__", implementation.function)
             try:
-                function(functools.partial(_register, agent_types, entry))
+                function(functools.partial(register, entry))
             except Exception as error:
                 entry.error = f"{type(error).__name__}: {error}"
-                log.exception("hook=register_agent_types plugin=%s raised", entry.plugin)
-        return agent_types
+                log.exception("hook=%s plugin=%s raised", hook, entry.plugin)
 
     @property
     def loaded(self) -> list[Plugin]:
@@ -211,6 +225,13 @@ def _register(agent_types: dict[str, type[Agent]], entry: Plugin, agent_type: ty
     if known is not agent_type:
         raise ValueError(f"the protocol {protocol!r} is taken by {known.__module__}")
     entry.agent_types.append(protocol)
+
+
+def _register_store(
+    stores: dict[str, OpenHoldStore], entry: Plugin, scheme: str, open_store: OpenHoldStore
+) -> None:
+    if stores.setdefault(scheme, open_store) is not open_store:
+        raise ValueError(f"{entry.plugin}: the scheme {scheme!r} is taken by another plugin")
 
 
 def _who(entry: Plugin) -> tuple[str, str]:

@@ -393,7 +393,10 @@ class HandOver:
         self._alone = bool(held.strikes)
         if self._alone:
             await self._wait_until(lambda: not self._under_way)
-        assert self._sender is not None
+        assert self._sender is not None and self._feed is not None
+        if not self._feed.has(held.key):
+            self._alone = False
+            return
         self._under_way.append(held)
         self.be_patient()
         self._connection.happened(self._sender.send(Outgoing(held, held.envelope, content)))

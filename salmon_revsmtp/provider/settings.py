@@ -22,6 +22,7 @@ from salmon_revsmtp.net.address import (
     listed_addresses,
 )
 from salmon_revsmtp.net.certificate import certificate_problem
+from salmon_revsmtp.provider.hold.places import scheme_of
 from salmon_revsmtp.smtp.verifier import Verifier
 
 __all__ = ["AccountSettings", "ProviderSettings"]
@@ -160,8 +161,17 @@ class ProviderSettings(BaseModel):
     ] = None
     """Whether ``AUTH`` and ``ATRN`` need TLS.  With a certificate they do; ``False`` is for
     customers that have none, as fetchmail's ODMR."""
-    hold: Annotated[str, Field(min_length=1, description="a folder")] = "run/hold"
-    """The folder in which mail is held."""
+    hold: Annotated[
+        str,
+        Field(
+            min_length=1,
+            repr=False,
+            description="a folder, or a URL such as 'postgresql://user:password@host/database'",
+        ),
+    ] = "run/hold"
+    """Where mail is held: a folder, or the URL of a database that several hosts share
+    (:doc:`several-hosts`).  Take a URL with a password from the environment, as you do with
+    passwords."""
     keepalive: Annotated[
         float,
         Field(ge=1, le=3600, allow_inf_nan=False, description="seconds, 1 to 3600"),
@@ -191,17 +201,16 @@ class ProviderSettings(BaseModel):
         # The files are read again, and a handler may have changed the folder of the process.
         return value.absolute() if value is not None else None
 
-    @field_validator("hold")
-    @classmethod
-    def _folder(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError("that is a URL, and mail is held in a folder")
-        return value
-
     @field_validator("hostname")
     @classmethod
     def _hostname(cls, value: str | None) -> str | None:
         return value if value is None else host_name(value)
+
+    @field_validator("hold")
+    @classmethod
+    def _hold(cls, value: str) -> str:
+        scheme_of(value)
+        return value
 
     @model_validator(mode="after")
     def _tls(self) -> ProviderSettings:
@@ -215,6 +224,16 @@ class ProviderSettings(BaseModel):
         if not self.listen and not self.listen_implicit:
             raise ValueError("listen: found nothing, and no listen_implicit; name an address")
         return self
+
+    @property
+    def hold_scheme(self) -> str | None:
+        """The scheme of ``hold`` if that is a URL; ``None``: it is a folder."""
+        return scheme_of(self.hold)
+
+    @property
+    def hold_folder(self) -> str | None:
+        """``hold`` if that is a folder."""
+        return self.hold if self.hold_scheme is None else None
 
     @property
     def needs_tls(self) -> bool:

@@ -98,11 +98,8 @@ def local_findings(
     else:
         text = "not tried, for the boot module, which loads them, failed"
         yield Finding("handlers", "all", SKIPPED, text)
-    folders = ["run", "logs"]
-    if configuration.holds:
-        folders.append(_hold(configuration))
-    for name in folders:
-        yield _folder("folder", Path(name))
+    for folder in [Path("run"), Path("logs"), *_hold(configuration)]:
+        yield _folder("folder", folder)
     yield from _journal(DEFAULT_JOURNAL)
     yield from _queues(configuration)
     yield from _disks(configuration)
@@ -305,9 +302,7 @@ def _is_folder(path: Path) -> bool:
 
 def _disks(configuration: Configuration) -> Iterator[Finding]:
     """The room on each disk that mail comes to."""
-    folders = [Path("run"), Path("logs")]
-    if configuration.holds:
-        folders.append(Path(_hold(configuration)))
+    folders = [Path("run"), Path("logs"), *_hold(configuration)]
     seen: set[int] = set()
     for folder in folders:
         try:
@@ -320,9 +315,11 @@ def _disks(configuration: Configuration) -> Iterator[Finding]:
             yield _room(folder, room)
 
 
-def _hold(configuration: Configuration) -> str:
-    """The folder of the hold store."""
-    return (configuration.provider or ProviderSettings()).hold
+def _hold(configuration: Configuration) -> Iterator[Path]:
+    """The folder of the hold store, if there is one and it is in a folder."""
+    folder = (configuration.provider or ProviderSettings()).hold_folder
+    if configuration.holds and folder is not None:
+        yield Path(folder)
 
 
 def _room(folder: Path, room: Room) -> Finding:

@@ -105,6 +105,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     provider = getattr(module, "provider", None)
     if provider is not None:
         provider = validated(ProviderSettings, provider, "provider", problems)
+    if provider is not None and provider.hold_scheme not in (None, *plugins.hold_stores):
+        problems.append(_unknown_store(provider.hold_scheme, plugins))
     configuration = Configuration(
         *(tuple(agents), services, written, accounts, provider),
         module=module,
@@ -129,6 +131,16 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     if problems:
         raise SettingsError(problems)
     return configuration
+
+
+def _unknown_store(scheme: str, plugins: Plugins) -> str:
+    """``hold`` has the URL of a store that no plugin has."""
+    known = ", ".join(f"'{one}://...'" for one in sorted(plugins.hold_stores))
+    broken = [f"; plugin {one.plugin}: {one.error}" for one in plugins.loaded if one.error]
+    return (
+        f"provider: hold: found a URL that begins with '{scheme}://', allowed: a folder, "
+        f"{known}{''.join(broken)}"
+    )
 
 
 def _misspelt(module: ModuleType) -> Iterator[str]:

@@ -478,6 +478,8 @@ class Daemon:
         await asyncio.gather(*self._scheduled, return_exceptions=True)
         await self._control.stop()
         provide(None)
+        leaving = asyncio.ensure_future(asyncio.to_thread(self._collector.providing.leave_store))
+        await asyncio.wait([leaving], timeout=self._grace)
         log.info("stopped")
 
 

@@ -220,7 +220,7 @@ class Health:
     def _disks(self, queues: Iterable[Path]) -> Iterator[Trouble]:
         seen = set()
         folders = [self._project / "run", *queues]
-        if self._configuration.holds:
+        if self._configuration.holds and self._hold is not None:
             folders.insert(1, self._hold)
         for folder in folders:
             try:
@@ -378,14 +378,17 @@ class Health:
         }
 
     @property
-    def _hold(self) -> Path:
-        settings = self._configuration.provider or ProviderSettings()
-        return self._project / settings.hold
+    def _hold(self) -> Path | None:
+        """The folder of the hold store, if it is in one."""
+        folder = (self._configuration.provider or ProviderSettings()).hold_folder
+        return None if folder is None else self._project / folder
 
     def _held(self) -> tuple[Mapping[str, Holding], str]:
         """Without a server: what the hold store's index says, or why that is not known."""
         if not self._configuration.holds:
             return {}, ""
+        if self._hold is None:
+            return {}, "it is in a database, which only the server asks"
         from salmon_revsmtp.provider.hold.embedded import glance
 
         try:

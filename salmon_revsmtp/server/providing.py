@@ -10,14 +10,15 @@ from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
-from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.etrn import Etrn
 from salmon_revsmtp.provider.expiry import Expiry
 from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
+from salmon_revsmtp.provider.hold.places import scheme_of
 from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.idents import Idents
 from salmon_revsmtp.provider.intake import Intake
@@ -32,10 +33,20 @@ from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
 
-__all__ = ["Providing"]
+__all__ = ["Providing", "open_store"]
 
 # Messages that plugins look at, at a time.
 FILTERS = 16
+# Where a store that is elsewhere has its files on this host.
+STORE_FILES = "run/hold"
+
+
+def open_store(place: str, project: Path, plugins: Plugins) -> HoldStore:
+    """The hold store in a folder, or of a URL.  Raises
+    :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
+    if (scheme := scheme_of(place)) is None:
+        return EmbeddedStore(project / place)
+    return plugins.hold_stores[scheme](place, project / STORE_FILES)
 
 
 class Providing:
@@ -49,7 +60,7 @@ class Providing:
     def __init__(
         self,
         configuration: Configuration,
-        plugins: HookCaller,
+        plugins: Plugins,
         outbox: Outbox,
         rates: RateLimit,
         project: Path,
@@ -74,7 +85,7 @@ class Providing:
     @cached_property
     def store(self) -> HoldStore:
         """The hold store.  Raises :class:`~salmon_revsmtp.provider.hold.store.HoldStoreError`."""
-        return EmbeddedStore(self._project / self.settings.hold)
+        return open_store(self.settings.hold, self._project, self._plugins)
 
     @cached_property
     def hostname(self) -> str:
@@ -178,6 +189,11 @@ class Providing:
     def wait(self, seconds: float | None = None) -> None:
         """Wait for what is under way, for so long at most."""
         self._worker.wait(seconds)
+
+    def leave_store(self) -> None:
+        """Other processes may have what this one has of the store, if it was opened.  Blocks."""
+        if "store" in self.__dict__:
+            self.store.leave()
 
     def close_store(self) -> None:
         """Let the hold store go, if it was opened."""

@@ -32,6 +32,11 @@ PERILOUS = ("provider/", "delivery/", "net/driver.py", "service/", "files.py")
 
 
 async def serve(settings: dict[str, Any]) -> None:
+    if settings["lease"] is not None:
+        from salmon_revsmtp.provider.hold.postgres import lease, store
+
+        lease.LEASE, lease.MARGIN = settings["lease"], settings["lease"] / 3
+        store.RENEW = settings["lease"] / 5
     plugins = Plugins.load()
     valid = configuration(
         plugins=plugins,

@@ -29,9 +29,13 @@ class ProviderProcess:
 
     ``mx``    the port that takes mail for ``example.org`` and, for another account, example.com.
     ``odmr``  the port on which customers call.
+    ``hold``  where mail is held, if it is not in the folder.
+    ``lease`` seconds without a word after which what it has there goes to others.
     """
 
-    def __init__(self, folder: Path, **account: Any) -> None:
+    def __init__(
+        self, folder: Path, hold: str = "run/hold", lease: float | None = None, **account: Any
+    ) -> None:
         folder.mkdir()
         self.folder = folder
         self.mx, self.odmr = free_port(), free_port()
@@ -41,7 +45,12 @@ class ProviderProcess:
                 {"name": "acme", "domains": ["example.org"], **keys},
                 {"name": "other", "domains": ["example.com"], **keys},
             ],
-            "provider": {"hostname": "odmr.example.net", "listen": f"127.0.0.1:{self.odmr}"},
+            "provider": {
+                "hostname": "odmr.example.net",
+                "listen": f"127.0.0.1:{self.odmr}",
+                "hold": hold,
+            },
+            "lease": lease,
             "mx": {
                 "hostname": "mx.example.net",
                 "listen": f"127.0.0.1:{self.mx}",

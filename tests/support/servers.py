@@ -32,6 +32,7 @@ __all__ = [
     "Dovecot",
     "Exim",
     "EximOfThePage",
+    "PgBouncer",
     "Postfix",
     "Program",
     "Sendmail",
@@ -623,6 +624,42 @@ class Dovecot(Program):
     def doveadm(self, *arguments: str) -> str:
         """What doveadm says."""
         return self.inside("doveadm", "-c", f"{self.place}/dovecot.conf", *arguments)
+
+
+PGBOUNCER = """
+[databases]
+postgres = host=127.0.0.1 port={target} dbname=postgres user={user} password='{password}' \
+    connect_query='SET search_path = {schema}'
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = plain
+auth_file = {place}/users
+pool_mode = transaction
+default_pool_size = 3
+"""
+
+
+class PgBouncer(Program):
+    """pgbouncer, which gives each transaction of its clients one of a few connections to a
+    PostgreSQL on the port ``target``."""
+
+    program = "pgbouncer"
+
+    def __init__(self, root: Path, target: int, user: str, password: str, schema: str) -> None:
+        super().__init__(root)
+        self._values = {"target": target, "user": user, "password": password, "schema": schema}
+
+    def configure(self) -> None:
+        values = {"place": self.place, "port": self.port, **self._values}
+        (self.folder / "pgbouncer.ini").write_text(PGBOUNCER.format(**values))
+        users = '"{user}" "{password}"\n'.format(**self._values)
+        (self.folder / "users").write_text(users)
+
+    def command(self) -> list[str]:
+        # It refuses to run as root.
+        return ["pgbouncer", "-u", "postgres", f"{self.place}/pgbouncer.ini"]
 
 
 async def until(what: Callable[[], bool], server: Server) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import logging
@@ -31,10 +30,9 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,14 @@ from salmon_revsmtp.files import FolderLock, give_to_owner, make_folder, sync_fo
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.journal.clock import CLOCK_TABLE, SteadyClock, since_boot
 from salmon_revsmtp.journal.file import JournalFile
+from salmon_revsmtp.provider.hold.records import (
+    arrival_of,
+    envelope_of,
+    for_domains,
+    recipients_of,
+    said_text,
+)
+from salmon_revsmtp.provider.hold.spool import READ, FileSpool
 from salmon_revsmtp.provider.hold.store import (
     Arrival,
     Held,
@@ -52,9 +58,7 @@ from salmon_revsmtp.provider.hold.store import (
     Woken,
 )
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.smtp.addresses import domain_of
-from salmon_revsmtp.smtp.content import Content, Traits
-from salmon_revsmtp.smtp.envelope import Client, Envelope
+from salmon_revsmtp.smtp.content import Content
 
 __all__ = ["EmbeddedStore", "glance"]
 
@@ -67,10 +71,6 @@ LARGE = 128 * 1024
 CHECKPOINT_PAGES = 4000
 # Rows that are read at a time.
 PAGE = 256
-# Octets of a file that are read at a time.
-READ = 256 * 1024
-# Octets of a message that comes that are kept to look at its header.
-BEGINNING = 64 * 1024
 # Seconds between two notes of where the clock is.  It goes on from the last one by itself, so more
 # would only be one more page to sync with every message.
 NOTE_CLOCK = 60.0
@@ -234,6 +234,21 @@ class EmbeddedStore:
         return _Spool(self._tmp / self._new_name())
 
     def put(self, arrivals: Sequence[Arrival]) -> Sequence[tuple[int, ...]]:
+        return self._put(arrivals)
+
+    def adopt(self, moved: Sequence[tuple[Held, bytes | Content]]) -> Sequence[int]:
+        arrivals = [arrival_of(held, content, self.spool) for held, content in moved]
+        return [key for [key] in self._put(arrivals, [held for held, _ in moved])]
+
+    def leave(self) -> None:
+        pass  # no other process has it before this one has ended
+
+    def others(self) -> Sequence[str]:
+        return []  # the folder is locked
+
+    def _put(
+        self, arrivals: Sequence[Arrival], as_they_were: Sequence[Held] = ()
+    ) -> Sequence[tuple[int, ...]]:
         bodies: list[_Body] = []
         used: Counter[str] = Counter()
         octets: Counter[str] = Counter()
@@ -248,6 +263,12 @@ class EmbeddedStore:
                     self._insert(database, one, body, used, octets)
                     for one, body in zip(arrivals, bodies, strict=True)
                 ]
+                for [key], was in zip(keys, as_they_were, strict=False):
+                    database.execute(
+                        "UPDATE held SET arrived = ?, state = ?, strikes = ?, reason = ?, "
+                        "warned = ? WHERE id = ?",
+                        (was.arrived, was.state, was.strikes, was.reason, was.warned, key),
+                    )
                 self._note_used(database, used, octets)
         except BaseException:
             for body in bodies:
@@ -283,22 +304,18 @@ class EmbeddedStore:
             "INSERT INTO messages (sender, said, size, file, streams, ascii, body, accounts) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                *(envelope.reverse_path, _said(envelope), size),
+                *(envelope.reverse_path, said_text(envelope), size),
                 *(name, body.streams, body.ascii, body.inline, len(accounts)),
             ),
         ).lastrowid
         keys = []
         now = self._clock.now()
         for account in accounts:
-            theirs = [
-                [one, envelope.rcpt_options.get(one)]
-                for one, whose in zip(envelope.recipients, arrival.accounts, strict=True)
-                if whose == account
-            ]
+            theirs = recipients_of(arrival, account)
             held = database.execute(
                 "INSERT INTO held (message, account, recipients, size, arrived) "
                 "VALUES (?, ?, ?, ?, ?)",
-                (message, account, json.dumps(theirs), size, now),
+                (message, account, theirs, size, now),
             )
             keys.append(held.lastrowid or 0)
             used[account] += 1
@@ -623,88 +640,24 @@ class _Body:
     ascii: bool = False
 
 
-class _Spool:
-    """A file under ``tmp/`` into which a message goes as it comes.
-
-    ``failed``  what went wrong first; the rest is thrown away then.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.traits = Traits()
-        self.failed: OSError | None = None
-        self._digest = hashlib.sha256()
-        self._path = path
-        self._beginning = b""
-        self._descriptor: int | None = None
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(path, flags, 0o600)
-            give_to_owner(path)
-        except OSError as error:
-            self.failed = error
-
-    @property
-    def size(self) -> int:
-        return self.traits.size
-
-    def write(self, data: bytes) -> None:
-        if len(self._beginning) < BEGINNING:
-            self._beginning += data[: BEGINNING - len(self._beginning)]
-        self.traits.add(data)
-        self._digest.update(data)
-        if self.failed is not None or self._descriptor is None:
-            return
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-        except OSError as error:
-            self.failed = error
-
-    def beginning(self) -> bytes:
-        return self._beginning
-
-    @property
-    def digest(self) -> bytes:
-        return self._digest.digest()
-
-    def content(self, head: bytes) -> Content | None:
-        self._check()
-        if not self.traits.streams or self._descriptor is None:
-            return None
-        ascii_ = self.traits.ascii and head.isascii()
-        return _Open(head, os.dup(self._descriptor), self.size, ascii_)
-
-    def read(self) -> bytes:
-        self._check()
-        return self._path.read_bytes()
+class _Spool(FileSpool):
+    """A file under ``tmp/`` that gets a name in ``bodies/``."""
 
     def keep(self, folder: Path) -> Path:
         """Sync it, and give it a name in ``folder``, which is not synced.  Raises
         :class:`OSError`."""
         try:
-            self._check()
-            assert self._descriptor is not None
-            os.fsync(self._descriptor)
-            there = folder / self._path.name
-            self._path.rename(there)
+            self.check()
+            assert self.descriptor is not None
+            os.fsync(self.descriptor)
+            there = folder / self.path.name
+            self.path.rename(there)
         except BaseException:
             self.discard()
             raise
-        os.close(self._descriptor)
-        self._descriptor = None
+        os.close(self.descriptor)
+        self.descriptor = None
         return there
-
-    def _check(self) -> None:
-        if self.failed is not None:
-            raise self.failed
-
-    def discard(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
 
 
 class _File:
@@ -723,26 +676,6 @@ class _File:
     def beginning(self, octets: int) -> bytes:
         with self._path.open("rb") as file:
             return (self._head + file.read(octets))[:octets]
-
-
-class _Open:
-    """A message that is sent from a file that may get another name, or none; it is open until no
-    one has this any more."""
-
-    def __init__(self, head: bytes, descriptor: int, size: int, ascii_: bool) -> None:
-        self.size, self.ascii = len(head) + size, ascii_
-        self._head, self._descriptor = head, descriptor
-        weakref.finalize(self, os.close, descriptor)
-
-    def pieces(self) -> Iterator[bytes]:
-        yield self._head
-        at = 0
-        while piece := os.pread(self._descriptor, READ, at):
-            at += len(piece)
-            yield piece
-
-    def beginning(self, octets: int) -> bytes:
-        return (self._head + os.pread(self._descriptor, octets, 0))[:octets]
 
 
 class _Feed:
@@ -798,7 +731,7 @@ class _Feed:
             if messages <= 0 or octets <= 0:
                 return
             self._after = one.key
-            wanted = self._wanted(one) if one.key not in self._taken else None
+            wanted = for_domains(one, self._domains) if one.key not in self._taken else None
             if wanted is not None:
                 self._taken.add(one.key)
                 self._ours.add(one.key)
@@ -806,17 +739,8 @@ class _Feed:
                 octets -= one.size
                 yield wanted
 
-    def _wanted(self, held: Held) -> Held | None:
-        """A message for its recipients in the domains that were asked for, if it has any."""
-        if self._domains is None:
-            return held
-        envelope = held.envelope
-        recipients = tuple(one for one in envelope.recipients if domain_of(one) in self._domains)
-        if recipients == envelope.recipients:
-            return held
-        if not recipients:
-            return None
-        return replace(held, envelope=replace(envelope, recipients=recipients))
+    def has(self, key: int) -> bool:
+        return key in self._ours
 
     def leave(self, keys: Iterable[int]) -> None:
         self._ours.difference_update(keys)
@@ -829,25 +753,9 @@ class _Feed:
         self._ours.clear()
 
 
-def _said(envelope: Envelope) -> str:
-    """What the client said beside the addresses, and who it is."""
-    said: list[Any] = [dict(envelope.mail_options), envelope.helo, envelope.esmtp]
-    if envelope.client is not None:
-        said.append(vars(envelope.client))
-    return json.dumps(said)
-
-
-def _envelope(sender: str, said: str, recipients: Sequence[tuple[str, Any]]) -> Envelope:
-    options, helo, esmtp, *known = json.loads(said)
-    client = Client(**known[0]) if known else None
-    names = tuple(one for one, _ in recipients)
-    each = {one: said for one, said in recipients if said is not None}
-    return Envelope(sender, names, options, each, helo, esmtp, client)
-
-
 def _held(row: Sequence[Any]) -> Held:
     key, account, sender, said, recipients, size, arrived, state, strikes, reason, warned = row
-    envelope = _envelope(sender, said, [(one, options) for one, options in json.loads(recipients)])
+    envelope = envelope_of(sender, said, json.loads(recipients))
     numbers = (size, arrived, State(state), strikes)
     return Held(key, account, envelope, *numbers, reason, bool(warned))
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from salmon_revsmtp.smtp.content import Content, Sink
@@ -30,6 +31,7 @@ __all__ = [
     "Held",
     "HoldStore",
     "HoldStoreError",
+    "OpenHoldStore",
     "Settled",
     "Spool",
     "State",
@@ -157,6 +159,10 @@ class Feed(Protocol):
         No more than ``messages``, and of ``octets`` no more than the first that goes beyond; none
         when there are no more for now."""
 
+    def has(self, key: int) -> bool:
+        """Whether this one, which it took, may be sent: a store that several hosts have may have
+        had to give it to another.  If not, it is let go.  Does not block."""
+
     def leave(self, keys: Iterable[int]) -> None:
         """These have been answered: no one gets them until they are settled, also when this feed
         is closed."""
@@ -174,6 +180,18 @@ class HoldStore(Protocol):
     def put(self, arrivals: Sequence[Arrival]) -> Sequence[tuple[int, ...]]:
         """Make messages safe, all of them together; returns the keys of each, one per account, in
         the order in which the accounts come.  Raises :class:`OSError`."""
+
+    def adopt(self, moved: Sequence[tuple[Held, bytes | Content]]) -> Sequence[int]:
+        """Make messages that another store has held safe, all of them together, as they are there:
+        since when, in which state, and why.  Returns their keys, in order.  Raises
+        :class:`OSError`."""
+
+    def leave(self) -> None:
+        """The process is about to end: what its feeds and claims have is for other processes, if
+        there are any.  What was answered can still be settled.  Does not raise."""
+
+    def others(self) -> Sequence[str]:
+        """Which other processes use the store now."""
 
     def spool(self) -> Spool:
         """A place for a message that is coming.  Does not block, and does not raise."""
@@ -237,3 +255,8 @@ class HoldStore(Protocol):
 
     def close(self) -> None:
         """Use it no more."""
+
+
+#: Opens a store by its URL; it has a folder of this host for its files.  Raises
+#: :class:`HoldStoreError`.
+OpenHoldStore = Callable[[str, Path], HoldStore]

@@ -1,0 +1,13 @@
+"""The hold store on PostgreSQL, for a provider on several hosts.
+
+``database``  connections, transactions, and what they may take
+``schema``    the tables, and how a newer version changes them
+``lease``     which hosts are alive
+``usages``    what is held for whom, as the event loop may ask
+``wakeups``   how a host hears of mail that another has taken
+``store``     the hold store
+"""
+
+from salmon_revsmtp.provider.hold.postgres.store import PostgresStore
+
+__all__ = ["PostgresStore"]
