@@ -211,6 +211,24 @@ def test_names_that_are_nearly_ours_and_nothing_to_do(
     assert "warning: collection_agent: there is no such setting" in told
 
 
+def test_a_database_is_named_without_its_password(
+    project: Project, receiver: Callable[[], None]
+) -> None:
+    project.configure()
+    receiver()
+    settings = project.folder / "config/settings.py"
+    settings.write_text(
+        settings.read_text()
+        + "customer_accounts = [{'name': 'a', 'password': 'x', 'domains': ['a.example']}]\n"
+        + f"provider = {{'listen': '127.0.0.1:{free_port()}', "
+        + "'hold': 'postgresql://acme:hunter2@db.example.net/mail'}\n"
+    )
+    found = check(project, status=0)
+    assert found["hold", "postgresql://db.example.net/mail"].result == SKIPPED
+    assert not any(subject == "run/hold" for _, subject in found)
+    assert "hunter2" not in str(found)
+
+
 # -- the project's code ----------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from salmon_revsmtp.net.certificate import (
     certificate_names,
     is_for,
 )
+from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.settings import ProviderSettings
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
@@ -100,6 +101,7 @@ def local_findings(
         yield Finding("handlers", "all", SKIPPED, text)
     for folder in [Path("run"), Path("logs"), *_hold(configuration)]:
         yield _folder("folder", folder)
+    yield from _database(configuration)
     yield from _journal(DEFAULT_JOURNAL)
     yield from _queues(configuration)
     yield from _disks(configuration)
@@ -313,6 +315,14 @@ def _disks(configuration: Configuration) -> Iterator[Finding]:
         if room.disk not in seen:
             seen.add(room.disk)
             yield _room(folder, room)
+
+
+def _database(configuration: Configuration) -> Iterator[Finding]:
+    """The hold store that is in no folder: only who uses it opens it."""
+    settings = configuration.provider
+    if settings is not None and settings.hold_scheme is not None:
+        text = "not tried; the server opens it when it starts, and says if it cannot"
+        yield Finding("hold", without_secrets(settings.hold), SKIPPED, text)
 
 
 def _hold(configuration: Configuration) -> Iterator[Path]:
