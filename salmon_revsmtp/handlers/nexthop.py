@@ -36,7 +36,7 @@ from salmon_revsmtp.net.address import host_and_port
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import Octets
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
 from salmon_revsmtp.smtp.sender import (
     BeginTls,
     Broken,
@@ -73,10 +73,8 @@ READ = 64 * 1024
 # SO_LINGER on, with no time.
 _AT_ONCE = struct.pack("ii", 1, 0)
 
-# Refusals that are not about a message or its recipient: what we speak is not spoken there, or not
-# to us (RFC 5321 4.2.3, RFC 4954 6, RFC 2554).  As an answer to the sender they would turn all mail
-# away for a wrong setting.
-NOT_ABOUT_THE_MESSAGE = frozenset((500, 502, 503, 504, 530, 534, 535, 538, 555))
+# As an answer to the sender these would turn all mail away for a wrong setting.
+WRONG_SETTING = NOT_ABOUT_MAIL | {555}
 
 LATER = "the next server does not take it now, try again later"
 UNREACHABLE = Reply(451, "the next server cannot be reached now, try again later", "4.4.1")
@@ -412,7 +410,7 @@ class NextHop:
 
     def _ours(self, reply: Reply) -> Reply:
         """The server's reply as ours."""
-        if reply.code in NOT_ABOUT_THE_MESSAGE:
+        if reply.code in WRONG_SETTING:
             self._in_trouble(_Trouble(f"it answers {reply}"))
             return NOT_US
         if self._trouble:

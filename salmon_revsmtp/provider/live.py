@@ -25,13 +25,12 @@ from dataclasses import dataclass, replace
 from salmon_revsmtp.foreign import ERROR_TEXT, angle, shortened
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.handover import HandOver, Passing
-from salmon_revsmtp.provider.settling import NOT_ABOUT_MAIL
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import LATER, RecipientRequest, Verdict
-from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
 from salmon_revsmtp.smtp.sender import Sent
 
 __all__ = ["Live", "Said"]

@@ -21,15 +21,11 @@ from salmon_revsmtp.provider.hold.store import Held, HoldStore, Settled
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
 
-__all__ = ["NOT_ABOUT_MAIL", "Answered", "Notify", "Settler", "is_for_later"]
+__all__ = ["Answered", "Notify", "Settler", "is_for_later"]
 
 log = logging.getLogger(__name__)
-
-# Refusals of a command that we did not get right, or of all that a session may do, say nothing of
-# the mail (RFC 5321 4.2.2, RFC 3207 4, RFC 4954 6): as when the server at home asks for a login.
-NOT_ABOUT_MAIL = frozenset({500, 502, 503, 504, 530, 534, 535, 538})
 
 # Seconds until a hold store that could not settle is tried again.
 RETRY = 5.0

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 
 from salmon_revsmtp.foreign import ERROR_TEXT, shortened
 
-__all__ = ["Reply", "ReplyError", "ReplyParser", "without_surrogates"]
+__all__ = ["NOT_ABOUT_MAIL", "Reply", "ReplyError", "ReplyParser", "without_surrogates"]
+
+#: Refusals of a command that we did not get right, or of all that a session may do, say nothing of
+#: the mail (RFC 5321 4.2.2, RFC 3207 4, RFC 4954 6): as when a server wants a login.
+NOT_ABOUT_MAIL = frozenset({500, 502, 503, 504, 530, 534, 535, 538})
 
 # RFC 5321 4.5.3.1.5: a reply line has 512 octets with its code and CRLF; peers send longer ones.
 MAX_LINE = 8192
