@@ -91,7 +91,10 @@ def _cells(row: nodes.row) -> list[str]:
 
 def commands_of(group: click.Group, above: str = "") -> Iterator[tuple[str, click.Command]]:
     """Those of a group and of the groups in it, by all of their words."""
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         yield f"{above}{name}", command
         if isinstance(command, click.Group):
             yield from commands_of(command, f"{above}{name} ")
@@ -185,5 +188,5 @@ def _is_a_command(words: str) -> bool:
     for word in words.split():
         if not isinstance(group, click.Group):
             break
-        group = group.commands.get(word)
+        group = group.get_command(click.Context(group), word)
     return group is not None

@@ -116,8 +116,10 @@ def commands_of(
     group: click.Group, above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     """The commands of a group and of the groups in it, each with the words that it is called by."""
-    for name in group.list_commands(click.Context(group)):
-        command = group.commands[name]
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         yield (*above, name), command
         if isinstance(command, click.Group):
             yield from commands_of(command, (*above, name))

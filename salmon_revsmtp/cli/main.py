@@ -7,51 +7,59 @@ usage and settings errors.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Sequence
 
 import click
 
-from salmon_revsmtp.cli.agents import agents, disable, enable, history
-from salmon_revsmtp.cli.check import check
-from salmon_revsmtp.cli.collect import collect, run
 from salmon_revsmtp.cli.completion import completing, prepare, quiet, scripting
-from salmon_revsmtp.cli.demo import demo
 from salmon_revsmtp.cli.errors import Program
-from salmon_revsmtp.cli.init import init
 from salmon_revsmtp.cli.options import Options, with_options
-from salmon_revsmtp.cli.plugins import plugins
-from salmon_revsmtp.cli.provider import provider
-from salmon_revsmtp.cli.status import status
-from salmon_revsmtp.cli.undelivered import undelivered, unsent
 from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
 __all__ = ["cli", "main"]
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+# The module of each command below this package; it is imported when the command is needed.
+MODULES = {
+    **dict.fromkeys(("agents", "disable", "enable", "history"), "agents"),
+    **dict.fromkeys(("collect", "run"), "collect"),
+    **dict.fromkeys(("undelivered", "unsent"), "undelivered"),
+    **{name: name for name in ("check", "demo", "init", "plugins", "provider", "status")},
+}
+
+
+class Ours(Program):
+    """The commands of this package, and what plugins add."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*MODULES, *self.commands})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands or cmd_name not in MODULES:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(f"salmon_revsmtp.cli.{MODULES[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        self.add_command(command, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            for name in MODULES:  # one of them may have been meant
+                self.get_command(ctx, name)
+            return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Ours, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="salmon-revsmtp", message="%(version)s")
 @with_options
 def cli(options: Options) -> None:
     """Collect waiting mail into a Salmon project by reverse SMTP."""
-
-
-for _command in (
-    init,
-    agents,
-    collect,
-    check,
-    enable,
-    disable,
-    history,
-    run,
-    provider,
-    plugins,
-    demo,
-):
-    cli.add_command(_command)
-for _command in (status, undelivered, unsent):
-    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
