@@ -226,11 +226,16 @@ def test_what_fails_again_stays_with_its_key_and_the_new_reason(project: Project
 
 
 @pytest.fixture
-def retry(salmon: Salmon) -> Iterator[Retry]:
+def journal(salmon: Salmon) -> Iterator[DeliveryJournal]:
+    found = DeliveryJournal(JournalConnection())
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def retry(salmon: Salmon, journal: DeliveryJournal) -> Retry:
     """In this process, on the queue of the fixture ``salmon``."""
-    journal = DeliveryJournal(JournalConnection())
-    yield Retry(salmon.folder, journal, Outbox(lambda: salmon.relay), threading.Lock(), 5)
-    journal.close()
+    return Retry(salmon.folder, journal, Outbox(lambda: salmon.relay), threading.Lock(), 5)
 
 
 def kept(salmon: Salmon, *recipients: str, data: bytes = MESSAGE, reason: str = "why") -> str:
@@ -300,6 +305,44 @@ def test_a_handler_that_hangs_is_left_alone_and_the_message_stays(
     assert not one.done and "the handler still runs" in one.remark
     assert not two.done and "another handler has not returned" in two.remark
     assert WaitingMail(salmon.folder / WAITS).keys() == [key, other]
+
+
+def test_a_slow_handler_does_not_get_it_once_more_when_it_has_returned(
+    salmon: Salmon, journal: DeliveryJournal
+) -> None:
+    go = threading.Event()
+    salmon.handle(".*", waits_for(go))
+    turn = threading.Lock()
+    retry = Retry(salmon.folder, journal, Outbox(lambda: None), turn, 0.2)
+    key = kept(salmon, "b@example.org")
+    [one] = retry.retry([key])
+    assert not one.done and "the handler still runs" in one.remark
+    go.set()
+    assert turn.acquire(timeout=10)
+    turn.release()
+    assert list(retry.retry([key])) == [Retried(key, True)]
+    assert len(salmon.handled) == 1
+
+
+def test_a_slow_handler_that_fails_in_the_end_is_asked_again(
+    salmon: Salmon, journal: DeliveryJournal
+) -> None:
+    go = threading.Event()
+
+    def waits_and_fails(message: MailRequest) -> None:
+        go.wait(10)
+        raise SMTPError(451, "not today")
+
+    salmon.handle(".*", waits_and_fails)
+    turn = threading.Lock()
+    retry = Retry(salmon.folder, journal, Outbox(lambda: None), turn, 0.2)
+    key = kept(salmon, "b@example.org")
+    list(retry.retry([key]))
+    go.set()
+    assert turn.acquire(timeout=10)
+    turn.release()
+    assert list(retry.retry([key])) == [Retried(key, False, "deferred with 451 not today")]
+    assert len(salmon.handled) == 2
 
 
 def test_where_the_folder_cannot_be_written_no_handler_is_asked(

@@ -156,6 +156,9 @@ class Retry:
             try:
                 with self.beside:
                     trial.run()
+                if trial.handled and trial.ended is not None:
+                    # Also of one that returns after all: the next try asks it no more.
+                    self._journal.record(name, recipient, trial.ended, REMEMBERED)
             finally:
                 # One that hangs keeps the others waiting, as in any delivery.
                 self._turn.release()
@@ -171,9 +174,6 @@ class Retry:
             running.result(self._patience)
         except concurrent.futures.TimeoutError:
             trial.give_up(f"not handled in {self._patience:g} seconds; the handler still runs")
-        assert trial.reply is not None
-        if not trial.reason:
-            self._journal.record(name, recipient, trial.reply, REMEMBERED)
         log_safely(
             log,
             logging.WARNING if trial.reason else logging.INFO,

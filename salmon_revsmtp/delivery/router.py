@@ -93,6 +93,7 @@ class Handling:
     ``message``  the whole of it (bytes, LF line ends).
     ``place``    where an undeliverable queue is made if there is none.
     ``reply``    what came of it; ``None`` until that is known.
+    ``ended``    what the handlers came to, also after :meth:`give_up`; ``None`` while they run.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Handling:
         place: Path,
     ) -> None:
         self.reply: Reply | None = None
+        self.ended: Reply | None = None
         self._place = place
         self._peer, self._message = peer, message
         self._envelope, self._recipient = envelope, recipient
@@ -118,7 +120,7 @@ class Handling:
             reply = self._handled()
         finally:
             with self._settling:
-                late = self._given_up
+                late, self.ended = self._given_up, reply
                 if not late:
                     self.reply = reply
             if late:
@@ -133,13 +135,16 @@ class Handling:
         with self._settling:
             if self.reply is None:
                 try:
-                    self._keeps().store(reason)
+                    self._keep_given_up(reason)
                 except OSError as error:
                     self._log(logging.ERROR, f"{reason}, and it cannot be kept: {error}")
                     return disk_reply(error)
                 self._given_up = True
                 self.reply = Reply(250, f"kept, {reason}", "2.0.0")
             return self.reply
+
+    def _keep_given_up(self, reason: str) -> None:
+        self._keeps().store(reason)
 
     def _keeps(self) -> _Kept:
         """Raises :class:`OSError` when no undeliverable queue can be made."""
@@ -205,16 +210,30 @@ class Retrial(Handling):
     """The same for a message that is in the undeliverable queue already: if no handler takes it, it
     stays where it is.
 
-    ``reason``  why it stays; empty if it need not.
+    ``reason``   why it stays; empty if it need not.
+    ``handled``  its handlers have returned, be it after :meth:`give_up`, and it need not stay.
     """
+
+    _waited = ""
 
     @property
     def reason(self) -> str:
+        return self._waited or self._why(self.reply)
+
+    @property
+    def handled(self) -> bool:
+        return self.ended is not None and not self._why(self.ended)
+
+    def _why(self, reply: Reply | None) -> str:
         if isinstance(self._kept, _Stays) and self._kept.done:
             return self._kept.reason
-        if self.reply is None or self.reply.positive:
+        if reply is None or reply.positive:
             return ""
-        return f"{'deferred' if self.reply.transient else 'refused'} with {self.reply}"
+        return f"{'deferred' if reply.transient else 'refused'} with {reply}"
+
+    def _keep_given_up(self, reason: str) -> None:
+        # It is kept already, and the handlers may still say that it need not be.
+        self._waited = reason
 
     def _keeper(self, before: _Undeliverable) -> _Kept:
         return _Stays(before, self._envelope, self._recipient, self._message)
