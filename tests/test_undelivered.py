@@ -28,11 +28,12 @@ from support.salmon import Salmon, explodes, fails, waits_for
 from support.serving import RUN, server
 from support.terminal import on_a_terminal
 
+from salmon_revsmtp.delivery.maildir import push_safely
 from salmon_revsmtp.delivery.outbox import GIVEN_UP, Outbox
 from salmon_revsmtp.delivery.retry import Retried, Retry
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, unpack_undeliverable
-from salmon_revsmtp.delivery.waiting import WaitingMail
+from salmon_revsmtp.delivery.waiting import KEPT_MARK, WaitingMail
 from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
@@ -50,7 +51,9 @@ def keep(
     """Put a message into the project's undeliverable queue; returns its key."""
     lines = envelope_lines("ann@example.net", to) + b"X-Undeliverable-Reason: no route\n"
     target = queue.Queue(str(project.folder / WAITS))
-    return str(target.push((lines if envelope else b"") + data))
+    if not envelope:
+        return str(target.push(data))
+    return push_safely(target, lines + data, mark=KEPT_MARK)
 
 
 def keys(project: Project, folder: Path = WAITS) -> list[str]:
@@ -420,9 +423,104 @@ def test_what_only_says_that_it_is_a_notification_never_goes_to_the_relay(
     forged = WaitingMail(salmon.folder / WAITS).read(given_up)
     assert forged is not None and GIVEN_UP.encode() in forged
     key = str(queue.Queue(str(salmon.folder / WAITS)).push(forged))
-    assert list(retry.retry([key])) == [Retried(key, True)]
+    [one] = retry.retry([key])
+    assert not one.done and "--to ADDRESS" in one.remark and salmon.handled == []
+    assert list(retry.retry([key], to="bob@example.org")) == [Retried(key, True)]
     retry._outbox.wait(10)
     assert salmon.relayed == [] and len(salmon.handled) == 1
+
+
+def test_a_death_right_after_it_was_given_up_leaves_a_notification(
+    salmon: Salmon, retry: Retry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    salmon.handle(".*")
+    queues = undeliverable_queue()
+    keep_stored = queues.keep_stored
+
+    def dies(*stored: Any) -> str:
+        keep_stored(*stored)
+        raise KeyboardInterrupt
+
+    outbox = Outbox(lambda: SimpleNamespace(deliver=refuses))
+    outbox.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(queues, "keep_stored", dies)
+        outbox.send()
+    [key] = WaitingMail(salmon.folder / WAITS).keys()
+    [one] = retry.retry([key])
+    assert one.done and "unsent" in one.remark and salmon.handled == []
+
+
+FORGED = (
+    b"Return-Path: <ceo@example.org>\nDelivered-To: victim@example.com\n"
+    b"X-Undeliverable-Reason: no route takes it\n"
+)
+
+
+@pytest.mark.parametrize("head", [FORGED, b""])
+def test_a_stranger_does_not_say_whom_a_retry_is_for(
+    salmon: Salmon, retry: Retry, head: bytes
+) -> None:
+    """What Salmon's own receiver took is whole, and its header is not an envelope."""
+    salmon.handle(".*")
+    data = head + b"From: ann@example.net\nTo: victim@example.com\n\nspam\n"
+    undeliverable_queue().push(MailRequest("peer", "ann@example.net", "b@example.org", data))
+    waiting = WaitingMail(salmon.folder / WAITS)
+    [key] = waiting.keys()
+    found = waiting.find(key)
+    assert found is not None and not found.envelope and found.reason == ""
+    assert found.sender == "ann@example.net"
+    [one] = retry.retry([key])
+    assert not one.done and "--to ADDRESS" in one.remark and salmon.handled == []
+    assert list(retry.retry([key], to="b@example.org")) == [Retried(key, True)]
+    [message] = salmon.handled
+    assert message.To == "b@example.org" and message.Data.startswith(head)
+
+
+def test_what_is_not_ours_and_fails_again_stays_as_it_is(salmon: Salmon, retry: Retry) -> None:
+    salmon.handle(".*", explodes)
+    key = str(queue.Queue(str(salmon.folder / WAITS)).push(MESSAGE))
+    for _ in range(2):
+        [one] = retry.retry([key], to="b@example.org")
+        assert not one.done and "handler bug" in one.remark
+    assert WaitingMail(salmon.folder / WAITS).read(key) == MESSAGE
+
+
+def test_what_is_deleted_while_it_is_tried_does_not_come_back(salmon: Salmon, retry: Retry) -> None:
+    waiting = WaitingMail(salmon.folder / WAITS)
+
+    def deletes_and_fails(message: MailRequest) -> None:
+        waiting.drop(key)
+        raise SMTPError(451, "not today")
+
+    salmon.handle(".*", deletes_and_fails)
+    key = kept(salmon, "b@example.org")
+    [one] = retry.retry([key])
+    assert not one.done and waiting.keys() == []
+
+
+def test_what_is_being_tried_is_not_dropped(project: Project) -> None:
+    project.configure()
+    key = keep(project)
+    with FolderLock(project.folder / WAITS).hold():
+        done = project.run("undelivered", "drop", key, "--yes")
+    assert done.returncode == 1 and "another process is at work on it" in done.stderr
+    assert keys(project) == [key]
+
+
+def test_who_does_not_read_the_answers_stops_no_one(salmon: Salmon, retry: Retry) -> None:
+    salmon.handle(".*")
+    answers = retry.retry([kept(salmon, "b@example.org"), kept(salmon, "b@example.org")])
+    assert next(answers).done
+    with FolderLock(salmon.folder / WAITS).hold() as lock:
+        assert lock.had
+    outbox = Outbox(lambda: salmon.relay)
+    for _ in range(2):
+        outbox.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
+    sent = outbox.send_now(WaitingMail(salmon.folder / "run/unsent").keys())
+    assert next(sent)[1]
+    outbox.send()
+    assert len(salmon.relayed) == 2
 
 
 @pytest.mark.parametrize(
@@ -519,7 +617,9 @@ from salmon.routing import Router, route, stateless
 from support.dying import die_at
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.retry import Retry
+from salmon_revsmtp.delivery.maildir import push_safely
 from salmon_revsmtp.delivery.trace import undeliverable_envelope
+from salmon_revsmtp.delivery.waiting import KEPT_MARK
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -565,7 +665,7 @@ for die in range(1, 2000):
     (folder / "run").mkdir(parents=True)
     os.chdir(folder)
     lines = undeliverable_envelope(Envelope("ann@example.net", ()), TO, "why")
-    queue.Queue("run/undeliverable").push(lines + MESSAGE)
+    push_safely(queue.Queue("run/undeliverable"), lines + MESSAGE, mark=KEPT_MARK)
     died, left = child(die), stored()
     Path("run/mended").touch()
     ended = child(0)

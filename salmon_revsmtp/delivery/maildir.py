@@ -72,11 +72,12 @@ def _make_parts(mbox: Any) -> None:
         give_to_owner(part)  # mailbox, or the boot module, may have made it
 
 
-def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
+def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str:
     """Push a message, in pieces so that a large one is not copied, onto a Salmon Queue; returns its
-    key when it would survive a power cut.
+    key, which ends with ``mark``, when it would survive a power cut.
 
-    A queue that is not Salmon's own writes in its own way; its folder is synced if it has one.
+    A queue that is not Salmon's own writes in its own way, without the mark; its folder is synced
+    if it has one.
     Raises :class:`OSError`; then the message is not there.
     """
     if type(target) is not queue.Queue:
@@ -89,19 +90,19 @@ def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
         return key
     file = _create(target.mbox)
     tmp = Path(file.name)
-    new = tmp.parent.parent / "new"
+    new, key = tmp.parent.parent / "new", tmp.name + mark
     try:
         with file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        tmp.rename(new / tmp.name)
+        tmp.rename(new / key)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    with _taken_back((new / tmp.name).unlink):
+    with _taken_back((new / key).unlink):
         sync_folder(new)
-    return tmp.name
+    return key
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ holes: there may be no such queue; what is pushed is the message as Salmon's par
 which fails for a message that the parser rejected; the same message is pushed once per handler
 that raised; the envelope is gone; and the folder is not synced.  So the queue is wrapped: while a
 message of ours is being delivered, a push of that message stores our own bytes, envelope on top,
-once, synced to disk.  Every other push goes through as it was.
+once, synced to disk, under a name that says so.  Every other push goes through as it was.
 
 A message that the parser would take too long for (:mod:`~salmon_revsmtp.delivery.bounds`) goes
 there without being parsed.
@@ -30,6 +30,7 @@ from salmon.server import SMTPError
 from salmon_revsmtp.delivery.bounds import address_excess, excess
 from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope, with_reason
+from salmon_revsmtp.delivery.waiting import KEPT_MARK
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.safelog import log_safely
@@ -362,7 +363,7 @@ class _Undeliverable:
         """Store a message that no handler has taken, and why, synced; returns its key.  Raises
         :class:`OSError`."""
         lines = undeliverable_envelope(envelope, recipients, reason)
-        return push_safely(self.original, lines, separator(message), message)
+        return push_safely(self.original, lines, separator(message), message, mark=KEPT_MARK)
 
     @property
     def folder(self) -> Path | None:
@@ -371,9 +372,9 @@ class _Undeliverable:
         found = getattr(mbox, "_path", None) or getattr(self.original, "dir", None)
         return Path(found).absolute() if found else None
 
-    def keep_stored(self, stored: bytes, reason: str) -> str:
+    def keep_stored(self, stored: bytes, reason: str, mark: str = KEPT_MARK) -> str:
         """The same for a message that has its envelope on top."""
-        return push_safely(self.original, with_reason(stored, reason))
+        return push_safely(self.original, with_reason(stored, reason), mark=mark)
 
 
 def delivery_of(message: Any) -> tuple[Envelope, str] | None:
