@@ -27,7 +27,15 @@ from salmon_revsmtp.delivery.waiting import by_age
 from salmon_revsmtp.files import give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["by_age", "disk_reply", "make_whole", "move_across", "open_queue", "push_safely"]
+__all__ = [
+    "by_age",
+    "disk_reply",
+    "folder_of",
+    "make_whole",
+    "move_across",
+    "open_queue",
+    "push_safely",
+]
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +90,7 @@ def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str
     """
     if type(target) is not queue.Queue:
         key = str(target.push(b"".join(pieces)))
-        # Salmon keeps the name as it was given, and mailbox the whole path.
-        mbox = getattr(target, "mbox", None)
-        if folder := getattr(mbox, "_path", None) or getattr(target, "dir", None):
+        if folder := folder_of(target):
             with _taken_back(lambda: target.remove(key)):
                 sync_folder(Path(folder, "new"))
         return key
@@ -103,6 +109,13 @@ def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str
     with _taken_back((new / key).unlink):
         sync_folder(new)
     return key
+
+
+def folder_of(target: Any) -> Path | None:
+    """Where a queue is; ``None`` for one of someone's own that is in no folder, and for none."""
+    # Salmon keeps the name as it was given, and mailbox the whole path.
+    found = getattr(getattr(target, "mbox", None), "_path", None) or getattr(target, "dir", None)
+    return Path(found).absolute() if found else None
 
 
 @contextlib.contextmanager

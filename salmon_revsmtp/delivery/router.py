@@ -28,7 +28,13 @@ from salmon.routing import Router
 from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.bounds import address_excess, excess
-from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
+from salmon_revsmtp.delivery.maildir import (
+    disk_reply,
+    folder_of,
+    make_whole,
+    open_queue,
+    push_safely,
+)
 from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope, with_reason
 from salmon_revsmtp.delivery.waiting import KEPT_MARK
 from salmon_revsmtp.foreign import angle
@@ -368,9 +374,7 @@ class _Undeliverable:
     @property
     def folder(self) -> Path | None:
         """Where it is; ``None`` for a queue of someone's own that is in no folder."""
-        mbox = getattr(self.original, "mbox", None)
-        found = getattr(mbox, "_path", None) or getattr(self.original, "dir", None)
-        return Path(found).absolute() if found else None
+        return folder_of(self.original)
 
     def keep_stored(self, stored: bytes, reason: str, mark: str = KEPT_MARK) -> str:
         """The same for a message that has its envelope on top."""
