@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from salmon import queue
 from salmon.mail import MailRequest
+from salmon.routing import Router
 from salmon.server import SMTPError
 from support.collecting import exchange
 from support.project import Project
@@ -475,6 +476,22 @@ def test_a_stranger_does_not_say_whom_a_retry_is_for(
     assert list(retry.retry([key], to="b@example.org")) == [Retried(key, True)]
     [message] = salmon.handled
     assert message.To == "b@example.org" and message.Data.startswith(head)
+
+
+def test_a_queue_class_of_ones_own_keeps_envelopes_too(
+    salmon: Salmon, retry: Retry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(queue.Queue):  # type: ignore[misc, unused-ignore]
+        pass
+
+    monkeypatch.setattr(Router, "UNDELIVERABLE_QUEUE", Own(str(salmon.folder / WAITS)))
+    salmon.handle(".*")
+    key = kept(salmon, "b@example.org")
+    waiting = WaitingMail(salmon.folder / WAITS)
+    found = waiting.find(key)
+    assert found is not None and found.envelope and found.recipients == ("b@example.org",)
+    assert list(retry.retry([key])) == [Retried(key, True)]
+    assert waiting.keys() == [] and len(salmon.handled) == 1
 
 
 def test_what_is_not_ours_and_fails_again_stays_as_it_is(salmon: Salmon, retry: Retry) -> None:

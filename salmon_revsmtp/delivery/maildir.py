@@ -84,14 +84,18 @@ def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str
     """Push a message, in pieces so that a large one is not copied, onto a Salmon Queue; returns its
     key, which ends with ``mark``, when it would survive a power cut.
 
-    A queue that is not Salmon's own writes in its own way, without the mark; its folder is synced
-    if it has one.
+    A queue that is not Salmon's own writes in its own way; its folder is synced if it has one, and
+    the message gets the mark then if that is a Maildir.
     Raises :class:`OSError`; then the message is not there.
     """
     if type(target) is not queue.Queue:
         key = str(target.push(b"".join(pieces)))
         if folder := folder_of(target):
             with _taken_back(lambda: target.remove(key)):
+                if isinstance(getattr(target, "mbox", None), mailbox.Maildir):
+                    with contextlib.suppress(FileNotFoundError):  # it may have put it elsewhere
+                        Path(folder, "new", key).rename(Path(folder, "new", key + mark))
+                        key += mark
                 sync_folder(Path(folder, "new"))
         return key
     file = _create(target.mbox)
