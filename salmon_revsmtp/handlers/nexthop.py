@@ -36,7 +36,7 @@ from salmon_revsmtp.net.address import host_and_port
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import Octets
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
+from salmon_revsmtp.smtp.replies import Reply, is_about_mail
 from salmon_revsmtp.smtp.sender import (
     BeginTls,
     Broken,
@@ -73,8 +73,8 @@ READ = 64 * 1024
 # SO_LINGER on, with no time.
 _AT_ONCE = struct.pack("ii", 1, 0)
 
-# As an answer to the sender these would turn all mail away for a wrong setting.
-WRONG_SETTING = NOT_ABOUT_MAIL | {555}
+# A parameter that this server does not take would turn all mail away for a wrong setting.
+WRONG_SETTING = frozenset({555})
 
 LATER = "the next server does not take it now, try again later"
 UNREACHABLE = Reply(451, "the next server cannot be reached now, try again later", "4.4.1")
@@ -410,7 +410,7 @@ class NextHop:
 
     def _ours(self, reply: Reply) -> Reply:
         """The server's reply as ours."""
-        if reply.code in WRONG_SETTING:
+        if not is_about_mail(reply, WRONG_SETTING):
             self._in_trouble(_Trouble(f"it answers {reply}"))
             return NOT_US
         if self._trouble:
