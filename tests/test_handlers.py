@@ -257,6 +257,9 @@ def test_a_file_in_the_way_defers(
         *(("jos\u00e9@example.org", 250), ("jose\u0301@example.org", 250)),
         *(("sue@xn--bcher-kva.example", 250), ("sue@b\u00fccher.example", 250)),
         *(("postmaster", 250), ('"a b"@example.org', 250), ("x@[192.0.2.1]", 250)),
+        # IDNA2008 only: Python knows no other spelling of it.
+        *(("ed@xn--fa-hia.example", 250), ("ed@XN--fa-hia.example", 250)),
+        ("ed@fass.example", 550),
         ("odd.(host)|.*@example.org", 250),
         *(
             ("bobb@example.org", 550),
@@ -274,6 +277,7 @@ def test_only_these_mailboxes_exist(
     Router.defaults(host="example")
     existing = ["Bob@example.org", "jos\u00e9@EXAMPLE.org", "sue@b\u00fccher.example", "postmaster"]
     existing += ['"a b"@example.org', '"odd.(host)|.*"@example.org', "x@[192.0.2.1]"]
+    existing += ["ed@xn--fa-hia.example"]
     load(monkeypatch, "maildir", mailboxes=existing)
     Router.DEFAULT_CAPTURES.clear()
     quoted = '"odd.(host)|.*"@example.org' if address.startswith("odd") else address
@@ -417,6 +421,13 @@ def test_any_name_is_one_that_the_file_system_takes(
         ("lmtp", {"lmtp_server": 24}, "lmtp_server: found 24 (that is no text)"),
         ("smtp", {}, "smtp_server: missing, allowed: 'host:port' such as '127.0.0.1:25'"),
         ("smtp", {"smtp_server": "unix:/x"}, "smtp_server: found 'unix:/x' (that is not a host"),
+        (
+            "smtp",
+            {"smtp_server": "mail..lan:25"},
+            "smtp_server: found 'mail..lan:25' ('mail..lan' is no domain name",
+        ),
+        ("smtp", {"smtp_server": "mail.lan..:25"}, "smtp_server: found 'mail.lan..:25' ('mail.lan"),
+        ("lmtp", {"lmtp_server": "[1:2]:24"}, "lmtp_server: found '[1:2]:24' ('1:2' is no domain"),
         ("smtp", {"smtp_server": "127.0.0.1:0"}, "smtp_server: found '127.0.0.1:0' (0 is no port"),
         (
             "smtp",
