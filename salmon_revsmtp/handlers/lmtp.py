@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from salmon.routing import route, stateless
+from salmon.routing import nolocking, route, stateless
 
 from salmon_revsmtp.handlers import options
 from salmon_revsmtp.handlers.forward import forward
@@ -23,6 +23,7 @@ _next_hop = next_hop("lmtp", _server, options.hostname(), options.handler_timeou
 
 @route(".+")
 @stateless
+@nolocking
 def FORWARD(message: MailRequest) -> None:
     """Hand it on; what the server there says becomes the answer."""
     forward(message, _next_hop)

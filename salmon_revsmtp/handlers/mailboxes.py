@@ -7,6 +7,7 @@ not there at all if the handler raises.  The envelope stands on top of it (RFC 5
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ MOST_KNOWN = 10_000
 
 # By device and inode of their folder "new".  They outlive Salmon's importing a handler again.
 _safe: set[tuple[int, int]] = set()
+# Held meanwhile: a folder that another thread has just made is there, and not yet safe.
+_opening = threading.Lock()
 
 
 class Mailboxes:
@@ -65,14 +68,15 @@ class Mailboxes:
     def _open(self, place: Path) -> object:
         """The Maildir in a folder, whose own name would survive a power cut.  Raises
         :class:`OSError`."""
-        missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
-        maildir = open_queue(place)
-        found = (place / "new").stat()
-        identity = found.st_dev, found.st_ino
-        if identity not in _safe:
-            for one in (place, self._folder, *(one.parent for one in missing)):
-                sync_folder(one)
-            if len(_safe) >= MOST_KNOWN:
-                _safe.clear()
-            _safe.add(identity)
-        return maildir
+        with _opening:
+            missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
+            maildir = open_queue(place)
+            found = (place / "new").stat()
+            identity = found.st_dev, found.st_ino
+            if identity not in _safe:
+                for one in (place, self._folder, *(one.parent for one in missing)):
+                    sync_folder(one)
+                if len(_safe) >= MOST_KNOWN:
+                    _safe.clear()
+                _safe.add(identity)
+            return maildir

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from salmon.routing import route, stateless
+from salmon.routing import nolocking, route, stateless
 
 from salmon_revsmtp.handlers import options
 from salmon_revsmtp.handlers.mailboxes import Mailboxes
@@ -24,6 +24,7 @@ _mailboxes = Mailboxes(options.folder("maildirs", "run/mail"), _existing)
 
 @route(pattern(_existing))
 @stateless
+@nolocking
 def STORE(message: MailRequest) -> None:
     """Store it for its recipient before the 250."""
     _mailboxes.store(message)
