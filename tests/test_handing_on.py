@@ -526,6 +526,7 @@ def test_a_kept_connection_that_has_been_closed_under_us_costs_nothing(
     def script(call: Call) -> None:
         call.greet()
         call.message()
+        call.silence()
 
     dialogues: list[nexthop._Dialogue] = []
 
@@ -540,6 +541,7 @@ def test_a_kept_connection_that_has_been_closed_under_us_costs_nothing(
         assert deliver().code == 250
         dialogues[0]._socket.close()
         assert deliver().code == 250
+        dialogues[1]._socket.close()
     assert salmon.undeliverable() == []
 
 

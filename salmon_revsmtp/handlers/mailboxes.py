@@ -17,7 +17,7 @@ from salmon.server import SMTPError
 from salmon_revsmtp.delivery.handed import handed_content, handed_envelope
 from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import envelope_lines, separator
-from salmon_revsmtp.files import sync_folder
+from salmon_revsmtp.files import sync_folder, try_folder
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.handlers.names import Mailbox
 from salmon_revsmtp.safelog import log_safely
@@ -64,6 +64,10 @@ class Mailboxes:
             log_safely(log, logging.ERROR, text, str(place), angle(recipient), error)
             reply = disk_reply(error)
             raise SMTPError(reply.code, f"{reply.status} {reply.message}") from None
+
+    def try_folder(self) -> str:
+        """Whether the folder can be written, in words.  Raises :class:`OSError` with a sentence."""
+        return f"{self._folder}: {try_folder(self._folder)}"
 
     def _open(self, place: Path) -> object:
         """The Maildir in a folder, whose own name would survive a power cut.  Raises

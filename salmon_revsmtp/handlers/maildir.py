@@ -16,7 +16,7 @@ from salmon_revsmtp.handlers.names import pattern
 if TYPE_CHECKING:
     from salmon.mail import MailRequest
 
-__all__ = ["STORE"]
+__all__ = ["STORE", "check_handler"]
 
 _existing = options.addresses("mailboxes")
 _mailboxes = Mailboxes(options.folder("maildirs", "run/mail"), _existing)
@@ -28,3 +28,8 @@ _mailboxes = Mailboxes(options.folder("maildirs", "run/mail"), _existing)
 def STORE(message: MailRequest) -> None:
     """Store it for its recipient before the 250."""
     _mailboxes.store(message)
+
+
+def check_handler(network: bool) -> str:
+    """For ``check``: whether the folder of the Maildirs can be written."""
+    return _mailboxes.try_folder()

@@ -13,7 +13,7 @@ from salmon_revsmtp.handlers.nexthop import next_hop
 if TYPE_CHECKING:
     from salmon.mail import MailRequest
 
-__all__ = ["FORWARD"]
+__all__ = ["FORWARD", "check_handler"]
 
 ALLOWED = "'host:port' such as '127.0.0.1:25'"
 
@@ -27,3 +27,8 @@ _next_hop = next_hop("smtp", _server, options.hostname(), options.handler_timeou
 def FORWARD(message: MailRequest) -> None:
     """Hand it on; what the server there says becomes the answer."""
     forward(message, _next_hop)
+
+
+def check_handler(network: bool) -> str | None:
+    """For ``check``: whether the server answers."""
+    return _next_hop.try_it() if network else None
