@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import getpass
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ __all__ = [
     "make_private_file",
     "room_in",
     "sync_folder",
+    "try_folder",
     "write_private",
 ]
 
@@ -191,6 +194,34 @@ class FolderLock:
                 yield self
             finally:
                 self.had = False
+
+
+def try_folder(folder: Path) -> str:
+    """Whether files can be made in a folder, or it itself, by making one that is gone at once; in
+    words.  Raises :class:`OSError` with a sentence for a person where they cannot."""
+    where = folder
+    try:
+        while not where.exists():  # "." does
+            where = where.parent
+        with tempfile.TemporaryFile(dir=where, prefix=".check-"):
+            pass
+    except OSError as error:
+        raise OSError(_not_writable(where, error)) from None
+    return "it can be written" if where == folder else NOT_THERE_YET
+
+
+#: Of what is made by itself.
+NOT_THERE_YET = "not there yet, it is made when it is needed"
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    text = f"{folder} cannot be written: {error.strerror}"
+    if isinstance(error, PermissionError):
+        with contextlib.suppress(OSError, KeyError):
+            text += f"; it belongs to {folder.owner()}, and this is {getpass.getuser()}"
+    elif isinstance(error, NotADirectoryError):
+        text += "; it is no folder"
+    return text
 
 
 # A network file system may lock files that are open for writing, and nothing else.

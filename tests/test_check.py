@@ -689,7 +689,7 @@ def test_agents_are_tried_at_the_same_time_and_told_of_in_order(
     valid = configuration(agent_keys(1, name="one"), agent_keys(1, name="two"))
     told: list[Finding] = []
     enabled = {"one": True, "two": True}
-    asyncio.run(reaching.reached(valid, enabled, None, False, told.append))
+    asyncio.run(reaching.reached(valid, {}, enabled, None, False, told.append))
     assert [one.subject for one in told] == ["settings.relay", "one", "two"]
 
 

@@ -15,6 +15,7 @@ spaces and quotes, or three hundred octets long.  So:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import unicodedata
@@ -92,8 +93,9 @@ class Mailbox:
         locals_ += [one for one in forms if _NO_QUOTES.fullmatch(one)]
         domains = [self.domain]
         if "xn--" in self.domain:
-            unicode = self.domain.encode("ascii").decode("idna")
-            domains += [unicodedata.normalize(form, unicode) for form in ("NFC", "NFD")]
+            with contextlib.suppress(UnicodeError):  # a name of IDNA2008 only, such as xn--fa-hia
+                unicode = self.domain.encode("ascii").decode("idna")
+                domains += [unicodedata.normalize(form, unicode) for form in ("NFC", "NFD")]
         return list(dict.fromkeys(locals_)), list(dict.fromkeys(domains))
 
 

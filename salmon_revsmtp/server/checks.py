@@ -8,11 +8,9 @@ made by itself when it is needed, is no trouble.  The current folder is the proj
 from __future__ import annotations
 
 import contextlib
-import getpass
 import importlib
 import sqlite3
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from salmon_revsmtp.delivery.consumer import QueueConsumer
 from salmon_revsmtp.delivery.outbox import UNSENT
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE
 from salmon_revsmtp.delivery.sample import sample_warning
-from salmon_revsmtp.files import FEW_FILES, Room, room_in
+from salmon_revsmtp.files import FEW_FILES, Room, room_in, try_folder
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 from salmon_revsmtp.net.certificate import (
@@ -40,7 +38,15 @@ from salmon_revsmtp.server.attach import AttachedReceiver
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
 
-__all__ = ["FAILED", "OK", "SKIPPED", "WARNING", "Finding", "local_findings"]
+__all__ = [
+    "FAILED",
+    "OK",
+    "SKIPPED",
+    "WARNING",
+    "Finding",
+    "handler_modules",
+    "local_findings",
+]
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
@@ -145,6 +151,15 @@ def _settings(project: Project, configuration: Configuration) -> Iterator[Findin
             )
 
 
+def handler_modules(project: Project) -> list[Any]:
+    """The names of the modules of the project's handlers, as the settings list them; those that
+    Salmon has loaded where they do not."""
+    from salmon.routing import Router
+
+    names = getattr(project.settings, "handlers", None)
+    return list(names if isinstance(names, list | tuple) else Router.HANDLERS)
+
+
 def _boot(project: Project, module: str | None, listen: bool) -> Finding:
     name = module or "config.boot"
     try:
@@ -167,9 +182,7 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
     """Salmon's Router logs what keeps a handler from being imported, and goes on without it."""
     from salmon.routing import Router
 
-    names = getattr(project.settings, "handlers", None)
-    if not isinstance(names, list | tuple):
-        names = list(Router.HANDLERS)
+    names = handler_modules(project)
     missing = False
     for name in names:
         try:
@@ -206,27 +219,10 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
 
 def _folder(check: str, folder: Path) -> Finding:
     """Whether files can be made in a folder, or it itself."""
-    where = folder
     try:
-        while not where.exists():  # "." does
-            where = where.parent
-        with tempfile.TemporaryFile(dir=where, prefix=".check-"):
-            pass
+        return Finding(check, str(folder), OK, try_folder(folder))
     except OSError as error:
-        return Finding(check, str(folder), FAILED, _not_writable(where, error))
-    if where != folder:
-        return Finding(check, str(folder), OK, "not there yet, it is made when it is needed")
-    return Finding(check, str(folder), OK, "it can be written")
-
-
-def _not_writable(folder: Path, error: OSError) -> str:
-    text = f"{folder} cannot be written: {error.strerror}"
-    if isinstance(error, PermissionError):
-        with contextlib.suppress(OSError, KeyError):
-            text += f"; it belongs to {folder.owner()}, and this is {getpass.getuser()}"
-    elif isinstance(error, NotADirectoryError):
-        text += "; it is no folder"
-    return text
+        return Finding(check, str(folder), FAILED, str(error))
 
 
 def _journal(path: Path) -> Iterator[Finding]:
