@@ -9,23 +9,32 @@ import re
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dns.resolver
+import hypothesis
 import pytest
 import trustme
 from click.testing import CliRunner
+from hypothesis import strategies as st
 from support.disk import small_disk
 from support.names import name_server
 from support.terminal import on_a_terminal
 
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.cli.options import Options
+from salmon_revsmtp.init.customer import Customer, customer_files
 from salmon_revsmtp.init.environment import value_of
-from salmon_revsmtp.init.joinline import parse
+from salmon_revsmtp.init.joinline import JoinLine, parse
+from salmon_revsmtp.init.project import ProjectUser
 from salmon_revsmtp.init.writing import Change, File, changes, write
+from salmon_revsmtp.net.address import HostAndPort
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.configuration import load
 
 NEEDED = ("--hostname", "mx.example.net", "--account", "acme", "--domain", "example.org")
 PIN = "sha256:" + "0123456789abcdef" * 4
@@ -278,10 +287,11 @@ def test_what_is_written_is_formatted_as_ruff_does_it(tmp_path: Path, end: str) 
 
 
 @pytest.mark.parametrize("end", ["provider", "customer"])
-def test_systemd_takes_the_unit(tmp_path: Path, end: str) -> None:
+@pytest.mark.parametrize("name", ["a % folder", "a backslash\\", "a space "])
+def test_systemd_takes_the_unit(tmp_path: Path, end: str, name: str) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    folder = tmp_path / "a % folder"
+    folder = tmp_path / name
     provider(folder) if end == "provider" else customer(folder)
     unit = folder / f"revsmtp-{end}.service"
     done = subprocess.run(
@@ -289,8 +299,10 @@ def test_systemd_takes_the_unit(tmp_path: Path, end: str) -> None:
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     escaped = str(folder).replace("%", "%%")  # systemd expands what begins with %
-    assert f"\nWorkingDirectory={escaped}\n" in unit.read_text()
-    assert f'\nReadWritePaths="{escaped}/run" "{escaped}/logs"\n' in unit.read_text()
+    ends = "/" if name[-1] in "\\ " else ""  # systemd would join two lines, and strip the space
+    assert f"\nWorkingDirectory={escaped}{ends}\n" in unit.read_text()
+    quoted = escaped.replace("\\", "\\\\")
+    assert f'\nReadWritePaths="{quoted}/run" "{quoted}/logs"\n' in unit.read_text()
     assert ("CAP_NET_BIND_SERVICE" in unit.read_text()) is (end == "provider")
 
 
@@ -321,6 +333,53 @@ def test_a_customer_collects_what_the_line_says_and_stores_it(
     }
     assert found.handlers == ["salmon_revsmtp.handlers.maildir"]
     assert found.maildirs == "run/mail"
+
+
+LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
+DOMAIN = (
+    st.lists(LABEL, min_size=1, max_size=4)
+    .map(lambda labels: ".".join([*labels, "example"]))
+    .filter(lambda name: len(name) <= 253)
+)
+LONGEST_DOMAIN = ".".join(["a" * 63] * 3 + ["b" * 61])
+NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=40)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    account=NAME,
+    host=DOMAIN,
+    domains=st.lists(DOMAIN, min_size=1, max_size=30, unique=True),
+    pinned=st.booleans(),
+    agent=st.from_regex("[A-Za-z0-9_-]{1,30}", fullmatch=True),
+    boxes=st.booleans(),
+)
+@hypothesis.example("a", "x" * 39 + ".example", ["y" * 39 + ".example"], True, "isp", False)
+@hypothesis.example("a", LONGEST_DOMAIN, [LONGEST_DOMAIN], True, "isp", False)
+@hypothesis.example(
+    '"\\${x}\u2028', LONGEST_DOMAIN, [LONGEST_DOMAIN, "b.example"], False, "-", True
+)
+def test_the_settings_of_every_join_line_can_be_loaded(
+    account: str, host: str, domains: list[str], pinned: bool, agent: str, boxes: bool
+) -> None:
+    line = JoinLine(account, "pw", host, 366, tuple(domains), PIN if pinned else None)
+    mailboxes = tuple(f"me@{one}" for one in domains) if boxes else ()
+    relay = HostAndPort("localhost", 25)
+    made = Customer(parse(str(line)), agent, None, None, None, mailboxes, relay)
+    user = ProjectUser("nobody", None)
+    [written] = [
+        one
+        for one in customer_files(Path("/nowhere"), made, user)
+        if one.path == "config/settings.py"
+    ]
+    found: dict[str, Any] = {"__file__": "/nowhere/config/settings.py"}
+    with unittest.mock.patch.dict(os.environ, {made.variable: "pw"}):
+        exec(compile(written.content, "settings.py", "exec"), found)
+    module: Any = SimpleNamespace(**found)
+    [loaded] = load(module, Plugins.load()).agents
+    assert loaded.settings.account == account
+    assert found["collection_agents"][0]["domains"] == domains
+    assert found.get("mailboxes", ()) == (list(mailboxes) if boxes else ())
 
 
 def test_a_customer_has_the_mailboxes_that_are_named(
@@ -645,6 +704,29 @@ def test_a_name_server_that_does_not_answer_is_said(
 
 
 # -- provider join --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hostname", "written", "host"),
+    [
+        ("[192.0.2.1]", "192.0.2.1", "192.0.2.1"),
+        ("[IPv6:2001:db8::1]", "[2001:db8::1]", "2001:db8::1"),
+    ],
+)
+def test_a_provider_that_is_an_address_has_a_join_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostname: str, written: str, host: str
+) -> None:
+    provider(tmp_path / "p")
+    path = tmp_path / "p/config/settings.py"
+    text = path.read_text()
+    path.write_text(text.replace('"mx.example.net"', f'"{hostname}"'))
+    line = join_line(run("--chdir", tmp_path / "p", "provider", "join", "acme"))
+    assert f"@{written}:366?" in line
+    assert parse(line).host == host
+    customer(tmp_path / "c", given=line)
+    found = settings(tmp_path / "c", monkeypatch)
+    assert found.collection_agents[0]["server"] == host
+    assert load(found, Plugins.load()).agents
 
 
 def test_the_join_line_of_another_account_comes_from_the_settings(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +94,10 @@ def _handler(made: Customer) -> tuple[str, str]:
             text = NEXT_HOST.format(setting=f"{name}_server", server=literal(server))
             return name, text
     domain = made.join.domains[0]
-    boxes = f"# mailboxes = {literal([f'me@{domain}', f'postmaster@{domain}'])}"
-    if made.mailboxes:
-        boxes = f"mailboxes = {literal(made.mailboxes, 0, len('mailboxes = '))}"
+    shown = made.mailboxes or (f"me@{domain}", f"postmaster@{domain}")
+    boxes = f"mailboxes = {literal(shown, 0, len('# mailboxes = '))}"
+    if not made.mailboxes:
+        boxes = textwrap.indent(boxes, "# ")  # a long list has several lines
     return "maildir", MAILDIR.replace("$mailboxes", boxes)
 
 

@@ -12,7 +12,7 @@ from salmon_revsmtp.init.joinline import JoinLine
 from salmon_revsmtp.init.project import ProjectUser, common_files, filled, literal, unit
 from salmon_revsmtp.init.selfsigned import make_certificate
 from salmon_revsmtp.init.writing import File
-from salmon_revsmtp.net.address import HostAndPort, host_and_port
+from salmon_revsmtp.net.address import HostAndPort, bare_address, host_and_port
 from salmon_revsmtp.net.certificate import certificate_problem, fingerprint, is_for, own_certificate
 from salmon_revsmtp.smtp.verifier import Verifier
 
@@ -136,6 +136,7 @@ def join_line_of(
     """
     if Verifier.parse(password) is not None:
         return None
-    shown, trusted = own_certificate(*certificate, hostname)
+    host = bare_address(hostname)
+    shown, trusted = own_certificate(*certificate, host)
     pinned = None if trusted else fingerprint(shown)
-    return JoinLine(account, password, hostname, port, domains, pinned)
+    return JoinLine(account, password, host, port, domains, pinned)

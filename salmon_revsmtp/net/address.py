@@ -13,6 +13,7 @@ __all__ = [
     "ADDRESS",
     "ADDRESSES",
     "HostAndPort",
+    "bare_address",
     "domain_name",
     "host_and_port",
     "host_name",
@@ -114,6 +115,14 @@ def host_name(text: str) -> str:
     if name.rpartition(".")[2].isdigit():
         raise ValueError("an address stands in brackets")
     return name
+
+
+def bare_address(host: str) -> str:
+    """What to connect to: of an address literal, ``[192.0.2.1]`` or ``[IPv6:2001:db8::1]``, the
+    address; a name as it is."""
+    if not host.startswith("["):
+        return host
+    return host[1:-1].partition(":")[2] if host[:6].lower() == "[ipv6:" else host[1:-1]
 
 
 def _address_literal(text: str) -> str:
