@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from support.disk import small_disk
 from support.names import name_server
 from support.terminal import on_a_terminal
+from support.tls import CERTIFICATE
 
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.cli.options import Options
@@ -432,6 +433,63 @@ def test_a_broken_join_line_is_refused_without_being_shown(tmp_path: Path) -> No
         assert line.startswith("error: --join: ")
         assert "S3cr" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("customer", "z", "LINE"),
+        ("customer", "LINE"),
+        ("customer", "LINE", "z"),
+        ("customer", "z", "--join", "LINE", "LINE"),
+        ("customer", "z", "--user", "x", "--force=LINE"),
+        ("customer", "z", "--LINE"),
+        ("LINE",),
+        ("provider", "z", "LINE"),
+        ("provider", "z", "--relay", "LINE"),
+        ("customer", "z", "--lmtp", "LINE"),
+        ("customer", "z", "--mailbox", "LINE"),
+    ],
+)
+@pytest.mark.parametrize("login", ["acme:sesame", "acme:se same/sesame", "ACME:x@sesame"])
+def test_a_join_line_in_the_wrong_place_is_not_shown(
+    tmp_path: Path, arguments: tuple[str, ...], login: str
+) -> None:
+    line = f"REVsmtp://{login}@mx.example.net:366?domains=example.org"
+    done = run(
+        "--chdir", tmp_path, "init", *(one.replace("LINE", line) for one in arguments), status=2
+    )
+    assert "sesame" not in done.stdout + done.stderr
+    if arguments[1:] in (("z", "LINE"), ("LINE",)):
+        assert "--join" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--join", LINE.replace("S3cr", "S3cr\udcff")), ("--mailbox", "\udcff@example.org")),
+        *(("--lmtp", "\udcff:24"), ("--smtp", "\udcff:25"), ("--relay", "\udcff:25")),
+        *(("--name", "\udcff"), ("--hostname", "\udcff"), ("--user", "\udcff")),
+    ],
+)
+def test_octets_that_are_no_utf_8_are_a_sentence(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    given = arguments if arguments[0] == "--join" else ("--join", LINE, *arguments)
+    done = run("init", "customer", tmp_path / "c", *given, status=2)
+    assert done.stderr.startswith(f"error: {arguments[0]}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--tls-cert", "--account", "--domain", "--listen", "--relay"])
+def test_octets_that_are_no_utf_8_are_a_sentence_of_the_provider_too(
+    tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "x\udcff:25").write_bytes(CERTIFICATE.read_bytes())
+    done = provider(tmp_path / "p", option, f"{tmp_path}/x\udcff:25", status=2)
+    assert done.stderr.startswith(f"error: {option}")
+    assert not (tmp_path / "p").exists()
 
 
 def test_on_a_terminal_the_line_is_asked_for_and_not_shown(tmp_path: Path) -> None:
