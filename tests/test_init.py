@@ -630,15 +630,15 @@ def test_what_was_named_is_taken_back_when_the_rest_cannot_be(
     (tmp_path / "a").write_bytes(b"before")
     files = [File("a", b"after"), File("new/b", b"new"), File("c", b"new")]
     wanted = changes(tmp_path, files)
-    rename = Path.rename
+    rename = os.rename
 
-    def fails(path: Path, target: Path) -> Path:
-        if target.name == "c":
+    def fails(source: str, target: str, **where: int) -> None:
+        if target == "c":
             raise OSError(28, "No space left on device")
-        return rename(path, target)
+        rename(source, target, **where)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
+        patch.setattr(os, "rename", fails)
         with pytest.raises(OSError, match="No space"):
             write(tmp_path, wanted, ["run"])
     assert tree(tmp_path) == {"a": b"before"}
@@ -653,6 +653,88 @@ def test_a_file_that_was_made_meanwhile_is_not_overwritten(tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         write(tmp_path, [change])
     assert tree(tmp_path) == {"a": b"theirs"}
+
+
+def test_what_another_has_written_meanwhile_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"before")
+    wanted = changes(tmp_path, [File(name, b"after") for name in ("a", "b", "c")])
+    (tmp_path / "c").write_bytes(b"theirs")
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        write(tmp_path, wanted)
+    assert tree(tmp_path) == {"a": b"before", "b": b"before", "c": b"theirs"}
+    (tmp_path / "c").write_bytes(b"before")
+    rename = os.rename
+
+    def others_write(source: str, target: str, **where: int) -> None:
+        rename(source, target, **where)
+        (tmp_path / "c").write_bytes(b"theirs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", others_write)
+        with pytest.raises(OSError, match="it was changed meanwhile"):
+            write(tmp_path, wanted)
+    assert tree(tmp_path) == {"a": b"before", "b": b"before", "c": b"theirs"}
+    (tmp_path / "c").unlink()
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        write(tmp_path, wanted)
+
+
+def test_a_line_of_env_that_is_written_while_it_asks_is_not_lost(tmp_path: Path) -> None:
+    provider(tmp_path / "p")
+    env = tmp_path / "p/.env"
+    user = ProjectUser("nobody", None)
+    relay = HostAndPort("localhost", 25)
+    made = Customer(parse(LINE), "isp", None, None, None, (), relay)
+    files = customer_files(tmp_path / "p", made, user)
+    with env.open("a") as stream:
+        stream.write("OTHER='1'\n")
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        changes(tmp_path / "p", files)
+    wanted = changes(tmp_path / "p", customer_files(tmp_path / "p", made, user))
+    with env.open("a") as stream:
+        stream.write("THIRD='1'\n")
+    before = tree(tmp_path)
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        write(tmp_path / "p", wanted)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config", "run", "logs", ".env", "config/settings.py", "app", "app/handlers"),
+        *("tls", "tls/key.pem", "revsmtp-provider.service", "revsmtp-customer.service"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_folder_leads_nowhere(tmp_path: Path, name: str, there: bool) -> None:
+    make = customer if name.startswith("app") or "customer" in name else provider
+    outside = tmp_path / "outside"
+    if there and "." in name:
+        outside.write_bytes(b"SECRET='hunter2'\n")
+    elif there:
+        outside.mkdir()
+        (outside / "settings.py").write_bytes(b"hunter2")
+    link = tmp_path / "d" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    before = (tree(tmp_path), bits(tmp_path)) if there else ()
+    for force in ((), ("--force",)):
+        done = make(tmp_path / "d", *force, status=1)
+        assert f"{link}: it is a symbolic link" in done.stderr
+        assert "nothing was written" in done.stderr and "hunter2" not in done.stdout + done.stderr
+    assert outside.exists() is there
+    if there:
+        assert (tree(tmp_path), bits(tmp_path)) == before
+
+
+def test_a_pipe_in_the_folder_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d/.env")
+    assert ".env: it is no file" in customer(tmp_path / "d", status=1).stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -9,7 +9,7 @@ from pathlib import Path
 from salmon_revsmtp.init import environment
 from salmon_revsmtp.init.joinline import JoinLine
 from salmon_revsmtp.init.project import ProjectUser, common_files, filled, literal, unit
-from salmon_revsmtp.init.writing import File
+from salmon_revsmtp.init.writing import File, read
 from salmon_revsmtp.net.address import HostAndPort
 
 __all__ = ["Customer", "customer_files"]
@@ -102,9 +102,7 @@ def _handler(made: Customer) -> tuple[str, str]:
 
 
 def _environment(folder: Path, made: Customer) -> File:
-    try:
-        text = (folder / ".env").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = ""
+    before = read(folder, ".env")
+    text = (before or b"").decode()
     text = environment.with_value(text, made.variable, made.join.password)
-    return File(".env", text.encode(), "env")
+    return File(".env", text.encode(), "env", made_of=before)
