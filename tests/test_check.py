@@ -229,6 +229,16 @@ def test_a_database_is_named_without_its_password(
     assert "hunter2" not in str(found)
 
 
+def test_a_boot_module_without_attach(project: Project, receiver: Callable[[], None]) -> None:
+    project.configure(isp(1, enabled="False"))
+    receiver()
+    boot = project.folder / "config/boot.py"
+    boot.write_text(boot.read_text().replace("salmon_revsmtp.attach(settings, ", "(").strip())
+    found = check(project)["boot", "config.boot"]
+    assert found.result == WARNING
+    assert "nothing in it calls salmon_revsmtp.attach" in found.text
+
+
 # -- the project's code ----------------------------------------------------------------------------
 
 

@@ -214,10 +214,6 @@ class HandOver:
                 one.end()
         self.look()
 
-    def excuse(self) -> None:
-        """If the session breaks from now on, it is we who end it."""
-        self._excused = True
-
     def stop(self) -> None:
         """Send no more than what is under way."""
         self._stopped = self._excused = True
@@ -389,6 +385,8 @@ class HandOver:
         await self._wait_until(lambda: not self._is_answered_late(held))
         if replies := self._late_replies_of(held):
             self._held_answered(held, replies)
+            return
+        if self._stopped:  # while we waited
             return
         self._alone = bool(held.strikes)
         if self._alone:

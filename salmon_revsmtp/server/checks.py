@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import salmon_revsmtp
+from salmon_revsmtp.delivery.consumer import QueueConsumer
 from salmon_revsmtp.delivery.outbox import UNSENT
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE
 from salmon_revsmtp.delivery.sample import sample_warning
@@ -34,6 +35,7 @@ from salmon_revsmtp.net.certificate import (
 )
 from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.settings import ProviderSettings
+from salmon_revsmtp.server.attach import AttachedReceiver
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
 
@@ -94,7 +96,7 @@ def local_findings(
     yield from _settings(project, configuration)
     booted = _boot(project, boot, listen)
     yield booted
-    if booted.result == OK:
+    if booted.result != FAILED:
         yield from _handlers(project, configuration)
     else:
         text = "not tried, for the boot module, which loads them, failed"
@@ -152,6 +154,15 @@ def _boot(project: Project, module: str | None, listen: bool) -> Finding:
         project.boot(module, listen)
     except ProjectError as error:
         return Finding("boot", name, FAILED, str(error).removeprefix(f"{name}: "))
+    receiver = getattr(project.settings, "receiver", None)
+    if not isinstance(receiver, AttachedReceiver | QueueConsumer):
+        return Finding(
+            "boot",
+            name,
+            WARNING,
+            "nothing in it calls salmon_revsmtp.attach, so `salmon start` collects nothing; add: "
+            "settings.receiver = salmon_revsmtp.attach(settings, settings.receiver)",
+        )
     return Finding("boot", name, OK, "it can be imported")
 
 

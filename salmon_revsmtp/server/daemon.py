@@ -157,6 +157,7 @@ class Daemon:
         the hold store cannot be had.
         """
         try:
+            self._control.be_alone()
             if self._collector.configuration.holds:
                 await asyncio.to_thread(provide, self._collector.providing)
             for listener in await self._collector.listeners():
@@ -387,6 +388,9 @@ class Daemon:
             requests = ProviderRequests(self._collector.providing, self.provider)
             async for answer in requests.answer(request):
                 yield answer
+        elif request.get("do") == "look":
+            await self._end_disabled()
+            yield {"end": True}
         elif request.get("do") == "status":
             # First of all that there is an answer: what follows may have to wait for a slow disk.
             yield {"pid": os.getpid(), "version": version()}
