@@ -302,10 +302,10 @@ def _runs(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("alert", "said"),
     [
-        ("1h", "alert: found '1h', allowed: a dict"),
+        ("1h", "alert: found a text, allowed: a dict"),
         ({}, "alert: command: missing, and no mail"),
         ({"comand": ["true"]}, "alert: comand: unknown key"),
-        ({"command": "true"}, "alert: command: found 'true' (a single string is not a list)"),
+        ({"command": "true"}, "alert: command: found that value (a single string is not a list)"),
         ({"command": ["no-such-program"]}, "there is no such program"),
         ({"command": ["true"], "after": 60}, "alert: after: found 60, allowed: a time above 0"),
         ({"command": ["true"], "after": "0h"}, "alert: after: found '0h'"),

@@ -53,6 +53,8 @@ def certificate_problem(certificate: Path | None, key: Path | None) -> str | Non
 
 
 def _read(setting: str, path: Path) -> bytes:
+    if "-----BEGIN" in str(path):  # and no part of it is shown
+        raise ValueError(f"{setting}: found what is in a PEM file, allowed: the name of the file")
     try:
         return path.read_bytes()
     except OSError as error:
