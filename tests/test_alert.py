@@ -22,7 +22,14 @@ from support.project import Project, isp
 from support.serving import RUN, server, wait_for
 
 from salmon_revsmtp import SettingsError, Trouble
-from salmon_revsmtp.alert.alarm import LONGEST_RETRY, MOST_TOLD, RETRY, Alarm, run_command
+from salmon_revsmtp.alert.alarm import (
+    LONGEST_RETRY,
+    MOST_TOLD,
+    RETRY,
+    Alarm,
+    command_environment,
+    run_command,
+)
 from salmon_revsmtp.alert.settings import AlertSettings
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.configuration import load
@@ -269,6 +276,16 @@ GIVEN = (
 def test_a_command_gets_the_text_and_the_facts(tmp_path: Path) -> None:
     run_command([sys.executable, "-c", GIVEN], "the text\n", {"ALERT_STATE": "begun"}, tmp_path)
     assert (tmp_path / "told").read_text() == "the text\nbegun\n"
+
+
+def test_a_command_gets_no_password_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISP_PASSWORD", "sesame")
+    monkeypatch.setenv("LOGIN", "acme:sesame")
+    monkeypatch.setenv("TOKEN_OF_THE_COMMAND", "other")
+    settings = SimpleNamespace(collection_agents=[{"name": "isp", "password": "sesame"}])
+    given = command_environment(settings)
+    assert given["TOKEN_OF_THE_COMMAND"] == "other"
+    assert "sesame" not in str(given)
 
 
 def test_a_command_that_fails_says_why(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp import Server
     from salmon_revsmtp.alert.settings import AlertSettings
 
-__all__ = ["Alarm", "run_command"]
+__all__ = ["Alarm", "command_environment", "run_command"]
 
 MEMORY = Path("run/alert.json")
 
@@ -173,7 +173,8 @@ class Alarm:
             "ALERT_PROJECT": str(self._server.project),
         }
         text = self._text(state, keys)
-        self._run(self._settings.command, text, facts, self._server.project)
+        environment = {**command_environment(self._server.settings), **facts}
+        self._run(self._settings.command, text, environment, self._server.project)
 
     def _mail(self, state: str, keys: Sequence[str]) -> None:
         to = self._settings.mail
@@ -244,14 +245,32 @@ class Alarm:
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 
+def command_environment(settings: object) -> dict[str, str]:
+    """That of the server, without the variables that have a password of the settings in them: a
+    program that tells you has no need of those."""
+    keys = [
+        one
+        for name in ("collection_agents", "customer_accounts")
+        for one in getattr(settings, name, None) or ()
+    ]
+    secrets = [str(one["password"]) for one in keys if one.get("password")]
+    hold = (getattr(settings, "provider", None) or {}).get("hold")
+    secrets += [str(hold)] if "://" in str(hold) else []
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not any(secret in value for secret in secrets)
+    }
+
+
 def run_command(
     command: Sequence[str],
     text: str,
-    facts: Mapping[str, str],
+    environment: Mapping[str, str],
     folder: Path,
     timeout: float = COMMAND_TIMEOUT,
 ) -> None:
-    """Run a command in a folder, with a text on its standard input and facts in its environment.
+    """Run a command in a folder, with a text on its standard input and this environment.
     Raises :class:`OSError` when it cannot be run, fails, or takes longer than ``timeout`` seconds;
     then it is killed, with what it has started."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
@@ -263,7 +282,7 @@ def run_command(
             stdout=said,
             stderr=said,
             cwd=folder,
-            env={**os.environ, **facts},
+            env=dict(environment),
             start_new_session=True,
         )
         try:

@@ -365,14 +365,26 @@ def _customer(given: dict[str, Any]) -> Customer:
     for one in given["mailboxes"]:
         problems.valid("--mailbox", one, _mailbox, "an address such as bob@example.org")
     if given["mailboxes"] and (given["lmtp"] or given["smtp"]):
-        problems.found.append("--mailbox: the server that takes the mail knows its addresses")
+        problems.found.append("--mailbox: leave it out: the server that takes the mail has its own")
     name = problems.valid("--name", given["name"], _agent, "letters, digits, - and _")
     relay = problems.valid("--relay", given["relay"], _server, SERVER)
     join = _join_line(given["join"], problems)
     problems.end()
     assert join is not None
     boxes = tuple(dict.fromkeys(given["mailboxes"]))
+    for one in boxes:
+        if not _is_in(one, join.domains):
+            problems.found.append(
+                f"--mailbox: found {one!r}, allowed: an address in {', '.join(join.domains)}"
+            )
+    problems.end()
     return Customer(join, name, given["hostname"], given["lmtp"], given["smtp"], boxes, relay)
+
+
+def _is_in(address: str, domains: Sequence[str]) -> bool:
+    from salmon_revsmtp.smtp.addresses import domain_of
+
+    return domain_of(address) in {domain_of(f"x@{one}") for one in domains}
 
 
 def _lmtp(text: str) -> object:
@@ -504,7 +516,7 @@ def _show_provider(folder: Path, made: Provider, user: ProjectUser, check_dns: b
     relay = f"{made.relay.host}:{made.relay.port}"
     click.echo(f"A mail server on {relay} has to send what senders are told of mail that does")
     click.echo("not arrive; --relay names another one.")
-    _show_start(folder, "provider")
+    _show_start(folder, "provider", user)
     _heading("Your join line: it has a password in it, so show it to no one")
     line = join_line(folder, made)
     if line is None:
@@ -528,18 +540,22 @@ def _show_customer(folder: Path, made: Customer, user: ProjectUser) -> None:
     click.echo("What it does is in config/settings.py.")
     _heading("See whether it works")
     click.echo(f"{INDENT}{_here(folder, f'check {made.agent}')}")
-    _show_start(folder, "customer")
+    _show_start(folder, "customer", user)
     _warn(user, folder)
 
 
-def _show_start(folder: Path, end: str) -> None:
+def _show_start(folder: Path, end: str, user: ProjectUser) -> None:
     name = f"revsmtp-{end}"
     root = "" if os.geteuid() == 0 else "sudo "
     _heading("Start it, now and with the machine")
     click.echo(f"{INDENT}{root}cp {_quoted(folder / f'{name}.service')} /etc/systemd/system/")
     click.echo(f"{INDENT}{root}systemctl enable --now {name}")
-    click.echo("\nOr without systemd, in the background:")
-    click.echo(f"{INDENT}cd {_quoted(folder)} && {_program('salmon')} start")
+    click.echo(f"\nIf it runs already, it goes on as before: {root}systemctl restart {name}")
+    click.echo("Or without systemd, in the background:")
+    start = f"{_program('salmon')} start"
+    if user.owner is not None:
+        start = f"runuser -u {user.name} -- {start}"
+    click.echo(f"{INDENT}cd {_quoted(folder)} && {start}")
 
 
 def _warn(user: ProjectUser, *paths: Path | None) -> None:
