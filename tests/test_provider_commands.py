@@ -358,6 +358,7 @@ def test_what_comes_while_a_person_thinks_is_not_meant(holder: Project) -> None:
     ("arguments", "said"),
     [
         (["held", "show", "7"], "no message with the key 7 is held"),
+        (["held", "show", "abc"], "'abc' is no key; `salmon-revsmtp provider held` shows them"),
         (["held", "7"], "error: no such command '7'"),
         (["held", "--account", "nobody"], "no account is named 'nobody'; there are: acme, other"),
         (["held", "--account", "acme", "drop", "1", "--yes"], "--account goes after 'drop'"),

@@ -34,7 +34,21 @@ __all__ = ["held"]
 LARGEST_KEY = 2**63 - 1
 STATES = {"waiting": "waiting", "aside": Toned("set aside", BAD)}
 
-Key = click.IntRange(1, LARGEST_KEY)
+
+class _Key(click.IntRange):
+    name = "key"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            text = (
+                f"{value!r} is no key; `salmon-revsmtp provider held` shows them, they are numbers"
+            )
+            self.fail(printable(text), param, ctx)
+
+
+Key = _Key(1, LARGEST_KEY)
 
 
 class Message(NamedTuple):

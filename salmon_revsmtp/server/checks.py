@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import importlib
+import os
 import sqlite3
 import stat
 import tempfile
@@ -37,7 +38,15 @@ from salmon_revsmtp.provider.settings import ProviderSettings
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
 
-__all__ = ["FAILED", "OK", "SKIPPED", "WARNING", "Finding", "local_findings"]
+__all__ = [
+    "FAILED",
+    "OK",
+    "SKIPPED",
+    "WARNING",
+    "Finding",
+    "changed_since",
+    "local_findings",
+]
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
@@ -52,6 +61,9 @@ AHEAD = 3600.0
 
 # Seconds to wait for a process that writes to the journal.
 JOURNAL_PATIENCE = 2.0
+
+# What the owner of a folder needs to make files in it.
+OWNERS = (("w", stat.S_IWUSR), ("x", stat.S_IXUSR))
 
 # Of a module in `handlers`.
 MISSING = "see how it is spelled, and whether the file is in the project's folder"
@@ -146,6 +158,27 @@ def _settings(project: Project, configuration: Configuration) -> Iterator[Findin
             )
 
 
+def changed_since(project: Project, started: float) -> Iterator[Finding]:
+    """Files of the settings that are newer than the server that runs (seconds since the epoch)."""
+    settings = getattr(project.settings, "__file__", None)
+    files = [project.folder / ".env", *sorted((project.folder / "config").glob("*.py"))]
+    if settings:
+        files.insert(0, Path(settings).absolute())
+    for path in dict.fromkeys(files):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime > started:
+                name = (
+                    path.relative_to(project.folder)
+                    if path.is_relative_to(project.folder)
+                    else path
+                )
+                text = (
+                    "it has changed since the server started, which runs with the settings of "
+                    "before: restart it"
+                )
+                yield Finding("settings", str(name), WARNING, text)
+
+
 def _boot(project: Project, module: str | None, listen: bool) -> Finding:
     name = module or "config.boot"
     try:
@@ -215,10 +248,19 @@ def _not_writable(folder: Path, error: OSError) -> str:
     text = f"{folder} cannot be written: {error.strerror}"
     if isinstance(error, PermissionError):
         with contextlib.suppress(OSError, KeyError):
-            text += f"; it belongs to {folder.owner()}, and this is {getpass.getuser()}"
+            text += _not_permitted(folder)
     elif isinstance(error, NotADirectoryError):
         text += "; it is no folder"
     return text
+
+
+def _not_permitted(folder: Path) -> str:
+    """Why, and what to do."""
+    found = folder.stat()
+    lacking = "".join(right for right, bit in OWNERS if not found.st_mode & bit)
+    if found.st_uid == os.geteuid() and lacking:
+        return f"; its mode is {stat.S_IMODE(found.st_mode):04o}; chmod u+{lacking} {folder}"
+    return f"; it belongs to {folder.owner()}, and this is {getpass.getuser()}"
 
 
 def _journal(path: Path) -> Iterator[Finding]:
@@ -266,7 +308,7 @@ def _queues(configuration: Configuration) -> Iterator[Finding]:
         "undeliverable",
         _undeliverable(),
         WARNING,
-        " that no handler took; look at what they are, and at the log for the reason",
+        " that no handler took; see `salmon-revsmtp undelivered`, and the log for the reason",
     )
     yield _queue("unsent", UNSENT, WARNING, " to senders, for the relay to take")
 
