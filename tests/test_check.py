@@ -449,7 +449,7 @@ def test_folders_that_are_closed_to_us(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "run").mkdir(mode=0)
     found = checks._folder("folder", Path("run/hold"))
     assert found.result == FAILED and "Permission denied" in found.text
-    assert "its mode is 0000; chmod u+wx run" in found.text
+    assert "the mode of run is 0000; chmod u+wx run" in found.text
     assert [one.result for one in checks._journal(Path("run/revsmtp.sqlite3"))] == [FAILED]
     assert checks._queue("unsent", Path("run/unsent"), WARNING, "").result == FAILED
 

@@ -76,7 +76,7 @@ class World:
             for begin in [self._chance.uniform(5, 120) * HOUR]
         }
         self.configuration = SimpleNamespace(agents=agents, holds=False)
-        self.providing = SimpleNamespace(provider=lambda: None)
+        self.providing = SimpleNamespace(provider=lambda: None, leave_store=lambda: None)
         self.project = Path.cwd()
         self.failing = Failing()
         self.journal: dict[str, float] = {}

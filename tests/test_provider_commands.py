@@ -287,7 +287,7 @@ def test_bounce_tells_the_senders(holder: Project) -> None:
         (["{key}", "--account", "acme"], "name the KEYs of messages, or give --account"),
         (["{key}", "999999"], "no message is held with the key 999999; nothing is done"),
         (["{key}", "--json", "77", "88"], "with the keys 77, 88; nothing is done"),
-        (["all"], "'all' is not a valid integer"),
+        (["all"], "'all' is no key"),
         (["0"], "0 is not in the range"),
         ([str(2**63)], "is not in the range"),
         (["--account", "acmee"], "no account is named 'acmee'; there are: acme, other"),

@@ -182,7 +182,8 @@ def test_both_ends_say_that_all_is_deferred_and_that_it_is_over(
 
     async def work(home: Home) -> None:
         nonlocal down
-        requests: Any = ProviderRequests(SimpleNamespace(store=home.held.store), home.provider)
+        providing: Any = SimpleNamespace(store=home.held.store)
+        requests = ProviderRequests(providing, home.provider)
 
         async def deferred() -> str:
             found = (await requests.holdings()).get("acme")

@@ -39,13 +39,10 @@ class _Key(click.IntRange):
     name = "key"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter:
-            text = (
-                f"{value!r} is no key; `salmon-revsmtp provider held` shows them, they are numbers"
-            )
-            self.fail(printable(text), param, ctx)
+        if isinstance(value, str) and not value.lstrip("-").isdecimal():
+            shown = "`salmon-revsmtp provider held` shows them, and they are numbers"
+            self.fail(printable(f"{value!r} is no key; {shown}"), param, ctx)
+        return super().convert(value, param, ctx)
 
 
 Key = _Key(1, LARGEST_KEY)

@@ -8,9 +8,9 @@ made by itself when it is needed, is no trouble.  The current folder is the proj
 from __future__ import annotations
 
 import contextlib
-import getpass
 import importlib
 import os
+import pwd
 import sqlite3
 import stat
 import tempfile
@@ -255,12 +255,17 @@ def _not_writable(folder: Path, error: OSError) -> str:
 
 
 def _not_permitted(folder: Path) -> str:
-    """Why, and what to do."""
-    found = folder.stat()
+    """Why, and what to do: of the folder, or the next above it that is not closed to us."""
+    try:
+        found = folder.stat()
+    except PermissionError:
+        return _not_permitted(folder.parent)
     lacking = "".join(right for right, bit in OWNERS if not found.st_mode & bit)
     if found.st_uid == os.geteuid() and lacking:
-        return f"; its mode is {stat.S_IMODE(found.st_mode):04o}; chmod u+{lacking} {folder}"
-    return f"; it belongs to {folder.owner()}, and this is {getpass.getuser()}"
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        return f"; the mode of {folder} is {mode}; chmod u+{lacking} {folder}"
+    who = pwd.getpwuid(os.geteuid()).pw_name
+    return f"; {folder} belongs to {folder.owner()}, and this is {who}"
 
 
 def _journal(path: Path) -> Iterator[Finding]:
