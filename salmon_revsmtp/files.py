@@ -7,6 +7,9 @@ import errno
 import fcntl
 import logging
 import os
+import pwd
+import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ __all__ = [
     "make_private_file",
     "room_in",
     "sync_folder",
+    "try_folder",
     "write_private",
 ]
 
@@ -191,6 +195,52 @@ class FolderLock:
                 yield self
             finally:
                 self.had = False
+
+
+def try_folder(folder: Path) -> str:
+    """Whether files can be made in a folder, or it itself, by making one that is gone at once; in
+    words.  Raises :class:`OSError` with a sentence for a person where they cannot."""
+    where = folder
+    try:
+        while not where.exists():  # "." does
+            where = where.parent
+        with tempfile.TemporaryFile(dir=where, prefix=".check-"):
+            pass
+    except OSError as error:
+        raise OSError(_not_writable(where, error)) from None
+    return "it can be written" if where == folder else NOT_THERE_YET
+
+
+#: Of what is made by itself.
+NOT_THERE_YET = "not there yet, it is made when it is needed"
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    text = f"{folder} cannot be written: {error.strerror}"
+    if isinstance(error, PermissionError):
+        with contextlib.suppress(OSError, KeyError):
+            text += _not_permitted(folder)
+    elif isinstance(error, NotADirectoryError):
+        text += "; it is no folder"
+    return text
+
+
+# What the owner of a folder needs to make files in it.
+OWNERS = (("w", stat.S_IWUSR), ("x", stat.S_IXUSR))
+
+
+def _not_permitted(folder: Path) -> str:
+    """Why, and what to do: of the folder, or the next above it that is not closed to us."""
+    try:
+        found = folder.stat()
+    except PermissionError:
+        return _not_permitted(folder.parent)
+    lacking = "".join(right for right, bit in OWNERS if not found.st_mode & bit)
+    if found.st_uid == os.geteuid() and lacking:
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        return f"; the mode of {folder} is {mode}; chmod u+{lacking} {folder}"
+    who = pwd.getpwuid(os.geteuid()).pw_name
+    return f"; {folder} belongs to {folder.owner()}, and this is {who}"
 
 
 # A network file system may lock files that are open for writing, and nothing else.

@@ -19,6 +19,7 @@ from salmon.routing import Router, ShelveStorage, nolocking, route, stateless
 from salmon.server import SMTPError
 from support.configuration import DEFAULT, agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
+from support.nexthop import Call, load, next_host
 from support.salmon import Salmon
 
 from salmon_revsmtp import Agent, Reply, SettingsError, hookimpl
@@ -26,6 +27,7 @@ from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.inhand import InHand
 from salmon_revsmtp.delivery.maildir import push_safely
 from salmon_revsmtp.files import exclusive_lock
+from salmon_revsmtp.handlers import mailboxes, nexthop
 from salmon_revsmtp.journal.deliveries import MessageKey
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.plugins.manager import Plugins
@@ -495,6 +497,56 @@ def test_what_waits_for_a_handler_that_hangs_is_let_go_when_the_threads_are_clos
     asyncio.run(main())
     assert said == ["451 4.3.2 shutting down, try again later", "250 2.0.0 delivered"]
     assert to(salmon) == ["same", "other"]
+
+
+# -- the handlers that come with it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lmtp", "smtp"])
+def test_four_messages_are_handed_on_at_the_same_time_and_their_connections_kept(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    meet = threading.Barrier(4)
+
+    def script(call: Call) -> None:
+        call.greet(hello="LHLO" if kind == "lmtp" else "EHLO")
+        for _ in range(2):
+            call.up_to_data()
+            call.data()
+            meet.wait(LONG)
+            call.say("250 2.0.0 saved")
+
+    nexthop.next_hop.cache_clear()
+    with next_host(*[script] * 4, at_once=True) as server:
+        load(monkeypatch, kind, **{f"{kind}_server": server})
+        first, second = ([transaction(f"{name}{one}") for name in "abcd"] for one in range(2))
+
+        async def sends_four_twice(provider: Dialogue) -> None:
+            await provider.reverse()
+            for four in (first, second):
+                answers = await answers_to(provider, *four)
+                assert [answer[:3] for answer in answers] == ["250"] * 4
+            await provider.quit()
+
+        collected(salmon, sends_four_twice, delivery_threads=4)
+    nexthop.next_hop.cache_clear()
+    assert salmon.undeliverable() == []
+
+
+def test_four_messages_are_stored_at_the_same_time(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meet = Meeting(4)
+
+    def meet_and_push(*arguments: Any) -> str:
+        meet()
+        return push_safely(*arguments)
+
+    monkeypatch.setattr(mailboxes, "push_safely", meet_and_push)
+    load(monkeypatch, "maildir", maildirs="mail")
+    collected(salmon, sends(*(transaction(name) for name in "abcd")), delivery_threads=4)
+    assert sorted(one.name[0] for one in Path("mail").iterdir()) == list("abcd")
+    assert len(list(Path("mail").glob("*/new/*"))) == 4
 
 
 # -- where Salmon cannot have more than one -------------------------------------------------------

@@ -5,8 +5,11 @@ A 250 of ours without theirs would lose mail; each test of a hostile server ends
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +23,7 @@ from support.tls import server_tls
 
 from salmon_revsmtp import QueueConsumer
 from salmon_revsmtp.handlers import nexthop
-from salmon_revsmtp.smtp.envelope import Client
+from salmon_revsmtp.smtp.envelope import Client, Envelope
 
 KINDS = {"lmtp": "LHLO", "smtp": "EHLO"}
 
@@ -135,6 +138,14 @@ def test_a_unix_socket(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
         # What they mean is that we are not to talk to them, and not that the mail is to bounce.
         ("530 5.7.0 authentication required", "451 4.3.5 "),
         ("503 5.5.1 bad sequence", "451 4.3.5 "),
+        ("504 5.5.4 parameter not implemented", "451 4.3.5 "),
+        ("555 5.5.4 unsupported option", "451 4.3.5 "),
+        # And these are about an address.
+        (
+            "504 5.5.2 <root@nas>: Sender address rejected: need fully-qualified address",
+            "504 5.5.2",
+        ),
+        ("555 5.1.3 bad syntax", "555 5.1.3 "),
     ],
 )
 def test_their_reply_becomes_ours(
@@ -304,6 +315,33 @@ def test_tls_where_it_is_offered_by_another_machine(
         assert [deliver().code, deliver().code] == [250, 250]
 
 
+def test_tickets_that_follow_a_handshake_are_no_words_out_of_turn(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nexthop._Dialogue, "_is_near", lambda self: False)
+    begin = nexthop._Dialogue._begin_tls
+
+    def begun_and_waited(dialogue: nexthop._Dialogue, until: float) -> None:
+        begin(dialogue, until)
+        poll = select.poll()
+        poll.register(dialogue.fileno(), select.POLLIN)
+        assert poll.poll(20_000), "the tickets"
+
+    monkeypatch.setattr(nexthop._Dialogue, "_begin_tls", begun_and_waited)
+
+    def script(call: Call) -> None:
+        call.greet("STARTTLS", hello="EHLO")
+        call.asks("STARTTLS", "220 go ahead")
+        with server_tls().wrap_socket(call.socket, server_side=True) as encrypted:
+            call = Call(encrypted)
+            call.asks("EHLO", "250 next.example.org")
+            call.message()
+
+    with next_host(script) as server:
+        use(monkeypatch, server, "smtp")
+        assert deliver().code == 250
+
+
 def test_tls_that_fails_is_done_without(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -324,6 +362,34 @@ def test_tls_that_fails_is_done_without(
         assert deliver().code == 250
     [line] = said(caplog, logging.WARNING)
     assert "TLS failed" in line and line.endswith("calling again in the clear")
+
+
+def test_tls_is_tried_again_after_a_while(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One handshake that fails, which anyone in between can see to, is not the end of it."""
+    monkeypatch.setattr(nexthop._Dialogue, "_is_near", lambda self: False)
+    monkeypatch.setattr(nexthop, "CLEAR", 0.0)
+
+    def broken(call: Call) -> None:
+        call.greet("STARTTLS", hello="EHLO")
+        call.asks("STARTTLS", "220 go ahead")
+        assert call.socket.recv(1), "a handshake begins"
+        call.say("no TLS")
+
+    def clear(call: Call) -> None:
+        call.greet("STARTTLS", hello="EHLO")
+        call.message()
+
+    def encrypts(call: Call) -> None:
+        call.greet("STARTTLS", hello="EHLO")
+        call.asks("STARTTLS", "220 go ahead")
+        with server_tls().wrap_socket(call.socket, server_side=True) as encrypted:
+            call = Call(encrypted)
+            call.asks("EHLO", "250 next.example.org")
+            call.message()
+
+    with next_host(broken, clear, encrypts) as server:
+        use(monkeypatch, server, "smtp")
+        assert [deliver().code, deliver().code] == [250, 250]
 
 
 def test_what_comes_with_the_answer_to_starttls_is_no_reply(
@@ -398,6 +464,106 @@ def test_another_trouble_is_said_too_but_not_for_each_message(
         assert [deliver().code for _ in range(3)] == [451, 451, 451]
     lines = [line.partition(" ")[2].partition(";")[0] for line in said(caplog)]
     assert lines == ["No such file or directory", "b'a is no reply' is no SMTP reply"]
+
+
+def test_one_that_hangs_up_at_once(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Who it was cannot be asked any more."""
+    connect, made = nexthop.Server.connect, []
+
+    def connect_and_wait(server: nexthop.Server) -> socket.socket:
+        made.append(connect(server))
+        poll = select.poll()
+        poll.register(made[-1], select.POLLRDHUP)
+        assert poll.poll(20_000)
+        return made[-1]
+
+    monkeypatch.setattr(nexthop.Server, "connect", connect_and_wait)
+    with next_host(Call.reset) as server:
+        use(monkeypatch, server, kind)
+        assert str(deliver()).startswith("451 4.4.1 ")
+    assert salmon.undeliverable() == []
+    assert [one.fileno() for one in made] == [-1]
+
+
+@pytest.mark.parametrize("host", ["mail..lan", "x" * 64 + ".lan", "\ud800"])
+def test_a_host_that_is_none(salmon: Salmon, host: str) -> None:
+    hop = nexthop.NextHop("smtp", nexthop.Server(host, 25), "us.example.org", 60.0)
+    envelope = Envelope("ann@example.net", ("bob@example.org",))
+    assert str(hop.hand_on(envelope, b"Subject: x\n\n")).startswith("451 4.4.1 ")
+
+
+def test_a_machine_without_a_thread_to_spare_takes_back_no_250(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(timer: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def once(call: Call) -> None:
+        call.greet()
+        call.message()
+        call.hear("QUIT")
+
+    def twice(call: Call) -> None:
+        call.greet()
+        call.message()
+        call.message()
+
+    with next_host(once, once, twice) as server:
+        use(monkeypatch, server)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Timer, "start", no_thread)
+            assert [deliver().code, deliver().code] == [250, 250]
+        # There are threads again, and connections are kept as before.
+        assert [deliver().code, deliver().code] == [250, 250]
+    assert salmon.undeliverable() == []
+
+
+def test_a_kept_connection_that_has_been_closed_under_us_costs_nothing(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def script(call: Call) -> None:
+        call.greet()
+        call.message()
+        call.silence()
+
+    dialogues: list[nexthop._Dialogue] = []
+
+    def greeted(dialogue: nexthop._Dialogue, until: float) -> None:
+        dialogues.append(dialogue)
+        greet(dialogue, until)
+
+    greet = nexthop._Dialogue.greet
+    monkeypatch.setattr(nexthop._Dialogue, "greet", greeted)
+    with next_host(script, script) as server:
+        use(monkeypatch, server)
+        assert deliver().code == 250
+        dialogues[0]._socket.close()
+        assert deliver().code == 250
+        dialogues[1]._socket.close()
+    assert salmon.undeliverable() == []
+
+
+@pytest.mark.parametrize("step", ["connect", "greet", "send", "rest"])
+@pytest.mark.parametrize("error", [OSError("odd"), ValueError("odd"), UnicodeError("odd")])
+def test_nothing_that_the_network_raises_makes_mail_undeliverable(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    def script(call: Call) -> None:
+        with contextlib.suppress(AssertionError, ConnectionError):
+            call.greet()
+            call.message()
+
+    owner = nexthop.Server if step == "connect" else nexthop._Dialogue
+    monkeypatch.setattr(owner, step, fails)
+    with next_host(*[script] * (step != "connect")) as server:
+        use(monkeypatch, server)
+        assert deliver().code == (250 if step == "rest" else 451)
+    assert salmon.undeliverable() == []
 
 
 @pytest.mark.parametrize("goodbye", ["", "421 4.4.2 idle for too long"])

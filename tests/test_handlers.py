@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import mailbox
 import stat
 from pathlib import Path
@@ -24,6 +25,7 @@ from support.messages import MESSAGE
 from support.nexthop import Call, deliver, load, next_host
 from support.project import Project, isp, one_message, provider
 from support.salmon import Salmon
+from support.servers import free_port
 
 from salmon_revsmtp.delivery import maildir
 from salmon_revsmtp.delivery.routes import is_routed
@@ -257,6 +259,9 @@ def test_a_file_in_the_way_defers(
         *(("jos\u00e9@example.org", 250), ("jose\u0301@example.org", 250)),
         *(("sue@xn--bcher-kva.example", 250), ("sue@b\u00fccher.example", 250)),
         *(("postmaster", 250), ('"a b"@example.org', 250), ("x@[192.0.2.1]", 250)),
+        # IDNA2008 only: Python knows no other spelling of it.
+        *(("ed@xn--fa-hia.example", 250), ("ed@XN--fa-hia.example", 250)),
+        ("ed@fass.example", 550),
         ("odd.(host)|.*@example.org", 250),
         *(
             ("bobb@example.org", 550),
@@ -274,6 +279,7 @@ def test_only_these_mailboxes_exist(
     Router.defaults(host="example")
     existing = ["Bob@example.org", "jos\u00e9@EXAMPLE.org", "sue@b\u00fccher.example", "postmaster"]
     existing += ['"a b"@example.org', '"odd.(host)|.*"@example.org', "x@[192.0.2.1]"]
+    existing += ["ed@xn--fa-hia.example"]
     load(monkeypatch, "maildir", mailboxes=existing)
     Router.DEFAULT_CAPTURES.clear()
     quoted = '"odd.(host)|.*"@example.org' if address.startswith("odd") else address
@@ -395,9 +401,14 @@ def test_any_name_is_one_that_the_file_system_takes(
         (
             "maildir",
             {"mailboxes": "bob@example.org"},
-            "mailboxes: found 'bob@example.org', allowed",
+            "mailboxes: found a text, allowed",
         ),
         ("maildir", {"mailboxes": []}, "mailboxes: found a list (it is empty"),
+        (
+            "maildir",
+            {"mailboxes": ["a:pw@b.org"]},
+            "mailboxes: found '***@b.org' (that is no address",
+        ),
         ("maildir", {"mailboxes": ["bob"]}, "mailboxes: found 'bob' (it has no domain)"),
         ("maildir", {"mailboxes": [17]}, "mailboxes: found 17 (that is no text)"),
         ("maildir", {"mailboxes": ["a b@example.org"]}, "mailboxes: found 'a b@example.org' ("),
@@ -417,6 +428,13 @@ def test_any_name_is_one_that_the_file_system_takes(
         ("lmtp", {"lmtp_server": 24}, "lmtp_server: found 24 (that is no text)"),
         ("smtp", {}, "smtp_server: missing, allowed: 'host:port' such as '127.0.0.1:25'"),
         ("smtp", {"smtp_server": "unix:/x"}, "smtp_server: found 'unix:/x' (that is not a host"),
+        (
+            "smtp",
+            {"smtp_server": "mail..lan:25"},
+            "smtp_server: found 'mail..lan:25' ('mail..lan' is no domain name",
+        ),
+        ("smtp", {"smtp_server": "mail.lan..:25"}, "smtp_server: found 'mail.lan..:25' ('mail.lan"),
+        ("lmtp", {"lmtp_server": "[1:2]:24"}, "lmtp_server: found '[1:2]:24' ('1:2' is no domain"),
         ("smtp", {"smtp_server": "127.0.0.1:0"}, "smtp_server: found '127.0.0.1:0' (0 is no port"),
         (
             "smtp",
@@ -448,7 +466,8 @@ def with_handlers(project: Project, port: int, handlers: str, **settings: object
     text, before = module.read_text(), "handlers = ['app.handlers.sample']"
     assert before in text
     lines = [f"handlers = {handlers}", *(f"{key} = {value!r}" for key, value in settings.items())]
-    module.write_text(text.replace(before, "\n".join(lines)))
+    lines.append(f"receiver_config = {{'host': '127.0.0.1', 'port': {free_port()}}}")
+    module.write_text("\n".join([text.replace(before, ""), *lines, ""]))
 
 
 def test_one_line_in_the_settings_has_a_project_keep_its_mail(project: Project) -> None:
@@ -485,3 +504,74 @@ def test_check_says_what_is_wrong_with_a_handlers_setting(project: Project) -> N
     done = project.run("check")
     assert done.returncode != 0
     assert "mailboxes: found 'bob' (it has no domain), allowed: a list of addresses" in done.stdout
+
+
+def checked(project: Project, *options: str) -> dict[str, tuple[str, str]]:
+    """What ``check`` says of each handler that it asks."""
+    done = project.run("check", "--json", *options)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {
+        row["subject"]: (row["result"], row["text"]) for row in rows if row["check"] == "handler"
+    }
+    assert done.returncode == 1 or "failed" not in [result for result, _ in found.values()]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lmtp", "smtp"])
+def test_check_calls_the_next_server(project: Project, kind: str) -> None:
+    def answers(call: Call) -> None:
+        call.greet(hello="LHLO" if kind == "lmtp" else "EHLO")
+        call.hear("QUIT")
+
+    def turns_away(call: Call) -> None:
+        call.say("554 5.7.1 not for you")
+        call.silence()
+
+    module = f"salmon_revsmtp.handlers.{kind}"
+    with next_host(answers, turns_away) as server:
+        with_handlers(project, 1, f'["{module}"]', **{f"{kind}_server": server})
+        assert checked(project, "--offline") == {
+            module: ("skipped", "not tried, as --offline says")
+        }
+        assert checked(project) == {module: ("ok", f"{kind}_server={server} answers")}
+        result, text = checked(project)[module]
+        assert result == "failed" and "554 5.7.1 not for you" in text
+    assert checked(project)[module] == (
+        "failed",
+        f"{kind}_server={server} Connection refused; until that is mended, it takes no mail",
+    )
+
+
+def test_check_tries_the_folder_of_the_maildirs(project: Project) -> None:
+    module = "salmon_revsmtp.handlers.maildir"
+    with_handlers(project, 1, f'["{module}"]', maildirs="mail/boxes")
+    folder = project.folder / "mail/boxes"
+    well = f"{folder}: not there yet, it is made when it is needed"
+    assert checked(project, "--offline") == {module: ("ok", well)}
+    folder.parent.write_text("in the way")
+    result, text = checked(project, "--offline")[module]
+    assert result == "failed"
+    assert text.startswith(f"{folder.parent} cannot be written: Not a directory; it is no folder;")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return 'the database answers'", ("ok", "the database answers")),
+        ("return None", ("skipped", "it has tried nothing")),
+        (
+            "raise RuntimeError('no database')",
+            ("failed", "no database; until that is mended, it takes no mail"),
+        ),
+        ("raise KeyError", ("failed", "KeyError; until that is mended, it takes no mail")),
+    ],
+)
+def test_check_asks_any_handler_that_has_a_check(
+    project: Project, body: str, expected: tuple[str, str]
+) -> None:
+    (project.folder / "app/handlers/orders.py").write_text(
+        f"def check_handler(network):\n    assert network\n    {body}\n"
+    )
+    handlers = '["app.handlers.sample", "app.handlers.orders", "app.handlers.not_there"]'
+    with_handlers(project, 1, handlers)
+    assert checked(project) == {"app.handlers.orders": expected}

@@ -7,11 +7,13 @@ import random
 import smtplib
 import threading
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from salmon import utils
 from salmon.routing import Router
 from support.client import codes
 from support.collecting import collect, collect_from
@@ -410,6 +412,22 @@ def test_recipients_without_a_route_are_refused_where_that_is_wanted(salmon: Sal
 
     in_listener(salmon, work, unknown_recipients="refuse")
     assert len(salmon.handled) == 1, "what matches is not called at RCPT"
+
+
+def test_while_a_handler_is_missing_no_recipient_is_refused_for_good(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    salmon.handle("ann@example.org")
+    listed = SimpleNamespace(handlers=["app.handlers.orders"])
+    monkeypatch.setattr(utils, "settings", listed)
+
+    async def work(port: int) -> None:
+        heard = await asyncio.to_thread(session_of, port, "ann", "bob")
+        assert heard == [250, 451, 250]
+        monkeypatch.setitem(Router.HANDLERS, "app.handlers.orders", "")
+        assert (await asyncio.to_thread(session_of, port, "bob"))[0] == 550
+
+    in_listener(salmon, work, unknown_recipients="refuse")
 
 
 def test_by_default_they_are_kept(salmon: Salmon) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from salmon_revsmtp.smtp.replies import MAX_LINE, Reply, ReplyError, ReplyParser
+from salmon_revsmtp.smtp.replies import MAX_LINE, Reply, ReplyError, ReplyParser, is_about_mail
 
 
 def test_an_enhanced_code_is_written_in_ascii_digits_only() -> None:
@@ -46,3 +46,33 @@ def test_a_reply_that_says_far_too_much_is_cut_wherever_it_is_kept_or_shown() ->
 def test_of_an_answer_to_ehlo_nothing_is_cut() -> None:
     keywords = "\n".join(f"X-KEYWORD-{number}" for number in range(500))
     assert Reply(250, keywords).text == keywords
+
+
+@pytest.mark.parametrize(
+    ("reply", "about_mail"),
+    [
+        ("550 5.7.1 no", True),
+        ("554", True),
+        ("501 5.5.4 what?", True),
+        ("530 5.7.0 log in first", False),
+        ("530 5.7.1 client was not authenticated", False),
+        ("530 5.1.1 no such user", True),
+        ("502 5.5.2 no such command", False),
+        ("503 5.5.1 MAIL first", False),
+        ("504 not implemented", False),
+        ("504 5.5.4 not implemented", False),
+        ("504 5.5.2 <root@nas>: Sender address rejected: need fully-qualified address", True),
+        ("504 5.7.1 <root@nas>: no", True),
+        ("504 5.1.8 no such domain", True),
+    ],
+)
+def test_whether_a_refusal_is_about_the_mail(reply: str, about_mail: bool) -> None:
+    code, _, text = reply.partition(" ")
+    assert is_about_mail(Reply(int(code), text)) is about_mail
+
+
+def test_codes_that_are_doubted_as_well() -> None:
+    assert not is_about_mail(Reply(501, "5.5.4 what?"), {501})
+    assert is_about_mail(Reply(501, "5.1.7 no address"), {501})
+    assert is_about_mail(Reply(501, "", "5.1.3"), {501})
+    assert not is_about_mail(Reply(501, "no address", ""), {501})

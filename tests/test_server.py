@@ -80,6 +80,11 @@ def test_salmon_start_as_a_daemon_and_salmon_stop(project: Project) -> None:
     wait_for(lambda: answers(project))
     pid = int(pid_file.read_text())
     try:
+        log = project.folder / "logs/salmon.log"
+        assert not log.exists() or log.stat().st_mode & 0o077 == 0, "whatever Salmon's umask is"
+        second = project.run("run", ISP_PASSWORD="x")
+        assert second.returncode == 1
+        assert "error: another server runs in this project" in second.stderr
         subprocess.run([*salmon, "stop"], cwd=project.folder, check=True, timeout=20)
         wait_for(lambda: not Path(f"/proc/{pid}").exists())
     finally:

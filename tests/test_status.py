@@ -152,6 +152,17 @@ def test_what_we_say_of_an_error_is_not_cut_and_a_longer_one_is_in_words(place: 
     assert re.search(r"x [.]{3} 9\d\d characters more [.]{3} x", texts[1])
 
 
+def test_nothing_has_begun_after_now_whatever_the_clock_was(place: Place) -> None:
+    place.free = {"run": LITTLE_ROOM - 1}
+    place.now = NOW + 9 * DAY
+    assert place.troubles(place.health())["disk:run"].since == NOW + 9 * DAY
+    place.now = NOW
+    health = place.health()
+    assert place.troubles(health)["disk:run"].since == NOW
+    place.now = NOW + 60
+    assert place.troubles(place.health())["disk:run"].since == NOW
+
+
 def test_a_disk_that_fills_is_named_once_for_each_file_system(place: Place) -> None:
     health = place.health(accounts=[ACME], provider={"listen": "127.0.0.1:0"})
     place.free = {"run": LITTLE_ROOM - 1}

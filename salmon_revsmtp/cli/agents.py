@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -152,7 +153,16 @@ def _set_enabled(options: Options, name: str, enabled: bool) -> None:
     [agent] = named(configuration, [name])
     if not Journal().set_enabled(agent.name, enabled):
         raise click.ClickException(f"{DEFAULT_JOURNAL} could not be written")
+    _tell_server()
     click.echo(f"{agent.name} is {'enabled' if enabled else 'disabled'}")
+
+
+def _tell_server() -> None:
+    """Have a running server look at once; it does so every 15 seconds in any case."""
+    from salmon_revsmtp.server.control import GLANCE, NoServer, ask
+
+    with contextlib.suppress(NoServer, OSError, ValueError):
+        list(ask({"do": "look"}, patience=GLANCE))
 
 
 @click.command()

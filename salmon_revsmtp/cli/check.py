@@ -43,7 +43,8 @@ def check(options: Options, name: str | None, offline: bool, as_json: bool) -> N
 
     Without a NAME everything is looked at that can fail: the settings, the boot module, the
     handlers, folders, the journal, the disk, the clock, certificates, the addresses to listen on,
-    the relay, and each agent that is enabled: it connects, does TLS, greets the server and logs in.
+    the relay, what handlers need, such as the server that they hand mail on to, and each agent that
+    is enabled: it connects, does TLS, greets the server and logs in.
     `salmon start` goes into the background before it looks at any of that, so it cannot say on the
     terminal what is wrong.
 
@@ -51,7 +52,7 @@ def check(options: Options, name: str | None, offline: bool, as_json: bool) -> N
 
     A warning is something that works, but not as you may want it; then the exit status is 0. If
     anything would fail it is 1, or 2 if it is in the settings. With --offline no address is
-    listened on, and no relay, no agent and no name server is asked.
+    listened on, and no relay, no next server, no agent and no name server is asked.
     """
     if name is None:
         _check_everything(options, offline, as_json)
@@ -99,10 +100,10 @@ def _look(
     """Look at everything; returns whether a server of this project runs.  ``live``: on a terminal,
     say what is waited for."""
     from salmon_revsmtp.journal.collections import Journal
-    from salmon_revsmtp.server.checks import changed_since, local_findings
+    from salmon_revsmtp.server.checks import changed_since, handler_modules, local_findings
     from salmon_revsmtp.server.control import running
     from salmon_revsmtp.server.eventloop import run
-    from salmon_revsmtp.server.reaching import NOT_MADE, reached, skipped
+    from salmon_revsmtp.server.reaching import NOT_MADE, handler_checks, reached, skipped
 
     runs = running()
     started = _server_started() if runs else None
@@ -118,13 +119,14 @@ def _look(
     for agent in configuration.agents:
         kept = journal.state(agent.name).enabled
         enabled[agent.name] = bool(agent.settings.enabled if kept is None else kept)
+    handlers = handler_checks(handler_modules(project))
     if offline:
-        for finding in skipped(configuration, enabled):
+        for finding in skipped(configuration, handlers, enabled):
             tell(finding)
     else:
         relay = getattr(project.settings, "relay", None if booted else NOT_MADE)
         with _waiting(sum(enabled.values()), live):
-            run(reached(configuration, enabled, relay, runs, tell))
+            run(reached(configuration, handlers, enabled, relay, runs, tell))
     return runs
 
 

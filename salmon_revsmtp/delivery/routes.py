@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from salmon import utils
 from salmon.routing import Router
 
-__all__ = ["is_routed"]
+__all__ = ["is_routed", "missing_handlers"]
 
 
 def is_routed(recipient: str, *, wait: bool) -> bool | None:
@@ -24,3 +25,11 @@ def is_routed(recipient: str, *, wait: bool) -> bool | None:
         return next(Router.match(recipient.lower()), None) is not None
     finally:
         Router.lock.release()
+
+
+def missing_handlers() -> list[str]:
+    """The modules in ``handlers`` of the settings that Salmon could not import, and goes on
+    without: no one knows which recipients they would take."""
+    listed = getattr(utils.settings, "handlers", None)
+    names = listed if isinstance(listed, list | tuple) else ()
+    return [str(name) for name in names if name not in Router.HANDLERS]

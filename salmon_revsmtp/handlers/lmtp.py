@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from salmon.routing import route, stateless
+from salmon.routing import nolocking, route, stateless
 
 from salmon_revsmtp.handlers import options
 from salmon_revsmtp.handlers.forward import forward
@@ -13,7 +13,7 @@ from salmon_revsmtp.handlers.nexthop import next_hop
 if TYPE_CHECKING:
     from salmon.mail import MailRequest
 
-__all__ = ["FORWARD"]
+__all__ = ["FORWARD", "check_handler"]
 
 ALLOWED = "'host:port' such as '127.0.0.1:24', or 'unix:/path' such as 'unix:/run/dovecot/lmtp'"
 
@@ -23,6 +23,12 @@ _next_hop = next_hop("lmtp", _server, options.hostname(), options.handler_timeou
 
 @route(".+")
 @stateless
+@nolocking
 def FORWARD(message: MailRequest) -> None:
     """Hand it on; what the server there says becomes the answer."""
     forward(message, _next_hop)
+
+
+def check_handler(network: bool) -> str | None:
+    """For ``check``: whether the server answers."""
+    return _next_hop.try_it() if network else None

@@ -7,6 +7,7 @@ not there at all if the handler raises.  The envelope stands on top of it (RFC 5
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from salmon.server import SMTPError
 from salmon_revsmtp.delivery.handed import handed_content, handed_envelope
 from salmon_revsmtp.delivery.maildir import disk_reply, open_queue, push_safely
 from salmon_revsmtp.delivery.trace import envelope_lines, separator
-from salmon_revsmtp.files import sync_folder
+from salmon_revsmtp.files import sync_folder, try_folder
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.handlers.names import Mailbox
 from salmon_revsmtp.safelog import log_safely
@@ -33,6 +34,8 @@ MOST_KNOWN = 10_000
 
 # By device and inode of their folder "new".  They outlive Salmon's importing a handler again.
 _safe: set[tuple[int, int]] = set()
+# Held meanwhile: a folder that another thread has just made is there, and not yet safe.
+_opening = threading.Lock()
 
 
 class Mailboxes:
@@ -62,17 +65,22 @@ class Mailboxes:
             reply = disk_reply(error)
             raise SMTPError(reply.code, f"{reply.status} {reply.message}") from None
 
+    def try_folder(self) -> str:
+        """Whether the folder can be written, in words.  Raises :class:`OSError` with a sentence."""
+        return f"{self._folder}: {try_folder(self._folder)}"
+
     def _open(self, place: Path) -> object:
         """The Maildir in a folder, whose own name would survive a power cut.  Raises
         :class:`OSError`."""
-        missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
-        maildir = open_queue(place)
-        found = (place / "new").stat()
-        identity = found.st_dev, found.st_ino
-        if identity not in _safe:
-            for one in (place, self._folder, *(one.parent for one in missing)):
-                sync_folder(one)
-            if len(_safe) >= MOST_KNOWN:
-                _safe.clear()
-            _safe.add(identity)
-        return maildir
+        with _opening:
+            missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
+            maildir = open_queue(place)
+            found = (place / "new").stat()
+            identity = found.st_dev, found.st_ino
+            if identity not in _safe:
+                for one in (place, self._folder, *(one.parent for one in missing)):
+                    sync_folder(one)
+                if len(_safe) >= MOST_KNOWN:
+                    _safe.clear()
+                _safe.add(identity)
+            return maildir

@@ -15,6 +15,7 @@ spaces and quotes, or three hundred octets long.  So:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import unicodedata
@@ -61,7 +62,11 @@ class Mailbox:
         if not isinstance(value, str):
             raise ValueError("that is no text")
         address = value.strip()
-        if parse_path(f"<{address}>") != (address, "") or not address:
+        try:
+            parsed = parse_path(f"<{address}>")
+        except AddressError:  # which quotes it
+            raise ValueError("that is no address") from None
+        if parsed != (address, "") or not address:
             raise ValueError("that is no address")
         found = cls.of(address)
         if not found.domain and found.local != "postmaster":  # RFC 5321 4.5.1
@@ -92,8 +97,9 @@ class Mailbox:
         locals_ += [one for one in forms if _NO_QUOTES.fullmatch(one)]
         domains = [self.domain]
         if "xn--" in self.domain:
-            unicode = self.domain.encode("ascii").decode("idna")
-            domains += [unicodedata.normalize(form, unicode) for form in ("NFC", "NFD")]
+            with contextlib.suppress(UnicodeError):  # a name of IDNA2008 only, such as xn--fa-hia
+                unicode = self.domain.encode("ascii").decode("idna")
+                domains += [unicodedata.normalize(form, unicode) for form in ("NFC", "NFD")]
         return list(dict.fromkeys(locals_)), list(dict.fromkeys(domains))
 
 

@@ -8,8 +8,9 @@ turn ends the dialogue: a reply before its command, or two to one.  And it does 
 on twice of its own accord: a connection that was kept open, and turns out to be closed, is replaced
 once, and only while the message cannot have been taken.
 
-One connection is kept open between messages for a little while.  After a server did not answer in
-time, it is not asked again for a while: each message would hold up all others for as long.
+A connection is kept open between messages for a little while, and each thread that hands mail on
+at the same time has one of its own.  After a server did not answer in time, it is not asked again
+for a while: each message would hold up all others for as long.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import ssl
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +36,10 @@ from salmon_revsmtp.forks import ours_alone
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.address import host_and_port
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.smtp.addresses import to_ascii
 from salmon_revsmtp.smtp.content import Octets
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
+from salmon_revsmtp.smtp.replies import Reply, is_about_mail
 from salmon_revsmtp.smtp.sender import (
     BeginTls,
     Broken,
@@ -62,6 +65,10 @@ PART = 0.8
 IDLE = 15.0
 # Seconds in which a server is not asked that did not answer in time.
 PAUSE = 30.0
+# Seconds in which a server is called in the clear with which TLS failed.
+CLEAR = 60.0
+# Seconds that a server has for its greeting when it is only tried.
+TRY = 10.0
 # Seconds after a line about trouble before one about another trouble.
 SILENCE = 60.0
 # Seconds for a QUIT to be written; its answer changes nothing.
@@ -70,11 +77,14 @@ GOODBYE = 1.0
 # Octets that are read at a time.
 READ = 64 * 1024
 
+# What the network, TLS, and names that they do not take raise: UnicodeError is a ValueError.
+_FAILURES = (OSError, ValueError)
+
 # SO_LINGER on, with no time.
 _AT_ONCE = struct.pack("ii", 1, 0)
 
-# As an answer to the sender these would turn all mail away for a wrong setting.
-WRONG_SETTING = NOT_ABOUT_MAIL | {555}
+# A parameter that this server does not take would turn all mail away for a wrong setting.
+WRONG_SETTING = frozenset({555})
 
 LATER = "the next server does not take it now, try again later"
 UNREACHABLE = Reply(451, "the next server cannot be reached now, try again later", "4.4.1")
@@ -104,10 +114,11 @@ class Server:
         host, port = host_and_port(value)
         if not host or not port:
             raise ValueError("it has no host" if not host else "0 is no port to call")
+        _see_that_it_is_a_host(host)
         return cls(host, port)
 
     def connect(self) -> socket.socket:
-        """A connection.  Raises :class:`OSError`."""
+        """A connection.  Raises :class:`OSError`; :class:`ValueError` for a host that is none."""
         if not self.path:
             return socket.create_connection((self.host, self.port), CONNECT)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -123,6 +134,16 @@ class Server:
         if self.path:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _see_that_it_is_a_host(host: str) -> None:
+    """Raises :class:`ValueError` for what is no host to call: neither a name nor an address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        to_ascii(host)
+        if host.endswith(".."):  # to_ascii takes away any number of them
+            raise ValueError(f"{host!r} is no domain name") from None
 
 
 class _Trouble(Exception):
@@ -166,10 +187,13 @@ class _Dialogue:
         self.since = 0.0
         try:
             self._socket = server.connect()
-        except OSError as error:
-            slow = isinstance(error, TimeoutError)
-            raise _Trouble(_reason(error), UNREACHABLE, slow=slow) from None
-        tls = tls and not self._is_near()
+        except _FAILURES as error:
+            raise _Trouble(_reason(error), UNREACHABLE, slow=_is_late(error)) from None
+        try:
+            tls = tls and not self._is_near()
+        except _FAILURES as error:  # it has hung up already
+            self.close()
+            raise _Trouble(_reason(error), UNREACHABLE) from None
         self._sender = Sender(hostname, starttls=tls, lmtp=lmtp, chunking=False)
 
     def _is_near(self) -> bool:
@@ -208,17 +232,19 @@ class _Dialogue:
 
     def quit(self) -> None:
         """Say goodbye, and close."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_FAILURES):
             self._socket.settimeout(GOODBYE)
             self._socket.sendall(b"QUIT\r\n")
-        self._socket.close()
+        with contextlib.suppress(OSError):
+            self._socket.close()
 
     def close(self) -> None:
         """Close it without a word.  It is reset, so that no server, however lax, takes the part of
         a message that it has for a message."""
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
-        self._socket.close()
+        with contextlib.suppress(OSError):
+            self._socket.close()
 
     def fileno(self) -> int:
         """Its descriptor; -1: it is closed."""
@@ -253,10 +279,14 @@ class _Dialogue:
             raise _Trouble("more came with the answer to STARTTLS")
         try:
             self._set_timeout(min(until, time.monotonic() + REPLY))
-            self._socket = _unverified().wrap_socket(
-                self._socket, server_hostname=self._server.host.rstrip(".")
+            encrypted = _unverified().wrap_socket(
+                self._socket,
+                server_hostname=self._server.host.rstrip("."),
+                do_handshake_on_connect=False,
             )
-        except OSError as error:
+            self._socket = encrypted
+            encrypted.do_handshake()
+        except _FAILURES as error:
             raise _Trouble(f"TLS failed: {_reason(error)}", tls=True) from None
         self._sender.tls_started()
         self._events += self._sender.advance()
@@ -269,13 +299,13 @@ class _Dialogue:
             try:
                 self._set_timeout(until)
                 self._socket.sendall(b"".join(pieces))
-            except OSError as error:
+            except _FAILURES as error:
                 raise _Trouble(f"sending: {_reason(error)}", slow=_is_late(error)) from None
 
     def _said(self) -> str:
         """What came last, for the log."""
         if not self._unread:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*_FAILURES):
                 self._socket.settimeout(0)
                 self._unread = self._socket.recv(READ)
         if not self._unread:
@@ -289,7 +319,7 @@ class _Dialogue:
             try:
                 self._set_timeout(until)
                 came = self._socket.recv(READ)
-            except OSError as error:
+            except _FAILURES as error:
                 late = _is_late(error)
                 text = "it does not answer in time" if late else _reason(error)
                 raise _Trouble(text, slow=late) from None
@@ -306,21 +336,32 @@ class _Dialogue:
         self._socket.settimeout(left)
 
     def _readable(self) -> bool:
-        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+        """Something has come, or the connection is at its end."""
+        try:
+            if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+                return True
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            if not poll.poll(0):
+                return False
+            if isinstance(self._socket, ssl.SSLSocket):
+                self._socket.settimeout(0)
+                self._unread = self._socket.recv(READ)
             return True
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False  # it was TLS's own, such as the tickets that follow a handshake
+        except _FAILURES:
+            return True
 
 
-def _is_late(error: OSError) -> bool:
+def _is_late(error: Exception) -> bool:
     return isinstance(error, TimeoutError)
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     if _is_late(error):
         return "no answer in time"
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
 class NextHop:
@@ -341,7 +382,9 @@ class NextHop:
         self._trouble = ""
         self._silent_until = 0.0
         self._asked_again = 0.0
-        self._tls = True
+        self._clear_until = 0.0
+        # All that are open, in use or kept.
+        self._dialogues: weakref.WeakSet[_Dialogue] = weakref.WeakSet()
         self._descriptors = contextlib.ExitStack()
         self._descriptors.enter_context(ours_alone(self._open_descriptors))
         self._process = os.getpid()
@@ -360,7 +403,21 @@ class NextHop:
         except _Trouble as trouble:
             self._in_trouble(trouble)
             return trouble.reply
+        except _FAILURES as error:  # whatever else a server can cause, it has not said 250
+            self._in_trouble(_Trouble(_reason(error), slow=_is_late(error)))
+            return BROKEN
         return self._ours(reply)
+
+    def try_it(self) -> str:
+        """Connect, greet and say goodbye, as when there is mail.  Returns what came of it; raises
+        :class:`OSError` with a sentence for a person where the server would take none."""
+        try:
+            self._new(time.monotonic() + TRY).quit()
+        except _Trouble as trouble:
+            raise OSError(f"{self} {trouble}") from None
+        except _FAILURES as error:
+            raise OSError(f"{self} {_reason(error)}") from None
+        return f"{self} answers"
 
     def _handed_on(self, envelope: Envelope, octets: Octets, until: float) -> Reply:
         if (kept := self._take_kept()) is not None:
@@ -376,20 +433,21 @@ class NextHop:
     def _new(self, until: float) -> _Dialogue:
         """A connection on which the server waits for mail.  Raises :class:`_Trouble`."""
         try:
-            return self._greeted(until)
+            return self._greeted(until, time.monotonic() >= self._clear_until)
         except _Trouble as trouble:
             if not trouble.tls:
                 raise
             # RFC 7435 5: without TLS is better than not at all.
             log_safely(log, logging.WARNING, "%s %s; calling again in the clear", self, trouble)
-            self._tls = False
-            return self._greeted(until)
+            self._clear_until = time.monotonic() + CLEAR
+            return self._greeted(until, False)
 
-    def _greeted(self, until: float) -> _Dialogue:
+    def _greeted(self, until: float, tls: bool) -> _Dialogue:
         if self._hostname is None:
             self._hostname = machine_name()
         lmtp = self._protocol == "lmtp"
-        dialogue = _Dialogue(self._server, self._hostname, lmtp, self._tls)
+        dialogue = _Dialogue(self._server, self._hostname, lmtp, tls)
+        self._dialogues.add(dialogue)
         try:
             dialogue.greet(until)
         except BaseException:
@@ -410,7 +468,7 @@ class NextHop:
 
     def _ours(self, reply: Reply) -> Reply:
         """The server's reply as ours."""
-        if reply.code in WRONG_SETTING:
+        if not is_about_mail(reply, WRONG_SETTING):
             self._in_trouble(_Trouble(f"it answers {reply}"))
             return NOT_US
         if self._trouble:
@@ -435,30 +493,43 @@ class NextHop:
     # -- connections that are kept ----------------------------------------------------------------
 
     def _take_kept(self) -> _Dialogue | None:
-        with self._lock:
-            kept, self._kept = self._kept, []
-        for one in kept[1:]:
-            one.quit()
-        if kept and kept[0].quiet:
-            return kept[0]
-        if kept:
-            kept[0].close()
-        return None
+        """The one that was used last; the others are for other threads, or become idle."""
+        while True:
+            with self._lock:
+                if not self._kept:
+                    return None
+                latest = self._kept.pop()
+            if latest.quiet:
+                return latest
+            latest.close()
 
     def _keep(self, dialogue: _Dialogue) -> None:
-        if not dialogue.rest():
+        """Keep a connection open if it can be kept.  Never raises: the server has answered."""
+        try:
+            rests = dialogue.rest()
+        except _FAILURES:
+            rests = False
+        if not rests:
             dialogue.close()
             return
         dialogue.since = time.monotonic()
         with self._lock:
-            self._kept.append(dialogue)
-            self._arm()
+            if kept := self._arm():
+                self._kept.append(dialogue)
+        if not kept:
+            dialogue.quit()
 
-    def _arm(self) -> None:
+    def _arm(self) -> bool:
+        """Have what is idle closed later; ``False``: the machine has no thread to spare."""
         if self._closing is None:
-            self._closing = threading.Timer(IDLE, self._close_idle)
-            self._closing.daemon = True
-            self._closing.start()
+            closing = threading.Timer(IDLE, self._close_idle)
+            closing.daemon = True
+            try:
+                closing.start()
+            except RuntimeError:
+                return False
+            self._closing = closing
+        return True
 
     def _close_idle(self) -> None:
         now = time.monotonic()
@@ -466,8 +537,8 @@ class NextHop:
             self._closing = None
             idle = [one for one in self._kept if one.since + IDLE <= now]
             self._kept = [one for one in self._kept if one not in idle]
-            if self._kept:
-                self._arm()
+            if self._kept and not self._arm():
+                idle, self._kept = idle + self._kept, []
         for one in idle:
             one.quit()
 
@@ -481,7 +552,7 @@ class NextHop:
             one.quit()
 
     def _open_descriptors(self) -> list[int]:
-        return [one.fileno() for one in self._kept if one.fileno() >= 0]
+        return [one.fileno() for one in self._dialogues if one.fileno() >= 0]
 
 
 @functools.cache

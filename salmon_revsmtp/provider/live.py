@@ -30,7 +30,7 @@ from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.receiver import LATER, RecipientRequest, Verdict
-from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
+from salmon_revsmtp.smtp.replies import Reply, is_about_mail
 from salmon_revsmtp.smtp.sender import Sent
 
 __all__ = ["Live", "Said"]
@@ -47,7 +47,7 @@ LEAST_RATE = 64 * 1024
 
 # While a sender waits, a refusal of a command's form or parameters is in doubt as well: the message
 # is held, and goes out again.
-_IN_DOUBT = NOT_ABOUT_MAIL | {501, 555}
+_IN_DOUBT = frozenset({501, 555})
 # What a 2yz to RCPT, or to a message, may be (RFC 5321 4.3.2).
 _POSITIVE = frozenset({250, 251, 252})
 
@@ -175,7 +175,7 @@ def _said(sent: Sent) -> Said:
     if not sent.asked:
         return _nothing(sent.message.envelope, f"the customer cannot be sent it: {sent.replies[0]}")
     replies = [
-        None if reply.transient or reply.code in _IN_DOUBT else _passed_on(reply)
+        None if reply.transient or not is_about_mail(reply, _IN_DOUBT) else _passed_on(reply)
         for reply in sent.replies
     ]
     missing = [was for was, reply in zip(sent.replies, replies, strict=True) if reply is None]

@@ -21,7 +21,7 @@ from salmon_revsmtp.provider.hold.store import Held, HoldStore, Settled
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
-from salmon_revsmtp.smtp.replies import NOT_ABOUT_MAIL, Reply
+from salmon_revsmtp.smtp.replies import Reply, is_about_mail
 
 __all__ = ["CUSTOMER_SAYS", "Answered", "Notify", "Settler", "is_for_later"]
 
@@ -40,7 +40,7 @@ Notify = Callable[[Envelope, dict[str, Reply], bytes | Content], Reply | None]
 
 def is_for_later(reply: Reply) -> bool:
     """A held message stays held after this reply of its customer."""
-    return reply.transient or reply.code in NOT_ABOUT_MAIL
+    return reply.transient or not is_about_mail(reply)
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from salmon_revsmtp.delivery.routes import missing_handlers
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.forks import ours_alone
 from salmon_revsmtp.plugins.manager import Plugins
@@ -221,9 +222,14 @@ async def _serve(
     """Run the server; returns the number of the signal that stopped it."""
     stopped_by = None
     configuration = collector.configuration
-    for warning in (*configuration.warnings, sample_warning(configuration.routed)):
-        if warning:
-            log_safely(log, logging.WARNING, "%s", warning)
+    warnings = [*configuration.warnings, sample_warning(configuration.routed)]
+    if missing := missing_handlers():
+        warnings.append(
+            f"handlers: {', '.join(missing)} could not be imported, the log says why; mail for an "
+            "address that no other handler takes is deferred or undeliverable"
+        )
+    for warning in filter(None, warnings):
+        log_safely(log, logging.WARNING, "%s", warning)
     daemon = Daemon(collector, plugins, grace)
     if signals is not None:
         loop = asyncio.get_running_loop()

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import pwd
 import sqlite3
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import salmon_revsmtp
+from salmon_revsmtp.delivery.consumer import QueueConsumer
 from salmon_revsmtp.delivery.outbox import UNSENT
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE
 from salmon_revsmtp.delivery.sample import sample_warning
-from salmon_revsmtp.files import FEW_FILES, Room, room_in
+from salmon_revsmtp.files import FEW_FILES, Room, room_in, try_folder
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 from salmon_revsmtp.net.certificate import (
+    RENEWED_BY,
     certificate_ends,
     certificate_names,
     is_for,
 )
 from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.settings import ProviderSettings
+from salmon_revsmtp.server.attach import AttachedReceiver
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.server.project import Project, ProjectError, explained
 
@@ -45,6 +45,7 @@ __all__ = [
     "WARNING",
     "Finding",
     "changed_since",
+    "handler_modules",
     "local_findings",
 ]
 
@@ -52,18 +53,11 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 DAY = 86400.0
 
-# Days before the end of a certificate from which on a person should hear of it: certbot and others
-# renew 30 days before, so by then something has failed for a week.
-RENEWED_BY = 21
-
 # Seconds that the journal's newest entry may be ahead of the clock.
 AHEAD = 3600.0
 
 # Seconds to wait for a process that writes to the journal.
 JOURNAL_PATIENCE = 2.0
-
-# What the owner of a folder needs to make files in it.
-OWNERS = (("w", stat.S_IWUSR), ("x", stat.S_IXUSR))
 
 # Of a module in `handlers`.
 MISSING = "see how it is spelled, and whether the file is in the project's folder"
@@ -106,7 +100,7 @@ def local_findings(
     yield from _settings(project, configuration)
     booted = _boot(project, boot, listen)
     yield booted
-    if booted.result == OK:
+    if booted.result != FAILED:
         yield from _handlers(project, configuration)
     else:
         text = "not tried, for the boot module, which loads them, failed"
@@ -179,12 +173,30 @@ def changed_since(project: Project, started: float) -> Iterator[Finding]:
                 yield Finding("settings", str(name), WARNING, text)
 
 
+def handler_modules(project: Project) -> list[Any]:
+    """The names of the modules of the project's handlers, as the settings list them; those that
+    Salmon has loaded where they do not."""
+    from salmon.routing import Router
+
+    names = getattr(project.settings, "handlers", None)
+    return list(names if isinstance(names, list | tuple) else Router.HANDLERS)
+
+
 def _boot(project: Project, module: str | None, listen: bool) -> Finding:
     name = module or "config.boot"
     try:
         project.boot(module, listen)
     except ProjectError as error:
         return Finding("boot", name, FAILED, str(error).removeprefix(f"{name}: "))
+    receiver = getattr(project.settings, "receiver", None)
+    if not isinstance(receiver, AttachedReceiver | QueueConsumer):
+        return Finding(
+            "boot",
+            name,
+            WARNING,
+            "nothing in it calls salmon_revsmtp.attach, so `salmon start` collects nothing; add: "
+            "settings.receiver = salmon_revsmtp.attach(settings, settings.receiver)",
+        )
     return Finding("boot", name, OK, "it can be imported")
 
 
@@ -192,9 +204,7 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
     """Salmon's Router logs what keeps a handler from being imported, and goes on without it."""
     from salmon.routing import Router
 
-    names = getattr(project.settings, "handlers", None)
-    if not isinstance(names, list | tuple):
-        names = list(Router.HANDLERS)
+    names = handler_modules(project)
     missing = False
     for name in names:
         try:
@@ -231,41 +241,10 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
 
 def _folder(check: str, folder: Path) -> Finding:
     """Whether files can be made in a folder, or it itself."""
-    where = folder
     try:
-        while not where.exists():  # "." does
-            where = where.parent
-        with tempfile.TemporaryFile(dir=where, prefix=".check-"):
-            pass
+        return Finding(check, str(folder), OK, try_folder(folder))
     except OSError as error:
-        return Finding(check, str(folder), FAILED, _not_writable(where, error))
-    if where != folder:
-        return Finding(check, str(folder), OK, "not there yet, it is made when it is needed")
-    return Finding(check, str(folder), OK, "it can be written")
-
-
-def _not_writable(folder: Path, error: OSError) -> str:
-    text = f"{folder} cannot be written: {error.strerror}"
-    if isinstance(error, PermissionError):
-        with contextlib.suppress(OSError, KeyError):
-            text += _not_permitted(folder)
-    elif isinstance(error, NotADirectoryError):
-        text += "; it is no folder"
-    return text
-
-
-def _not_permitted(folder: Path) -> str:
-    """Why, and what to do: of the folder, or the next above it that is not closed to us."""
-    try:
-        found = folder.stat()
-    except PermissionError:
-        return _not_permitted(folder.parent)
-    lacking = "".join(right for right, bit in OWNERS if not found.st_mode & bit)
-    if found.st_uid == os.geteuid() and lacking:
-        mode = f"{stat.S_IMODE(found.st_mode):04o}"
-        return f"; the mode of {folder} is {mode}; chmod u+{lacking} {folder}"
-    who = pwd.getpwuid(os.geteuid()).pw_name
-    return f"; {folder} belongs to {folder.owner()}, and this is {who}"
+        return Finding(check, str(folder), FAILED, str(error))
 
 
 def _journal(path: Path) -> Iterator[Finding]:
@@ -321,8 +300,9 @@ def _queues(configuration: Configuration) -> Iterator[Finding]:
 def _undeliverable() -> Path:
     from salmon.routing import Router
 
-    current: Any = Router.UNDELIVERABLE_QUEUE
-    folder = getattr(getattr(current, "mbox", None), "_path", None) or DEFAULT_UNDELIVERABLE
+    from salmon_revsmtp.delivery.maildir import folder_of
+
+    folder = folder_of(Router.UNDELIVERABLE_QUEUE) or DEFAULT_UNDELIVERABLE
     with contextlib.suppress(ValueError):
         return Path(folder).relative_to(Path.cwd())
     return Path(folder)
@@ -448,7 +428,7 @@ def _certificate(where: str, settings: Any, offline: bool) -> Iterator[Finding]:
     if left <= 0:
         text = f"it ended on {day}, so no one can verify it; renew it"
         yield Finding("certificate", subject, FAILED, text)
-    elif left < RENEWED_BY:
+    elif left * DAY < RENEWED_BY:
         text = f"it ends on {day}, in {left:.0f} days; renew it, or see why that did not happen"
         yield Finding("certificate", subject, WARNING, text)
     else:

@@ -67,12 +67,19 @@ class Control:
         self._server: asyncio.Server | None = None
         self._asking: set[asyncio.Task[Any]] = set()
 
-    async def start(self) -> None:
-        """Listen.  A socket that a dead process left is no obstacle; a live one is not taken away:
-        then there is no control socket, and a warning."""
+    def be_alone(self) -> None:
+        """Raises :class:`OSError` if another server of this project runs: they would share agents,
+        queues and alarms, and no command could ask both."""
         if running(self._path):
-            log.warning("socket=%s another server has it; collect will ask that one", self._path)
-            return
+            raise OSError(
+                f"another server runs in this project, and answers on {self._path}; end it first, "
+                "with `salmon stop` or where it was started"
+            )
+
+    async def start(self) -> None:
+        """Listen.  A socket that a dead process left is no obstacle; raises :class:`OSError` if it
+        is not dead.  If there can be no socket for another reason, there is a warning."""
+        self.be_alone()
         try:
             make_folder(self._path.parent)
             self._path.unlink(missing_ok=True)

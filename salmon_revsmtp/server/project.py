@@ -73,6 +73,9 @@ class Project:
         server, which may be running already on the same port.  Raises :class:`ProjectError`.
         """
         from salmon import utils
+        from salmon.routing import Router
+
+        from salmon_revsmtp.delivery.maildir import make_whole
 
         utils.import_settings(False)
         name = module or DEFAULT_BOOT
@@ -80,18 +83,32 @@ class Project:
             importlib.import_module(name)
         enable_logging()
         _give_logs_to_owner()
+        with contextlib.suppress(OSError):  # whoever needs it says so
+            make_whole(Router.UNDELIVERABLE_QUEUE)  # root's command may have made it
 
 
 def enable_logging() -> None:
     """Salmon's ``logging.config.fileConfig`` disables every logger that it does not name; ours are
-    to be heard all the same, also where a log's encoding lacks a character."""
+    to be heard all the same, also where a log's encoding lacks a character.  And `salmon start` has
+    an umask that would let everyone write to what is made, also to a log that is rotated."""
+    before = os.umask(0o077)
+    if before:
+        os.umask(before)
     for handler in logging.root.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.errors = "backslashreplace"  # for a file that is opened again
+            with contextlib.suppress(OSError):
+                _close_to_others(Path(handler.baseFilename))
         escape_what_cannot_be_shown(getattr(handler, "stream", None))
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "salmon_revsmtp" and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+def _close_to_others(path: Path) -> None:
+    """If everyone may write to it."""
+    if path.stat().st_mode & 0o002:
+        path.chmod(0o600)
 
 
 def _give_logs_to_owner() -> None:

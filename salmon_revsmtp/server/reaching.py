@@ -1,10 +1,17 @@
-"""What ``salmon-revsmtp check`` tries by the network: the addresses to listen on, the relay, the
-agents.  All at the same time, each with a limit."""
+"""What ``salmon-revsmtp check`` tries by the network: the addresses to listen on, the relay, what
+handlers need, the agents.  All at the same time, each with a limit.
+
+A module of handlers may have a function ``check_handler(network: bool)``, with which it is asked
+whether it could do its work now.  It returns a sentence, or ``None`` where nothing was tried
+because ``network`` is false; it raises an exception that says what would keep it from taking mail.
+It is called in a thread of its own, and leaves nothing behind.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent, Check
@@ -15,7 +22,11 @@ from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.policy import Service
 
-__all__ = ["NOT_MADE", "agent_finding", "has_check", "reached", "skipped"]
+__all__ = ["NOT_MADE", "agent_finding", "handler_checks", "has_check", "reached", "skipped"]
+
+#: What a module of handlers may have.
+HandlerCheck = Callable[[bool], "str | None"]
+CHECK = "check_handler"
 
 # Seconds that an agent has for all of its check.  Its timeout is for each step of it, and who waits
 # at a terminal has had enough by then.
@@ -35,6 +46,7 @@ def has_check(agent: Agent) -> bool:
 
 async def reached(
     configuration: Configuration,
+    handlers: Mapping[str, HandlerCheck],
     enabled: Mapping[str, bool],
     relay: Any,
     running: bool,
@@ -42,6 +54,7 @@ async def reached(
 ) -> None:
     """Try all of it, and ``tell`` of each in the order of the settings.
 
+    ``handlers`` those that can be asked, by module.
     ``enabled``  by agent: what the journal and the settings say.
     ``relay``    Salmon's, or ``None``; :data:`NOT_MADE` where the boot module failed.
     ``running``  a server of this project runs, and has the addresses.
@@ -57,13 +70,25 @@ async def reached(
     for name, host, port in _addresses(configuration):
         begin(_address(name, host, port, running))
     begin(_relay(relay))
+    for name, ask in handlers.items():
+        begin(_handler(name, ask))
     for agent in configuration.agents:
         begin(agent_finding(agent, services[agent.settings.service], enabled[agent.name]))
     for task in tasks:
         tell(await task)
 
 
-def skipped(configuration: Configuration, enabled: Mapping[str, bool]) -> list[Finding]:
+def handler_checks(modules: Iterable[Any]) -> dict[str, HandlerCheck]:
+    """By module, the functions of those that have one and that could be imported."""
+    found = {str(name): getattr(sys.modules.get(str(name)), CHECK, None) for name in modules}
+    return {name: ask for name, ask in found.items() if callable(ask)}
+
+
+def skipped(
+    configuration: Configuration,
+    handlers: Mapping[str, HandlerCheck],
+    enabled: Mapping[str, bool],
+) -> list[Finding]:
     """The same without the network."""
     offline = "not tried, as --offline says"
     found = [
@@ -71,6 +96,9 @@ def skipped(configuration: Configuration, enabled: Mapping[str, bool]) -> list[F
         for _, host, port in _addresses(configuration)
     ]
     found.append(Finding("relay", "settings.relay", SKIPPED, offline))
+    for name, ask in handlers.items():
+        asked = _asked(name, ask, False)
+        found.append(asked or Finding("handler", name, SKIPPED, offline))
     for agent in configuration.agents:
         text = offline if enabled[agent.name] else DISABLED
         found.append(Finding("agent", agent.name, SKIPPED, text))
@@ -134,6 +162,26 @@ async def _relay(relay: Any) -> Finding:
     except (asyncio.TimeoutError, OSError, ValueError) as error:
         return Finding("relay", subject, WARNING, f"{why(error)}{cost}")
     return Finding("relay", subject, OK, "it answers")
+
+
+async def _handler(name: str, ask: HandlerCheck) -> Finding:
+    try:
+        trying = asyncio.to_thread(_asked, name, ask, True)
+        found = await asyncio.wait_for(trying, AGENT_PATIENCE)
+    except (asyncio.TimeoutError, TimeoutError):
+        text = f"its check did not end in {AGENT_PATIENCE:g} seconds; mail would wait as long"
+        return Finding("handler", name, FAILED, text)
+    return found or Finding("handler", name, SKIPPED, "it has tried nothing")
+
+
+def _asked(name: str, ask: HandlerCheck, network: bool) -> Finding | None:
+    """What a handler says of itself, or has raised."""
+    try:
+        said = ask(network)
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        return Finding("handler", name, FAILED, f"{text}; until that is mended, it takes no mail")
+    return None if said is None else Finding("handler", name, OK, str(said))
 
 
 async def agent_finding(agent: Agent, service: Service, enabled: bool = True) -> Finding:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from salmon_revsmtp.delivery.dispatcher import BUG, refusal_by
-from salmon_revsmtp.delivery.routes import is_routed
+from salmon_revsmtp.delivery.routes import is_routed, missing_handlers
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.receiver import LATER, RecipientRequest, Verdict
@@ -26,6 +26,7 @@ __all__ = ["DECIDE_IN", "MOST_THREADS", "Decider", "PluginsDecide", "Recipients"
 log = logging.getLogger(__name__)
 
 UNKNOWN = Reply(550, "no such recipient here", "5.1.1")
+UNSURE = Reply(451, "a handler is missing here, try again later", "4.3.5")
 
 UNDECIDED = Reply(451, "this recipient could not be checked in time, try again later", "4.4.5")
 
@@ -91,7 +92,8 @@ class Recipients:
 
 
 class RoutesDecide:
-    """Refuses recipients that no route of Salmon's Router matches.
+    """Refuses recipients that no route of Salmon's Router matches: for now, while a module with
+    routes is missing.
 
     ``spell``    a recipient in the form that it is routed in.
     ``threads``  where the routes are waited for.
@@ -102,11 +104,15 @@ class RoutesDecide:
 
     def verdict(self, mailbox: str) -> Verdict:
         routed = is_routed(self._spell(mailbox), wait=False)
-        return LATER if routed is None else None if routed else UNKNOWN
+        return LATER if routed is None else None if routed else _refusal()
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
         ask = functools.partial(is_routed, self._spell(request.recipient), wait=True)
-        return None if await self._threads.call(ask) else UNKNOWN
+        return None if await self._threads.call(ask) else _refusal()
+
+
+def _refusal() -> Reply:
+    return UNSURE if missing_handlers() else UNKNOWN
 
 
 class PluginsDecide:

@@ -40,6 +40,10 @@ SAYS: dict[str, tuple[bytes, bool, int]] = {
     "later": (b"451 4.3.0 later\r\n", False, HELD),
     "it does not know the command": (b"502 5.5.1 not implemented\r\n", False, HELD),
     "it wants a login": (b"530 5.7.0 authenticate first\r\n", False, HELD),
+    "it does not know a parameter": (b"504 5.5.4 not implemented\r\n", False, HELD),
+    "it does not know a form": (b"501 5.5.4 what?\r\n", False, HELD),
+    "no, for an address is not whole": (b"504 5.5.2 <root@nas>: not whole\r\n", False, 504),
+    "no, for an address is none": (b"501 5.1.3 bad recipient\r\n", False, 501),
     "a line without an end": (b"550 " + b"x" * 4096, True, HELD),
     "a reply without an end": (b"550-5.1.1 no\r\n" * 100, True, HELD),
     "empty lines without an end": (b"\r\n" * 1000, True, HELD),
@@ -246,6 +250,8 @@ def test_what_senders_ask_that_are_gone_is_asked_no_more(salmon: Salmon) -> None
         ("550 5.7.1 no thanks", 0, 1),
         ("451 4.3.0 later", 1, 0),
         ("530 5.7.0 authenticate first", 1, 0),
+        ("504 5.5.4 not implemented", 1, 0),
+        ("504 5.5.2 <root@nas>: need fully-qualified address", 0, 1),
     ],
 )
 def test_an_answer_that_comes_late_settles_what_is_held(

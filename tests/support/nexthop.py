@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,16 +114,17 @@ Script = Callable[[Call], None]
 
 
 @contextlib.contextmanager
-def next_host(*scripts: Script, path: str = "") -> Iterator[str]:
-    """A server whose first connection follows the first script, and so on.  Yields its address as
-    the settings have it.  At the end every script has run, and no one has called once more."""
+def next_host(*scripts: Script, path: str = "", at_once: bool = False) -> Iterator[str]:
+    """A server whose first connection follows the first script, and so on; ``at_once`` they do so
+    at the same time.  Yields its address as the settings have it.  At the end every script has run,
+    and no one has called once more."""
     listener = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
     listener.bind(path or ("127.0.0.1", 0))
     listener.listen()
     listener.settimeout(STUCK)
     errors: list[BaseException] = []
 
-    def serve() -> None:
+    def serve(scripts: Sequence[Script]) -> None:
         for script in scripts:
             try:
                 connection, _ = listener.accept()
@@ -133,12 +134,15 @@ def next_host(*scripts: Script, path: str = "") -> Iterator[str]:
                 errors.append(error)
                 return
 
-    thread = threading.Thread(target=serve)
-    thread.start()
+    each = [[one] for one in scripts] if at_once else [scripts]
+    threads = [threading.Thread(target=serve, args=(some,)) for some in each]
+    for thread in threads:
+        thread.start()
     try:
         yield f"unix:{path}" if path else f"127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        thread.join()
+        for thread in threads:
+            thread.join()
         listener.setblocking(False)
         with listener, contextlib.suppress(BlockingIOError):
             listener.accept()[0].close()
