@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import getpass
 import logging
 import os
+import pwd
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -218,10 +219,28 @@ def _not_writable(folder: Path, error: OSError) -> str:
     text = f"{folder} cannot be written: {error.strerror}"
     if isinstance(error, PermissionError):
         with contextlib.suppress(OSError, KeyError):
-            text += f"; it belongs to {folder.owner()}, and this is {getpass.getuser()}"
+            text += _not_permitted(folder)
     elif isinstance(error, NotADirectoryError):
         text += "; it is no folder"
     return text
+
+
+# What the owner of a folder needs to make files in it.
+OWNERS = (("w", stat.S_IWUSR), ("x", stat.S_IXUSR))
+
+
+def _not_permitted(folder: Path) -> str:
+    """Why, and what to do: of the folder, or the next above it that is not closed to us."""
+    try:
+        found = folder.stat()
+    except PermissionError:
+        return _not_permitted(folder.parent)
+    lacking = "".join(right for right, bit in OWNERS if not found.st_mode & bit)
+    if found.st_uid == os.geteuid() and lacking:
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        return f"; the mode of {folder} is {mode}; chmod u+{lacking} {folder}"
+    who = pwd.getpwuid(os.geteuid()).pw_name
+    return f"; {folder} belongs to {folder.owner()}, and this is {who}"
 
 
 # A network file system may lock files that are open for writing, and nothing else.

@@ -12,6 +12,7 @@ import re
 
 __all__ = [
     "ERROR_TEXT",
+    "abridged",
     "angle",
     "escape_what_cannot_be_shown",
     "printable",
@@ -51,11 +52,22 @@ def printable_lines(text: object) -> str:
 def shortened(text: str, most: int = ERROR_TEXT) -> str:
     """``text`` in at most ``most`` characters (32 or more): of a longer one the beginning and the
     end, and between them the number of those left out, without a space that could end a field."""
+    return _cut(text, most, "...[{}_more]...")
+
+
+def abridged(text: str, most: int) -> str:
+    """The same for a person, who reads a sentence: the number is in words.  ``most`` is 60 or
+    more."""
+    return _cut(text, most, " ... {} characters more ... ")
+
+
+def _cut(text: str, most: int, gap: str) -> str:
+    """``gap`` has place for the number of characters left out, which has nine digits at most."""
     if len(text) <= most:
         return text
-    kept = most - 24
+    kept = most - len(gap) - 7
     head, tail = kept - kept // 4, kept // 4
-    return f"{text[:head]}...[{len(text) - kept}_more]...{text[-tail:]}"
+    return f"{text[:head]}{gap.format(len(text) - head - tail)}{text[-tail:]}"
 
 
 def escape_what_cannot_be_shown(stream: object) -> None:

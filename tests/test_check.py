@@ -285,7 +285,7 @@ def test_a_boot_module_that_fails_keeps_nothing_else_from_being_looked_at(
     )
     assert results(found)["journal"] == OK and results(found)["agent"] == SKIPPED
     assert results(found)["handlers"] == SKIPPED
-    assert found["relay", "settings.relay"].text.startswith("there is none")
+    assert found["relay", "settings.relay"].result == SKIPPED
     assert found["summary", ""].text.startswith("the server cannot start; ")
 
 
@@ -427,7 +427,9 @@ def test_what_waits_is_counted(project: Project) -> None:
             (project.folder / "run" / name / part / "1.M1P1Q1.x").write_text("x")
     found = check(project, "--offline")
     assert found["unsent", "run/unsent"].text == "1 message to senders, for the relay to take"
-    assert found["undeliverable", "run/undeliverable"].text.startswith("2 messages that no handler")
+    assert found["undeliverable", "run/undeliverable"].text.startswith(
+        "2 messages that no handler took; see `salmon-revsmtp undelivered`"
+    )
     assert found["queue", "run/inbound"].text == "1 message, for the queue's consumer"
     assert [results(found)[name] for name in ("unsent", "undeliverable", "queue")] == [
         *(WARNING, WARNING, OK)
@@ -472,6 +474,7 @@ def test_folders_that_are_closed_to_us(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "run").mkdir(mode=0)
     found = checks._folder("folder", Path("run/hold"))
     assert found.result == FAILED and "Permission denied" in found.text
+    assert "the mode of run is 0000; chmod u+wx run" in found.text
     assert [one.result for one in checks._journal(Path("run/revsmtp.sqlite3"))] == [FAILED]
     assert checks._queue("unsent", Path("run/unsent"), WARNING, "").result == FAILED
 
@@ -721,6 +724,10 @@ def test_beside_a_server_that_runs(project: Project) -> None:
         assert found["summary", ""].text.startswith("the server is running")
         settings = project.folder / "config/settings.py"
         settings.write_text(settings.read_text().replace(str(port), str(other)))
-        changed = check(project)["listen", f"127.0.0.1:{other}"]
+        again = check(project)
+        changed = again["listen", f"127.0.0.1:{other}"]
         assert changed.result == WARNING and "restart it" in changed.text
+        newer = again["settings", "config/settings.py"]
+        assert newer.result == WARNING and "restart it" in newer.text
+        assert ("settings", "config/settings.py") not in found
     assert "a request failed" not in (project.folder / "logs/salmon.log").read_text()

@@ -130,6 +130,12 @@ def test_a_time_to_come_is_said(past: Path) -> None:
     assert done.returncode == 2 and "is in the future" in done.stderr
 
 
+def test_no_fewer_than_one_is_listed(past: Path) -> None:
+    for limit in ("0", "-1"):
+        done = history(past, "--limit", limit)
+        assert done.returncode == 2 and "is not in the range" in done.stderr
+
+
 def test_failed_is_what_did_not_end_well(past: Path) -> None:
     assert outcomes(past, "--failed") == ["refused", "failed", "deferred"]
     assert outcomes(past, "--failed", "--since", "2d") == ["refused", "failed"]

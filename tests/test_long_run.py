@@ -100,7 +100,7 @@ class World:
         return []
 
     def collection(self, agent: Any) -> Any:
-        tally = SimpleNamespace(messages=0, bytes=0)
+        tally = SimpleNamespace(messages=0, bytes=0, deferring=None)
         report = Report(agent.name, agent.protocol)
         return SimpleNamespace(
             agent=agent,

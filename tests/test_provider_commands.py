@@ -287,7 +287,7 @@ def test_bounce_tells_the_senders(holder: Project) -> None:
         (["{key}", "--account", "acme"], "name the KEYs of messages, or give --account"),
         (["{key}", "999999"], "no message is held with the key 999999; nothing is done"),
         (["{key}", "--json", "77", "88"], "with the keys 77, 88; nothing is done"),
-        (["all"], "'all' is not a valid integer"),
+        (["all"], "'all' is no key"),
         (["0"], "0 is not in the range"),
         ([str(2**63)], "is not in the range"),
         (["--account", "acmee"], "no account is named 'acmee'; there are: acme, other"),
@@ -358,6 +358,7 @@ def test_what_comes_while_a_person_thinks_is_not_meant(holder: Project) -> None:
     ("arguments", "said"),
     [
         (["held", "show", "7"], "no message with the key 7 is held"),
+        (["held", "show", "abc"], "'abc' is no key; `salmon-revsmtp provider held` shows them"),
         (["held", "7"], "error: no such command '7'"),
         (["held", "--account", "nobody"], "no account is named 'nobody'; there are: acme, other"),
         (["held", "--account", "acme", "drop", "1", "--yes"], "--account goes after 'drop'"),

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,10 @@ from salmon_revsmtp.provider import handover, settling
 from salmon_revsmtp.provider.hold.embedded import _Feed
 from salmon_revsmtp.provider.hold.store import Feed, Settled, State
 from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.server import health
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
+from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.smtp.envelope import Envelope
 
 # What is waited for here takes moments; this is for a machine that does much else.
@@ -159,6 +162,48 @@ def test_what_was_deferred_is_tried_again_in_the_same_session(
         await home.until(lambda: not len(home.held))
         assert home.provider.sessions == [session]
         assert times == 4
+
+    at_home(salmon, work, pattern="other@.*")
+
+
+def test_both_ends_say_that_all_is_deferred_and_that_it_is_over(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "AGAIN_FIRST", 0.1)
+    monkeypatch.setattr(handover, "AGAIN_LAST", 0.1)
+    monkeypatch.setattr(health, "TAKES_NOTHING", 0.0)
+    down = True
+
+    def store(message: MailRequest) -> None:
+        if down:
+            raise SMTPError(451, "the next host is down")
+
+    salmon.handle("b@.*", store)
+
+    async def work(home: Home) -> None:
+        nonlocal down
+        providing: Any = SimpleNamespace(store=home.held.store)
+        requests = ProviderRequests(providing, home.provider)
+
+        async def deferred() -> str:
+            found = (await requests.holdings()).get("acme")
+            return found.deferred if found is not None else ""
+
+        async def until(said: bool) -> None:
+            while bool(await deferred()) is not said:
+                await asyncio.sleep(0.01)
+
+        home.put("other@example.org")
+        await home.open()
+        await home.handled(1)
+        home.put()
+        await asyncio.wait_for(until(True), PATIENCE)
+        assert (await deferred()).startswith("the customer says 451")
+        [trouble] = (await home.daemon.look()).troubles
+        assert trouble.key == "agent:isp:deferred" and "451" in trouble.text
+        down = False
+        await asyncio.wait_for(until(False), PATIENCE)
+        assert not (await home.daemon.look()).troubles
 
     at_home(salmon, work, pattern="other@.*")
 

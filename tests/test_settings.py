@@ -54,6 +54,15 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert (service.delivery, service.queue, service.listen) == ("router", "run/inbound", ())
 
 
+def test_handlers_that_are_a_text_are_no_list() -> None:
+    module: Any = SimpleNamespace(handlers="salmon_revsmtp.handlers.maildir")
+    with pytest.raises(SettingsError) as raised:
+        load(module, Plugins.load())
+    [problem] = raised.value.problems
+    assert problem.startswith("handlers: found 'salmon_revsmtp.handlers.maildir', allowed: a list")
+    assert "handlers = ['salmon_revsmtp.handlers.maildir']" in problem
+
+
 def test_no_settings_at_all_are_no_agents() -> None:
     module: Any = SimpleNamespace()
     valid = load(module, Plugins.load())

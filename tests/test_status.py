@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import time
@@ -28,7 +29,7 @@ from salmon_revsmtp.plugins.facade import Trouble
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.store import Arrival
 from salmon_revsmtp.server import health
-from salmon_revsmtp.server.health import DAY, Health, Holding, Live
+from salmon_revsmtp.server.health import DAY, Deferring, Health, Holding, Live
 from salmon_revsmtp.smtp.envelope import Envelope
 
 NOW = 1_795_700_000.0
@@ -104,6 +105,53 @@ def test_an_agent_that_fails_is_named_with_what_it_says(place: Place) -> None:
         assert "refused" in trouble.text and "salmon-revsmtp check isp" in trouble.text
 
 
+def test_an_agent_with_a_push_session_does_not_fail(place: Place) -> None:
+    live = place.live(failing={"isp": NOW - 90}, push={"isp": NOW - 1})
+    found = place.health(agent_keys(1)).look(live)
+    assert not found.troubles
+    [agent] = [row for row in found.rows if row["status"] == "agent"]
+    assert agent["push"] and agent["failing_since"] is None
+
+
+def test_a_push_session_in_which_all_is_deferred_is_named(place: Place) -> None:
+    looked, reply = place.health(agent_keys(1)), "451 4.3.0 the next host is down"
+    live = place.live(push={"isp": NOW - 900}, deferring={"isp": Deferring(NOW - 60, reply)})
+    assert place.troubles(looked, live) == {}, "a next host that restarts is no trouble"
+    place.now += 300
+    trouble = place.troubles(looked, live)["agent:isp:deferred"]
+    assert reply in trouble.text and trouble.since == NOW - 60
+    assert place.troubles(looked, place.live(push={"isp": NOW - 900})) == {}
+
+
+def test_an_account_that_defers_its_mail_for_long_is_named(place: Place) -> None:
+    looked, said = place.health(accounts=[ACME]), "the customer says 451 4.3.0 the disk is full"
+    waits = Holding(3, 900, oldest=NOW - 9 * DAY, online=1, deferred=said)
+    live = place.live(held={"acme": waits})
+    assert place.troubles(looked, live) == {}, "it counts from the first look"
+    place.now += 3600
+    trouble = place.troubles(looked, live)["account:acme:deferred"]
+    assert said in trouble.text and "3 messages" in trouble.text and trouble.since == NOW
+    again = place.troubles(place.health(accounts=[ACME]), live)["account:acme:deferred"]
+    assert again.since == NOW, "a server that starts again knows it"
+    assert place.troubles(looked, place.live(held={"acme": waits._replace(deferred="")})) == {}
+    place.now += 60
+    assert place.troubles(looked, live) == {}, "it begins anew"
+    place.troubles(looked, place.live())
+    place.now += 3600
+    assert place.troubles(looked, live) == {}, "all its mail had gone out"
+
+
+def test_what_we_say_of_an_error_is_not_cut_and_a_longer_one_is_in_words(place: Place) -> None:
+    journal = Journal(place.folder / "run/revsmtp.sqlite3")
+    live, texts = place.live(failing={"isp": NOW - 90}), []
+    for length in (900, 1900):
+        said = (0, 0, 0, 0, 0, None, None, "x" * length)
+        journal.record(Entry("isp", "odmr", NOW - 99, NOW - 90, "failed", *said), False)
+        texts.append(place.troubles(place.health(agent_keys(1)), live)["agent:isp"].text)
+    assert "x" * 900 in texts[0] and "characters more" not in texts[0]
+    assert re.search(r"x [.]{3} 9\d\d characters more [.]{3} x", texts[1])
+
+
 def test_nothing_has_begun_after_now_whatever_the_clock_was(place: Place) -> None:
     place.free = {"run": LITTLE_ROOM - 1}
     place.now = NOW + 9 * DAY
@@ -132,6 +180,17 @@ def test_a_disk_that_fills_is_named_once_for_each_file_system(place: Place) -> N
     assert "room for 9 more files" in few.look(place.live()).troubles[0].text
 
 
+def test_a_certificate_of_few_days_needs_no_one_before_it_was_made(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "certificate_lasts", lambda *paths: (NOW - 9, NOW + DAY))
+    settings = {"listen": "127.0.0.1:0", "domains": ["example.org"]}
+    pem = place.folder / "x.pem"
+    pem.write_bytes(trustme.CA().issue_cert("x").private_key_and_cert_chain_pem.bytes())
+    looked = place.health(mx={**settings, "tls_cert": str(pem)})
+    assert place.troubles(looked)["certificate:service:mx"].since == NOW - 9
+
+
 @pytest.mark.parametrize(
     ("days", "said"), [(-1, "has ended on"), (20, "ends on"), (22, None)], ids=str
 )
@@ -141,7 +200,8 @@ def test_a_certificate_near_its_end_is_named(
     certificate = trustme.CA().issue_cert("localhost")
     pem = place.folder / "both.pem"
     pem.write_bytes(certificate.private_key_and_cert_chain_pem.bytes())
-    monkeypatch.setattr(health, "certificate_ends", lambda *paths: NOW + days * DAY)
+    lasts = (NOW - DAY, NOW + days * DAY)
+    monkeypatch.setattr(health, "certificate_lasts", lambda *paths: lasts)
     looked = place.health(
         accounts=[ACME],
         provider={"listen": "127.0.0.1:0", "tls_cert": str(pem)},
@@ -245,6 +305,16 @@ def test_that_no_server_runs_needs_a_person_where_one_should(
     looked = place.health(*agents, memory=False, **settings)
     assert [one.key for one in looked.look(None).troubles] == ["server"] * needed
     settings["agents"] = agents
+
+
+def test_a_pid_file_that_a_killed_server_left_needs_force(place: Place) -> None:
+    looked = place.health(accounts=[ACME], provider={"listen": "127.0.0.1:0"})
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for number, force in ((gone.pid, True), (os.getpid(), False), ("nonsense", False)):
+        (place.folder / "run/smtp.pid").write_text(f"{number}\n")
+        [trouble] = looked.look(None).troubles
+        assert ("`salmon start --force`" in trouble.text) is force
 
 
 def test_an_agent_that_someone_has_disabled_needs_no_server(place: Place) -> None:

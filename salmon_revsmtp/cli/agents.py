@@ -174,7 +174,9 @@ def _tell_server() -> None:
     help="Only what ended since then: 2d, 3h or 30m ago, or '2026-11-25 14:30' in local time.",
 )
 @click.option("--failed", is_flag=True, help="Only what did not end well.")
-@click.option("--limit", default=50, show_default=True, help="How many at most.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most."
+)
 @json_option
 @with_options
 def history(
@@ -187,8 +189,8 @@ def history(
 ) -> None:
     """List past collections, newest first.
 
-    Times are local. A collection that was interrupted is there too, with what it had brought. The
-    journal keeps them for 90 days.
+    Times are local. A collection that was interrupted is there too, with what it had brought; one
+    whose process was killed is not. The journal keeps them for 90 days.
     """
     from salmon_revsmtp.journal.collections import Journal
     from salmon_revsmtp.net.outcome import Outcome

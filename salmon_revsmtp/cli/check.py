@@ -100,16 +100,20 @@ def _look(
     """Look at everything; returns whether a server of this project runs.  ``live``: on a terminal,
     say what is waited for."""
     from salmon_revsmtp.journal.collections import Journal
-    from salmon_revsmtp.server.checks import handler_modules, local_findings
+    from salmon_revsmtp.server.checks import changed_since, handler_modules, local_findings
     from salmon_revsmtp.server.control import running
     from salmon_revsmtp.server.eventloop import run
-    from salmon_revsmtp.server.reaching import handler_checks, reached, skipped
+    from salmon_revsmtp.server.reaching import NOT_MADE, handler_checks, reached, skipped
 
     runs = running()
-    listen = not (runs or offline)
+    started = _server_started() if runs else None
+    listen, booted = not (runs or offline), True
     for finding in local_findings(
         project, configuration, options.boot, listen=listen, offline=offline
     ):
+        booted = booted and not (finding.check == "boot" and finding.result == "failed")
+        tell(finding)
+    for finding in changed_since(project, started) if started is not None else ():
         tell(finding)
     journal, enabled = Journal(), {}
     for agent in configuration.agents:
@@ -120,10 +124,21 @@ def _look(
         for finding in skipped(configuration, handlers, enabled):
             tell(finding)
     else:
-        relay = getattr(project.settings, "relay", None)
+        relay = getattr(project.settings, "relay", None if booted else NOT_MADE)
         with _waiting(sum(enabled.values()), live):
             run(reached(configuration, handlers, enabled, relay, runs, tell))
     return runs
+
+
+def _server_started() -> float | None:
+    """Since when the server runs (seconds since the epoch), if it says so."""
+    from salmon_revsmtp.server.control import GLANCE, NoServer, ask
+
+    with contextlib.suppress(NoServer, OSError, ValueError):
+        for answer in ask({"do": "status"}, patience=GLANCE):
+            since = answer.get("since")
+            return float(since) if since is not None else None
+    return None
 
 
 @contextlib.contextmanager

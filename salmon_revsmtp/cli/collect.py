@@ -37,8 +37,9 @@ def collect(options: Options, names: Sequence[str], every_one: bool, as_json: bo
 
     If a server runs in this project (`salmon start` or `salmon-revsmtp run`), it collects, and this
     command shows its progress, with -v its dialogue. Ctrl-c then ends this command only: the server
-    goes on. If no server runs, this command collects by itself, and ctrl-c ends the collection
-    after the message in hand.
+    goes on. If no server runs, this command collects by itself. Then ctrl-c ends the
+    collection: messages that have come already are finished, for 10 seconds at most, and no new one
+    is taken. A second ctrl-c ends it at once.
     """
     if bool(names) == every_one:
         raise click.UsageError("name the agents to collect from, or give --all")

@@ -34,7 +34,18 @@ __all__ = ["held"]
 LARGEST_KEY = 2**63 - 1
 STATES = {"waiting": "waiting", "aside": Toned("set aside", BAD)}
 
-Key = click.IntRange(1, LARGEST_KEY)
+
+class _Key(click.IntRange):
+    name = "key"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not value.lstrip("-").isdecimal():
+            shown = "`salmon-revsmtp provider held` shows them, and they are numbers"
+            self.fail(printable(f"{value!r} is no key; {shown}"), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+Key = _Key(1, LARGEST_KEY)
 
 
 class Message(NamedTuple):

@@ -116,7 +116,7 @@ def run(plugins: Plugins) -> int:
     console.print(
         f"\nThe provider has {seen.left} messages left. "
         f"All of this took {seen.seconds:.1f} seconds.\n"
-        'To set up your own, see "Five minutes" in README.rst.',
+        'To set up your own, see "Two ends in five minutes" in README.rst.',
         soft_wrap=True,
     )
     lost = [one.kind for one in held if not _delivered(one, witness)]

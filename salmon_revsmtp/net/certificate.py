@@ -112,8 +112,15 @@ def _refused(certificate: Path, key: Path | None, error: OSError) -> str:
 def certificate_ends(certificate: Path, key: Path | None) -> float:
     """The end of a server's certificate (notAfter), in seconds since the epoch, also when that is
     in the past.  Raises :class:`OSError`, of which :class:`ssl.SSLError` is one."""
+    return certificate_lasts(certificate, key)[1]
+
+
+def certificate_lasts(certificate: Path, key: Path | None) -> tuple[float, float]:
+    """From when (notBefore) until when a server's certificate is valid; see
+    :func:`certificate_ends`."""
     found: Any = _shown(certificate, key, _itself(certificate)).getpeercert()
-    return float(ssl.cert_time_to_seconds(found["notAfter"]))
+    begins, ends = (ssl.cert_time_to_seconds(found[one]) for one in ("notBefore", "notAfter"))
+    return float(begins), float(ends)
 
 
 def is_for(certificate: Path, key: Path | None, hostname: str) -> bool:

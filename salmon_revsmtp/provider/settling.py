@@ -23,9 +23,12 @@ from salmon_revsmtp.smtp.content import Content
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply, is_about_mail
 
-__all__ = ["Answered", "Notify", "Settler", "is_for_later"]
+__all__ = ["CUSTOMER_SAYS", "Answered", "Notify", "Settler", "is_for_later"]
 
 log = logging.getLogger(__name__)
+
+#: Begins the reason of what a customer has deferred.
+CUSTOMER_SAYS = "the customer says "
 
 # Seconds until a hold store that could not settle is tried again.
 RETRY = 5.0
@@ -178,4 +181,4 @@ def _settled(answered: Answered) -> Settled:
     replies = answered.by_recipient
     later = [reply for reply in replies.values() if is_for_later(reply)]
     done = [one for one, reply in replies.items() if not is_for_later(reply)]
-    return Settled(answered.held.key, done, f"the customer says {later[-1]}" if later else "")
+    return Settled(answered.held.key, done, f"{CUSTOMER_SAYS}{later[-1]}" if later else "")

@@ -44,6 +44,7 @@ __all__ = [
     "SKIPPED",
     "WARNING",
     "Finding",
+    "changed_since",
     "handler_modules",
     "local_findings",
 ]
@@ -149,6 +150,27 @@ def _settings(project: Project, configuration: Configuration) -> Iterator[Findin
                 f"others on this machine may read it (mode {mode:04o}),"
                 " and it has passwords; chmod 600 .env",
             )
+
+
+def changed_since(project: Project, started: float) -> Iterator[Finding]:
+    """Files of the settings that are newer than the server that runs (seconds since the epoch)."""
+    settings = getattr(project.settings, "__file__", None)
+    files = [project.folder / ".env", *sorted((project.folder / "config").glob("*.py"))]
+    if settings:
+        files.insert(0, Path(settings).absolute())
+    for path in dict.fromkeys(files):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime > started:
+                name = (
+                    path.relative_to(project.folder)
+                    if path.is_relative_to(project.folder)
+                    else path
+                )
+                text = (
+                    "it has changed since the server started, which runs with the settings of "
+                    "before: restart it"
+                )
+                yield Finding("settings", str(name), WARNING, text)
 
 
 def handler_modules(project: Project) -> list[Any]:
@@ -270,7 +292,7 @@ def _queues(configuration: Configuration) -> Iterator[Finding]:
         "undeliverable",
         _undeliverable(),
         WARNING,
-        " that no handler took; look at what they are, and at the log for the reason",
+        " that no handler took; see `salmon-revsmtp undelivered`, and the log for the reason",
     )
     yield _queue("unsent", UNSENT, WARNING, " to senders, for the relay to take")
 

@@ -93,6 +93,10 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     Raises :class:`SettingsError` with every problem that there is.
     """
     problems: list[str] = []
+    handlers = getattr(module, "handlers", None)
+    if isinstance(handlers, str):
+        hint = f"put brackets around it: handlers = [{quote(handlers)}]"
+        problems.append(f"handlers: found {quote(handlers)}, allowed: a list of modules; {hint}")
     services = _services(getattr(module, "smtp_services", None), problems)
     found = getattr(module, "smtp_services", None)
     known = set(services) | set(found if isinstance(found, Mapping) else ())

@@ -37,7 +37,7 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
-from salmon_revsmtp.server.health import Findings, Health, Holding, Live
+from salmon_revsmtp.server.health import Deferring, Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.server.overheard import Overheard
 from salmon_revsmtp.server.provider_requests import ProviderRequests
@@ -302,6 +302,11 @@ class Daemon:
             running=set(self._running),
             push={name: one.push_since or time.time() for name, one in self._pushing()},
             failing=self._collector.failing.since,
+            deferring={
+                name: Deferring(one.tally.deferring, str(one.tally.deferred))
+                for name, one in self._pushing()
+                if one.tally.deferring is not None
+            },
             next={name: at + ahead for name, at in times.items() if at is not None},
             held=held,
             undeliverable=await asyncio.to_thread(self._undeliverable),
@@ -405,7 +410,7 @@ class Daemon:
             yield {"end": True}
         elif request.get("do") == "status":
             # First of all that there is an answer: what follows may have to wait for a slow disk.
-            yield {"pid": os.getpid(), "version": version()}
+            yield {"pid": os.getpid(), "version": version(), "since": self._started}
             for row in (await self.look()).rows:
                 yield {"row": row}
             yield {"end": True}

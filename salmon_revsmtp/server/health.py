@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shlex
 import ssl
 import time
@@ -22,16 +23,16 @@ from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.report import counted, iso
 from salmon_revsmtp.delivery.waiting import Count, WaitingMail
 from salmon_revsmtp.files import LITTLE_ROOM, Room, room_in, write_private
-from salmon_revsmtp.foreign import shortened
+from salmon_revsmtp.foreign import abridged
 from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL
-from salmon_revsmtp.net.certificate import RENEWED_BY, certificate_ends
+from salmon_revsmtp.net.certificate import RENEWED_BY, certificate_lasts
 from salmon_revsmtp.plugins.facade import Trouble
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.configuration import Configuration
 
-__all__ = ["Findings", "Health", "Holding", "Live"]
+__all__ = ["OLDEST", "Deferring", "Findings", "Health", "Holding", "Live"]
 
 MEMORY = Path("run/status.json")
 UNDELIVERABLE = Path("run/undeliverable")
@@ -48,8 +49,19 @@ SETTLED = 3600.0
 UNSENT_LONG = 4 * 3600.0
 # Seconds that a message waits in the queue of queue mode for its consumer.
 INBOUND_LONG = 3600.0
-# Characters of an agent's last error in a trouble.
-MOST_ERROR = 300
+# Seconds that a customer defers what is held for it: it defers a message of itself for minutes, and
+# what was deferred is offered again every 15 minutes at least.
+DEFERRED_LONG = 3600.0
+# Seconds in which a push session brings only what is deferred: a next host that is started again is
+# back by then.
+TAKES_NOTHING = 300.0
+# Of what waits for an account, the oldest messages among which one that was deferred is looked for.
+OLDEST = 10
+# Characters of an agent's last error, or a reply, in a trouble: what we say ourselves is shorter.
+MOST_ERROR = 1000
+
+# Where Salmon's command notes the number of the process that it starts.
+PID_FILE = Path("run/smtp.pid")
 
 # Troubles of which there is a line in the log anyway.
 _LOGGED = ("agent:", "server")
@@ -68,6 +80,7 @@ class Holding(NamedTuple):
     ``oldest``  when the oldest of those came that wait (seconds since the epoch).
     ``online``  its sessions.
     ``seen``    when it had one last, as far as that is known.
+    ``deferred``  what the customer said of the oldest that it deferred; empty if it did of none.
     """
 
     messages: int = 0
@@ -76,6 +89,15 @@ class Holding(NamedTuple):
     oldest: float | None = None
     online: int = 0
     seen: float | None = None
+    deferred: str = ""
+
+
+class Deferring(NamedTuple):
+    """A push session takes nothing: since when all that came was deferred (seconds since the
+    epoch), and the last reply."""
+
+    since: float
+    reply: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,7 @@ class Live:
 
     ``running``  the agents that collect now; ``push``: those with a push session, and since when.
     ``failing``  the agents that fail, and since when; ``next``: when an agent runs next.
+    ``deferring``  the agents in whose push sessions all that comes is deferred.
     ``held``     what is held, by account.
     ``undeliverable``  where undeliverable mail is.
     ``hold_error``     why it is not known what is held.
@@ -96,6 +119,7 @@ class Live:
     push: Mapping[str, float] = field(default_factory=dict)
     failing: Mapping[str, float] = field(default_factory=dict)
     next: Mapping[str, float] = field(default_factory=dict)
+    deferring: Mapping[str, Deferring] = field(default_factory=dict)
     held: Mapping[str, Holding] = field(default_factory=dict)
     undeliverable: Path | None = None
     hold_error: str = ""
@@ -139,6 +163,7 @@ class Health:
         self._clock, self._room, self._remembers = clock, room, memory
         self._journal = Journal(project / DEFAULT_JOURNAL)
         self._known, self._place = self._recall()
+        self._deferred: dict[str, float] = {}  # by account, since when that has been seen
 
     def look(self, live: Live | None, silent: bool = False) -> Findings:
         """What there is.  ``live``: what the server says; ``silent``: there is one, and it does not
@@ -150,6 +175,7 @@ class Health:
         found = [
             *self._server(kept, live, silent),
             *self._failing(agents.values(), kept, live),
+            *(self._deferring(live) if live is not None else ()),
             *self._disks([one.folder for one in queues]),
             *self._certificates(),
             *self._waiting(queues),
@@ -178,10 +204,13 @@ class Health:
                 "disk says. See its log, and restart it.",
             )
         elif live is None and self._is_to_run(kept):
+            start = "`salmon start`"
+            if _left_by_the_dead(self._project / PID_FILE):
+                start = f"`salmon start --force` ({PID_FILE} is left of one that was killed)"
             yield Trouble(
                 "server",
                 "No server runs in this project, so nothing is collected on schedule and nothing "
-                "listens. Start it with `salmon start` or `salmon-revsmtp run`.",
+                f"listens. Start it with {start} or `salmon-revsmtp run`.",
             )
 
     def _is_to_run(self, kept: _Kept) -> bool:
@@ -205,13 +234,26 @@ class Health:
             since = _failing_since(agent.name, state, live)
             if since is None or not _enabled(agent, state):
                 continue
-            error = shortened(last.error, MOST_ERROR).rstrip(".") if last and last.error else ""
+            error = abridged(last.error, MOST_ERROR).rstrip(".") if last and last.error else ""
             said = f" The last time: {error}" + "." * (not error.endswith("?")) if error else ""
             yield Trouble(
                 f"agent:{agent.name}",
                 f"The agent {agent.name} has not collected since {_when(since)}.{said} See "
                 f"`salmon-revsmtp check {agent.name}`.",
                 since,
+            )
+
+    def _deferring(self, live: Live) -> Iterator[Trouble]:
+        for name, one in live.deferring.items():
+            if self._clock() - one.since < TAKES_NOTHING:
+                continue
+            said = abridged(one.reply, MOST_ERROR).rstrip(".")
+            yield Trouble(
+                f"agent:{name}:deferred",
+                f"The agent {name} has taken no mail since {_when(one.since)}: all that came was "
+                f"deferred, the last with {said}. The provider keeps it. See the log, and "
+                "`salmon-revsmtp check`.",
+                one.since,
             )
 
     def _disks(self, queues: Iterable[Path]) -> Iterator[Trouble]:
@@ -255,7 +297,7 @@ class Health:
     def _certificate(self, name: str, certificate: Path, key: Path | None) -> Iterator[Trouble]:
         whose = f"The certificate of the {name.replace(':', ' ')}, {self._named(certificate)},"
         try:
-            ends = certificate_ends(certificate, key)
+            begins, ends = certificate_lasts(certificate, key)
         except (OSError, ssl.SSLError, ValueError, KeyError) as error:
             yield Trouble(f"certificate:{name}", f"{whose} cannot be read: {error}.")
             return
@@ -266,7 +308,7 @@ class Health:
         yield Trouble(
             f"certificate:{name}",
             f"{whose} {over}. Renew it; the server reads it again by itself.",
-            min(ends - RENEWED_BY, self._clock()),
+            min(max(ends - RENEWED_BY, begins), self._clock()),
         )
 
     def _waiting(self, queues: Iterable[Queue]) -> Iterator[Trouble]:
@@ -302,6 +344,7 @@ class Health:
             yield from (one for key, one in self._known.items() if key.startswith("account:"))
             return
         accounts = {one.name: one for one in self._configuration.accounts}
+        self._deferred = {name: at for name, at in self._deferred.items() if name in held}
         for name, one in held.items():
             if one.aside:
                 number = f"{one.aside:,} message{'' if one.aside == 1 else 's'}"
@@ -319,6 +362,26 @@ class Health:
                 if name not in accounts:
                     text = f"Mail is held for {name}, which customer_accounts has no more: {what}."
                 yield Trouble(f"account:{name}:unseen", text, since)
+            elif since := self._deferred_since(name, one):
+                said = abridged(one.deferred, MOST_ERROR).rstrip(".")
+                yield Trouble(
+                    f"account:{name}:deferred",
+                    f"The account {name} has deferred its mail since {_when(since)}: "
+                    f"{counted(one.messages, one.octets)} wait. Of the oldest {said}. Tell whoever "
+                    "runs it: its mail is returned to the senders after hold_days.",
+                    since,
+                )
+
+    def _deferred_since(self, name: str, one: Holding) -> float | None:
+        """Since when an account has deferred its mail, if that is for long.  The store does not
+        say when: the time counts from the look that saw it first."""
+        if not one.deferred:
+            self._deferred.pop(name, None)
+            return None
+        known = self._known.get(f"account:{name}:deferred")
+        since = (known.since if known else None) or self._deferred.get(name, self._clock())
+        self._deferred[name] = since
+        return since if known or self._clock() - since >= DEFERRED_LONG else None
 
     def _unseen(self, name: str, one: Holding, account: AccountSettings | None, live: Live) -> bool:
         if account is None:
@@ -451,7 +514,21 @@ def _enabled(agent: Agent, state: AgentState) -> bool:
 
 
 def _failing_since(name: str, state: AgentState, live: Live | None) -> float | None:
-    return live.failing.get(name) if live is not None else state.failing_since
+    """An agent with a push session does not fail, whatever is still remembered."""
+    if live is None:
+        return state.failing_since
+    return None if name in live.push else live.failing.get(name)
+
+
+def _left_by_the_dead(pid_file: Path) -> bool:
+    """It names a process that there is not; `salmon start` refuses to begin beside it."""
+    try:
+        os.kill(int(pid_file.read_text()), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return False
 
 
 def _time(seconds: float | None) -> str | None:

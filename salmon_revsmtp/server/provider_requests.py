@@ -35,9 +35,10 @@ from salmon_revsmtp.delivery.trace import header_end
 from salmon_revsmtp.provider.accounts import Account
 from salmon_revsmtp.provider.hold.store import Held, State
 from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.settling import CUSTOMER_SAYS
 from salmon_revsmtp.provider.upkeep import Treated, Upkeep
 from salmon_revsmtp.server.control import MOST_KEYS, Answers
-from salmon_revsmtp.server.health import Holding
+from salmon_revsmtp.server.health import OLDEST, Holding
 from salmon_revsmtp.server.providing import Providing
 from salmon_revsmtp.smtp.content import Content, beginning
 
@@ -101,9 +102,13 @@ class ProviderRequests:
         store, found = self._providing.store, {}
         for name, used in store.usages().items():
             if used.messages:
-                waiting = store.listing(name, messages=1, state=State.WAITING)
-                oldest = waiting[0].arrived if waiting else None
-                found[name] = Holding(used.messages, used.octets, store.aside(name), oldest)
+                waiting = store.listing(name, messages=OLDEST, state=State.WAITING)
+                reasons = (one.reason for one in waiting)
+                found[name] = Holding(
+                    *(used.messages, used.octets, store.aside(name)),
+                    oldest=waiting[0].arrived if waiting else None,
+                    deferred=next((one for one in reasons if one.startswith(CUSTOMER_SAYS)), ""),
+                )
         return found
 
     # -- accounts and sessions ------------------------------------------------------------------

@@ -22,7 +22,7 @@ from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.policy import Service
 
-__all__ = ["agent_finding", "handler_checks", "has_check", "reached", "skipped"]
+__all__ = ["NOT_MADE", "agent_finding", "handler_checks", "has_check", "reached", "skipped"]
 
 #: What a module of handlers may have.
 HandlerCheck = Callable[[bool], "str | None"]
@@ -34,6 +34,9 @@ AGENT_PATIENCE = 60.0
 
 # Seconds that the relay has for each answer.
 RELAY_PATIENCE = 10.0
+
+# In the place of a relay that the boot module would have made.
+NOT_MADE = object()
 
 
 def has_check(agent: Agent) -> bool:
@@ -53,7 +56,7 @@ async def reached(
 
     ``handlers`` those that can be asked, by module.
     ``enabled``  by agent: what the journal and the settings say.
-    ``relay``    Salmon's, or ``None``.
+    ``relay``    Salmon's, or ``None``; :data:`NOT_MADE` where the boot module failed.
     ``running``  a server of this project runs, and has the addresses.
     """
     services = {name: Service(name, one) for name, one in configuration.services.items()}
@@ -145,6 +148,9 @@ async def _relay(relay: Any) -> Finding:
         " (mail is taken all the same, but senders are not told of what fails, and what your "
         "handlers send does not go out)"
     )
+    if relay is NOT_MADE:
+        text = "not tried, for the boot module, which makes it, failed"
+        return Finding("relay", "settings.relay", SKIPPED, text)
     if relay is None:
         return Finding("relay", "settings.relay", WARNING, f"there is none{cost}")
     subject = address_of(relay)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import ssl
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,8 @@ class Tally:
     accepted: int = 0
     #: The last 4yz that we gave for a recipient or a message.
     deferred: Reply | None = None
+    #: Since when no message was taken or refused, and all were deferred (seconds since the epoch).
+    deferring: float | None = None
     #: How often each of the last ones was, by its digest and envelope.
     _seen: OrderedDict[_Digest, int] = field(default_factory=OrderedDict, repr=False)
 
@@ -124,6 +127,10 @@ class Tally:
         assert delivery.reply is not None
         if delivery.reply.transient:  # whatever became of each, the client tries again
             self.deferred = delivery.reply
+        if delivery.reply.transient and not delivery.delivered:
+            self.deferring = self.deferring or time.time()
+        else:
+            self.deferring = None
         if not delivery.reply.positive or delivery.key is None:
             return False
         self.accepted += 1
