@@ -17,11 +17,18 @@ __all__ = [
     "printable",
     "printable_lines",
     "shortened",
+    "without_login",
 ]
 
 # Characters of an error that are kept, logged and shown: enough for what a person reads of it, and
 # a peer that says more fills neither the journal nor a terminal.
 ERROR_TEXT = 2000
+
+# What stands before a host: a name, a password, or both.  A password may have an "@", too, so it is
+# the last one that counts; what comes after the host in a URL may be a token.
+_LOGIN = re.compile(r"(?s)\A(\w+://)?.+@")
+_IN_A_URL = re.compile(r"(?s)(://[^?#]*)[?#].*")
+
 
 # A log line's fields are separated by spaces, and an address ends at ">".
 _ENDS_A_FIELD = re.compile(r"[ <>\\]")
@@ -55,6 +62,12 @@ def escape_what_cannot_be_shown(stream: object) -> None:
     """Have a text stream write ``\\u20ac`` where its encoding lacks the character, and not fail."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
+
+
+def without_login(text: str) -> str:
+    """What a person wrote where a host or a URL belongs, with ``***`` for whatever may be a
+    password: all before an ``@``, and all that a URL has after ``?`` or ``#``."""
+    return _IN_A_URL.sub(r"\1?***", _LOGIN.sub(r"\1***@", text))
 
 
 def angle(address: str | None) -> str:

@@ -1,6 +1,7 @@
 """How a dict of settings becomes a model, and each wrong key a sentence for a person.
 
-No sentence, repr or exception holds a password: values of secret or unknown keys are not quoted.
+No sentence, repr or exception holds a password: values of secret or unknown keys are not quoted,
+nor is a text where a dict or a list belongs, nor what stands before an "@".
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+from salmon_revsmtp.foreign import without_login
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-__all__ = ["SettingsError", "quote", "validated", "words_of"]
+__all__ = ["SettingsError", "kind_of", "quote", "validated", "words_of"]
 
 
 class SettingsError(Exception):
@@ -53,8 +56,10 @@ _WORDS_FOR_FALSE = ("no", "off", "false", "0")
 
 # What stands between names that should be a list.
 _BETWEEN = re.compile(r"[\s,;]+")
-# A name and a password in a URL, as a join line has them.
-_LOGIN_IN_URL = re.compile(r"//[^/\s]*@")
+# Keys of mail addresses, in which an "@" is no password's.
+_ADDRESSES = ("mail", "sender")
+# Keys that take one text, or a list of them.
+_ONE_OR_MORE = ("listen", "listen_implicit")
 
 
 def validated(model: type[BaseModel], keys: object, where: str, problems: list[str]) -> Any:
@@ -66,7 +71,7 @@ def validated(model: type[BaseModel], keys: object, where: str, problems: list[s
     ``problems``  gets a sentence for each wrong key; none of them quotes a secret.
     """
     if not isinstance(keys, Mapping):
-        problems.append(f"{where}: found {quote(keys)}, allowed: a dict{_hint_for_dict(keys)}")
+        problems.append(f"{where}: found {kind_of(keys)}, allowed: a dict{_hint_for_dict(keys)}")
         return None
     given = {str(key): value for key, value in keys.items()}
     wrong = _truths_for_numbers(model, given)
@@ -109,14 +114,31 @@ def _sentence(model: type[BaseModel], keys: Mapping[str, Any], detail: ErrorDeta
     if kind == "extra_forbidden":
         near = _meant(key, model.model_fields)
         hint = f"; did you mean {near}?" if near else ""
-        return f"{key}: unknown key, allowed: {', '.join(model.model_fields)}{hint}"
+        return f"{without_login(key)}: unknown key, allowed: {', '.join(model.model_fields)}{hint}"
     allowed = _allowed(model, key)
     if kind == "missing":
         return f"{key}: missing, allowed: {allowed}"
     value = _at(keys, detail["loc"])
-    found = "that value" if _secret(key, value) else quote(value)
+    found = "that value" if _secret(key, value) else _quoted(model, key, value, detail)
     reason = f" ({_reason(detail)})" if kind == "value_error" else ""
     return f"{key}: found {found}{reason}, allowed: {allowed}{_hint(key, value, kind)}"
+
+
+def _quoted(model: type[BaseModel], key: str, value: object, detail: ErrorDetails) -> str:
+    if len(detail["loc"]) == 1 and key not in _ONE_OR_MORE:
+        field = model.model_fields.get(key)
+        if field is not None and _takes_many(field.annotation):
+            return kind_of(value)
+    return quote(value, address=key in _ADDRESSES)
+
+
+def _takes_many(annotation: object) -> bool:
+    """Whether a key is for a list or a dict; or ``None``, or something else."""
+    kinds = (annotation, *get_args(annotation))
+    return any(
+        isinstance(kind, type) and issubclass(kind, list | tuple | set | frozenset | Mapping)
+        for kind in (get_origin(one) or one for one in kinds)
+    )
 
 
 def _meant(key: str, known: Collection[str]) -> str | None:
@@ -164,6 +186,8 @@ def _number(value: str) -> str:
 
 def _names(value: str) -> str:
     """``['a.example', 'b.example']`` for ``a.example, b.example``; for an address its domain."""
+    if "@" in value and ":" in value:  # of a login, and between spaces there may be some of it
+        return ""
     names = [one.rpartition("@")[2].strip("[]'\"") for one in _BETWEEN.split(value.strip())]
     fit = all(re.fullmatch(r"[*]|[\w-]+([.][\w-]+)+", one) for one in names)
     return repr(names) if fit else ""
@@ -190,6 +214,8 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _secret(key: str, value: object) -> bool:
+    if key == "command":  # a command line, in which tokens are
+        return True
     if key == "parameters" and isinstance(value, str):  # there may be a password among them
         return True
     if key == "hold" and isinstance(value, str) and "://" in value:  # and in a URL, however written
@@ -208,12 +234,24 @@ def _at(keys: Any, location: Sequence[int | str]) -> Any:
     return keys
 
 
-def quote(value: object) -> str:
-    """A value for a person; a container only by its kind, for it may hold a secret."""
-    if isinstance(value, str | int | float | bool | None):
-        text = _LOGIN_IN_URL.sub("//***@", repr(value))
-        return text if len(text) <= 60 else text[:57] + "..."
-    return f"a {type(value).__name__}"
+def quote(value: object, *, address: bool = False) -> str:
+    """A value for a person; a container only by its kind, for it may hold a secret.
+
+    ``address``  it should be a mail address: before its ``@`` may be anything but a ``:``.
+    """
+    if not isinstance(value, str):
+        return kind_of(value)
+    if not address or ":" in value:
+        value = without_login(value)
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def kind_of(value: object) -> str:
+    """What was found where a dict or a list belongs: a text there may be a password."""
+    if isinstance(value, int | float | None):
+        return repr(value) if len(repr(value)) <= 60 else "a number"
+    return f"a {'text' if isinstance(value, str) else type(value).__name__}"
 
 
 def words_of(words: Collection[str]) -> str:

@@ -39,6 +39,7 @@ class Rig:
     def __init__(self, folder: Path, **settings: Any) -> None:
         (folder / "run").mkdir(exist_ok=True)
         self.project, self.now = folder, NOW
+        self.wrong = 0.0  # seconds by which someone has set the clock
         self.there: list[Trouble] = []
         self.told: list[tuple[str, list[str]]] = []
         self.texts: list[str] = []
@@ -51,7 +52,9 @@ class Rig:
     def start(self) -> Alarm:
         """A new one, as after a restart."""
         server: Any = self
-        self.alarm = Alarm(server, self.settings, lambda: self.now, self.run)
+        self.alarm = Alarm(
+            server, self.settings, lambda: self.now, self.run, lambda: self.now - self.wrong
+        )
         return self.alarm
 
     def troubles(self) -> list[Trouble]:
@@ -73,7 +76,7 @@ class Rig:
 
     def look(self, at: float) -> list[tuple[str, list[str]]]:
         """What is told when the time is that many seconds after the beginning."""
-        self.now, before = NOW + at, len(self.told)
+        self.now, before = NOW + at + self.wrong, len(self.told)
         self.alarm.look()
         return self.told[before:]
 
@@ -118,6 +121,28 @@ def test_a_restart_repeats_nothing_and_forgets_nothing(rig: Rig) -> None:
     rig.start()
     assert rig.look(3 * HOUR) == []
     assert (rig.project / "run/alert.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("days", [-20_000, 20_000])
+def test_a_clock_that_was_wrong_neither_mutes_it_nor_sets_it_off(
+    rig: Rig, days: float, known: bool
+) -> None:
+    rig.wrong = days * 24 * HOUR
+    rig.there = [Trouble("server", "?", NOW + rig.wrong if known else None)]
+    assert rig.look(0) == []
+    rig.wrong = 0
+    assert rig.look(60) == rig.look(HOUR - 1) == []
+    assert rig.look(HOUR) == [("begun", ["server"])]
+    [kept] = json.loads((rig.project / "run/alert.json").read_text()).values()
+    assert kept["since"] <= NOW + HOUR
+
+
+def test_who_could_not_be_told_while_the_clock_was_wrong_is_told_in_time(rig: Rig) -> None:
+    rig.there, rig.error, rig.wrong = [FAILS], OSError("no"), 20_000 * 24 * HOUR
+    assert rig.look(HOUR) == []
+    rig.error, rig.wrong = None, 0
+    assert rig.look(HOUR + 120) == [("begun", ["agent:isp"])]
 
 
 def test_a_time_that_is_not_known_is_that_of_the_first_look(rig: Rig) -> None:
@@ -277,10 +302,10 @@ def _runs(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("alert", "said"),
     [
-        ("1h", "alert: found '1h', allowed: a dict"),
+        ("1h", "alert: found a text, allowed: a dict"),
         ({}, "alert: command: missing, and no mail"),
         ({"comand": ["true"]}, "alert: comand: unknown key"),
-        ({"command": "true"}, "alert: command: found 'true' (a single string is not a list)"),
+        ({"command": "true"}, "alert: command: found that value (a single string is not a list)"),
         ({"command": ["no-such-program"]}, "there is no such program"),
         ({"command": ["true"], "after": 60}, "alert: after: found 60, allowed: a time above 0"),
         ({"command": ["true"], "after": "0h"}, "alert: after: found '0h'"),

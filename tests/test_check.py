@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -32,6 +33,7 @@ from salmon_revsmtp.cli.output import has_colours
 from salmon_revsmtp.customer.agent import Agent, Check
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.settings import AgentSettings
+from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.files import LITTLE_ROOM, NO_ROOM, Room, room_in
 from salmon_revsmtp.journal.collections import Entry, Journal
@@ -430,6 +432,19 @@ def test_what_waits_is_counted(project: Project) -> None:
     assert [results(found)[name] for name in ("unsent", "undeliverable", "queue")] == [
         *(WARNING, WARNING, OK)
     ]
+
+
+def test_a_queue_of_ones_own_is_counted_where_undelivered_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = SimpleNamespace(dir="run/elsewhere", push=lambda message: "1")
+    monkeypatch.setattr(Router, "UNDELIVERABLE_QUEUE", own)
+    (tmp_path / "run/elsewhere/new").mkdir(parents=True)
+    (tmp_path / "run/elsewhere/new/1.M1P1Q1.x").write_text("x")
+    assert undeliverable_queue().folder == tmp_path / "run/elsewhere"
+    [found] = [one for one in checks._queues(configuration()) if one.check == "undeliverable"]
+    assert found.subject == "run/elsewhere" and found.text.startswith("1 message that no")
 
 
 def test_a_journal_of_another_time(project: Project) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.control import Answers, Control
 from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.server.failing import Failing
+from salmon_revsmtp.server.health import Findings
 
 SOON = 0.002  # minutes
 
@@ -212,6 +214,37 @@ def test_who_asks_the_server_is_answered_also_when_that_fails(
         writer.close()
         assert "the server could not do that" in json.loads(answers)["error"]
         await control.stop()
+
+    asyncio.run(main())
+
+
+def test_a_look_at_a_disk_that_hangs_is_the_only_one(salmon: Salmon) -> None:
+    go, looks, now = threading.Event(), [], [1000.0]
+
+    def hangs(live: object) -> Findings:
+        looks.append(live)
+        go.wait(20)
+        return Findings([], [])
+
+    async def main() -> None:
+        plugins = Plugins()
+        with Collector(configuration(), plugins, lambda: salmon.relay) as collector:
+            daemon = Daemon(collector, plugins, clock=lambda: now[0])
+            daemon._health.look = hangs  # type: ignore[method-assign, assignment]
+            for _ in range(5):
+                daemon._look_after()
+                await asyncio.sleep(0)
+                now[0] += 61
+            assert len(daemon._scheduled) == 2, "the look, and who remembers it"
+            asking = [asyncio.ensure_future(daemon._look_together()) for _ in range(3)]
+            await asyncio.sleep(0)
+            go.set()
+            one, *others = await asyncio.wait_for(asyncio.gather(*asking), 20)
+            assert all(other is one for other in others) and len(looks) == 1
+            await asyncio.gather(*daemon._scheduled)
+            daemon._look_after()
+            await asyncio.wait_for(asyncio.gather(*daemon._scheduled), 20)
+            assert len(looks) == 2
 
     asyncio.run(main())
 

@@ -110,7 +110,8 @@ def test_nothing_is_said_of_a_server_that_cannot_listen(project: Project) -> Non
         done = project.run("run")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
-        r"error: provider cannot listen on .*: Address already in use\n", done.stderr
+        r"error: provider cannot listen on .*: Address already in use; another program .*\n",
+        done.stderr,
     )
 
 

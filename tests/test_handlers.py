@@ -401,9 +401,14 @@ def test_any_name_is_one_that_the_file_system_takes(
         (
             "maildir",
             {"mailboxes": "bob@example.org"},
-            "mailboxes: found 'bob@example.org', allowed",
+            "mailboxes: found a text, allowed",
         ),
         ("maildir", {"mailboxes": []}, "mailboxes: found a list (it is empty"),
+        (
+            "maildir",
+            {"mailboxes": ["a:pw@b.org"]},
+            "mailboxes: found '***@b.org' (that is no address",
+        ),
         ("maildir", {"mailboxes": ["bob"]}, "mailboxes: found 'bob' (it has no domain)"),
         ("maildir", {"mailboxes": [17]}, "mailboxes: found 17 (that is no text)"),
         ("maildir", {"mailboxes": ["a b@example.org"]}, "mailboxes: found 'a b@example.org' ("),

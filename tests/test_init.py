@@ -9,23 +9,33 @@ import re
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dns.resolver
+import hypothesis
 import pytest
 import trustme
 from click.testing import CliRunner
+from hypothesis import strategies as st
 from support.disk import small_disk
 from support.names import name_server
 from support.terminal import on_a_terminal
+from support.tls import CERTIFICATE
 
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.cli.options import Options
+from salmon_revsmtp.init.customer import Customer, customer_files
 from salmon_revsmtp.init.environment import value_of
-from salmon_revsmtp.init.joinline import parse
+from salmon_revsmtp.init.joinline import JoinLine, parse
+from salmon_revsmtp.init.project import ProjectUser
 from salmon_revsmtp.init.writing import Change, File, changes, write
+from salmon_revsmtp.net.address import HostAndPort
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.server.configuration import load
 
 NEEDED = ("--hostname", "mx.example.net", "--account", "acme", "--domain", "example.org")
 PIN = "sha256:" + "0123456789abcdef" * 4
@@ -278,10 +288,11 @@ def test_what_is_written_is_formatted_as_ruff_does_it(tmp_path: Path, end: str) 
 
 
 @pytest.mark.parametrize("end", ["provider", "customer"])
-def test_systemd_takes_the_unit(tmp_path: Path, end: str) -> None:
+@pytest.mark.parametrize("name", ["a % folder", "a backslash\\", "a space "])
+def test_systemd_takes_the_unit(tmp_path: Path, end: str, name: str) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    folder = tmp_path / "a % folder"
+    folder = tmp_path / name
     provider(folder) if end == "provider" else customer(folder)
     unit = folder / f"revsmtp-{end}.service"
     done = subprocess.run(
@@ -289,8 +300,10 @@ def test_systemd_takes_the_unit(tmp_path: Path, end: str) -> None:
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     escaped = str(folder).replace("%", "%%")  # systemd expands what begins with %
-    assert f"\nWorkingDirectory={escaped}\n" in unit.read_text()
-    assert f'\nReadWritePaths="{escaped}/run" "{escaped}/logs"\n' in unit.read_text()
+    ends = "/" if name[-1] in "\\ " else ""  # systemd would join two lines, and strip the space
+    assert f"\nWorkingDirectory={escaped}{ends}\n" in unit.read_text()
+    quoted = escaped.replace("\\", "\\\\")
+    assert f'\nReadWritePaths="{quoted}/run" "{quoted}/logs"\n' in unit.read_text()
     assert ("CAP_NET_BIND_SERVICE" in unit.read_text()) is (end == "provider")
 
 
@@ -321,6 +334,53 @@ def test_a_customer_collects_what_the_line_says_and_stores_it(
     }
     assert found.handlers == ["salmon_revsmtp.handlers.maildir"]
     assert found.maildirs == "run/mail"
+
+
+LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
+DOMAIN = (
+    st.lists(LABEL, min_size=1, max_size=4)
+    .map(lambda labels: ".".join([*labels, "example"]))
+    .filter(lambda name: len(name) <= 253)
+)
+LONGEST_DOMAIN = ".".join(["a" * 63] * 3 + ["b" * 61])
+NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=40)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    account=NAME,
+    host=DOMAIN,
+    domains=st.lists(DOMAIN, min_size=1, max_size=30, unique=True),
+    pinned=st.booleans(),
+    agent=st.from_regex("[A-Za-z0-9_-]{1,30}", fullmatch=True),
+    boxes=st.booleans(),
+)
+@hypothesis.example("a", "x" * 39 + ".example", ["y" * 39 + ".example"], True, "isp", False)
+@hypothesis.example("a", LONGEST_DOMAIN, [LONGEST_DOMAIN], True, "isp", False)
+@hypothesis.example(
+    '"\\${x}\u2028', LONGEST_DOMAIN, [LONGEST_DOMAIN, "b.example"], False, "-", True
+)
+def test_the_settings_of_every_join_line_can_be_loaded(
+    account: str, host: str, domains: list[str], pinned: bool, agent: str, boxes: bool
+) -> None:
+    line = JoinLine(account, "pw", host, 366, tuple(domains), PIN if pinned else None)
+    mailboxes = tuple(f"me@{one}" for one in domains) if boxes else ()
+    relay = HostAndPort("localhost", 25)
+    made = Customer(parse(str(line)), agent, None, None, None, mailboxes, relay)
+    user = ProjectUser("nobody", None)
+    [written] = [
+        one
+        for one in customer_files(Path("/nowhere"), made, user)
+        if one.path == "config/settings.py"
+    ]
+    found: dict[str, Any] = {"__file__": "/nowhere/config/settings.py"}
+    with unittest.mock.patch.dict(os.environ, {made.variable: "pw"}):
+        exec(compile(written.content, "settings.py", "exec"), found)
+    module: Any = SimpleNamespace(**found)
+    [loaded] = load(module, Plugins.load()).agents
+    assert loaded.settings.account == account
+    assert found["collection_agents"][0]["domains"] == domains
+    assert found.get("mailboxes", ()) == (list(mailboxes) if boxes else ())
 
 
 def test_a_customer_has_the_mailboxes_that_are_named(
@@ -373,6 +433,63 @@ def test_a_broken_join_line_is_refused_without_being_shown(tmp_path: Path) -> No
         assert line.startswith("error: --join: ")
         assert "S3cr" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("customer", "z", "LINE"),
+        ("customer", "LINE"),
+        ("customer", "LINE", "z"),
+        ("customer", "z", "--join", "LINE", "LINE"),
+        ("customer", "z", "--user", "x", "--force=LINE"),
+        ("customer", "z", "--LINE"),
+        ("LINE",),
+        ("provider", "z", "LINE"),
+        ("provider", "z", "--relay", "LINE"),
+        ("customer", "z", "--lmtp", "LINE"),
+        ("customer", "z", "--mailbox", "LINE"),
+    ],
+)
+@pytest.mark.parametrize("login", ["acme:sesame", "acme:se same/sesame", "ACME:x@sesame"])
+def test_a_join_line_in_the_wrong_place_is_not_shown(
+    tmp_path: Path, arguments: tuple[str, ...], login: str
+) -> None:
+    line = f"REVsmtp://{login}@mx.example.net:366?domains=example.org"
+    done = run(
+        "--chdir", tmp_path, "init", *(one.replace("LINE", line) for one in arguments), status=2
+    )
+    assert "sesame" not in done.stdout + done.stderr
+    if arguments[1:] in (("z", "LINE"), ("LINE",)):
+        assert "--join" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--join", LINE.replace("S3cr", "S3cr\udcff")), ("--mailbox", "\udcff@example.org")),
+        *(("--lmtp", "\udcff:24"), ("--smtp", "\udcff:25"), ("--relay", "\udcff:25")),
+        *(("--name", "\udcff"), ("--hostname", "\udcff"), ("--user", "\udcff")),
+    ],
+)
+def test_octets_that_are_no_utf_8_are_a_sentence(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    given = arguments if arguments[0] == "--join" else ("--join", LINE, *arguments)
+    done = run("init", "customer", tmp_path / "c", *given, status=2)
+    assert done.stderr.startswith(f"error: {arguments[0]}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--tls-cert", "--account", "--domain", "--listen", "--relay"])
+def test_octets_that_are_no_utf_8_are_a_sentence_of_the_provider_too(
+    tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "x\udcff:25").write_bytes(CERTIFICATE.read_bytes())
+    done = provider(tmp_path / "p", option, f"{tmp_path}/x\udcff:25", status=2)
+    assert done.stderr.startswith(f"error: {option}")
+    assert not (tmp_path / "p").exists()
 
 
 def test_on_a_terminal_the_line_is_asked_for_and_not_shown(tmp_path: Path) -> None:
@@ -513,15 +630,15 @@ def test_what_was_named_is_taken_back_when_the_rest_cannot_be(
     (tmp_path / "a").write_bytes(b"before")
     files = [File("a", b"after"), File("new/b", b"new"), File("c", b"new")]
     wanted = changes(tmp_path, files)
-    rename = Path.rename
+    rename = os.rename
 
-    def fails(path: Path, target: Path) -> Path:
-        if target.name == "c":
+    def fails(source: str, target: str, **where: int) -> None:
+        if target == "c":
             raise OSError(28, "No space left on device")
-        return rename(path, target)
+        rename(source, target, **where)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
+        patch.setattr(os, "rename", fails)
         with pytest.raises(OSError, match="No space"):
             write(tmp_path, wanted, ["run"])
     assert tree(tmp_path) == {"a": b"before"}
@@ -536,6 +653,88 @@ def test_a_file_that_was_made_meanwhile_is_not_overwritten(tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         write(tmp_path, [change])
     assert tree(tmp_path) == {"a": b"theirs"}
+
+
+def test_what_another_has_written_meanwhile_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"before")
+    wanted = changes(tmp_path, [File(name, b"after") for name in ("a", "b", "c")])
+    (tmp_path / "c").write_bytes(b"theirs")
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        write(tmp_path, wanted)
+    assert tree(tmp_path) == {"a": b"before", "b": b"before", "c": b"theirs"}
+    (tmp_path / "c").write_bytes(b"before")
+    rename = os.rename
+
+    def others_write(source: str, target: str, **where: int) -> None:
+        rename(source, target, **where)
+        (tmp_path / "c").write_bytes(b"theirs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", others_write)
+        with pytest.raises(OSError, match="it was changed meanwhile"):
+            write(tmp_path, wanted)
+    assert tree(tmp_path) == {"a": b"before", "b": b"before", "c": b"theirs"}
+    (tmp_path / "c").unlink()
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        write(tmp_path, wanted)
+
+
+def test_a_line_of_env_that_is_written_while_it_asks_is_not_lost(tmp_path: Path) -> None:
+    provider(tmp_path / "p")
+    env = tmp_path / "p/.env"
+    user = ProjectUser("nobody", None)
+    relay = HostAndPort("localhost", 25)
+    made = Customer(parse(LINE), "isp", None, None, None, (), relay)
+    files = customer_files(tmp_path / "p", made, user)
+    with env.open("a") as stream:
+        stream.write("OTHER='1'\n")
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        changes(tmp_path / "p", files)
+    wanted = changes(tmp_path / "p", customer_files(tmp_path / "p", made, user))
+    with env.open("a") as stream:
+        stream.write("THIRD='1'\n")
+    before = tree(tmp_path)
+    with pytest.raises(OSError, match="it was changed meanwhile"):
+        write(tmp_path / "p", wanted)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config", "run", "logs", ".env", "config/settings.py", "app", "app/handlers"),
+        *("tls", "tls/key.pem", "revsmtp-provider.service", "revsmtp-customer.service"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_folder_leads_nowhere(tmp_path: Path, name: str, there: bool) -> None:
+    make = customer if name.startswith("app") or "customer" in name else provider
+    outside = tmp_path / "outside"
+    if there and "." in name:
+        outside.write_bytes(b"SECRET='hunter2'\n")
+    elif there:
+        outside.mkdir()
+        (outside / "settings.py").write_bytes(b"hunter2")
+    link = tmp_path / "d" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    before = (tree(tmp_path), bits(tmp_path)) if there else ()
+    for force in ((), ("--force",)):
+        done = make(tmp_path / "d", *force, status=1)
+        assert f"{link}: it is a symbolic link" in done.stderr
+        assert "nothing was written" in done.stderr and "hunter2" not in done.stdout + done.stderr
+    assert outside.exists() is there
+    if there:
+        assert (tree(tmp_path), bits(tmp_path)) == before
+
+
+def test_a_pipe_in_the_folder_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d/.env")
+    assert ".env: it is no file" in customer(tmp_path / "d", status=1).stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -645,6 +844,29 @@ def test_a_name_server_that_does_not_answer_is_said(
 
 
 # -- provider join --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hostname", "written", "host"),
+    [
+        ("[192.0.2.1]", "192.0.2.1", "192.0.2.1"),
+        ("[IPv6:2001:db8::1]", "[2001:db8::1]", "2001:db8::1"),
+    ],
+)
+def test_a_provider_that_is_an_address_has_a_join_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostname: str, written: str, host: str
+) -> None:
+    provider(tmp_path / "p")
+    path = tmp_path / "p/config/settings.py"
+    text = path.read_text()
+    path.write_text(text.replace('"mx.example.net"', f'"{hostname}"'))
+    line = join_line(run("--chdir", tmp_path / "p", "provider", "join", "acme"))
+    assert f"@{written}:366?" in line
+    assert parse(line).host == host
+    customer(tmp_path / "c", given=line)
+    found = settings(tmp_path / "c", monkeypatch)
+    assert found.collection_agents[0]["server"] == host
+    assert load(found, Plugins.load()).agents
 
 
 def test_the_join_line_of_another_account_comes_from_the_settings(tmp_path: Path) -> None:

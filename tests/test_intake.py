@@ -478,7 +478,7 @@ def test_another_process_has_the_server_hold_it(salmon: Salmon, tmp_path: Path) 
     ("keys", "said"),
     [
         ({"accounts": []}, "customer_accounts: missing"),
-        ({"accounts": "acme"}, "customer_accounts: found 'acme', allowed: a list of dicts"),
+        ({"accounts": "acme"}, "customer_accounts: found a text, allowed: a list of dicts"),
         ({"accounts": [ACME, ACME]}, 'account "acme": name: found twice'),
         ({"accounts": [{**ACME, "domains": []}]}, 'account "acme": domains: found'),
         ({"accounts": [{**ACME, "password": ""}]}, "password: found that value"),

@@ -42,6 +42,13 @@ def test_env_is_shown_without_its_values_and_comments() -> None:
     assert "A=(hidden)" in shown and "B=(hidden)" in shown
 
 
+def test_a_line_of_env_that_gives_nothing_a_value_is_not_shown() -> None:
+    """It may be the rest of a password, or one without its name."""
+    shown = hidden("hunter1\nA=1\nexport hunter2\nhunter3==\nhunter4=\n")
+    assert "hunter" not in shown
+    assert "A=(hidden)" in shown
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -94,6 +101,9 @@ def test_white_space_around_it_and_a_missing_port_are_forgiven() -> None:
         (GOOD + "&tls=implicit", "a key 'tls' that this version does not know"),
         (GOOD + "&Secret!=1", "a key that this version does not know"),
         (GOOD.replace("secret", "s" * 70_000), "more than"),
+        (GOOD.replace("secret", "secret\udcff"), "no UTF-8"),
+        (GOOD.replace("acme", "secret\udcff"), "no UTF-8"),
+        (GOOD.replace("example.org", "secret\udcff.example"), "no UTF-8"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence_without_the_password(line: str, reason: str) -> None:

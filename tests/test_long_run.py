@@ -75,8 +75,8 @@ class World:
             for agent in agents[::2]
             for begin in [self._chance.uniform(5, 120) * HOUR]
         }
-        self.configuration = SimpleNamespace(agents=agents, holds=False)
-        self.providing = SimpleNamespace(provider=lambda: None)
+        self.configuration = SimpleNamespace(agents=agents, holds=False, module=None)
+        self.providing = SimpleNamespace(provider=lambda: None, leave_store=lambda: None)
         self.project = Path.cwd()
         self.failing = Failing()
         self.journal: dict[str, float] = {}

@@ -132,6 +132,28 @@ def test_one_that_is_refused_is_given_up_and_kept_aside(
     assert message == NOTICE
 
 
+@pytest.mark.parametrize("error", [None, smtplib.SMTPDataError(554, b"no bounces here")])
+def test_one_that_is_deleted_meanwhile_does_not_end_the_round(
+    salmon: Salmon, relay: Relay, error: Exception | None
+) -> None:
+    outbox = Outbox(lambda: relay)
+    put(outbox, "ann@example.net", "bob@example.net", "cat@example.net")
+    first, second, _ = by_age(keys())
+
+    class Deletes(Relay):
+        def deliver(self, message: Any, To: str, From: str) -> None:
+            for key in (first, second):
+                Path("run/unsent/new", key).unlink(missing_ok=True)
+            super().deliver(message, To, From)
+
+    deletes = Deletes()
+    if error is not None:
+        deletes.fails["ann@example.net"] = error
+    outbox._relay = lambda: deletes
+    outbox.send()
+    assert deletes.asked == ["ann@example.net", "cat@example.net"] and keys() == []
+
+
 def test_one_that_has_waited_too_long_is_given_up(salmon: Salmon, relay: Relay) -> None:
     outbox = Outbox(lambda: relay)
     put(outbox, "ann@example.net", "bob@example.net")

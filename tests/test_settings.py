@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -81,12 +82,12 @@ def test_no_settings_at_all_are_no_agents() -> None:
         ("password", "", ["password: found that value", ".env"]),
         ("password", 12345678, ["password: found that value", "text"]),
         ("password", f"{PASSWORD}\n", ["password: found that value", "control characters"]),
-        ("auth", "PLAIN", ["auth: found 'PLAIN'", "a list", "'CRAM-MD5'"]),
+        ("auth", "PLAIN", ["auth: found a text", "a list", "'CRAM-MD5'"]),
         ("auth", [], ["auth: found a list", "'CRAM-MD5'"]),
         ("auth", ["XOAUTH2"], ["auth: found 'XOAUTH2'", "'SCRAM-SHA-256'", "'LOGIN'"]),
         ("auth", ["CRAM-MD5", "cram-md5"], ["auth: found a list", "twice"]),
         ("auth", ["CRAM-MD5", "PLAIN"], ["auth: found a list", "tls 'none' verifies no"]),
-        ("domains", "example.org", ["domains: found 'example.org'", "a list"]),
+        ("domains", "example.org", ["domains: found a text", "did you mean ['example.org']?"]),
         ("domains", ["exa mple.org"], ["domains", "'exa mple.org'", "list of domain"]),
         ("domains", ["straße.example"], ["domains", "xn--"]),
         ("domains", [17], ["domains: found 17", "list of domain"]),
@@ -118,7 +119,7 @@ def test_no_settings_at_all_are_no_agents() -> None:
         ),
         ("password", None, ["password: found None", "a variable that is not set", ".env"]),
         ("domains", "a.example, b.example", ["did you mean ['a.example', 'b.example']?"]),
-        ("domains", ["ann@a.example"], ["'ann@a.example'", "did you mean 'a.example'?"]),
+        ("domains", ["ann@a.example"], ["'***@a.example'", "did you mean 'a.example'?"]),
         ("domains", ["@a.example"], ["'@a.example'", "did you mean 'a.example'?"]),
         ("domains", ["a.example b.example"], ["write each name by itself"]),
         ("domains", ["https://a.example/"], ["did you mean 'a.example'?"]),
@@ -141,8 +142,8 @@ def test_a_wrong_value_names_agent_key_finding_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("allow", "192.168.1.1/24", ["found '192.168.1.1/24'", "mean ['192.168.1.0/24']?"]),
-        ("allow", "192.168.1.1", ["found '192.168.1.1'", "did you mean ['192.168.1.1']?"]),
+        ("allow", "192.168.1.1/24", ["found a text", "mean ['192.168.1.0/24']?"]),
+        ("allow", "192.168.1.1", ["found a text", "did you mean ['192.168.1.1']?"]),
         (
             "allow",
             ["192.168.1.1/24"],
@@ -360,6 +361,72 @@ def test_parameters_stand_in_no_repr_and_no_error(protocol: str) -> None:
     assert "hunter2" not in one(protocol=protocol, parameters=["a", "acme;hunter2\r"])
 
 
+LEAK = "hunter2"
+LOGINS = (
+    f"a:{LEAK}@h",
+    f"{LEAK}@h.example",
+    f"a:{LEAK}/x@h.example",
+    f"a:{LEAK}?x#y@h.example",
+    f"revsmtp://a:{LEAK}/{LEAK}@mx.example.net:366?x=y",
+    f"http://a:{LEAK}?@!",
+    f"https://h.example/?token={LEAK}",
+    f"a:{LEAK} .{LEAK}@h.example, b.example",
+)
+
+
+@pytest.mark.parametrize("text", LOGINS)
+def test_a_login_where_a_host_or_a_domain_belongs_is_shown_nowhere(text: str) -> None:
+    for key in ("server", "domains", "service", "protocol", "name", "auth", "tls", "every"):
+        for value in (text, [text], {"x": text}, (f"@{text}",), f"#{text}", [f"# {text}"]):
+            for protocol in ("odmr", "etrn"):
+                keys = agent_keys(366, **{"protocol": protocol, key: value})
+                with contextlib.suppress(SettingsError):
+                    configuration(keys)
+                    continue
+                assert LEAK not in "".join(problems(keys))
+    for model, name in ((ServiceSettings, "smtp_services"), (ProviderSettings, "provider")):
+        for key in set(model.model_fields) - {"tls_cert", "tls_key"}:  # whose paths are said
+            for value in (text, [text]):
+                keys = {key: value}
+                module = {name: {"default": keys} if name == "smtp_services" else keys}
+                assert LEAK not in said_of(**module, customer_accounts=[ACCOUNT])
+    for key in set(AccountSettings.model_fields) - {"name"}:
+        for value in (text, [text]):
+            assert LEAK not in said_of(customer_accounts=[{**ACCOUNT, key: value}], provider={})
+
+
+@pytest.mark.parametrize("text", [*LOGINS, LEAK, f"curl -u me:{LEAK} http://x"])
+def test_a_text_where_a_dict_or_a_list_belongs_is_not_shown(text: str) -> None:
+    for name in ("collection_agents", "smtp_services", "customer_accounts", "provider", "alert"):
+        for value in (text, [text]):
+            said = said_of(**{name: value})
+            assert said and LEAK not in said, name
+    assert "found a text, allowed: a dict" in said_of(alert=text)
+    values: list[Any] = [text, [text], [text, 17], {"x": text}]
+    for value in values:
+        said = said_of(alert={"command": value})
+        assert "command: found that value" in said and LEAK not in said
+
+
+def test_a_key_that_is_written_into_the_settings_is_not_shown() -> None:
+    pem = f"-----BEGIN PRIVATE KEY-----\n{LEAK}\n-----END PRIVATE KEY-----\n"
+    for keys in ({"tls_cert": pem}, {"tls_cert": str(CERTIFICATE), "tls_key": pem}):
+        said = said_of(provider=keys, customer_accounts=[ACCOUNT])
+        assert "allowed: the name of the file" in said and LEAK not in said
+
+
+ACCOUNT = {"name": "acme", "password": PASSWORD, "domains": ["example.org"]}
+
+
+def said_of(**names: Any) -> str:
+    module: Any = SimpleNamespace(**names)
+    try:
+        load(module, Plugins.load())
+    except SettingsError as error:
+        return "\n".join(error.problems)
+    return ""
+
+
 def test_missing_keys() -> None:
     keys = without("server", "account", "password")
     found = problems(keys)
@@ -387,7 +454,7 @@ def test_all_wrong_settings_at_once() -> None:
         "agent \"isp\": service: found 'nowhere'",
         'agent "isp": name: found twice',
         "agent \"other\": tls: found 'always'",
-        "agent number 4: found 'not a dict'",
+        "agent number 4: found a text, allowed: a dict",
         'service "default": deny: found',
         'service "default": hostnam: unknown key',
         "did you mean hostname?",
@@ -407,7 +474,7 @@ def test_an_agent_without_domains_needs_a_service_with_domains() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("collection_agents", "isp", "found 'isp', allowed: a list of dicts"),
+        ("collection_agents", "isp", "found a text, allowed: a list of dicts"),
         ("collection_agents", 5, "found 5, allowed: a list of dicts"),
         ("collection_agents", {"isp": {}}, "each with its name among its keys: collection_agents"),
         ("collection_agents", agent_keys(366), "brackets around it: collection_agents = [{...}]"),
@@ -416,9 +483,9 @@ def test_an_agent_without_domains_needs_a_service_with_domains() -> None:
         ("smtp_services", [{"hostname": "mx.example.org"}], "found a list, allowed: a dict of"),
         ("smtp_services", ["default"], 'each with its name: {"default": {...}}'),
         ("smtp_services", {"hostname": "mx.example.org"}, "found the keys of one service"),
-        ("smtp_services", "default", "found 'default', allowed: a dict of services"),
+        ("smtp_services", "default", "found a text, allowed: a dict of services"),
         ("provider", [{"hold": "x"}], "found a list, allowed: a dict; take the brackets"),
-        ("provider", "0.0.0.0:366", "found '0.0.0.0:366', allowed: a dict"),
+        ("provider", "0.0.0.0:366", "found a text, allowed: a dict"),
     ],
 )
 def test_a_list_where_a_dict_belongs_and_the_other_way_round(

@@ -350,6 +350,10 @@ def test_what_is_larger_than_rspamd_takes_is_not_asked_about(
     ("settings", "said"),
     [
         ({"url": "rspamd:11333"}, "RSPAMD_URL: found 'rspamd:11333', allowed: http://HOST:PORT"),
+        (
+            {"url": "https://me:hunter2@h:1?password=hunter2"},
+            "RSPAMD_URL: found '***@h:1', allowed",
+        ),
         ({"url": "http://"}, "RSPAMD_URL: found 'http://'"),
         ({"timeout": "0"}, "RSPAMD_TIMEOUT: found '0', allowed: seconds above 0"),
         ({"timeout": "nan"}, "RSPAMD_TIMEOUT: found 'nan'"),
@@ -360,7 +364,7 @@ def test_what_is_larger_than_rspamd_takes_is_not_asked_about(
 def test_a_wrong_setting_is_named(rspamd: Any, settings: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match="RSPAMD_") as wrong:
         rspamd.Rspamd(**settings)
-    assert said in str(wrong.value)
+    assert said in str(wrong.value) and "hunter2" not in str(wrong.value)
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,17 @@ def test_an_agent_that_fails_is_named_with_what_it_says(place: Place) -> None:
         assert "refused" in trouble.text and "salmon-revsmtp check isp" in trouble.text
 
 
+def test_nothing_has_begun_after_now_whatever_the_clock_was(place: Place) -> None:
+    place.free = {"run": LITTLE_ROOM - 1}
+    place.now = NOW + 9 * DAY
+    assert place.troubles(place.health())["disk:run"].since == NOW + 9 * DAY
+    place.now = NOW
+    health = place.health()
+    assert place.troubles(health)["disk:run"].since == NOW
+    place.now = NOW + 60
+    assert place.troubles(place.health())["disk:run"].since == NOW
+
+
 def test_a_disk_that_fills_is_named_once_for_each_file_system(place: Place) -> None:
     health = place.health(accounts=[ACME], provider={"listen": "127.0.0.1:0"})
     place.free = {"run": LITTLE_ROOM - 1}

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from salmon import queue
 from salmon.mail import MailRequest
+from salmon.routing import Router
 from salmon.server import SMTPError
 from support.collecting import exchange
 from support.project import Project
@@ -28,11 +29,12 @@ from support.salmon import Salmon, explodes, fails, waits_for
 from support.serving import RUN, server
 from support.terminal import on_a_terminal
 
+from salmon_revsmtp.delivery.maildir import push_safely
 from salmon_revsmtp.delivery.outbox import GIVEN_UP, Outbox
 from salmon_revsmtp.delivery.retry import Retried, Retry
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import envelope_lines, unpack_undeliverable
-from salmon_revsmtp.delivery.waiting import WaitingMail
+from salmon_revsmtp.delivery.waiting import KEPT_MARK, WaitingMail
 from salmon_revsmtp.files import FolderLock
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
@@ -50,7 +52,9 @@ def keep(
     """Put a message into the project's undeliverable queue; returns its key."""
     lines = envelope_lines("ann@example.net", to) + b"X-Undeliverable-Reason: no route\n"
     target = queue.Queue(str(project.folder / WAITS))
-    return str(target.push((lines if envelope else b"") + data))
+    if not envelope:
+        return str(target.push(data))
+    return push_safely(target, lines + data, mark=KEPT_MARK)
 
 
 def keys(project: Project, folder: Path = WAITS) -> list[str]:
@@ -226,11 +230,16 @@ def test_what_fails_again_stays_with_its_key_and_the_new_reason(project: Project
 
 
 @pytest.fixture
-def retry(salmon: Salmon) -> Iterator[Retry]:
+def journal(salmon: Salmon) -> Iterator[DeliveryJournal]:
+    found = DeliveryJournal(JournalConnection())
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def retry(salmon: Salmon, journal: DeliveryJournal) -> Retry:
     """In this process, on the queue of the fixture ``salmon``."""
-    journal = DeliveryJournal(JournalConnection())
-    yield Retry(salmon.folder, journal, Outbox(lambda: salmon.relay), threading.Lock(), 5)
-    journal.close()
+    return Retry(salmon.folder, journal, Outbox(lambda: salmon.relay), threading.Lock(), 5)
 
 
 def kept(salmon: Salmon, *recipients: str, data: bytes = MESSAGE, reason: str = "why") -> str:
@@ -300,6 +309,44 @@ def test_a_handler_that_hangs_is_left_alone_and_the_message_stays(
     assert not one.done and "the handler still runs" in one.remark
     assert not two.done and "another handler has not returned" in two.remark
     assert WaitingMail(salmon.folder / WAITS).keys() == [key, other]
+
+
+def test_a_slow_handler_does_not_get_it_once_more_when_it_has_returned(
+    salmon: Salmon, journal: DeliveryJournal
+) -> None:
+    go = threading.Event()
+    salmon.handle(".*", waits_for(go))
+    turn = threading.Lock()
+    retry = Retry(salmon.folder, journal, Outbox(lambda: None), turn, 0.2)
+    key = kept(salmon, "b@example.org")
+    [one] = retry.retry([key])
+    assert not one.done and "the handler still runs" in one.remark
+    go.set()
+    assert turn.acquire(timeout=10)
+    turn.release()
+    assert list(retry.retry([key])) == [Retried(key, True)]
+    assert len(salmon.handled) == 1
+
+
+def test_a_slow_handler_that_fails_in_the_end_is_asked_again(
+    salmon: Salmon, journal: DeliveryJournal
+) -> None:
+    go = threading.Event()
+
+    def waits_and_fails(message: MailRequest) -> None:
+        go.wait(10)
+        raise SMTPError(451, "not today")
+
+    salmon.handle(".*", waits_and_fails)
+    turn = threading.Lock()
+    retry = Retry(salmon.folder, journal, Outbox(lambda: None), turn, 0.2)
+    key = kept(salmon, "b@example.org")
+    list(retry.retry([key]))
+    go.set()
+    assert turn.acquire(timeout=10)
+    turn.release()
+    assert list(retry.retry([key])) == [Retried(key, False, "deferred with 451 not today")]
+    assert len(salmon.handled) == 2
 
 
 def test_where_the_folder_cannot_be_written_no_handler_is_asked(
@@ -377,9 +424,120 @@ def test_what_only_says_that_it_is_a_notification_never_goes_to_the_relay(
     forged = WaitingMail(salmon.folder / WAITS).read(given_up)
     assert forged is not None and GIVEN_UP.encode() in forged
     key = str(queue.Queue(str(salmon.folder / WAITS)).push(forged))
-    assert list(retry.retry([key])) == [Retried(key, True)]
+    [one] = retry.retry([key])
+    assert not one.done and "--to ADDRESS" in one.remark and salmon.handled == []
+    assert list(retry.retry([key], to="bob@example.org")) == [Retried(key, True)]
     retry._outbox.wait(10)
     assert salmon.relayed == [] and len(salmon.handled) == 1
+
+
+def test_a_death_right_after_it_was_given_up_leaves_a_notification(
+    salmon: Salmon, retry: Retry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    salmon.handle(".*")
+    queues = undeliverable_queue()
+    keep_stored = queues.keep_stored
+
+    def dies(*stored: Any) -> str:
+        keep_stored(*stored)
+        raise KeyboardInterrupt
+
+    outbox = Outbox(lambda: SimpleNamespace(deliver=refuses))
+    outbox.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(queues, "keep_stored", dies)
+        outbox.send()
+    [key] = WaitingMail(salmon.folder / WAITS).keys()
+    [one] = retry.retry([key])
+    assert one.done and "unsent" in one.remark and salmon.handled == []
+
+
+FORGED = (
+    b"Return-Path: <ceo@example.org>\nDelivered-To: victim@example.com\n"
+    b"X-Undeliverable-Reason: no route takes it\n"
+)
+
+
+@pytest.mark.parametrize("head", [FORGED, b""])
+def test_a_stranger_does_not_say_whom_a_retry_is_for(
+    salmon: Salmon, retry: Retry, head: bytes
+) -> None:
+    """What Salmon's own receiver took is whole, and its header is not an envelope."""
+    salmon.handle(".*")
+    data = head + b"From: ann@example.net\nTo: victim@example.com\n\nspam\n"
+    undeliverable_queue().push(MailRequest("peer", "ann@example.net", "b@example.org", data))
+    waiting = WaitingMail(salmon.folder / WAITS)
+    [key] = waiting.keys()
+    found = waiting.find(key)
+    assert found is not None and not found.envelope and found.reason == ""
+    assert found.sender == "ann@example.net"
+    [one] = retry.retry([key])
+    assert not one.done and "--to ADDRESS" in one.remark and salmon.handled == []
+    assert list(retry.retry([key], to="b@example.org")) == [Retried(key, True)]
+    [message] = salmon.handled
+    assert message.To == "b@example.org" and message.Data.startswith(head)
+
+
+def test_a_queue_class_of_ones_own_keeps_envelopes_too(
+    salmon: Salmon, retry: Retry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(queue.Queue):  # type: ignore[misc, unused-ignore]
+        pass
+
+    monkeypatch.setattr(Router, "UNDELIVERABLE_QUEUE", Own(str(salmon.folder / WAITS)))
+    salmon.handle(".*")
+    key = kept(salmon, "b@example.org")
+    waiting = WaitingMail(salmon.folder / WAITS)
+    found = waiting.find(key)
+    assert found is not None and found.envelope and found.recipients == ("b@example.org",)
+    assert list(retry.retry([key])) == [Retried(key, True)]
+    assert waiting.keys() == [] and len(salmon.handled) == 1
+
+
+def test_what_is_not_ours_and_fails_again_stays_as_it_is(salmon: Salmon, retry: Retry) -> None:
+    salmon.handle(".*", explodes)
+    key = str(queue.Queue(str(salmon.folder / WAITS)).push(MESSAGE))
+    for _ in range(2):
+        [one] = retry.retry([key], to="b@example.org")
+        assert not one.done and "handler bug" in one.remark
+    assert WaitingMail(salmon.folder / WAITS).read(key) == MESSAGE
+
+
+def test_what_is_deleted_while_it_is_tried_does_not_come_back(salmon: Salmon, retry: Retry) -> None:
+    waiting = WaitingMail(salmon.folder / WAITS)
+
+    def deletes_and_fails(message: MailRequest) -> None:
+        waiting.drop(key)
+        raise SMTPError(451, "not today")
+
+    salmon.handle(".*", deletes_and_fails)
+    key = kept(salmon, "b@example.org")
+    [one] = retry.retry([key])
+    assert not one.done and waiting.keys() == []
+
+
+def test_what_is_being_tried_is_not_dropped(project: Project) -> None:
+    project.configure()
+    key = keep(project)
+    with FolderLock(project.folder / WAITS).hold():
+        done = project.run("undelivered", "drop", key, "--yes")
+    assert done.returncode == 1 and "another process is at work on it" in done.stderr
+    assert keys(project) == [key]
+
+
+def test_who_does_not_read_the_answers_stops_no_one(salmon: Salmon, retry: Retry) -> None:
+    salmon.handle(".*")
+    answers = retry.retry([kept(salmon, "b@example.org"), kept(salmon, "b@example.org")])
+    assert next(answers).done
+    with FolderLock(salmon.folder / WAITS).hold() as lock:
+        assert lock.had
+    outbox = Outbox(lambda: salmon.relay)
+    for _ in range(2):
+        outbox.put("ann@example.net", b"Subject: Undelivered mail\n\nsorry\n")
+    sent = outbox.send_now(WaitingMail(salmon.folder / "run/unsent").keys())
+    assert next(sent)[1]
+    outbox.send()
+    assert len(salmon.relayed) == 2
 
 
 @pytest.mark.parametrize(
@@ -476,7 +634,9 @@ from salmon.routing import Router, route, stateless
 from support.dying import die_at
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.retry import Retry
+from salmon_revsmtp.delivery.maildir import push_safely
 from salmon_revsmtp.delivery.trace import undeliverable_envelope
+from salmon_revsmtp.delivery.waiting import KEPT_MARK
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -522,7 +682,7 @@ for die in range(1, 2000):
     (folder / "run").mkdir(parents=True)
     os.chdir(folder)
     lines = undeliverable_envelope(Envelope("ann@example.net", ()), TO, "why")
-    queue.Queue("run/undeliverable").push(lines + MESSAGE)
+    push_safely(queue.Queue("run/undeliverable"), lines + MESSAGE, mark=KEPT_MARK)
     died, left = child(die), stored()
     Path("run/mended").touch()
     ended = child(0)

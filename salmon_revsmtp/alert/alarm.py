@@ -55,8 +55,10 @@ Run = Callable[[Sequence[str], str, Mapping[str, str], Path], None]
 class Alarm:
     """Looks at what needs a person, and tells of it.
 
-    ``clock``  gives seconds since the epoch.
-    ``run``    as :func:`run_command`.
+    ``clock``   gives seconds since the epoch, for a person.
+    ``run``     as :func:`run_command`.
+    ``steady``  gives seconds on a clock that no one sets: by that it is counted how long a trouble
+                lasts.
     """
 
     def __init__(
@@ -65,12 +67,16 @@ class Alarm:
         settings: AlertSettings,
         clock: Callable[[], float] = time.time,
         run: Run | None = None,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server, self._settings, self._clock = server, settings, clock
+        self._steady = steady
+        # When each trouble began, on that clock.
+        self._began: dict[str, float] = {}
         self._run = run or run_command
         self._file = server.project / MEMORY
         self._known = self._recall()
-        # When each way is tried again, and how often it has failed.
+        # When each way is tried again, on the steady clock, and how often it has failed.
         self._again: dict[str, tuple[float, int]] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._live, name="alert", daemon=True)
@@ -101,23 +107,28 @@ class Alarm:
     def look(self) -> None:
         """Look once, and tell what is to be told.  Raises :class:`RuntimeError` when the server has
         stopped."""
-        now, there = self._clock(), {one.key: one for one in self._server.troubles()}
+        now, steady = self._clock(), self._steady()
+        there = {one.key: one for one in self._server.troubles()}
         for key, one in there.items():
             since = now if one.since is None else one.since
             known = self._known.setdefault(key, {"since": since, "told": []})
-            known["text"], known["since"] = one.text, min(since, known["since"])
+            # Nothing has begun after now: the clock was wrong then, or is it now.
+            known["text"], known["since"] = one.text, min(since, known["since"], now)
+            self._began.setdefault(key, steady - (now - known["since"]))
+        for key in self._began.keys() - there:
+            del self._began[key]
         ways = [name for name in ("command", "mail") if getattr(self._settings, name)]
         for way in ways:
             lasting = [
                 key
                 for key in there
                 if way not in self._known[key]["told"]
-                and now - self._known[key]["since"] >= self._settings.seconds
+                and steady - self._began[key] >= self._settings.seconds
             ]
             gone = self._known.keys() - there
             ended = [key for key in gone if way in self._known[key]["told"]]
             for state, keys in ((BEGUN, lasting), (OVER, sorted(ended))):
-                if keys and self._may_try(way, now):
+                if keys and self._may_try(way, steady):
                     self._tell(way, state, keys)
         # What is over, and no one is to hear of any more.
         for key in self._known.keys() - there:
@@ -127,8 +138,8 @@ class Alarm:
 
     # -- telling --------------------------------------------------------------------------------
 
-    def _may_try(self, way: str, now: float) -> bool:
-        return now >= self._again.get(way, (0.0, 0))[0]
+    def _may_try(self, way: str, steady: float) -> bool:
+        return way not in self._again or steady >= self._again[way][0]
 
     def _tell(self, way: str, state: str, keys: Sequence[str]) -> None:
         try:
@@ -139,7 +150,7 @@ class Alarm:
         except Exception as error:
             _, failures = self._again.get(way, (0.0, 0))
             wait = min(RETRY * 2.0 ** min(failures, 20), LONGEST_RETRY)
-            self._again[way] = (self._clock() + wait, failures + 1)
+            self._again[way] = (self._steady() + wait, failures + 1)
             log.warning(
                 "alert: no one is told by %s that %s %s: %s; tried again in %.0f minutes",
                 *(way, " and ".join(keys[:3]), "is over" if state == OVER else "has begun"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,10 @@ __all__ = ["Program", "complain", "warn"]
 
 # Of click from 8.2 on: a command without arguments shows its help, which is no error.
 _HELP: type[Exception] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
+
+# To the end, for a password may have anything in it.
+_JOIN_LINE = re.compile(r"(revsmtp://).*", re.IGNORECASE | re.DOTALL)
 
 
 def complain(text: str) -> None:
@@ -91,9 +96,18 @@ def _show_usage_error(error: click.UsageError) -> None:
     text = error.format_message()
     if text[1:2].islower():  # click's own begin with a capital
         text = text[0].lower() + text[1:]
-    complain(text.rstrip("."))
+    complain(_without_join_line(text.rstrip(".")))
     if error.ctx is not None:
         click.echo(f"see: {error.ctx.command_path} --help", err=True)
+
+
+def _without_join_line(text: str) -> str:
+    """click quotes what is too much or does not fit, and a password may be in that."""
+    found = _JOIN_LINE.search(text)
+    if found is None:
+        return text
+    end = ")" if text.endswith(")") else ""
+    return f"{text[: found.start()]}{found[1]}***{end}; a join line goes after --join"
 
 
 def _in_a_sentence(error: OSError) -> str:

@@ -17,7 +17,7 @@ from salmon_revsmtp.cli.errors import complain, warn
 from salmon_revsmtp.cli.options import Options, stop, with_options
 from salmon_revsmtp.cli.output import BOLD, Toned, shown
 from salmon_revsmtp.cli.records import INDENT, looked_up, show_findings, show_records
-from salmon_revsmtp.foreign import printable, printable_lines
+from salmon_revsmtp.foreign import printable, printable_lines, without_login
 
 if TYPE_CHECKING:
     from salmon_revsmtp.init.customer import Customer
@@ -191,6 +191,8 @@ def _on_a_terminal() -> bool:
 
 
 def _folder(options: Options, directory: str) -> Path:
+    if directory.lower().startswith("revsmtp:"):
+        raise stop("DIR: that is a join line, which goes after --join; name a folder")
     folder = Path(options.chdir, directory).resolve()
     if not str(folder).isprintable():
         raise stop("DIR: control characters in the name of a folder are refused")
@@ -289,9 +291,15 @@ class _Problems:
             self.found.append(f"{option}: missing; {allowed}")
             return None
         try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.found.append(f"{option}: it is no UTF-8; allowed: {allowed}")
+            return None
+        try:
             return check(text)
         except ValueError as error:
-            self.found.append(f"{option}: found {text!r}: {error}; allowed: {allowed}")
+            shown = text if option == "--mailbox" and ":" not in text else without_login(text)
+            self.found.append(f"{option}: found {shown!r}: {error}; allowed: {allowed}")
             return None
 
     def end(self) -> None:
@@ -330,6 +338,10 @@ def _certificate(
 ) -> tuple[Path, Path | None] | None:
     from salmon_revsmtp.net.certificate import certificate_problem
 
+    for option, one in (("--tls-cert", cert), ("--tls-key", key)):
+        if one is not None and not one.isprintable():
+            problems.found.append(f"{option}: control characters and no UTF-8 are refused")
+            return None
     paths = [None if one is None else Path(one).absolute() for one in (cert, key)]
     if problem := certificate_problem(*paths):
         dashed = problem.replace("tls_cert", "--tls-cert").replace("tls_key", "--tls-key")

@@ -111,7 +111,7 @@ class _Unsent(_Place):
         from salmon_revsmtp.delivery.outbox import UNSENT
         from salmon_revsmtp.delivery.waiting import WaitingMail
 
-        return WaitingMail(self._project.folder / UNSENT)
+        return WaitingMail(self._project.folder / UNSENT, shared=False)
 
     def reason(self, message: Message) -> str:
         from salmon_revsmtp.delivery.outbox import UNSENT, Outbox
@@ -137,7 +137,7 @@ def undelivered(options: Options, limit: int, after: str | None, as_json: bool) 
     tried again when the reason is gone. Each message has a key, the same as long as it is there.
 
     Mail that Salmon's own receiver took is here, too. Salmon does not keep its envelope, so sender
-    and recipient are those of its header.
+    and recipient are those of its header, and it is tried again only for whom you say.
     """
     context = click.get_current_context()
     if context.invoked_subcommand is not None:
@@ -305,13 +305,13 @@ def _cells(message: Message, reason: str) -> tuple[str, ...]:
 
 
 def _show(place: _Place, key: str, content: bool, as_json: bool) -> None:
-    from salmon_revsmtp.delivery.trace import header_end, unpack_undeliverable
+    from salmon_revsmtp.delivery.trace import header_end
 
     waiting = place.waiting()
     message, stored = waiting.find(key), waiting.read(key)
     if message is None or stored is None:
         raise stop(f"no message is {place.what} with the key {key}")
-    _, _, octets = unpack_undeliverable(stored)
+    _, _, octets = waiting.unpack(key, stored)
     show_message(
         place.row(message),
         _lines(message, place.reason(message)),
@@ -362,8 +362,15 @@ def _drop(place: _Place, keys: Sequence[str], every_one: bool, yes: bool, as_jso
 
 
 def _dropped(waiting: WaitingMail, key: str) -> dict[str, Any]:
+    from salmon_revsmtp.files import FolderLock
+
     try:
-        done = waiting.drop(key)
+        # Who tries it just now would write it anew.
+        with FolderLock(waiting.folder).hold() as lock:
+            if not lock.had:
+                remark = "another process is at work on it just now; try again when it is done"
+                return {"key": key, "done": False, "remark": remark}
+            done = waiting.drop(key)
     except OSError as error:
         return {"key": key, "done": False, "remark": f"deleting it: {error}"}
     return {"key": key, "done": done, "remark": "" if done else "it is not there any more"}

@@ -17,6 +17,7 @@ from salmon_revsmtp.customer.settings import (
     TlsMode,
     without_control_characters,
 )
+from salmon_revsmtp.foreign import without_login
 from salmon_revsmtp.net.address import domain_name
 from salmon_revsmtp.net.outcome import Failed, Outcome
 
@@ -97,7 +98,7 @@ def _node(name: str) -> str:
     if name.startswith("#"):
         without_control_characters(name)
         if not name.isascii() or len(name.split()) != 1 or name == "#":
-            raise ValueError(f"{name!r}: the name of a queue is one word of ASCII")
+            raise ValueError(f"{without_login(name)!r}: the name of a queue is one word of ASCII")
         return name
     return "@" + domain_name(name[1:]) if name.startswith("@") else domain_name(name)
 

@@ -47,7 +47,8 @@ def without_control_characters(text: str) -> str:
 
 def _what_is_no_host(text: str) -> str:
     """What to write instead of a URL; what else stands in it may be a password."""
-    host = re.fullmatch(r"\w+://(?:[^/\s]*@)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?\S*", text)
+    text = re.sub(r"(?s)\A(\w+://).*@", r"\1", text)
+    host = re.fullmatch(r"\w+://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?\S*", text)
     if host is None:
         return "a host name has no spaces, no slash and no @"
     port = f", and port: {host[2]}" if host[2] else ""

@@ -27,7 +27,15 @@ from salmon_revsmtp.delivery.waiting import by_age
 from salmon_revsmtp.files import give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.smtp.replies import Reply
 
-__all__ = ["by_age", "disk_reply", "make_whole", "move_across", "open_queue", "push_safely"]
+__all__ = [
+    "by_age",
+    "disk_reply",
+    "folder_of",
+    "make_whole",
+    "move_across",
+    "open_queue",
+    "push_safely",
+]
 
 log = logging.getLogger(__name__)
 
@@ -72,36 +80,46 @@ def _make_parts(mbox: Any) -> None:
         give_to_owner(part)  # mailbox, or the boot module, may have made it
 
 
-def push_safely(target: Any, *pieces: bytes | memoryview) -> str:
+def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str:
     """Push a message, in pieces so that a large one is not copied, onto a Salmon Queue; returns its
-    key when it would survive a power cut.
+    key, which ends with ``mark``, when it would survive a power cut.
 
-    A queue that is not Salmon's own writes in its own way; its folder is synced if it has one.
+    A queue that is not Salmon's own writes in its own way; its folder is synced if it has one, and
+    the message gets the mark then if that is a Maildir.
     Raises :class:`OSError`; then the message is not there.
     """
     if type(target) is not queue.Queue:
         key = str(target.push(b"".join(pieces)))
-        # Salmon keeps the name as it was given, and mailbox the whole path.
-        mbox = getattr(target, "mbox", None)
-        if folder := getattr(mbox, "_path", None) or getattr(target, "dir", None):
+        if folder := folder_of(target):
             with _taken_back(lambda: target.remove(key)):
+                if isinstance(getattr(target, "mbox", None), mailbox.Maildir):
+                    with contextlib.suppress(FileNotFoundError):  # it may have put it elsewhere
+                        Path(folder, "new", key).rename(Path(folder, "new", key + mark))
+                        key += mark
                 sync_folder(Path(folder, "new"))
         return key
     file = _create(target.mbox)
     tmp = Path(file.name)
-    new = tmp.parent.parent / "new"
+    new, key = tmp.parent.parent / "new", tmp.name + mark
     try:
         with file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        tmp.rename(new / tmp.name)
+        tmp.rename(new / key)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    with _taken_back((new / tmp.name).unlink):
+    with _taken_back((new / key).unlink):
         sync_folder(new)
-    return tmp.name
+    return key
+
+
+def folder_of(target: Any) -> Path | None:
+    """Where a queue is; ``None`` for one of someone's own that is in no folder, and for none."""
+    # Salmon keeps the name as it was given, and mailbox the whole path.
+    found = getattr(getattr(target, "mbox", None), "_path", None) or getattr(target, "dir", None)
+    return Path(found).absolute() if found else None
 
 
 @contextlib.contextmanager

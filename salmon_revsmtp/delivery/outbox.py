@@ -23,7 +23,7 @@ from salmon_revsmtp.delivery.maildir import by_age, open_queue, push_safely
 from salmon_revsmtp.delivery.relay import address_of, why
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.trace import LONGEST_REASON, envelope_lines, split_envelope
-from salmon_revsmtp.delivery.waiting import WaitingMail
+from salmon_revsmtp.delivery.waiting import NOTIFICATION_MARK, WaitingMail
 from salmon_revsmtp.files import FolderLock, write_private
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
@@ -38,9 +38,6 @@ GIVE_UP = 5 * 86400.0
 # Seconds between two rounds that count as time in which a notification has waited.  Where the clock
 # shows more, it was set, or nothing ran: neither is a reason to give up.
 LONGEST_WAIT = 86400.0
-
-# Notifications that were given up and are known as such; older ones are mail like any other.
-MOST_GIVEN_UP = 10_000
 
 #: What the reason begins with why a notification is undeliverable.
 GIVEN_UP = "a notification that the relay did not take"
@@ -131,24 +128,25 @@ class Outbox:
         if not self._folder.is_dir():
             yield from ((key, False, "it is not there") for key in keys)
             return
-        with FolderLock(self._folder).hold() as lock:
-            if not lock.had:
+        waiting = open_queue(self._folder)
+        self._check_writable(keys)
+        for key in keys:
+            # For each anew: who reads the answers may stop reading, and is not waited for.
+            with FolderLock(self._folder).hold() as lock:
                 busy = "they are being sent just now, by the server or another command"
-                yield from ((key, False, busy) for key in keys)
-                return
-            waiting, files = open_queue(self._folder), WaitingMail(self._folder)
-            self._check_writable(keys)
-            reasons = self.reasons()
-            for key in keys:
-                if files.path(key) is None:
-                    yield key, False, "it is not there any more"
-                    continue
-                self._reasons = {}
-                self._send(waiting, key)
-                reasons.pop(key, None)
-                reasons.update(self._reasons)
-                yield key, key not in self._reasons, self._reasons.get(key, "")
-            self._keep_reasons(reasons)
+                remark = self._send_one_now(waiting, key) if lock.had else busy
+            yield key, not remark, remark
+
+    def _send_one_now(self, waiting: Any, key: str) -> str:
+        """Why one was not sent; empty if it was."""
+        if WaitingMail(self._folder).path(key) is None:
+            return "it is not there any more"
+        reasons, self._reasons = self.reasons(), {}
+        self._send(waiting, key)
+        reasons.pop(key, None)
+        reasons.update(self._reasons)
+        self._keep_reasons(reasons)
+        return self._reasons.get(key, "")
 
     def reasons(self) -> dict[str, str]:
         """Why notifications wait, by their keys, as far as they have been tried.  Never raises."""
@@ -157,23 +155,6 @@ class Outbox:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
-
-    def gave_up(self, key: str) -> bool:
-        """Whether what is undeliverable under this key is a notification of ours.  It is not enough
-        that it says so: who reads that may have it from a stranger.  Never raises."""
-        return key in self._given_up()
-
-    def _given_up(self) -> list[str]:
-        try:
-            found = json.loads((self._folder / "given-up").read_text())
-        except (OSError, ValueError):
-            return []
-        return [str(key) for key in found] if isinstance(found, list) else []
-
-    def _note_given_up(self, key: str) -> None:
-        keys = [*self._given_up(), key][-MOST_GIVEN_UP:]
-        with contextlib.suppress(OSError):
-            write_private(self._folder / "given-up", json.dumps(keys).encode())
 
     def _keep_reasons(self, reasons: Mapping[str, str]) -> None:
         """In the file whose time is that of the last round."""
@@ -206,7 +187,10 @@ class Outbox:
 
     def _send(self, waiting: Any, key: str) -> bool:
         """One of them; ``False`` when the relay takes none just now."""
-        stored = waiting.mbox.get_bytes(key)
+        try:
+            stored = waiting.mbox.get_bytes(key)
+        except (KeyError, FileNotFoundError):
+            return True  # someone has deleted it
         _, to, message = split_envelope(stored)
         try:
             if key not in self._sent:
@@ -221,9 +205,11 @@ class Outbox:
                 self._say(
                     logging.ERROR, to, f"the notification cannot be sent, given up: {why(error)}"
                 )
-                kept = undeliverable_queue().keep_stored(stored, f"{GIVEN_UP}: {why(error)}")
-                self._note_given_up(kept)
-                waiting.remove(key)
+                # Its name says what it is: whatever it says itself, a stranger may say, too.
+                undeliverable_queue().keep_stored(
+                    stored, f"{GIVEN_UP}: {why(error)}", NOTIFICATION_MARK
+                )
+                _remove(waiting, key)
                 self._reasons[key] = "the relay refuses it for good; it is undeliverable now"
                 return True
             else:
@@ -231,7 +217,7 @@ class Outbox:
                 return self._defer(to, error)
         self._down = False
         self._sent.add(key)
-        waiting.remove(key)
+        _remove(waiting, key)
         self._sent.discard(key)
         self._say(logging.INFO, to, "the notification was sent")
         return True
@@ -274,6 +260,12 @@ class Outbox:
         with contextlib.suppress(OSError):
             return time.time() - (self._folder / "new" / key).stat().st_mtime
         return 0.0
+
+
+def _remove(waiting: Any, key: str) -> None:
+    """Delete one, unless someone has.  Raises :class:`OSError`."""
+    with contextlib.suppress(KeyError, FileNotFoundError):
+        waiting.remove(key)
 
 
 def _came_after(error: Exception) -> bool:

@@ -20,12 +20,8 @@ from pathlib import Path
 
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE, Retrial, undeliverable_queue
-from salmon_revsmtp.delivery.trace import (
-    separator,
-    undeliverable_envelope,
-    unpack_undeliverable,
-)
-from salmon_revsmtp.delivery.waiting import WaitingMail
+from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope
+from salmon_revsmtp.delivery.waiting import Message, WaitingMail, is_notification
 from salmon_revsmtp.files import FolderLock, sync_folder, write_private
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, MessageKey
@@ -41,6 +37,9 @@ PATIENCE = 300.0
 # Seconds that a delivery is remembered.  It matters only until the message's file is replaced or
 # deleted, which the next try does if this one died.
 REMEMBERED = 365 * 86400.0
+
+# Addresses of a To header that are named.
+MOST_NAMED = 3
 
 log = logging.getLogger(__name__)
 
@@ -85,18 +84,19 @@ class Retry:
         return undeliverable_queue(self._place).folder
 
     def retry(self, keys: Sequence[str], to: str | None = None) -> Iterator[Retried]:
-        """Try messages again, one after another; for ``to`` if it is not known for whom they are.
+        """Try messages again, one after another; for ``to`` if their envelope was not kept.
         Blocks.  Two processes never do this at once.  Raises :class:`OSError`."""
         folder = self.folder
         if folder is None or not folder.is_dir():
             yield from (Retried(key, False, "it is not there") for key in keys)
             return
-        with FolderLock(folder).hold() as lock:
-            for key in keys:
+        for key in keys:
+            # For each anew: who reads the answers may stop reading, and is not waited for.
+            with FolderLock(folder).hold() as lock:
+                retried = Retried(key, False, "another process is at work on this queue just now")
                 if lock.had:
-                    yield self._retry(WaitingMail(folder), key, to)
-                else:
-                    yield Retried(key, False, "another process is at work on this queue just now")
+                    retried = self._retry(WaitingMail(folder), key, to)
+            yield retried
 
     def _retry(self, waiting: WaitingMail, key: str, to: str | None) -> Retried:
         try:
@@ -114,14 +114,16 @@ class Retry:
     def _try(
         self, waiting: WaitingMail, key: str, path: Path, stored: bytes, to: str | None
     ) -> Retried:
-        envelope, _, message = unpack_undeliverable(stored)
-        if self._outbox.gave_up(key):
+        envelope, _, message = waiting.unpack(key, stored)
+        if is_notification(key):
             return self._send_again(waiting, key, envelope.recipients, message)
         recipients = envelope.recipients
         if not recipients:
-            recipients, envelope = self._guessed(waiting, key, envelope, to)
-            if len(recipients) != 1:
-                return Retried(key, False, _unknown(recipients))
+            found = waiting.find(key)
+            if not to:
+                return Retried(key, False, _unknown(found))
+            recipients = (to,)
+            envelope = Envelope(found.sender if found else "", recipients, client=envelope.client)
         name = MessageKey.of(f"undeliverable {path.name}", envelope.reverse_path, message)
         known = self._journal.known(name, recipients, REMEMBERED)
         left: dict[str, str] = {}
@@ -135,17 +137,10 @@ class Retry:
             waiting.drop(key)
             return Retried(key, True)
         remark = next(iter(left.values()))
-        self._replace(path, envelope, list(left), message, remark)
+        # What is not ours stays as it is: lines on top of it would be no one's.
+        if waiting.is_ours(key) and path.exists():  # someone may have deleted it meanwhile
+            self._replace(path, envelope, list(left), message, remark)
         return Retried(key, False, remark)
-
-    def _guessed(
-        self, waiting: WaitingMail, key: str, envelope: Envelope, to: str | None
-    ) -> tuple[tuple[str, ...], Envelope]:
-        """Of a message that Salmon's own receiver took: its header has what is known."""
-        found = waiting.find(key)
-        recipients = found.recipients if found is not None else ()
-        sender = found.sender if found is not None else ""
-        return (to,) if to else recipients, Envelope(sender, recipients, client=envelope.client)
 
     def _handle(self, name: MessageKey, envelope: Envelope, recipient: str, message: bytes) -> str:
         """Have one recipient's handlers take it; returns why they have not, if they have not."""
@@ -156,6 +151,9 @@ class Retry:
             try:
                 with self.beside:
                     trial.run()
+                if trial.handled and trial.ended is not None:
+                    # Also of one that returns after all: the next try asks it no more.
+                    self._journal.record(name, recipient, trial.ended, REMEMBERED)
             finally:
                 # One that hangs keeps the others waiting, as in any delivery.
                 self._turn.release()
@@ -171,9 +169,6 @@ class Retry:
             running.result(self._patience)
         except concurrent.futures.TimeoutError:
             trial.give_up(f"not handled in {self._patience:g} seconds; the handler still runs")
-        assert trial.reply is not None
-        if not trial.reason:
-            self._journal.record(name, recipient, trial.reply, REMEMBERED)
         log_safely(
             log,
             logging.WARNING if trial.reason else logging.INFO,
@@ -207,6 +202,8 @@ class Retry:
         return Retried(key, True, "a notification: it goes to the relay again, see unsent")
 
 
-def _unknown(recipients: Sequence[str]) -> str:
-    what = "names several addresses" if recipients else "names no address"
-    return f"its envelope was not kept, and its To {what}: say for whom it is with --to ADDRESS"
+def _unknown(found: Message | None) -> str:
+    """A header is no envelope: it names whom its sender likes, also where we would relay to."""
+    named = ", ".join(map(angle, found.recipients[:MOST_NAMED])) if found else ""
+    said = f"; its To, which anyone may have written, names {named}" if named else ""
+    return f"its envelope was not kept{said}: say for whom it is with --to ADDRESS"

@@ -6,7 +6,7 @@ holes: there may be no such queue; what is pushed is the message as Salmon's par
 which fails for a message that the parser rejected; the same message is pushed once per handler
 that raised; the envelope is gone; and the folder is not synced.  So the queue is wrapped: while a
 message of ours is being delivered, a push of that message stores our own bytes, envelope on top,
-once, synced to disk.  Every other push goes through as it was.
+once, synced to disk, under a name that says so.  Every other push goes through as it was.
 
 A message that the parser would take too long for (:mod:`~salmon_revsmtp.delivery.bounds`) goes
 there without being parsed.
@@ -28,8 +28,15 @@ from salmon.routing import Router
 from salmon.server import SMTPError
 
 from salmon_revsmtp.delivery.bounds import address_excess, excess
-from salmon_revsmtp.delivery.maildir import disk_reply, make_whole, open_queue, push_safely
+from salmon_revsmtp.delivery.maildir import (
+    disk_reply,
+    folder_of,
+    make_whole,
+    open_queue,
+    push_safely,
+)
 from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope, with_reason
+from salmon_revsmtp.delivery.waiting import KEPT_MARK
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.forks import end_child_of
 from salmon_revsmtp.safelog import log_safely
@@ -93,6 +100,7 @@ class Handling:
     ``message``  the whole of it (bytes, LF line ends).
     ``place``    where an undeliverable queue is made if there is none.
     ``reply``    what came of it; ``None`` until that is known.
+    ``ended``    what the handlers came to, also after :meth:`give_up`; ``None`` while they run.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class Handling:
         place: Path,
     ) -> None:
         self.reply: Reply | None = None
+        self.ended: Reply | None = None
         self._place = place
         self._peer, self._message = peer, message
         self._envelope, self._recipient = envelope, recipient
@@ -118,7 +127,7 @@ class Handling:
             reply = self._handled()
         finally:
             with self._settling:
-                late = self._given_up
+                late, self.ended = self._given_up, reply
                 if not late:
                     self.reply = reply
             if late:
@@ -133,13 +142,16 @@ class Handling:
         with self._settling:
             if self.reply is None:
                 try:
-                    self._keeps().store(reason)
+                    self._keep_given_up(reason)
                 except OSError as error:
                     self._log(logging.ERROR, f"{reason}, and it cannot be kept: {error}")
                     return disk_reply(error)
                 self._given_up = True
                 self.reply = Reply(250, f"kept, {reason}", "2.0.0")
             return self.reply
+
+    def _keep_given_up(self, reason: str) -> None:
+        self._keeps().store(reason)
 
     def _keeps(self) -> _Kept:
         """Raises :class:`OSError` when no undeliverable queue can be made."""
@@ -205,16 +217,30 @@ class Retrial(Handling):
     """The same for a message that is in the undeliverable queue already: if no handler takes it, it
     stays where it is.
 
-    ``reason``  why it stays; empty if it need not.
+    ``reason``   why it stays; empty if it need not.
+    ``handled``  its handlers have returned, be it after :meth:`give_up`, and it need not stay.
     """
+
+    _waited = ""
 
     @property
     def reason(self) -> str:
+        return self._waited or self._why(self.reply)
+
+    @property
+    def handled(self) -> bool:
+        return self.ended is not None and not self._why(self.ended)
+
+    def _why(self, reply: Reply | None) -> str:
         if isinstance(self._kept, _Stays) and self._kept.done:
             return self._kept.reason
-        if self.reply is None or self.reply.positive:
+        if reply is None or reply.positive:
             return ""
-        return f"{'deferred' if self.reply.transient else 'refused'} with {self.reply}"
+        return f"{'deferred' if reply.transient else 'refused'} with {reply}"
+
+    def _keep_given_up(self, reason: str) -> None:
+        # It is kept already, and the handlers may still say that it need not be.
+        self._waited = reason
 
     def _keeper(self, before: _Undeliverable) -> _Kept:
         return _Stays(before, self._envelope, self._recipient, self._message)
@@ -343,18 +369,16 @@ class _Undeliverable:
         """Store a message that no handler has taken, and why, synced; returns its key.  Raises
         :class:`OSError`."""
         lines = undeliverable_envelope(envelope, recipients, reason)
-        return push_safely(self.original, lines, separator(message), message)
+        return push_safely(self.original, lines, separator(message), message, mark=KEPT_MARK)
 
     @property
     def folder(self) -> Path | None:
         """Where it is; ``None`` for a queue of someone's own that is in no folder."""
-        mbox = getattr(self.original, "mbox", None)
-        found = getattr(mbox, "_path", None) or getattr(self.original, "dir", None)
-        return Path(found).absolute() if found else None
+        return folder_of(self.original)
 
-    def keep_stored(self, stored: bytes, reason: str) -> str:
+    def keep_stored(self, stored: bytes, reason: str, mark: str = KEPT_MARK) -> str:
         """The same for a message that has its envelope on top."""
-        return push_safely(self.original, with_reason(stored, reason))
+        return push_safely(self.original, with_reason(stored, reason), mark=mark)
 
 
 def delivery_of(message: Any) -> tuple[Envelope, str] | None:

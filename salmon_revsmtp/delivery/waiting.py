@@ -19,8 +19,23 @@ from typing import NamedTuple
 
 from salmon_revsmtp.delivery.trace import header_end, unpack_undeliverable
 from salmon_revsmtp.files import sync_folder
+from salmon_revsmtp.smtp.envelope import Envelope
 
-__all__ = ["Count", "Message", "WaitingMail", "by_age"]
+__all__ = [
+    "KEPT_MARK",
+    "NOTIFICATION_MARK",
+    "Count",
+    "Message",
+    "WaitingMail",
+    "by_age",
+    "is_notification",
+]
+
+#: What the names end with of what we keep as undeliverable, and of a notification of ours there.
+#: Others put mail into that folder, too, and a stranger may have written what looks like our lines
+#: on top of it; the name of its file no stranger can choose.
+KEPT_MARK = ",kept"
+NOTIFICATION_MARK = ",kept,notification"
 
 # Octets of a message that are read to say what it is.
 BEGINNING = 64 * 1024
@@ -67,10 +82,14 @@ class Message:
 
 class WaitingMail:
     """A Maildir, which need not be there.  Its methods raise :class:`OSError` where they cannot
-    read or write it; a message that is gone meanwhile is none."""
+    read or write it; a message that is gone meanwhile is none.
 
-    def __init__(self, folder: Path) -> None:
+    ``shared``  others store mail in it, too: lines on top are ours only where the name says so.
+    """
+
+    def __init__(self, folder: Path, *, shared: bool = True) -> None:
         self.folder = folder
+        self._shared = shared
 
     def count(self) -> Count:
         """How many there are, without a look at any."""
@@ -97,7 +116,18 @@ class WaitingMail:
                 start = file.read(BEGINNING)
         except FileNotFoundError:
             return None
-        return _message(key, start, found.st_size, _since(key) or found.st_mtime)
+        return _message(key, self.unpack(key, start), found.st_size, _since(key) or found.st_mtime)
+
+    def unpack(self, key: str, stored: bytes) -> tuple[Envelope, str, bytes]:
+        """The envelope of a message, why it waits, and the message.  The envelope has no recipients
+        if none was kept."""
+        if self.is_ours(key):
+            return unpack_undeliverable(stored)
+        return Envelope("", ()), "", stored
+
+    def is_ours(self, key: str) -> bool:
+        """Whether the lines on top of a message are ours."""
+        return not self._shared or _marked(key, KEPT_MARK)
 
     def read(self, key: str) -> bytes | None:
         """All of a message, with our lines on top."""
@@ -148,6 +178,16 @@ class WaitingMail:
                 yield from (one.name for one in entries if not one.name.startswith("."))
 
 
+def is_notification(key: str) -> bool:
+    """Whether what is undeliverable under this key is a notification of ours, which was given
+    up."""
+    return _marked(key, NOTIFICATION_MARK)
+
+
+def _marked(key: str, mark: str) -> bool:
+    return set(mark.split(",")) - {""} <= set(key.split(",")[1:])
+
+
 def by_age(keys: Sequence[str]) -> list[str]:
     """Maildir keys (``seconds.MmicrosecondsPpidQnumber.host``), oldest first."""
     return sorted(keys, key=lambda key: [int(number) for number in re.findall(r"\d+", key)[:4]])
@@ -159,8 +199,8 @@ def _since(name: str) -> float | None:
     return float(seconds) if seconds.isascii() and seconds.isdigit() else None
 
 
-def _message(key: str, start: bytes, size: int, since: float) -> Message:
-    envelope, reason, message = unpack_undeliverable(start)
+def _message(key: str, parts: tuple[Envelope, str, bytes], size: int, since: float) -> Message:
+    envelope, reason, message = parts
     message = message.replace(b"\r\n", b"\n").lstrip(b"\n")
     fields: dict[bytes, bytes] = {}
     for name, value in _FIELDS.findall(message[: header_end(message)]):

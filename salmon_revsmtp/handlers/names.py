@@ -62,7 +62,11 @@ class Mailbox:
         if not isinstance(value, str):
             raise ValueError("that is no text")
         address = value.strip()
-        if parse_path(f"<{address}>") != (address, "") or not address:
+        try:
+            parsed = parse_path(f"<{address}>")
+        except AddressError:  # which quotes it
+            raise ValueError("that is no address") from None
+        if parsed != (address, "") or not address:
             raise ValueError("that is no address")
         found = cls.of(address)
         if not found.domain and found.local != "postmaster":  # RFC 5321 4.5.1

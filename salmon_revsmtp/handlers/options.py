@@ -17,7 +17,7 @@ from salmon_revsmtp.handlers.names import Mailbox
 from salmon_revsmtp.handlers.nexthop import Server
 from salmon_revsmtp.net.address import host_and_port
 from salmon_revsmtp.service.settings import ServiceSettings
-from salmon_revsmtp.settings import SettingsError, quote
+from salmon_revsmtp.settings import SettingsError, kind_of, quote
 
 __all__ = ["addresses", "folder", "handler_timeout", "hostname", "server"]
 
@@ -36,8 +36,12 @@ def _setting(name: str) -> Any:
 
 
 def _wrong(name: str, value: object, allowed: str, reason: str = "") -> SettingsError:
+    return _refused(name, quote(value), allowed, reason)
+
+
+def _refused(name: str, found: str, allowed: str, reason: str = "") -> SettingsError:
     why = f" ({reason})" if reason else ""
-    return SettingsError([f"{name}: found {quote(value)}{why}, allowed: {allowed}"])
+    return SettingsError([f"{name}: found {found}{why}, allowed: {allowed}"])
 
 
 def folder(name: str, default: str) -> Path:
@@ -60,7 +64,7 @@ def addresses(name: str) -> list[Mailbox] | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-        raise _wrong(name, value, ADDRESSES)
+        raise _refused(name, kind_of(value), ADDRESSES)
     if not value:
         raise _wrong(name, value, ADDRESSES, "it is empty, so there would be no mailbox at all")
     found = []
@@ -68,7 +72,7 @@ def addresses(name: str) -> list[Mailbox] | None:
         try:
             found.append(Mailbox.of_setting(one))
         except ValueError as error:
-            raise _wrong(name, one, ADDRESSES, str(error)) from None
+            raise _refused(name, quote(one, address=True), ADDRESSES, str(error)) from None
     return found
 
 

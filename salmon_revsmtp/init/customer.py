@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from salmon_revsmtp.init import environment
 from salmon_revsmtp.init.joinline import JoinLine
 from salmon_revsmtp.init.project import ProjectUser, common_files, filled, literal, unit
-from salmon_revsmtp.init.writing import File
+from salmon_revsmtp.init.writing import File, read
 from salmon_revsmtp.net.address import HostAndPort
 
 __all__ = ["Customer", "customer_files"]
@@ -93,16 +94,15 @@ def _handler(made: Customer) -> tuple[str, str]:
             text = NEXT_HOST.format(setting=f"{name}_server", server=literal(server))
             return name, text
     domain = made.join.domains[0]
-    boxes = f"# mailboxes = {literal([f'me@{domain}', f'postmaster@{domain}'])}"
-    if made.mailboxes:
-        boxes = f"mailboxes = {literal(made.mailboxes, 0, len('mailboxes = '))}"
+    shown = made.mailboxes or (f"me@{domain}", f"postmaster@{domain}")
+    boxes = f"mailboxes = {literal(shown, 0, len('# mailboxes = '))}"
+    if not made.mailboxes:
+        boxes = textwrap.indent(boxes, "# ")  # a long list has several lines
     return "maildir", MAILDIR.replace("$mailboxes", boxes)
 
 
 def _environment(folder: Path, made: Customer) -> File:
-    try:
-        text = (folder / ".env").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = ""
+    before = read(folder, ".env")
+    text = (before or b"").decode()
     text = environment.with_value(text, made.variable, made.join.password)
-    return File(".env", text.encode(), "env")
+    return File(".env", text.encode(), "env", made_of=before)

@@ -44,14 +44,20 @@ def with_value(text: str, name: str, value: str) -> str:
 
 def hidden(text: str) -> str:
     """The text of a ``.env`` for a person: the names of its variables, no value and no comment,
-    which may be a password of before."""
-    names = map(_name_of, _bindings(text))
+    which may be a password of before.  What has no value is no name: it may be half of one."""
+    names = map(_name_with_a_value, _bindings(text))
     return "".join(f"{name}={HIDDEN}\n" if name else f"# {HIDDEN}\n" for name in names)
 
 
 def _bindings(text: str) -> list[str]:
     """The pieces of a ``.env``, as dotenv reads it: a value may go on for lines."""
     return [one.original.string for one in parse_stream(io.StringIO(text))]
+
+
+def _name_with_a_value(piece: str) -> str | None:
+    found = dotenv.dotenv_values(stream=io.StringIO(piece), interpolate=False)
+    # A password in Base64 has "=" at its end, and nothing but that after it.
+    return next((name for name, value in found.items() if (value or "").strip("=")), None)
 
 
 def _name_of(piece: str) -> str | None:

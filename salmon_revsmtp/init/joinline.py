@@ -67,6 +67,8 @@ def parse(text: str) -> JoinLine:
         raise JoinLineError(f"it has more than {LONGEST:,} characters")
     if re.search(r"\s", text) or _CONTROL.search(text):
         raise JoinLineError("there is a space or a line break in it; copy it in one piece")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise JoinLineError("it is no UTF-8; copy it in one piece")
     if not text.lower().startswith(f"{SCHEME}://"):
         raise JoinLineError(f"it does not begin with {SCHEME}://; allowed: {SHAPE}")
     try:

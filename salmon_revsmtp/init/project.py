@@ -148,7 +148,7 @@ def unit(
         name=name,
         description=f"Reverse SMTP, the {end}",
         user=user.name,
-        folder=_escaped(str(folder)),
+        folder=_path(folder),
         program=" ".join(_word(one, of_command=True) for one in program()),
         limits=f"{limits}\n" if limits else "",
         writable=" ".join(_word(str(folder / one)) for one in FOLDERS),
@@ -160,6 +160,13 @@ def unit(
 
 def _escaped(text: str) -> str:
     return text.replace("%", "%%")
+
+
+def _path(folder: Path) -> str:
+    """A folder that is the rest of a line, which has no quotes.  A backslash at its end would join
+    it with the next line, and a space there would be lost; systemd takes the slash away."""
+    text = _escaped(str(folder))
+    return f"{text}/" if text.endswith(("\\", " ")) else text
 
 
 def _word(text: str, of_command: bool = False) -> str:

@@ -11,8 +11,8 @@ from salmon_revsmtp.init import environment
 from salmon_revsmtp.init.joinline import JoinLine
 from salmon_revsmtp.init.project import ProjectUser, common_files, filled, literal, unit
 from salmon_revsmtp.init.selfsigned import make_certificate
-from salmon_revsmtp.init.writing import File
-from salmon_revsmtp.net.address import HostAndPort, host_and_port
+from salmon_revsmtp.init.writing import File, read
+from salmon_revsmtp.net.address import HostAndPort, bare_address, host_and_port
 from salmon_revsmtp.net.certificate import certificate_problem, fingerprint, is_for, own_certificate
 from salmon_revsmtp.smtp.verifier import Verifier
 
@@ -91,30 +91,29 @@ def _one_or_more(values: Sequence[str], indent: int) -> str:
 
 
 def _environment(folder: Path, made: Provider) -> File:
-    try:
-        text = (folder / ".env").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = ""
+    before = read(folder, ".env")
+    text = (before or b"").decode()
     password = environment.value_of(text, made.variable)
     if password is None or made.new_password:
         text = environment.with_value(text, made.variable, secrets.token_urlsafe(STRONG))
-    return File(".env", text.encode(), "env")
+    return File(".env", text.encode(), "env", made_of=before)
 
 
 def _kept_certificate(folder: Path, hostname: str) -> tuple[bytes, bytes] | None:
     """The certificate that is there and its key, if they belong together and are for the name."""
     certificate, key = folder / CERTIFICATE, folder / KEY
-    if not (certificate.exists() and key.exists()) or certificate_problem(certificate, key):
+    kept = read(folder, CERTIFICATE), read(folder, KEY)  # which follows no link
+    if kept[0] is None or kept[1] is None or certificate_problem(certificate, key):
         return None
     if not is_for(certificate, key, hostname):
         return None
-    return certificate.read_bytes(), key.read_bytes()
+    return kept[0], kept[1]
 
 
 def join_line(folder: Path, made: Provider) -> JoinLine | None:
     """The line for the customer of a project that is written; ``None`` where ``.env`` has no more
     than a verifier of the password.  Raises :class:`OSError`."""
-    text = (folder / ".env").read_text(encoding="utf-8")
+    text = (read(folder, ".env") or b"").decode()
     password = environment.value_of(text, made.variable) or ""
     certificate = made.certificate or (folder / CERTIFICATE, folder / KEY)
     port = host_and_port(made.listen[0]).port
@@ -136,6 +135,7 @@ def join_line_of(
     """
     if Verifier.parse(password) is not None:
         return None
-    shown, trusted = own_certificate(*certificate, hostname)
+    host = bare_address(hostname)
+    shown, trusted = own_certificate(*certificate, host)
     pinned = None if trusted else fingerprint(shown)
-    return JoinLine(account, password, hostname, port, domains, pinned)
+    return JoinLine(account, password, host, port, domains, pinned)

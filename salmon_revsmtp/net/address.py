@@ -7,12 +7,14 @@ import ipaddress
 import re
 from typing import NamedTuple
 
+from salmon_revsmtp.foreign import without_login
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 
 __all__ = [
     "ADDRESS",
     "ADDRESSES",
     "HostAndPort",
+    "bare_address",
     "domain_name",
     "host_and_port",
     "host_name",
@@ -78,10 +80,11 @@ def domain_name(text: str) -> str:
             with contextlib.suppress(AddressError):
                 to_ascii(meant[1])
                 raise ValueError(
-                    f"{text!r} is no domain name; did you mean {meant[1]!r}?"
+                    f"{without_login(text)!r} is no domain name; did you mean {meant[1]!r}?"
                 ) from None
         if len(names := re.split(r"[\s,;]+", text)) > 1 and all("." in one for one in names):
-            raise ValueError(f"{text!r}: write each name by itself: {names}") from None
+            shown = f"{without_login(text)!r}: write each name by itself"
+            raise ValueError(shown if "@" in text else f"{shown}: {names}") from None
         raise
 
 
@@ -96,7 +99,7 @@ def network(text: str) -> str:
         try:
             both = ipaddress.ip_interface(text)
         except ValueError:
-            raise ValueError(f"{text!r} is no network") from None
+            raise ValueError(f"{without_login(text)!r} is no network") from None
         raise ValueError(
             f"{text!r} is a host and its network; write '{both.network}' for the network, or "
             f"'{both.ip}' for that host alone"
@@ -114,6 +117,14 @@ def host_name(text: str) -> str:
     if name.rpartition(".")[2].isdigit():
         raise ValueError("an address stands in brackets")
     return name
+
+
+def bare_address(host: str) -> str:
+    """What to connect to: of an address literal, ``[192.0.2.1]`` or ``[IPv6:2001:db8::1]``, the
+    address; a name as it is."""
+    if not host.startswith("["):
+        return host
+    return host[1:-1].partition(":")[2] if host[:6].lower() == "[ipv6:" else host[1:-1]
 
 
 def _address_literal(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "RENEWED_BY",
     "Certificate",
     "certificate_ends",
     "certificate_names",
@@ -19,6 +20,10 @@ __all__ = [
     "is_for",
     "own_certificate",
 ]
+
+# Seconds before the end of a certificate: whoever renews it automatically does so 30 days before,
+# and has failed for nine then.
+RENEWED_BY = 21 * 86400.0
 
 # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for.
 _WHATEVER_THE_TIME = 0x200000
@@ -48,6 +53,8 @@ def certificate_problem(certificate: Path | None, key: Path | None) -> str | Non
 
 
 def _read(setting: str, path: Path) -> bytes:
+    if "-----BEGIN" in str(path):  # and no part of it is shown
+        raise ValueError(f"{setting}: found what is in a PEM file, allowed: the name of the file")
     try:
         return path.read_bytes()
     except OSError as error:

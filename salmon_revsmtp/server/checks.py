@@ -27,6 +27,7 @@ from salmon_revsmtp.files import FEW_FILES, Room, room_in, try_folder
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 from salmon_revsmtp.net.certificate import (
+    RENEWED_BY,
     certificate_ends,
     certificate_names,
     is_for,
@@ -50,10 +51,6 @@ __all__ = [
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 DAY = 86400.0
-
-# Days before the end of a certificate from which on a person should hear of it: certbot and others
-# renew 30 days before, so by then something has failed for a week.
-RENEWED_BY = 21
 
 # Seconds that the journal's newest entry may be ahead of the clock.
 AHEAD = 3600.0
@@ -281,8 +278,9 @@ def _queues(configuration: Configuration) -> Iterator[Finding]:
 def _undeliverable() -> Path:
     from salmon.routing import Router
 
-    current: Any = Router.UNDELIVERABLE_QUEUE
-    folder = getattr(getattr(current, "mbox", None), "_path", None) or DEFAULT_UNDELIVERABLE
+    from salmon_revsmtp.delivery.maildir import folder_of
+
+    folder = folder_of(Router.UNDELIVERABLE_QUEUE) or DEFAULT_UNDELIVERABLE
     with contextlib.suppress(ValueError):
         return Path(folder).relative_to(Path.cwd())
     return Path(folder)
@@ -408,7 +406,7 @@ def _certificate(where: str, settings: Any, offline: bool) -> Iterator[Finding]:
     if left <= 0:
         text = f"it ended on {day}, so no one can verify it; renew it"
         yield Finding("certificate", subject, FAILED, text)
-    elif left < RENEWED_BY:
+    elif left * DAY < RENEWED_BY:
         text = f"it ends on {day}, in {left:.0f} days; renew it, or see why that did not happen"
         yield Finding("certificate", subject, WARNING, text)
     else:

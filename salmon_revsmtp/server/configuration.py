@@ -13,11 +13,12 @@ from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.settings import AgentSettings
+from salmon_revsmtp.foreign import without_login
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
-from salmon_revsmtp.settings import SettingsError, quote, validated, words_of
+from salmon_revsmtp.settings import SettingsError, kind_of, quote, validated, words_of
 
 __all__ = ["Configuration", "load"]
 
@@ -165,7 +166,12 @@ def _no_list(name: str, found: object, key: str) -> str:
             hint = f"; put brackets around it: {name} = [{{...}}]"
         elif found:
             hint = f'; each with its name among its keys: {name} = [{{"name": ...}}, ...]'
-    return f"{name}: found {quote(found)}, allowed: a list of dicts{hint}"
+    return f"{name}: found {kind_of(found)}, allowed: a list of dicts{hint}"
+
+
+def _named(name: str) -> str:
+    """A name as it is said; that of an account may be a mail address, but is no login."""
+    return without_login(name) if ":" in name else name
 
 
 def _written(module: ModuleType, service: str) -> Iterator[str]:
@@ -193,7 +199,7 @@ def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:
         found = {}
     if not isinstance(found, Mapping):
         problems.append(
-            f"smtp_services: found {quote(found)}, allowed: a dict of services, each with its "
+            f"smtp_services: found {kind_of(found)}, allowed: a dict of services, each with its "
             'name: {"default": {...}}'
         )
         found = {}
@@ -207,7 +213,7 @@ def _services(found: object, problems: list[str]) -> dict[str, ServiceSettings]:
         found = {}
     services = {}
     for name, keys in {"default": {}, **found}.items():
-        where = f'service "{name}"'
+        where = f'service "{without_login(str(name))}"'
         if service := validated(ServiceSettings, keys, where, problems):
             services[name] = service
     return services
@@ -224,7 +230,9 @@ def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]
     owners: dict[str, str] = {}
     for number, keys in enumerate(found, 1):
         name = keys.get("name") if isinstance(keys, Mapping) else None
-        where = f'account "{name}"' if isinstance(name, str) and name else f"account {number}"
+        where = (
+            f'account "{_named(name)}"' if isinstance(name, str) and name else f"account {number}"
+        )
         if isinstance(name, str) and name in names:
             problems.append(f"{where}: name: found twice, allowed: a name of its own for each")
         names.add(str(name))
@@ -236,8 +244,8 @@ def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]
             owner = owners.setdefault(domain, account.name)
             if owner != account.name:
                 problems.append(
-                    f"{where}: domains: {quote(domain)} is that of account {quote(owner)}, "
-                    "allowed: a domain of one account only"
+                    f"{where}: domains: {quote(domain)} is that of account "
+                    f"{quote(owner, address=True)}, allowed: a domain of one account only"
                 )
     return tuple(accounts)
 
@@ -254,7 +262,11 @@ def _agents(
     names: set[str] = set()
     for number, keys in enumerate(found, 1):
         name = keys.get("name") if isinstance(keys, Mapping) else None
-        where = f'agent "{name}"' if isinstance(name, str) and name else f"agent number {number}"
+        where = (
+            f'agent "{without_login(name)}"'
+            if isinstance(name, str) and name
+            else f"agent number {number}"
+        )
         if isinstance(name, str) and name in names:
             problems.append(f"{where}: name: found twice, allowed: a name of its own for each")
         names.add(str(name))

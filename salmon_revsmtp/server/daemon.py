@@ -107,12 +107,13 @@ class Daemon:
         self._clock = clock
         self._agents = {agent.name: agent for agent in collector.configuration.agents}
         self._running: dict[str, tuple[Collection, asyncio.Task[Report]]] = {}
-        self._scheduled: set[asyncio.Task[None]] = set()
+        self._scheduled: set[asyncio.Task[Any]] = set()
         self._held: dict[str, str] = {}
         self._disabled: set[str] = set()
         self._notify_at = self._expire_at = self._look_at = clock()
         self._started = time.time()
         self._looking, self._blind = asyncio.Lock(), False
+        self._look: asyncio.Task[Findings] | None = None
         self._health = Health(collector.configuration, collector.project, memory=True)
         self._facade: Server | None = None
         self._stop = asyncio.Event()
@@ -234,13 +235,15 @@ class Daemon:
         loop = asyncio.get_running_loop()
 
         def look() -> Findings:
-            looking = self.look()
+            looking = self._look_together()
             try:
-                return asyncio.run_coroutine_threadsafe(looking, loop).result(LOOK_PATIENCE)
+                asked = asyncio.run_coroutine_threadsafe(looking, loop)
+                return asked.result(LOOK_PATIENCE)
             except (RuntimeError, concurrent.futures.CancelledError) as error:
                 looking.close()
                 raise RuntimeError("the server has stopped") from error
             except concurrent.futures.TimeoutError:
+                asked.cancel()  # the look goes on; no one waits for it without end
                 raise RuntimeError(f"no answer in {LOOK_PATIENCE:g} seconds") from None
 
         def send(to: str, message: bytes) -> None:
@@ -255,11 +258,12 @@ class Daemon:
     def _look_after(self) -> None:
         if self._clock() >= self._look_at:
             self._look_at = self._clock() + LOOK_EVERY
-            self._spawn(self._look_and_remember())
+            if self._look is None or self._look.done():  # a disk may answer no more
+                self._spawn(self._look_and_remember())
 
     async def _look_and_remember(self) -> None:
         try:
-            await self.look()
+            await self._look_together()
             self._blind = False
         except Exception:
             level = logging.DEBUG if self._blind else logging.ERROR
@@ -271,6 +275,14 @@ class Daemon:
         async with self._looking:
             live = await self._live()
             return await asyncio.to_thread(self._health.look, live)
+
+    async def _look_together(self) -> Findings:
+        """The same; who asks while one looks has what that one finds."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.ensure_future(self.look())
+            self._scheduled.add(self._look)
+            self._look.add_done_callback(self._scheduled.discard)
+        return await asyncio.shield(self._look)
 
     async def _live(self) -> Live:
         ahead = time.time() - self._clock()

@@ -48,7 +48,9 @@ class Failing:
             since = before.failing_since  # another process may have seen more
             self._unrecorded.discard(agent)
         if report.outcome.good:
-            if since is not None:
+            if since is None:
+                self._since.pop(agent, None)  # the process that saw it recover has said so
+            else:
                 self._since[agent] = since
             self.recovered(agent)
             return

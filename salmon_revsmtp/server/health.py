@@ -25,7 +25,7 @@ from salmon_revsmtp.files import LITTLE_ROOM, Room, room_in, write_private
 from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL
-from salmon_revsmtp.net.certificate import certificate_ends
+from salmon_revsmtp.net.certificate import RENEWED_BY, certificate_ends
 from salmon_revsmtp.plugins.facade import Trouble
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.safelog import log_safely
@@ -40,9 +40,6 @@ UNSENT = Path("run/unsent")
 DAY = 86400.0
 MIB = 1024 * 1024
 
-# Seconds before the end of a certificate: whoever renews it automatically does so 30 days before,
-# and has failed for nine then.
-CERTIFICATE_ENDS = 21 * DAY
 # Seconds that mail waits for an account that has no session.
 UNSEEN = DAY
 # Seconds after a start in which a customer that was there before is given time to call again.
@@ -263,13 +260,13 @@ class Health:
             yield Trouble(f"certificate:{name}", f"{whose} cannot be read: {error}.")
             return
         left = ends - self._clock()
-        if left >= CERTIFICATE_ENDS:
+        if left >= RENEWED_BY:
             return
         over = f"has ended on {_when(ends)}" if left < 0 else f"ends on {_when(ends)}"
         yield Trouble(
             f"certificate:{name}",
             f"{whose} {over}. Renew it; the server reads it again by itself.",
-            min(ends - CERTIFICATE_ENDS, self._clock()),
+            min(ends - RENEWED_BY, self._clock()),
         )
 
     def _waiting(self, queues: Iterable[Queue]) -> Iterator[Trouble]:
@@ -406,12 +403,12 @@ class Health:
 
     def _dated(self, trouble: Trouble) -> Trouble:
         """With the time since when, as far as that is known."""
-        if trouble.since is not None:
-            return trouble
-        known = self._known.get(trouble.key)
-        if known is not None:
-            return Trouble(trouble.key, trouble.text, known.since)
-        return Trouble(trouble.key, trouble.text, self._clock() if self._remembers else None)
+        since, now = trouble.since, self._clock()
+        if since is None:
+            known = self._known.get(trouble.key)
+            since = known.since if known is not None else now if self._remembers else None
+        # The clock may have been wrong: nothing has begun after now.
+        return Trouble(trouble.key, trouble.text, None if since is None else min(since, now))
 
     def _recall(self) -> tuple[dict[str, Trouble], Path | None]:
         try:

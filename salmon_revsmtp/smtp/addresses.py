@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import re
 
+from salmon_revsmtp.foreign import without_login
+
 __all__ = ["AddressError", "domain_of", "parse_path", "to_ascii"]
 
 # RFC 5321 4.1.2, with RFC 6531's UTF-8.  Dots stand where they like: addresses with ".." or a dot
@@ -33,18 +35,23 @@ def to_ascii(domain: str) -> str:
     name = domain.strip(" \t").rstrip(".")
     if any(letter in name for letter in _DEVIATIONS):
         raise AddressError(
-            f"{domain!r}: IDNA2003 and IDNA2008 disagree about this name, write its xn-- form"
+            f"{without_login(domain)!r}: IDNA2003 and IDNA2008 disagree about this name, write its "
+            "xn-- form"
         )
     if len(name) > 253:  # and no work on it: its A-labels are longer still
-        raise AddressError(f"{domain[:80]!r} is too long for a domain name (RFC 1035 2.3.4)")
+        raise AddressError(
+            f"{without_login(domain)[:80]!r} is too long for a domain name (RFC 1035 2.3.4)"
+        )
     try:
         ascii_name = name.encode("idna").decode("ascii").lower()
     except UnicodeError as error:
-        raise AddressError(f"{domain!r} is no domain name: {error}") from None
+        raise AddressError(f"{without_login(domain)!r} is no domain name: {error}") from None
     if not re.fullmatch(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", ascii_name):
-        raise AddressError(f"{domain!r} is no domain name")
+        raise AddressError(f"{without_login(domain)!r} is no domain name")
     if len(ascii_name) > 253:
-        raise AddressError(f"{domain!r} is too long for a domain name (RFC 1035 2.3.4)")
+        raise AddressError(
+            f"{without_login(domain)!r} is too long for a domain name (RFC 1035 2.3.4)"
+        )
     return ascii_name
 
 

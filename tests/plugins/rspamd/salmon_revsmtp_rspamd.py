@@ -75,7 +75,9 @@ class Rspamd:
     ) -> None:
         parts, self.timeout = urlsplit(url), float(timeout)
         if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"RSPAMD_URL: found {url!r}, allowed: http://HOST:PORT")
+            before, at, host = url.partition("?")[0].rpartition("@")  # a login is before the @
+            shown = f"***@{host}" if before and at else host
+            raise ValueError(f"RSPAMD_URL: found {shown!r}, allowed: http://HOST:PORT")
         if not self.timeout > 0:
             raise ValueError(f"RSPAMD_TIMEOUT: found {timeout!r}, allowed: seconds above 0")
         if unreachable not in ("defer", "accept"):
