@@ -61,8 +61,8 @@ class Call:
         return line.rstrip("\r\n")
 
     def say(self, *lines: str) -> None:
-        for line in lines:
-            self.socket.sendall(line.encode() + b"\r\n")
+        # In one piece: the other side may reset the connection after the first line.
+        self.socket.sendall(b"".join(line.encode() + b"\r\n" for line in lines))
 
     def asks(self, command: str, *reply: str) -> str:
         heard = self.hear(command)
