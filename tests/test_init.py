@@ -497,7 +497,7 @@ def test_on_a_terminal_the_line_is_asked_for_and_not_shown(tmp_path: Path) -> No
         status, seen = on_a_terminal(
             tmp_path,
             *("init", "customer", f"c{number}", *arguments),
-            answers=[("Join line", LINE[:-3]), ("Join line", LINE)],
+            answers=[("not shown): ", LINE[:-3]), ("not shown): ", LINE)],
         )
         assert status == 0, seen
         assert "fingerprint is not whole" in seen

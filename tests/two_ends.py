@@ -175,7 +175,7 @@ class TwoEnds:
         status, seen = on_a_terminal(
             self._home,
             program=["bash", "-c", script],
-            answers=[("Join line", line), ("the shell stays", self._home_runs)],
+            answers=[("not shown): ", line), ("the shell stays", self._home_runs)],
             HOME=str(self._home),
         )
         assert status == 0, seen

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -17,6 +18,12 @@ __all__ = ["Answer", "on_a_terminal"]
 
 #: What the terminal shows, and what is typed then, or what says that.
 Answer = tuple[str, str | Callable[[], str]]
+
+
+def _take_terminal() -> None:
+    """Ctrl-c is a signal on this one, also where a shell has the tests in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def on_a_terminal(
@@ -39,9 +46,9 @@ def on_a_terminal(
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        # The terminal of whoever runs the tests is not asked, and ctrl-c is a signal on this one.
+        # The terminal of whoever runs the tests is not asked.
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal if any(answer == "\x03" for _, answer in answers) else None,
     )
     os.close(theirs)
     waiting, seen, answered = list(answers), b"", 0
