@@ -202,7 +202,8 @@ def test_the_facts_are_in_the_environment(rig: Rig) -> None:
     assert facts["ALERT_STATE"] == "begun"
     assert facts["ALERT_TROUBLES"] == "agent:isp\nundeliverable"
     assert facts["ALERT_SINCE"].startswith("2026-")
-    assert "agent:isp and 1 more needs you" in facts["ALERT_SUBJECT"]
+    said = f"salmon-revsmtp in {rig.project.name}: agent:isp and 1 more needs you"
+    assert facts["ALERT_SUBJECT"].endswith(said)
     assert facts["ALERT_PROJECT"] == str(rig.project)
     assert "\x1b" not in rig.texts[0]
 

@@ -31,7 +31,7 @@ from salmon_revsmtp.provider import handover, settling
 from salmon_revsmtp.provider.hold.embedded import _Feed
 from salmon_revsmtp.provider.hold.store import Feed, Settled, State
 from salmon_revsmtp.provider.server import Provider
-from salmon_revsmtp.server import health
+from salmon_revsmtp.server import daemon, health
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.daemon import Daemon
 from salmon_revsmtp.server.provider_requests import ProviderRequests
@@ -240,11 +240,16 @@ def test_a_network_that_goes_silent_is_noticed(salmon: Salmon, direction: Direct
     at_home(salmon, work, keepalive=1)
 
 
-def test_a_disabled_agent_lets_its_session_go(salmon: Salmon) -> None:
+def test_a_disabled_agent_lets_its_session_go(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "TICK", 10.0 * PATIENCE)
+
     async def work(home: Home) -> None:
         await home.open()
         home.collector.journal.set_enabled("isp", False)
-        home.daemon._wake.set()
+        # As `disable` asks.
+        assert [one async for one in home.daemon._answer({"do": "look"})] == [{"end": True}]
         await home.until(lambda: not home.provider.sessions)
 
     at_home(salmon, work)

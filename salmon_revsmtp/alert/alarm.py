@@ -192,7 +192,8 @@ class Alarm:
     def _subject(self, state: str, keys: Sequence[str]) -> str:
         named = _harmless(keys[0]) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
         what = "is over" if state == OVER else "needs you"
-        return f"[{socket.gethostname()}] salmon-revsmtp: {named} {what}"
+        project = _harmless(self._server.project.name)  # a host may have several
+        return f"[{socket.gethostname()}] salmon-revsmtp in {project}: {named} {what}"
 
     def _text(self, state: str, keys: Sequence[str]) -> str:
         lines = []

@@ -217,7 +217,7 @@ def _handlers(project: Project, configuration: Configuration) -> Iterator[Findin
                 "handlers",
                 str(name),
                 FAILED,
-                f"{text}; Salmon goes on without it, and mail for it becomes undeliverable",
+                f"{text}; Salmon goes on without it, and mail for it is deferred or undeliverable",
             )
     if not configuration.routed:
         return

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from salmon_revsmtp.foreign import ERROR_TEXT, shortened
 
 __all__ = [
-    "NOT_ABOUT_MAIL",
     "Reply",
     "ReplyError",
     "ReplyParser",
@@ -21,10 +20,9 @@ __all__ = [
     "without_surrogates",
 ]
 
-#: Refusals of a command that we did not get right, or of all that a session may do, say nothing of
-#: the mail (RFC 5321 4.2.2, RFC 3207 4, RFC 4954 6): as when a server wants a login.  Ask
-#: :func:`is_about_mail`, which looks at the enhanced code as well.
-NOT_ABOUT_MAIL = frozenset({500, 502, 503, 504, 530, 534, 535, 538})
+# Refusals of a command that we did not get right, or of all that a session may do, say nothing of
+# the mail (RFC 5321 4.2.2, RFC 3207 4, RFC 4954 6): as when a server wants a login.
+_NOT_ABOUT_MAIL = frozenset({500, 502, 503, 504, 530, 534, 535, 538})
 
 # RFC 5321 4.5.3.1.5: a reply line has 512 octets with its code and CRLF; peers send longer ones.
 MAX_LINE = 8192
@@ -52,13 +50,13 @@ def without_surrogates(text: str) -> str:
 def is_about_mail(reply: Reply, doubted: Collection[int] = ()) -> bool:
     """Whether a 5yz to MAIL, RCPT or a message refuses this mail, and not a command or a session.
 
-    ``doubted``  codes that are doubted beside :data:`NOT_ABOUT_MAIL`.
+    ``doubted``  codes that are doubted beside those of a command or a session.
 
     The enhanced code can say that it is about an address, whatever the code is (RFC 3463 3.2).  So
     can others with 504: Postfix has ``504 5.5.2`` for an address without a whole domain, and 5.7.z
     is somebody's policy.
     """
-    if reply.code not in NOT_ABOUT_MAIL and reply.code not in doubted:
+    if reply.code not in _NOT_ABOUT_MAIL and reply.code not in doubted:
         return True
     status = reply.status
     if status.startswith("5.1."):
