@@ -40,7 +40,6 @@ FEW, MORE = 20, 60
 # Functions of ours that are called for a small message for one recipient, at both ends.  Measured:
 # 142 on Python 3.11, fewer where comprehensions are no calls.
 CALLS = 146
-ROUNDS = 3
 
 PACKAGE = str(Path(salmon_revsmtp.__file__).parent)
 
@@ -107,18 +106,10 @@ def work_of(salmon: Salmon, messages: int, **service: Any) -> Counter[str]:
     return counts
 
 
-def least_work(salmon: Salmon, messages: int, **service: Any) -> Counter[str]:
-    """That of several rounds: a busy machine may make two batches of one, and never fewer."""
-    return min(
-        (work_of(salmon, messages, **service) for _ in range(ROUNDS)),
-        key=lambda counts: counts["ours"],
-    )
-
-
 def per_message(salmon: Salmon, **service: Any) -> dict[str, float]:
     """What one message more adds."""
     work_of(salmon, 1, **service)  # whatever is imported or made once
-    few, more = least_work(salmon, FEW, **service), least_work(salmon, MORE, **service)
+    few, more = work_of(salmon, FEW, **service), work_of(salmon, MORE, **service)
     return {name: (more[name] - few[name]) / (MORE - FEW) for name in more}
 
 
