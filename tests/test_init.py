@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from support.terminal import on_a_terminal
 from support.tls import CERTIFICATE
 
 from salmon_revsmtp.cli.main import cli
-from salmon_revsmtp.cli.options import Options
+from salmon_revsmtp.cli.options import Options, terminal
 from salmon_revsmtp.init.customer import Customer, customer_files
 from salmon_revsmtp.init.environment import value_of
 from salmon_revsmtp.init.joinline import JoinLine, parse
@@ -781,9 +782,13 @@ def in_process(*arguments: str | Path) -> tuple[int, str]:
     before = {name for name in sys.modules if name.partition(".")[0] == "config"}
     assert not before
     path = list(sys.path)
+    ours = logging.getLogger("salmon_revsmtp")
+    level = ours.level
     try:
         result = CliRunner().invoke(cli, [str(one) for one in arguments], obj=Options())
     finally:
+        ours.setLevel(level)
+        ours.removeHandler(terminal)
         os.chdir(here)
         sys.path[:] = path
         for name in [one for one in sys.modules if one.partition(".")[0] == "config"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import sys
 import threading
 import tracemalloc
@@ -64,6 +65,12 @@ def counted() -> Iterator[Counter[str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
+
+
+@pytest.fixture(autouse=True)
+def no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """What a log line costs is up to the handlers of whoever has set it up."""
+    caplog.set_level(logging.WARNING, "salmon_revsmtp")
 
 
 @pytest.fixture(autouse=True)
