@@ -155,6 +155,20 @@ def test_a_change_that_fails_leaves_the_tables_as_they_were(
     assert nodes.start().listing() == []
 
 
+def test_other_tables_in_the_database_have_a_version_of_their_own(nodes: Nodes) -> None:
+    node = nodes.start()
+    for _ in range(2):
+        with node._database.transaction() as transaction:
+            schema.migrate(transaction, "x", "others", ["CREATE TABLE others ()"])
+    assert nodes.rows("SELECT version FROM others_schema") == [(1,)]
+    assert nodes.rows("SELECT version FROM hold_schema") == [(len(schema.MIGRATIONS),)]
+    with (
+        pytest.raises(HoldStoreError, match=r"version 1.*up to 0"),
+        node._database.transaction() as transaction,
+    ):
+        schema.migrate(transaction, "x", "others", [])
+
+
 # -- opening ---------------------------------------------------------------------------------------
 
 

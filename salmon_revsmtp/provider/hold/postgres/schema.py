@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from salmon_revsmtp.provider.hold.postgres.database import Transaction
 from salmon_revsmtp.provider.hold.store import HoldStoreError
 
@@ -83,9 +85,20 @@ MIGRATIONS = (
 )
 
 
-def migrate(transaction: Transaction, shown: str) -> None:
+def migrate(
+    transaction: Transaction,
+    shown: str,
+    part: str = "hold",
+    migrations: Sequence[str] | None = None,
+) -> None:
     """Make the tables, or bring them up to date; one process at a time does it, the others wait.
+
+    ``part``        what the tables are for, which is how the name of the table with their version
+                    begins: other tables in the same database have a version of their own.
+    ``migrations``  from nothing to each version; those of the hold store unless given.
+
     Raises :class:`HoldStoreError` for tables that a newer version has made."""
+    migrations = MIGRATIONS if migrations is None else migrations
     [[schema]] = transaction.rows("SELECT current_schema()::text")
     if schema is None:
         raise HoldStoreError(
@@ -97,18 +110,19 @@ def migrate(transaction: Transaction, shown: str) -> None:
         "FROM pg_namespace WHERE nspname = current_schema()))",
         LOCK,
     )
-    [[there]] = transaction.rows("SELECT to_regclass('hold_schema') IS NOT NULL")
+    versions = f"{part}_schema"
+    [[there]] = transaction.rows("SELECT to_regclass(%s) IS NOT NULL", versions)
     if not there:
-        transaction.run("CREATE TABLE hold_schema (version integer NOT NULL)")
-        transaction.run("INSERT INTO hold_schema VALUES (0)")
-    [[version]] = transaction.rows("SELECT version FROM hold_schema")
-    if version > len(MIGRATIONS):
+        transaction.run(f"CREATE TABLE {versions} (version integer NOT NULL)")
+        transaction.run(f"INSERT INTO {versions} VALUES (0)")
+    [[version]] = transaction.rows(f"SELECT version FROM {versions}")
+    if version > len(migrations):
         raise HoldStoreError(
             f"opening the hold store {shown}: its tables have version {version}, and this program "
-            f"knows those up to {len(MIGRATIONS)}: a newer salmon-revsmtp has been here; install "
+            f"knows those up to {len(migrations)}: a newer salmon-revsmtp has been here; install "
             "that on this host, too"
         )
-    for migration in MIGRATIONS[version:]:
+    for migration in migrations[version:]:
         transaction.run(migration)
-    if version < len(MIGRATIONS):
-        transaction.run("UPDATE hold_schema SET version = %s", len(MIGRATIONS))
+    if version < len(migrations):
+        transaction.run(f"UPDATE {versions} SET version = %s", len(migrations))
