@@ -57,6 +57,7 @@ PATIENCE = 60
 HELD_KEYS = ["key", "account", "from", "to", "size", "arrived", "state", "strikes", "reason"]
 ACCOUNT_KEYS = [
     "account",
+    "from",
     "enabled",
     "domains",
     "messages",
@@ -513,6 +514,7 @@ def test_the_tables_of_a_server_that_runs(salmon: Salmon) -> None:
             "live": 0,
             "fell_back": 0,
             "tls": None,
+            "host": None,
         }
         [row, _] = rows((await here.run("accounts", "--json")).stdout)
         assert (row["messages"], row["peer"]) == (0, peer)

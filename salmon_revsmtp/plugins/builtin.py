@@ -17,7 +17,10 @@ from salmon_revsmtp.hooks import hookimpl
 if TYPE_CHECKING:
     from salmon_revsmtp.provider.hold.store import HoldStore, OpenHoldStore
 
-__all__ = ["etrn", "odmr", "postgres"]
+__all__ = ["POSTGRES", "POSTGRES_PLUGIN", "etrn", "odmr", "postgres"]
+
+#: The scheme of a URL of PostgreSQL, and the name of the plugin for it.
+POSTGRES, POSTGRES_PLUGIN = "postgresql", "postgres"
 
 
 class _AgentType:
@@ -36,7 +39,7 @@ class _Postgres:
 
     @hookimpl
     def register_hold_stores(self, register: Callable[[str, OpenHoldStore], None]) -> None:
-        register("postgresql", _open_postgres)
+        register(POSTGRES, _open_postgres)
 
 
 def _open_postgres(url: str, folder: Path) -> HoldStore:
