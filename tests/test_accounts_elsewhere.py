@@ -206,6 +206,8 @@ def test_without_such_a_plugin_accounts_have_to_be_in_the_settings() -> None:
     plugins = Plugins.load()
     plugins.register(Shelf(), "shelf")
     assert configuration(plugins=plugins, provider={}).elsewhere == {"shelf"}
+    hold = {"hold": "postgresql://h/d"}
+    assert configuration(provider=hold).elsewhere == {"postgres"}
 
 
 def test_provider_accounts_lists_it_with_where_it_is_from(salmon: Salmon) -> None:

@@ -560,7 +560,7 @@ def test_sessions_shows_the_version_of_tls_and_who_does_not_push(salmon: Salmon)
         tls = customer.writer.get_extra_info("ssl_object").version()
         assert (row["tls"], row["push"], row["messages"]) == (tls, False, 0)
         [_, line] = (await here.run("sessions")).stdout.splitlines()
-        assert line.split("\t")[3:] == ["no", "0", tls, "0", "0"]
+        assert line.split("\t")[3:] == ["no", "0", tls, "0", "0", "-"]
         customer.writer.close()
 
     tls = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}

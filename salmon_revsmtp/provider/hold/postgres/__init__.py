@@ -6,6 +6,8 @@
 ``usages``    what is held for whom, as the event loop may ask
 ``wakeups``   how a host hears of mail that another has taken
 ``store``     the hold store
+``accounts``  the customers' accounts, beside it
+``nodes``     what the hosts tell one another of sessions and failed logins
 """
 
 from salmon_revsmtp.provider.hold.postgres.store import PostgresStore
