@@ -225,8 +225,10 @@ def test_a_session_ends_within_a_second_on_whichever_node_it_is(
     url = database.url(schema)
     add(url)
     add(url, "other", "example.com")
-    if not told:
-        monkeypatch.setattr(nodes, "CHANNEL", "no_one_notifies_here_")
+    if told:
+        monkeypatch.setattr(nodes, "LOOK", 1000.0)
+    else:
+        monkeypatch.setattr(nodes, "_CHANNEL", "'no_one_notifies_here'")
 
     async def work(here: Two) -> None:
         async with (
