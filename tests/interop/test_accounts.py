@@ -516,6 +516,34 @@ def test_what_the_database_forgets_in_a_crash_is_told_again(own: Cluster, soon: 
         one.close()
 
 
+def test_of_many_sessions_that_begin_at_once_on_all_nodes_one_is_left(database: Cluster) -> None:
+    """Each of the others is told of, and none waits for another without end."""
+    schema = database.schema()
+    url = database.url(schema)
+    hosts, told = [nodes.PostgresNodes(url) for _ in range(3)], [Told() for _ in range(3)]
+    for host, one in zip(hosts, told, strict=True):
+        host.watch(one)
+
+    def begin(host: nodes.PostgresNodes) -> None:
+        for number in range(1, 16):
+            host.begin(number, session())
+
+    threads = [threading.Thread(target=begin, args=[host]) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: sum(len(one.yielding) for one in told) == 3 * 15 - 1)
+    [[newest]] = database.rows(
+        "SELECT node FROM hold_sessions ORDER BY began DESC, node, number LIMIT 1", schema
+    )
+    assert database.rows("SELECT node FROM hold_sessions WHERE NOT gives_way", schema) == [
+        (newest,)
+    ]
+    for host in hosts:
+        host.close()
+
+
 def test_a_node_that_is_not_heard_of_keeps_no_one_out(
     database: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
