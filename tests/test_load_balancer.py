@@ -391,7 +391,9 @@ def test_only_so_many_wait_for_their_header(
     assert "more than 2 connections wait for a PROXY header" in caplog.text
 
 
-def test_a_stop_waits_for_no_header(salmon: Salmon) -> None:
+def test_a_stop_waits_for_no_header(salmon: Salmon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecourt, "HEADER", 10 * LONG)
+
     async def main() -> None:
         async with listener(salmon, proxy_from=["127.0.0.1"]) as one:
             reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
@@ -402,7 +404,7 @@ def test_a_stop_waits_for_no_header(salmon: Salmon) -> None:
             await one.stop(LONG)
             assert time.monotonic() - began < LONG / 2
             with pytest.raises(ConnectionResetError):
-                await reader.read()
+                await asyncio.wait_for(reader.read(), LONG)
             writer.close()
             greeting.close()
 
