@@ -32,6 +32,7 @@ class ProviderProcess:
     ``hold``  where mail is held, if it is not in the folder.
     ``lease`` seconds without a word after which what it has there goes to others.
     ``both``  more settings, of the provider and of the service ``mx``.
+    ``soon``  what has a limit with the database has one of a few seconds.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ProviderProcess:
         hold: str = "run/hold",
         lease: float | None = None,
         both: dict[str, Any] | None = None,
+        soon: bool = False,
         **account: Any,
     ) -> None:
         folder.mkdir()
@@ -58,6 +60,7 @@ class ProviderProcess:
                 **(both or {}),
             },
             "lease": lease,
+            "soon": soon,
             "mx": {
                 "hostname": "mx.example.net",
                 "listen": f"127.0.0.1:{self.mx}",
