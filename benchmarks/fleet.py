@@ -128,7 +128,8 @@ def come_back(
     connections from the second ``down`` on.
 
     One core does the logins, in the order in which they came.  Who has waited for ``PATIENCE``
-    seconds gives up, costs nothing more, and counts as one whose collection has failed.
+    seconds gives up, has cost nothing, and counts as one whose collection has failed.  The system's
+    own queue of new connections has room for all.
     """
     found = Return()
     schedules = [_dropped(noticed(), chance) for _ in range(customers)]
