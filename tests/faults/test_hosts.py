@@ -119,12 +119,15 @@ class Hosts(World2):
             self.heard.add(subject)
         return code == 250
 
-    def until(self, node: int, code: int, more: int) -> None:
+    def until(
+        self, node: int, code: int, more: int, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Wait until a host has answered that so many more times."""
         enough = self.heard_by[node][code] + more
         give_up = time.monotonic() + LONG
         while self.heard_by[node][code] < enough:
             assert time.monotonic() < give_up, (node, code, self.heard_by)
+            meanwhile()
             time.sleep(0.02)
 
     @contextlib.contextmanager
@@ -349,15 +352,34 @@ def lock(cluster: Cluster, schema: str, connection: psycopg.Connection[tuple[obj
             connection.execute("ROLLBACK")
 
 
+class Connections:
+    """All that a server has, whoever had them or is about to."""
+
+    def __init__(self, cluster: Cluster, taken: contextlib.ExitStack) -> None:
+        self._cluster, self._taken = cluster, taken
+        self._ours = [taken.enter_context(cluster.connection())]
+
+    def take(self) -> None:
+        """End those of others, and take what is free."""
+        self._ours[0].execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE backend_type = 'client backend' AND pid <> ALL(%s)",
+            [[one.info.backend_pid for one in self._ours]],
+        )
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                self._ours.append(self._taken.enter_context(self._cluster.connection()))
+
+
 def test_locks_connections_and_time_run_out_below_two_hosts(
     salmon: Salmon, own: Cluster, answers: dict[bytes, list[float]]
 ) -> None:
     """One after the other: all is locked, others have all connections, the server is frozen."""
     with Hosts(salmon, own) as here:
 
-        def refused() -> None:
+        def refused(meanwhile: Callable[[], None] = lambda: None) -> None:
             for node in (0, 1):
-                here.until(node, 451, 2)
+                here.until(node, 451, 2, meanwhile)
 
         def in_turn() -> None:
             with here.trouble(), own.connection() as connection:
@@ -366,17 +388,7 @@ def test_locks_connections_and_time_run_out_below_two_hosts(
                 connection.execute("ROLLBACK")
                 here.goes_on()
             with here.trouble(), contextlib.ExitStack() as taken:
-                one = taken.enter_context(own.connection())
-                give_up = time.monotonic() + LONG
-                while one.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE application_name = 'salmon-revsmtp'"
-                ).fetchall():
-                    assert time.monotonic() < give_up
-                    with contextlib.suppress(psycopg.OperationalError):
-                        while True:
-                            taken.enter_context(own.connection())
-                refused()
+                refused(Connections(own, taken).take)
                 taken.close()
                 here.goes_on()
             with here.trouble():
