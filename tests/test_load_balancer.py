@@ -4,7 +4,9 @@ passes on."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hmac
 import logging
 import smtplib
 import socket
@@ -294,6 +296,36 @@ def test_who_guesses_passwords_is_shut_out_and_not_all_behind_the_balancer(
         await asyncio.to_thread(talk, here.odmr)
 
     provider_behind(salmon, work)
+
+
+def test_a_session_is_its_customers_and_not_the_balancers(salmon: Salmon) -> None:
+    """As ``provider sessions`` shows it."""
+    shown: list[tuple[str, int]] = []
+
+    def talk(here: World) -> None:
+        with connected(here.odmr, HEADERS["v2"]) as connection:
+            heard = connection.makefile("rb")
+
+            def said(line: str, code: bytes) -> bytes:
+                connection.sendall(line.encode())
+                while not (answer := heard.readline()).startswith(code):
+                    assert answer, line
+                return answer
+
+            said("EHLO x\r\n", b"250 ")
+            nonce = base64.b64decode(said("AUTH CRAM-MD5\r\n", b"334 ")[4:])
+            digest = hmac.new(PASSWORD.encode(), nonce, "md5").hexdigest()
+            proof = base64.b64encode(f"acme {digest}".encode()).decode()
+            said(f"{proof}\r\n", b"235 ")
+            said("XHOLD\r\n", b"250 ")
+            said("ATRN\r\n", b"250 ")
+            shown.extend(one.peer for one in here.daemon.sessions)
+
+    async def work(here: World) -> None:
+        await asyncio.to_thread(talk, here)
+
+    provider_behind(salmon, work)
+    assert shown == [CLIENT]
 
 
 # -- what is no header -----------------------------------------------------------------------------
