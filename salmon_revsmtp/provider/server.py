@@ -8,7 +8,7 @@ import itertools
 import logging
 import ssl
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -56,6 +56,7 @@ class Provider:
     ``timeout``      seconds without a byte from the customer.
     ``keepalive``    seconds of silence in a push session.
     ``nodes``        the other hosts, if there may be any.
+    ``balancers``    addresses whose connections begin with a PROXY header.
     ``listeners``    one for each address, once they listen.
     """
 
@@ -75,6 +76,7 @@ class Provider:
         max_sessions: int = 10_000,
         max_sessions_per_address: int = 10_000,
         nodes: Nodes | None = None,
+        balancers: Container[str] | None = None,
     ) -> None:
         self.accounts, self.store, self.hostname = accounts, store, hostname
         self.needs_tls, self.timeout, self.keepalive = needs_tls, timeout, keepalive
@@ -90,6 +92,7 @@ class Provider:
         self._certificate = certificate
         self._addresses = addresses
         self._most, self._most_per_address = max_sessions, max_sessions_per_address
+        self._balancers = balancers
         self.listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions: dict[str, list[Connection]] = {}
@@ -134,6 +137,7 @@ class Provider:
                 *address,
                 tls=self._context if implicit else None,
                 places=places,
+                balancers=self._balancers,
             )
             await listener.start()
             self.listeners.append(listener)

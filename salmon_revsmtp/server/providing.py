@@ -14,6 +14,7 @@ from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.hooks import HookFailedError
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.net.expected import Expected
 from salmon_revsmtp.plugins.builtin import POSTGRES_PLUGIN
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Accounts
@@ -182,6 +183,7 @@ class Providing:
             max_sessions=settings.max_sessions,
             max_sessions_per_address=settings.max_sessions_per_address,
             nodes=self._nodes(),
+            balancers=Expected(settings.proxy_from) if settings.proxy_from else None,
         )
         return self._provider
 
