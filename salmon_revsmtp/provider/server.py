@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import threading
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -120,6 +121,16 @@ class Provider:
             )
             await listener.start()
             self.listeners.append(listener)
+        threading.Thread(target=self._know_passwords, name="passwords", daemon=True).start()
+
+    def _know_passwords(self) -> None:
+        """In a thread, beside the event loop: what a login has to know of a password is a
+        millisecond or two of work (RFC 7677), once.  All customers may call now at once, and each
+        account that is done is spared to the event loop."""
+        for account in tuple(self.accounts):
+            if self._loop is None:
+                return
+            account.secret.prepare()
 
     def _connect(self, admit: Admit, implicit: bool) -> Connection:
         return Connection(self, admit, implicit)

@@ -9,6 +9,8 @@ that a stranger learns neither from the words nor from the time whether there is
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import hmac
 import secrets
@@ -60,8 +62,15 @@ class Secret:
                 found = _made_up(mechanism, self._name)
             else:
                 found = _verifier(mechanism, self._password)
-            self._verifiers[mechanism] = found
+            # Another thread may have made one meanwhile: the salt is to be the same each time.
+            found = self._verifiers.setdefault(mechanism, found)
         return found
+
+    def prepare(self) -> None:
+        """Do now what takes time at the first login.  May be called in another thread, which lets
+        others run meanwhile."""
+        with contextlib.suppress(ScramException):  # it is for no mechanism that needs that
+            self.verifier(SHA_256)
 
     def is_password(self, password: bytes) -> bool:
         """Whether this is the password (RFC 4616), prepared as SCRAM's are.  It takes as long for
@@ -82,10 +91,13 @@ class Secret:
         return hmac.new(secret.encode(), challenge, hashlib.md5).hexdigest()
 
 
+_mechanism = functools.cache(ScramMechanism)  # it keeps nothing of its own
+
+
 def _verifier(
     mechanism: str, password: str, iterations: int | None = None, salt: bytes | None = None
 ) -> Verifier:
-    scram = ScramMechanism(mechanism)
+    scram = _mechanism(mechanism)
     rounds = iterations or ITERATIONS
     return Verifier(*scram.make_auth_info(password, iteration_count=rounds, salt=salt))
 
@@ -171,7 +183,7 @@ def _scram(mechanism: str, secrets_of: Secrets, hostname: str, initial: bytes | 
             found.append(name)
         return tuple(secret.verifier(mechanism))
 
-    server = ScramMechanism(mechanism).make_server(stored)
+    server = _mechanism(mechanism).make_server(stored)
     try:
         server.set_client_first((initial or (yield b"")).decode())
         final = yield server.get_server_first().encode()
