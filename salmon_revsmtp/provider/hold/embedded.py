@@ -76,6 +76,10 @@ PAGE = 256
 # With each statement the thread lets others run, and has to wait until they let it: so there are to
 # be few.
 MESSAGES_AT_A_TIME = 16
+# Until the log has reached that size it grows, and a file that grows costs each sync a change of
+# the file system's own journal.  So it grows by so many octets at a time at most, of zeros, which
+# SQLite takes for the end.
+GROWTH = 1024 * 1024
 # Seconds between two notes of where the clock is.  It goes on from the last one by itself, so more
 # would only be one more page to sync with every message.
 NOTE_CLOCK = 60.0
@@ -181,6 +185,7 @@ class EmbeddedStore:
         self._clock = SteadyClock()
         self._noted = -NOTE_CLOCK
         self._synced: bool | None = None  # what the next commit would be
+        self._log, self._log_size = folder / "index.sqlite3-wal", 0
         self._watchers: list[Woken] = []
         # One transaction at a time; a reader sees the last one that was committed.
         self._writing, self._reading = threading.Lock(), threading.Lock()
@@ -585,6 +590,8 @@ class EmbeddedStore:
                 database.execute("BEGIN IMMEDIATE")
                 yield database
                 database.execute("COMMIT")
+                if synced and self._has_log:
+                    self._let_log_grow()
             except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     database.execute("ROLLBACK")
@@ -610,10 +617,22 @@ class EmbeddedStore:
         number = errno.ENOSPC if "full" in str(error) else errno.EIO
         return OSError(number, f"the hold store {self._folder}: {error}")
 
+    def _let_log_grow(self) -> None:
+        """No one else writes to it meanwhile."""
+        with contextlib.suppress(OSError):  # a full disk, for one: then SQLite has it grow, or not
+            if (size := self._log.stat().st_size) <= self._log_size:
+                return
+            self._log_size = size + min(size, GROWTH)
+            descriptor = os.open(self._log, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.pwrite(descriptor, bytes(self._log_size - size), size)
+            finally:
+                os.close(descriptor)
+
     def _sync_log(self) -> None:
         """What has been committed survives a power cut."""
         with contextlib.suppress(FileNotFoundError):  # without a log each commit is synced
-            descriptor = os.open(self._folder / "index.sqlite3-wal", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._log, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
             finally:
