@@ -225,9 +225,6 @@ def _context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
     # TLS 1.2 has it; a client could have us do one handshake after another.
     context.options |= ssl.OP_NO_RENEGOTIATION
-    # No customer of ours, and hardly any sender, resumes a session, and none could after a restart.
-    # A ticket for that is work in each handshake, and there would be two.
-    context.num_tickets = 0
     # Without a password OpenSSL would ask for one on the terminal, and wait.
     context.load_cert_chain(certificate, key, password="")
     return context

@@ -88,7 +88,12 @@ class Provider:
         return self.listeners[0].port
 
     def tls(self) -> ssl.SSLContext | None:
-        return self._certificate.context() if self._certificate is not None else None
+        context = self._certificate.context() if self._certificate is not None else None
+        if context is not None:
+            # No customer of ours resumes a session, and none could after a restart: two tickets
+            # for that would be work in each handshake.
+            context.num_tickets = 0
+        return context
 
     def _context(self) -> ssl.SSLContext:
         context = self.tls()
