@@ -19,6 +19,7 @@ from benchmarks import (
     distance,
     idle,
     intake,
+    keeping,
     live,
     machine,
     many,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
+    "keeping": keeping.sections,
     "threads": threads.sections,
     **provider.SECTIONS,
     **live.SECTIONS,
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
-    targets += idle.targets()
+    targets += [*idle.targets(), *keeping.targets()]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:

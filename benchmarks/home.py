@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,20 @@ from benchmarks.processes import Child, Failure, module
 from benchmarks.project import agent, project
 from benchmarks.serving import Serving
 
-__all__ = ["connected", "until"]
+__all__ = ["Customers", "connected", "connected_as", "until"]
 
 # Seconds until the customers have greeted after the reversal, beside five round trips.
 GREETED = 0.5
 # Until thousands of them have called.
 CALLED = 600.0
+
+
+@dataclass
+class Customers:
+    """Customers of a provider, in one process: that, and its folder."""
+
+    child: Child
+    folder: Path
 
 
 @contextmanager
@@ -32,9 +41,27 @@ def connected(
     handler: str = "nothing",
     **service: Any,
 ) -> Iterator[Path]:
-    """All customers in one process, each with a session that is open; yields their folder.
+    """As :func:`connected_as`; yields their folder."""
+    how = {"handler": handler, **service}
+    with connected_as(provider, accounts, tls, milliseconds, **how) as customers:
+        yield customers.folder
+
+
+@contextmanager
+def connected_as(
+    provider: Serving,
+    accounts: Sequence[dict[str, Any]],
+    tls: bool = False,
+    milliseconds: int = 0,
+    *,
+    already: int = 0,
+    handler: str = "nothing",
+    **service: Any,
+) -> Iterator[Customers]:
+    """All customers in one process, each with a session that is open.
 
     ``milliseconds``  the round trip between them and the provider.
+    ``already``       sessions that the provider has had before.
     ``handler``       of the project.
     """
     with ExitStack() as stack:
@@ -54,11 +81,11 @@ def connected(
         keys = {"domains": [], **service}
         folder = stack.enter_context(project(*agents, handler=handler, **keys))
         command = [str(COMMAND), "--chdir", str(folder), "run"]
-        stack.enter_context(Child(command, name="the customer"))
-        sessions = len(accounts)
+        child = stack.enter_context(Child(command, name="the customer"))
+        sessions = already + len(accounts)
         until(lambda: provider.log.count("the connection is reversed") >= sessions, CALLED)
         time.sleep(GREETED + 5 * milliseconds / 1000)
-        yield folder
+        yield Customers(child, folder)
 
 
 def until(so: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -110,6 +110,11 @@ class Child:
         status = Path(f"/proc/{self.process.pid}/statm").read_text()
         return int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def worked(self) -> float:
+        """The processor time that it has had, in seconds (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def peak(self) -> int:
         """The most resident memory that it had up to now, in octets (Linux)."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -565,6 +566,24 @@ def test_what_cannot_be_committed_is_not_held(tmp_path: Path) -> None:
     store.put([arrival("b@acme.example")])
     assert store.usage("acme").messages == 2
     store.close()
+
+
+def test_the_log_grows_seldom_and_a_crash_at_any_size_of_it_loses_nothing(tmp_path: Path) -> None:
+    """A file that grows costs each sync more; what it grows by is no mail."""
+    store = EmbeddedStore(tmp_path / "hold")
+    sizes, kept = [], []
+    for number in range(60):
+        [[key]] = store.put([arrival("b@acme.example", data=b"%d\r\n" % number)])
+        kept.append(key)
+        sizes.append((tmp_path / "hold/index.sqlite3-wal").stat().st_size)
+        if number % 7 == 0:
+            crashed = tmp_path / f"crashed-{number}"
+            shutil.copytree(tmp_path / "hold", crashed)
+            again = EmbeddedStore(crashed)
+            assert [held.key for held in again.listing("acme")] == kept
+            again.close()
+    store.close()
+    assert len(set(sizes)) < 12
 
 
 def test_a_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:

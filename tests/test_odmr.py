@@ -9,9 +9,11 @@ import hmac
 import json
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from support.collecting import collect, collect_from
 from support.configuration import PASSWORD, agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
@@ -801,6 +803,24 @@ def test_a_certificate_that_is_not_trusted(salmon: Salmon) -> None:
     report = asyncio.run(main())
     assert report.outcome is Outcome.FAILED
     assert report.error is not None and "ca_file" in report.error
+
+
+def test_a_file_of_authorities_that_has_changed_is_read_again(
+    salmon: Salmon, tmp_path: Path
+) -> None:
+    """Although what was read of it is kept for the collections in between."""
+    trusted = tmp_path / "ca.pem"
+
+    def collects(*scripts: Script) -> Outcome:
+        keys: dict[str, Any] = {"tls": "implicit", "ca_file": str(trusted)}
+        return collect_from(salmon, *scripts, **keys).outcome
+
+    trusted.write_bytes(CERTIFICATE.read_bytes())
+    assert [collects(no_more_mail), collects(no_more_mail)] == [Outcome.NO_MAIL] * 2
+    trusted.write_bytes(trustme.CA().cert_pem.bytes())
+    assert collects() is Outcome.FAILED
+    trusted.write_bytes(CERTIFICATE.read_bytes())
+    assert collects(no_more_mail) is Outcome.NO_MAIL
 
 
 def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import ssl
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ from salmon_revsmtp.provider import connection, logins
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import AccountSettings
+from salmon_revsmtp.smtp import sasl
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply, ReplyParser
 from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, Quit, StartTls, Turn
+from salmon_revsmtp.smtp.verifier import Verifier
 
 ACME = account(domains=["example.org", "example.com"])
 OTHER = account("other", "another one", ["example.net"])
@@ -86,6 +89,37 @@ class Customer:
 
 def encoded(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
+
+
+def test_passwords_are_made_ready_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a provider is started again all its customers call at once."""
+    made: list[bool] = []
+    ready = threading.Event()
+    derive = sasl._verifier
+
+    def noted(*arguments: Any) -> Verifier:
+        made.append(threading.current_thread() is threading.main_thread())
+        found = derive(*arguments)
+        if len(made) == 2:
+            ready.set()
+        return found
+
+    monkeypatch.setattr(sasl, "_verifier", noted)
+    holding = Holding(tmp_path / "hold", ACME, OTHER)
+
+    async def main() -> None:
+        async with holding.provider():
+            assert await asyncio.to_thread(ready.wait, 60)
+
+    asyncio.run(main())
+    holding.close()
+    session = Turn("odmr", holding.accounts)
+    first = encoded("n,,n=acme,r=abcdefgh")
+    session.receive_bytes(f"EHLO x\r\nAUTH SCRAM-SHA-256 {first}\r\n".encode())
+    assert b"334 " in session.data_to_send()
+    assert made == [False, False]
 
 
 def test_ehlo_offers_passwords_under_tls_only() -> None:

@@ -69,8 +69,9 @@ class Home:
         assert len(self.salmon.handled) == messages
 
     async def open(self) -> None:
-        """Wait for a push session."""
+        """Wait for a push session, of which both ends know."""
         await self.until(lambda: any(one.push for one in self.provider.sessions))
+        await self.until(lambda: bool(self.daemon._pushing()))
 
     async def collect(self) -> Report:
         """What `collect` says while the server runs."""

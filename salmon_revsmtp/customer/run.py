@@ -90,7 +90,8 @@ async def _tell_of_long_waits(collection: Collection) -> None:
             log_safely(
                 log, logging.INFO, "agent=%s %s, %.0f s", collection.agent.name, what, seconds
             )
-        await asyncio.sleep(max(LONG_WAIT - seconds, 1.0))
+        # A push session waits for mail, as long as it takes.
+        await asyncio.sleep(LONG_WAIT if collection.pushing else max(LONG_WAIT - seconds, 1.0))
 
 
 def _line(report: Report) -> str:

@@ -136,6 +136,15 @@ class Journal:
 
         return self._read(lambda database: _state(database, agent), AgentState())
 
+    def said(self) -> dict[str, bool]:
+        """What ``enable`` or ``disable`` said, by agent, of all of which either did."""
+
+        def read(database: sqlite3.Connection) -> dict[str, bool]:
+            rows = database.execute("SELECT agent, enabled FROM agents WHERE enabled IS NOT NULL")
+            return {agent: bool(enabled) for agent, enabled in rows}
+
+        return self._read(read, {})
+
     def latest(self, agents: Iterable[str]) -> dict[str, tuple[AgentState, Entry | None]]:
         """What is kept of each of these agents, and its last collection, if it has had one."""
         names = tuple(agents)

@@ -9,6 +9,7 @@ answer, and errors that say what to try.  Whoever wants the transport for anothe
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import base64
 import contextlib
 import logging
@@ -50,6 +51,10 @@ GOODBYE = 5.0
 # RFC 4954 4 (538: RFC 2554): the server does not do this mechanism after all; another may work.
 TRY_ANOTHER = (504, 534, 538)
 
+
+# asyncio's TLS has a buffer of so many octets for what is read from each connection, for as long as
+# that is open.  It would be 256 KiB; two records (RFC 8446 5.1) are read faster.
+cast(Any, asyncio.sslproto.SSLProtocol).max_size = 32 * 1024
 
 # The EHLO keywords that something depends on.
 OURS = ("ATRN", "AUTH", "ETRN", "STARTTLS", "XHOLD")
@@ -686,26 +691,58 @@ def _in_base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
+# What is done TLS with, and what it was made of: see _shared.
+_contexts: dict[tuple[str, str], tuple[object, ssl.SSLContext]] = {}
+
+
 def _tls_context(settings: Server) -> ssl.SSLContext | None:
     if settings.tls == "none":
         return None
     if settings.tls == "opportunistic":
         # RFC 7435: encrypted is better than not, whoever is at the other end.
-        return _unverified()
-    if settings.fingerprint is not None:
-        return pinned(settings.fingerprint)
-    context = ssl.create_default_context()
-    if settings.ca_file is not None:
-        context = ssl.create_default_context(cafile=str(settings.ca_file))
-        # A server's own certificate may be the anchor, and one made by hand lacks what the strict
-        # checks of Python 3.13 ask of a CA.
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        return _shared("any", "", (), _unverified)
+    if (expected := settings.fingerprint) is not None:
+        return _shared("pinned", expected, (), lambda: pinned(expected))
+    if (authority := settings.ca_file) is not None:
+        return _shared("ca", str(authority), (authority,), lambda: _trusting(authority))
+    found = ssl.get_default_verify_paths()
+    files = tuple(Path(one) for one in (found.cafile, found.capath) if one)
+    return _shared("system", "", files, ssl.create_default_context)
+
+
+def _shared(
+    kind: str, name: str, files: Sequence[Path], make: Callable[[], ssl.SSLContext]
+) -> ssl.SSLContext:
+    """The context for all connections that trust the same, made again when one of the files has
+    changed: that of the system's authorities takes 900 KiB, and tens of milliseconds to make."""
+    state = tuple(map(_state, files))
+    known = _contexts.get((kind, name))
+    if known is not None and known[0] == state:
+        return known[1]
+    context = make()
+    _contexts[kind, name] = state, context
+    return context
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _trusting(authority: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(authority))
+    # A server's own certificate may be the anchor, and one made by hand lacks what the strict
+    # checks of Python 3.13 ask of a CA.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 
 def _unverified() -> ssl.SSLContext:
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context

@@ -60,7 +60,7 @@ def pinned(expected: str) -> ssl.SSLContext:
             if not certificate or fingerprint(certificate) != expected:
                 raise OtherCertificate(expected, certificate)
 
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.sslobject_class = Pinned

@@ -123,6 +123,7 @@ class HandOver:
         "_connection",
         "_deferred",
         "_domains",
+        "_dry",
         "_excused",
         "_feed",
         "_heard_at",
@@ -160,6 +161,7 @@ class HandOver:
         self._stopped = False
         self._news: asyncio.Future[None] | None = None  # is waited for
         self._more = False  # there may be mail that the feed has not shown
+        self._dry = False  # the feed has shown all, unless the store has told of more
         self._asked_again = False
         # In the order in which they are answered.
         self._under_way: list[Held | Passing] = []
@@ -287,7 +289,6 @@ class HandOver:
         """Open the feed, for recipients in ``domains`` if given; returns what goes out first.
         Raises :class:`OSError` when the store cannot be read."""
         self._domains = domains
-        self._feed = await asyncio.to_thread(self._store.feed, self._account, domains)
         return await self._next_page()
 
     def begin(self, sender: Sender, timeout: float) -> None:
@@ -316,7 +317,7 @@ class HandOver:
                     break
                 await self._send(held, content)
             if not self._stopped:
-                page = await self._next_page()
+                page = () if self._dry and not self._more else await self._next_page()
                 if page:
                     continue
                 if self._keepalive is not None:
@@ -355,17 +356,21 @@ class HandOver:
             feed.close()
 
     async def _next_page(self) -> Page:
-        """The next messages of the feed, and their octets."""
-        feed, store = self._feed, self._store
-        assert feed is not None
-
-        def read() -> Page:
-            page = feed.take(PAGE, PAGE_OCTETS)
-            found = store.load([held.key for held in page]) if page else {}
-            return [(held, _made_ready(found[held.key])) for held in page if held.key in found]
-
+        """The next messages of the feed, and their octets; none, if there are no more until the
+        store tells of some."""
         self._more = False
-        return await asyncio.to_thread(read)
+        page = await asyncio.to_thread(self._read)
+        self._dry = not page
+        return page
+
+    def _read(self) -> Page:
+        """In a thread: one change of threads is what most sessions come with."""
+        store = self._store
+        if (feed := self._feed) is None:
+            feed = self._feed = store.feed(self._account, self._domains)
+        page = feed.take(PAGE, PAGE_OCTETS)
+        found = store.load([held.key for held in page]) if page else {}
+        return [(held, _made_ready(found[held.key])) for held in page if held.key in found]
 
     def be_patient(self) -> None:
         """How long the customer may be silent: for the answer to a message RFC 5321 4.5.3.2.6 has
@@ -461,6 +466,7 @@ class HandOver:
             self._deferred = False
             self._again_at = asyncio.get_running_loop().time() + AGAIN_LAST
             self._feed.start_over()
+            self._dry = False
 
     def _stir(self) -> None:
         """Go back to work, if there is any."""

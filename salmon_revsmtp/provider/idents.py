@@ -77,21 +77,27 @@ class Idents:
         sender = envelope.reverse_path.encode("utf-8", "surrogateescape")
         network = _network(envelope.client.address) if envelope.client is not None else ""
         whole = b"\0".join((content, sender, network.encode()))
-        digest, recipients = hashlib.sha256(whole).digest(), set(envelope.recipients)
+        digest, recipients = hashlib.sha256(whole).digest(), frozenset(envelope.recipients)
         with self._lock:
             of_each = [self._of(digest, one) for one in recipients]
-            number = max(one.next for one in of_each)
+            number = 0
+            for one in of_each:
+                number = max(number, one.next)
             while not all(one.free(number) for one in of_each):
                 number += 1
             for one in of_each:
                 one.under_way.add(number)
             while len(self._numbers) > REMEMBERED:
                 self._numbers.popitem(last=False)
-        return Ident(digest, number, frozenset(recipients))
+        return Ident(digest, number, recipients)
 
     def _of(self, digest: bytes, recipient: str) -> _Numbers:
-        numbers = self._numbers.setdefault((digest, recipient), _Numbers())
-        self._numbers.move_to_end((digest, recipient))
+        key = digest, recipient
+        numbers = self._numbers.get(key)
+        if numbers is None:
+            numbers = self._numbers[key] = _Numbers()
+        else:
+            self._numbers.move_to_end(key)
         return numbers
 
     def refused(self, ident: Ident) -> None:

@@ -6,6 +6,7 @@ bounded, and forgotten after a while.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 from collections import OrderedDict, deque
@@ -91,6 +92,7 @@ class LoginGuard:
         return found
 
 
+@functools.lru_cache(maxsize=1024)
 def _network(address: str) -> str:
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])

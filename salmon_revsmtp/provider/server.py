@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
@@ -107,7 +108,12 @@ class Provider:
         return self.listeners[0].port
 
     def tls(self) -> ssl.SSLContext | None:
-        return self._certificate.context() if self._certificate is not None else None
+        context = self._certificate.context() if self._certificate is not None else None
+        if context is not None:
+            # No customer of ours resumes a session, and none could after a restart: two tickets
+            # for that would be work in each handshake.
+            context.num_tickets = 0
+        return context
 
     def _context(self) -> ssl.SSLContext:
         context = self.tls()
@@ -145,6 +151,16 @@ class Provider:
             await asyncio.to_thread(self.nodes.watch, self)
         if self.accounts.lookups is not None:
             self._asking_again = self._loop.create_task(self._ask_again())
+        threading.Thread(target=self._know_passwords, name="passwords", daemon=True).start()
+
+    def _know_passwords(self) -> None:
+        """In a thread, beside the event loop: what a login has to know of a password is a
+        millisecond or two of work (RFC 7677), once.  All customers may call now at once, and each
+        account that is done is spared to the event loop."""
+        for account in tuple(self.accounts):
+            if self._loop is None:
+                return
+            account.secret.prepare()
 
     def _connect(self, admit: Admit, implicit: bool) -> Connection:
         return Connection(self, admit, implicit)

@@ -380,6 +380,11 @@ class Collector:
         kept = (await self.state(agent.name)).enabled
         return bool(agent.settings.enabled if kept is None else kept)
 
+    async def disabled(self, agents: Iterable[Agent]) -> list[Agent]:
+        """Those of them that are not :meth:`enabled`, in one look into the journal."""
+        said = await self._records.call(self.journal.said)
+        return [one for one in agents if not said.get(one.name, one.settings.enabled)]
+
     async def run(self, agent: Agent, current: Collection) -> Report:
         """Run one collection, if its agent is enabled, and write it down, also if it is
         cancelled."""

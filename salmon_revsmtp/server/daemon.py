@@ -208,10 +208,12 @@ class Daemon:
 
     async def _end_disabled(self) -> None:
         """Close the push sessions of agents that someone has disabled since."""
-        for name, collection in self._pushing():
-            if not await self._collector.enabled(self._agents[name]):
-                log.info("agent=%s it is disabled, its push session ends", name)
-                collection.stop()
+        if not (pushing := dict(self._pushing())):
+            return
+        agents = [self._agents[name] for name in pushing]
+        for agent in await self._collector.disabled(agents):
+            log.info("agent=%s it is disabled, its push session ends", agent.name)
+            pushing[agent.name].stop()
 
     async def _note_sessions(self) -> None:
         """Who has a push session works again, although its collection may go on for weeks."""

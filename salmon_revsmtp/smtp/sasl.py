@@ -10,6 +10,8 @@ that a stranger learns neither from the words nor from the time whether there is
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import hmac
 import secrets
@@ -70,8 +72,15 @@ class Secret:
                 found = _made_up(mechanism, self._name)
             else:
                 found = _verifier(mechanism, self._password)
-            self._verifiers[mechanism] = found
+            # Another thread may have made one meanwhile: the salt is to be the same each time.
+            found = self._verifiers.setdefault(mechanism, found)
         return found
+
+    def prepare(self) -> None:
+        """Do now what takes time at the first login.  May be called in another thread, which lets
+        others run meanwhile."""
+        with contextlib.suppress(ScramException):  # it is for no mechanism that needs that
+            self.verifier(SHA_256)
 
     def is_password(self, password: bytes) -> bool:
         """Whether this is the password (RFC 4616), prepared as SCRAM's are.  It takes as long for
@@ -92,10 +101,13 @@ class Secret:
         return hmac.new(secret.encode(), challenge, hashlib.md5).hexdigest()
 
 
+_mechanism = functools.cache(ScramMechanism)  # it keeps nothing of its own
+
+
 def _verifier(
     mechanism: str, password: str, iterations: int | None = None, salt: bytes | None = None
 ) -> Verifier:
-    scram = ScramMechanism(mechanism)
+    scram = _mechanism(mechanism)
     rounds = iterations or ITERATIONS
     return Verifier(*scram.make_auth_info(password, iteration_count=rounds, salt=salt))
 
@@ -172,7 +184,7 @@ def _scram(mechanism: str, hostname: str, initial: bytes | None) -> Exchange:
         first = (initial or (yield b"")).decode()
         name = _scram_name(mechanism, first)
         secret: Secret = yield WhoIs(name)
-        server = ScramMechanism(mechanism).make_server(lambda _: tuple(secret.verifier(mechanism)))
+        server = _mechanism(mechanism).make_server(lambda _: tuple(secret.verifier(mechanism)))
         server.set_client_first(first)
         final = yield server.get_server_first().encode()
         server.set_client_final(final.decode())
@@ -190,7 +202,7 @@ def _scram_name(mechanism: str, first: str) -> str:
         asked.append(name)
         return tuple(_made_up(mechanism, name))
 
-    ScramMechanism(mechanism).make_server(note).set_client_first(first)
+    _mechanism(mechanism).make_server(note).set_client_first(first)
     return asked[0]
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -31,7 +32,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,16 @@ log = logging.getLogger(__name__)
 LARGE = 128 * 1024
 # SQLite copies its write-ahead log into the database, and syncs both, at so many pages of 4 KiB.
 CHECKPOINT_PAGES = 4000
-# Rows that are read at a time.
+# Rows that are read, or written, at a time.
 PAGE = 256
+# Messages that are written at a time: SQLite copies them, of LARGE octets at most, before it does.
+# With each statement the thread lets others run, and has to wait until they let it: so there are to
+# be few.
+MESSAGES_AT_A_TIME = 16
+# Until the log has reached that size it grows, and a file that grows costs each sync a change of
+# the file system's own journal.  So it grows by so many octets at a time at most, of zeros, which
+# SQLite takes for the end.
+GROWTH = 1024 * 1024
 # Seconds between two notes of where the clock is.  It goes on from the last one by itself, so more
 # would only be one more page to sync with every message.
 NOTE_CLOCK = 60.0
@@ -118,10 +127,16 @@ _HELD = (
     "SELECT held.id, account, sender, said, recipients, held.size, arrived, state, strikes, "
     "reason, warned FROM held JOIN messages ON messages.id = message "
 )
+_MESSAGES = "messages (id, sender, said, size, file, streams, ascii, body, accounts)"
+_RECIPIENTS = "held (id, message, account, recipients, size, arrived)"
 _USED = (
     "INSERT INTO usage (account, messages, octets) VALUES (?, ?, ?) ON CONFLICT (account) "
     "DO UPDATE SET messages = messages + excluded.messages, octets = octets + excluded.octets"
 )
+
+
+#: By account, how many messages and octets more are held.
+_Change = dict[str, tuple[int, int]]
 
 
 def glance(folder: Path) -> dict[str, tuple[int, int, int, float | None]]:
@@ -170,6 +185,7 @@ class EmbeddedStore:
         self._clock = SteadyClock()
         self._noted = -NOTE_CLOCK
         self._synced: bool | None = None  # what the next commit would be
+        self._log, self._log_size = folder / "index.sqlite3-wal", 0
         self._watchers: list[Woken] = []
         # One transaction at a time; a reader sees the last one that was committed.
         self._writing, self._reading = threading.Lock(), threading.Lock()
@@ -215,7 +231,14 @@ class EmbeddedStore:
         self._clock.read(self._database)
         rows = self._reader.execute("SELECT account, messages, octets FROM usage")
         self._usages = {account: Usage(*used) for account, *used in rows}
+        self._message_ids, self._held_ids = self._new_ids("messages"), self._new_ids("held")
         self._sweep()
+
+    def _new_ids(self, table: str) -> Iterator[int]:
+        """Numbers that no row of a table has had."""
+        row = self._reader.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
+        [last] = row.fetchone() or (0,)
+        return itertools.count(last + 1)
 
     def close(self) -> None:
         """Close the database and let the folder go."""
@@ -250,8 +273,6 @@ class EmbeddedStore:
         self, arrivals: Sequence[Arrival], as_they_were: Sequence[Held] = ()
     ) -> Sequence[tuple[int, ...]]:
         bodies: list[_Body] = []
-        used: Counter[str] = Counter()
-        octets: Counter[str] = Counter()
         try:
             for one in arrivals:
                 bodies.append(self._body(one))
@@ -259,17 +280,14 @@ class EmbeddedStore:
                 sync_folder(self._bodies)
             with self._transaction() as database:
                 self._note_clock(database)
-                keys = [
-                    self._insert(database, one, body, used, octets)
-                    for one, body in zip(arrivals, bodies, strict=True)
-                ]
+                keys, change = self._insert(database, arrivals, bodies)
                 for [key], was in zip(keys, as_they_were, strict=False):
                     database.execute(
                         "UPDATE held SET arrived = ?, state = ?, strikes = ?, reason = ?, "
                         "warned = ? WHERE id = ?",
                         (was.arrived, was.state, was.strikes, was.reason, was.warned, key),
                     )
-                self._note_used(database, used, octets)
+                self._note_used(database, change)
         except BaseException:
             for body in bodies:
                 if body.file is not None:
@@ -280,7 +298,7 @@ class EmbeddedStore:
                     one.spool.discard()
             raise
         for woken in self._watchers:
-            woken(used.keys())
+            woken(change.keys())
         return keys
 
     def _note_clock(self, database: sqlite3.Connection) -> None:
@@ -290,37 +308,35 @@ class EmbeddedStore:
             self._noted = now
 
     def _insert(
-        self,
-        database: sqlite3.Connection,
-        arrival: Arrival,
-        body: _Body,
-        used: Counter[str],
-        octets: Counter[str],
-    ) -> tuple[int, ...]:
-        envelope, size = arrival.envelope, arrival.size
-        accounts = dict.fromkeys(arrival.accounts)
-        name = body.file.name if body.file is not None else None
-        message = database.execute(
-            "INSERT INTO messages (sender, said, size, file, streams, ascii, body, accounts) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(envelope.reverse_path, said_text(envelope), size),
-                *(name, body.streams, body.ascii, body.inline, len(accounts)),
-            ),
-        ).lastrowid
-        keys = []
+        self, database: sqlite3.Connection, arrivals: Sequence[Arrival], bodies: Sequence[_Body]
+    ) -> tuple[list[tuple[int, ...]], _Change]:
+        """Returns the keys of each, and what it changes for whom."""
         now = self._clock.now()
-        for account in accounts:
-            theirs = recipients_of(arrival, account)
-            held = database.execute(
-                "INSERT INTO held (message, account, recipients, size, arrived) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (message, account, theirs, size, now),
+        messages: list[Sequence[Any]] = []
+        held: list[Sequence[Any]] = []
+        keys: list[tuple[int, ...]] = []
+        change: _Change = {}
+        for arrival, body in zip(arrivals, bodies, strict=True):
+            envelope, size = arrival.envelope, arrival.size
+            accounts = dict.fromkeys(arrival.accounts)
+            name = body.file.name if body.file is not None else None
+            message = next(self._message_ids)
+            messages.append(
+                (
+                    *(message, envelope.reverse_path, said_text(envelope), size),
+                    *(name, body.streams, body.ascii, body.inline, len(accounts)),
+                )
             )
-            keys.append(held.lastrowid or 0)
-            used[account] += 1
-            octets[account] += size
-        return tuple(keys)
+            theirs = []
+            for account in accounts:
+                key = next(self._held_ids)
+                theirs.append(key)
+                held.append((key, message, account, recipients_of(arrival, account), size, now))
+                _count(change, account, 1, size)
+            keys.append(tuple(theirs))
+        _insert_rows(database, _MESSAGES, messages, MESSAGES_AT_A_TIME)
+        _insert_rows(database, _RECIPIENTS, held, PAGE)
+        return keys, change
 
     def _new_name(self) -> str:
         return f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
@@ -414,13 +430,12 @@ class EmbeddedStore:
         self._begin_anew(left)
 
     def settle(self, done: Sequence[Settled]) -> None:
-        used: Counter[str] = Counter()
-        octets: Counter[str] = Counter()
+        change: _Change = {}
         gone: list[str] = []
         with self._transaction(synced=False) as database:
             for one in done:
-                self._settle(database, one, used, octets, gone)
-            self._note_used(database, used, octets)
+                self._settle(database, one, change, gone)
+            self._note_used(database, change)
         keys = [one.key for one in done]
         with self._taking:
             for taken in self._taken.values():
@@ -438,8 +453,7 @@ class EmbeddedStore:
         self,
         database: sqlite3.Connection,
         done: Settled,
-        used: Counter[str],
-        octets: Counter[str],
+        change: _Change,
         gone: list[str],
     ) -> None:
         row = database.execute(
@@ -455,8 +469,7 @@ class EmbeddedStore:
                 (json.dumps(left), done.reason, done.key),
             )
             return
-        used[account] -= 1
-        octets[account] -= size
+        _count(change, account, -1, -size)
         database.execute("DELETE FROM held WHERE id = ?", (done.key,))
         database.execute("UPDATE messages SET accounts = accounts - 1 WHERE id = ?", (message,))
         over = database.execute(
@@ -557,27 +570,34 @@ class EmbeddedStore:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        with self._reading, self._explained():
-            yield self._reader
+        with self._reading:
+            try:
+                yield self._reader
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
 
     @contextlib.contextmanager
     def _transaction(self, synced: bool = True) -> Iterator[sqlite3.Connection]:
         """One transaction; on an error nothing of it is left."""
-        with self._writing, self._explained():
+        with self._writing:
             database = self._database
             # Without a write-ahead log a commit that is not synced may spoil the database.
             synced = synced or not self._has_log
-            if self._synced is not synced:
-                database.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
-                self._synced = synced
-            database.execute("BEGIN IMMEDIATE")
             try:
+                if self._synced is not synced:
+                    database.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+                    self._synced = synced
+                database.execute("BEGIN IMMEDIATE")
                 yield database
                 database.execute("COMMIT")
-            except BaseException:
+                if synced and self._has_log:
+                    self._let_log_grow()
+            except BaseException as error:
                 with contextlib.suppress(sqlite3.Error):
                     database.execute("ROLLBACK")
                 self._usages = self._usages_of(database)
+                if isinstance(error, sqlite3.Error):
+                    raise self._explained(error) from error
                 raise
 
     def _usages_of(self, database: sqlite3.Connection) -> dict[str, Usage]:
@@ -586,28 +606,33 @@ class EmbeddedStore:
             return {account: Usage(*used) for account, *used in rows}
         return self._usages
 
-    def _note_used(
-        self, database: sqlite3.Connection, used: Mapping[str, int], octets: Mapping[str, int]
-    ) -> None:
-        for account, messages in used.items():
-            database.execute(_USED, (account, messages, octets[account]))
+    def _note_used(self, database: sqlite3.Connection, change: _Change) -> None:
+        for account, (messages, octets) in change.items():
+            database.execute(_USED, (account, messages, octets))
             was = self.usage(account)
-            self._usages[account] = Usage(was.messages + messages, was.octets + octets[account])
+            self._usages[account] = Usage(was.messages + messages, was.octets + octets)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, error: sqlite3.Error) -> OSError:
         """What SQLite raises, as what the system would."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            full = "full" in str(error)
-            number = errno.ENOSPC if full else errno.EIO
-            raise OSError(number, f"the hold store {self._folder}: {error}") from error
+        number = errno.ENOSPC if "full" in str(error) else errno.EIO
+        return OSError(number, f"the hold store {self._folder}: {error}")
+
+    def _let_log_grow(self) -> None:
+        """No one else writes to it meanwhile."""
+        with contextlib.suppress(OSError):  # a full disk, for one: then SQLite has it grow, or not
+            if (size := self._log.stat().st_size) <= self._log_size:
+                return
+            self._log_size = size + min(size, GROWTH)
+            descriptor = os.open(self._log, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.pwrite(descriptor, bytes(self._log_size - size), size)
+            finally:
+                os.close(descriptor)
 
     def _sync_log(self) -> None:
         """What has been committed survives a power cut."""
         with contextlib.suppress(FileNotFoundError):  # without a log each commit is synced
-            descriptor = os.open(self._folder / "index.sqlite3-wal", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._log, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
             finally:
@@ -751,6 +776,25 @@ class _Feed:
     def close(self) -> None:
         self._taken.difference_update(self._ours)
         self._ours.clear()
+
+
+def _count(change: _Change, account: str, messages: int, octets: int) -> None:
+    before = change.get(account, (0, 0))
+    change[account] = before[0] + messages, before[1] + octets
+
+
+@functools.lru_cache(maxsize=2 * PAGE)
+def _inserting(into: str, rows: int) -> str:
+    row = f"({', '.join('?' * (into.count(',') + 1))})"
+    return f"INSERT INTO {into} VALUES {', '.join([row] * rows)}"
+
+
+def _insert_rows(
+    database: sqlite3.Connection, into: str, rows: Sequence[Sequence[Any]], at_a_time: int
+) -> None:
+    for start in range(0, len(rows), at_a_time):
+        some = rows[start : start + at_a_time]
+        database.execute(_inserting(into, len(some)), [value for row in some for value in row])
 
 
 def _held(row: Sequence[Any]) -> Held:
