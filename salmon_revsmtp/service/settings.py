@@ -20,7 +20,6 @@ from salmon_revsmtp.net.address import (
     listed_addresses,
     network,
 )
-from salmon_revsmtp.net.certificate import certificate_problem
 
 __all__ = ["ANY_DOMAIN", "ServiceSettings"]
 
@@ -33,7 +32,9 @@ LEAST_MEMORY = 256 * 1024 * 1024
 class ServiceSettings(BaseModel):
     """One entry of ``smtp_services``: the policy and the delivery of an inbound SMTP service."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True
+    )
 
     hostname: Annotated[
         str | None,
@@ -186,6 +187,10 @@ class ServiceSettings(BaseModel):
 
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
+        if self.tls_cert is None and self.tls_key is None:
+            return self
+        from salmon_revsmtp.net.certificate import certificate_problem  # and ssl
+
         if problem := certificate_problem(self.tls_cert, self.tls_key):
             raise ValueError(problem)
         return self
