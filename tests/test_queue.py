@@ -591,3 +591,16 @@ def test_threads_that_make_a_queue_at_the_same_time(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(make, range(8)))
+
+
+@pytest.mark.parametrize("octets", [0, 1, 1024**2 - 1, 1024**2, 3 * 1024**2 + 5])
+@pytest.mark.parametrize("taken", [None, 7_000])
+def test_what_is_stored_is_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, octets: int, taken: int | None
+) -> None:
+    """However large it is, and however little the system takes at a time."""
+    if taken is not None:
+        monkeypatch.setattr(os, "writev", lambda file, data: os.write(file, data[0][:taken]))
+    content = (b"%d\n" % octets * (octets // 2 + 1))[:octets]
+    key = push_safely(open_queue(tmp_path / "q"), b"A: b\n", b"", memoryview(content), b"\n")
+    assert (tmp_path / "q/new" / key).read_bytes() == b"A: b\n" + content + b"\n"

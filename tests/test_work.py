@@ -146,14 +146,14 @@ def test_a_message_into_a_queue(salmon: Salmon) -> None:
     assert 1 <= work["fsync"] <= 1.3
     # They are recorded together, and found unknown together.
     assert work["executemany"] <= 0.3
-    assert work["execute"] <= 1
+    assert work["execute"] <= 0.5
     # The file is opened once, written with one call, and renamed; its folder is not looked at.
     assert work["open"] <= 1.3
     assert work["writev"] == 1
     assert work["rename"] == 1
     assert work.get("write", 0) == 0
     assert work.get("listdir", 0) == 0
-    assert work["stat"] <= 1
+    assert work["stat"] <= 1.3
     assert work["send"] <= 0.3
     assert work["python call_soon_threadsafe"] <= 0.3
     assert work["python _log_lines"] <= 0.3
