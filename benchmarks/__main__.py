@@ -24,6 +24,7 @@ from benchmarks import (
     machine,
     many,
     provider,
+    queueing,
     startup,
     table,
     threads,
@@ -36,6 +37,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "startup": startup.sections,
     "alone": lambda quick: [alone.section(quick)],
     "intake": intake.sections,
+    "queue": queueing.sections,
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
-    targets += [*idle.targets(), *keeping.targets()]
+    targets += [*queueing.targets(), *idle.targets(), *keeping.targets()]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:

@@ -89,6 +89,23 @@ _file = open("run/arrivals", "a", buffering=1)
 def ARRIVALS(message, person=None, host=None):
     print(message["Message-Id"], time.monotonic(), file=_file)
 """,
+    "pushes": """
+import os
+
+from salmon.queue import Queue
+from salmon.routing import route, stateless
+
+_queue = Queue("run/inbound")
+
+
+@route("(person)@(host)", person="[a-z]+")
+@stateless
+def PUSHES(message, person=None, host=None):
+    _queue.push(message)
+    folder = os.open("run/inbound/new", os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+""",
     "nothing_beside": """
 from salmon.routing import nolocking, route, stateless
 
@@ -152,9 +169,9 @@ def project(
     """A project in a temporary folder, which is removed at the end.
 
     ``port``      where Salmon's own receivers listen, if one is started.
-    ``handler``   ``"nothing"``; ``"nothing_beside"``: the same, beside others; ``"waits"``, beside
-                  others; ``"arrivals"``: it writes down when it saw which message; or
-                  ``"refuses_spam"``.
+    ``handler``   ``"nothing"``; ``"pushes"`` into a queue; ``"nothing_beside"``: nothing, beside
+                  others; ``"waits"``, beside others; ``"arrivals"``: it writes down when it saw
+                  which message; or ``"refuses_spam"``.
     ``settings``  more of them, such as those of a provider.
     """
     folder = Path(tempfile.mkdtemp(prefix="revsmtp-bench-"))

@@ -25,7 +25,7 @@ from support.salmon import Salmon
 from salmon_revsmtp import Agent, Reply, SettingsError, hookimpl
 from salmon_revsmtp.customer.report import Report
 from salmon_revsmtp.delivery.inhand import InHand
-from salmon_revsmtp.delivery.maildir import push_safely
+from salmon_revsmtp.delivery.maildir import keep_together, push_safely
 from salmon_revsmtp.files import exclusive_lock
 from salmon_revsmtp.handlers import mailboxes, nexthop
 from salmon_revsmtp.journal.deliveries import MessageKey
@@ -285,13 +285,13 @@ def test_failures_are_told_for_each_message(salmon: Salmon) -> None:
 def test_in_queue_mode_messages_are_stored_at_the_same_time(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push, meet = push_safely, Meeting(2)
+    keep, meet = keep_together, Meeting(2)
 
-    def pushed(*arguments: Any) -> str:
+    def kept(*arguments: Any) -> list[str | BaseException]:
         meet()
-        return push(*arguments)
+        return keep(*arguments)
 
-    monkeypatch.setattr("salmon_revsmtp.delivery.queue.push_safely", pushed)
+    monkeypatch.setattr("salmon_revsmtp.delivery.queue.keep_together", kept)
     messages = [transaction(f"r{number}") for number in range(40)]
     report = collected(salmon, sends(*messages), delivery="queue")
     assert report.messages == 40

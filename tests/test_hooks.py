@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from email.message import EmailMessage
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from support.serving import RUN, START, server, wait_for
 
 from salmon_revsmtp import Server, SettingsError, hookimpl
 from salmon_revsmtp.plugins import manager
-from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.plugins.manager import ENTRY_POINTS, Plugins
 from salmon_revsmtp.server.collector import Collector
 from salmon_revsmtp.server.configuration import load
 from salmon_revsmtp.server.daemon import Daemon
@@ -369,3 +370,26 @@ def test_a_plugin_says_what_is_wrong_with_its_own_settings() -> None:
     with pytest.raises(SettingsError) as caught:
         load(SimpleNamespace(console="x"), plugins)  # type: ignore[arg-type]
     assert caught.value.problems == ["console: found 'x', allowed: a port"]
+
+
+def test_a_plugin_that_is_found_twice_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same distribution, by two entries of ``sys.path``; another one may have its name."""
+    found = {name: metadata.distribution(name) for name in ("salmon-revsmtp", "pluggy")}
+
+    def point(distribution: str, value: str) -> metadata.EntryPoint:
+        made: Any = metadata.EntryPoint("twice", value, ENTRY_POINTS)
+        return made._for(found[distribution])  # type: ignore[no-any-return]
+
+    points = [
+        point("salmon-revsmtp", "json"),
+        point("salmon-revsmtp", "json"),
+        point("pluggy", "re"),
+    ]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: points)
+    loaded = Plugins.load().loaded
+    assert [(one.plugin, one.distribution) for one in loaded] == [
+        ("twice", "salmon-revsmtp"),
+        ("twice", "pluggy"),
+    ]
+    assert loaded[0].version == found["salmon-revsmtp"].version
+    assert loaded[0].error is None and "twice" in str(loaded[1].error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mailbox
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from support.collecting import exchange
 from support.salmon import Salmon, explodes, fails
 
 from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp.delivery import maildir
 from salmon_revsmtp.delivery.maildir import open_queue, push_safely
 
 
@@ -557,37 +559,26 @@ def test_a_handler_timeout_is_seconds_above_0(salmon: Salmon, seconds: float) ->
         QueueConsumer("run/inbound", handler_timeout=seconds)
 
 
-class SlowToLook:
-    """:mod:`os`, where the first look at a file is held up for a moment, or until it may end."""
-
-    def __init__(self) -> None:
-        self.looked, self.may_end = threading.Event(), threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-    def stat(self, path: str) -> os.stat_result:
-        if not self.looked.is_set():
-            self.looked.set()
-            self.may_end.wait(0.2)
-        return Path(path).stat()
-
-
+@pytest.mark.parametrize("safe", [False, True])
 def test_threads_that_store_in_the_same_microsecond(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool
 ) -> None:
-    """None takes the name that another has thought of, and overwrites its message."""
-    opened, slow = open_queue(tmp_path / "q"), SlowToLook()
-    monkeypatch.setattr(mailbox, "time", SimpleNamespace(time=lambda: 1.5))
-    monkeypatch.setattr(mailbox, "os", slow)
-    with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(push_safely, opened, b"first\n")
-        assert slow.looked.wait(20)
-        second = push_safely(opened, b"second\n")
-        slow.may_end.set()
-        keys = {first.result(): b"first\n", second: b"second\n"}
-    assert {(tmp_path / "q/new" / key).read_bytes() for key in keys} == set(keys.values())
-    assert len(keys) == 2
+    """None takes the name that another has taken, and overwrites its message; and all are named as
+    Salmon's are."""
+    at = SimpleNamespace(time=lambda: 1.5)
+    for module in (maildir, mailbox, queue):
+        monkeypatch.setattr(module, "time", at)
+    opened = queue.Queue(str(tmp_path / "q"), safe=safe)
+
+    def push(number: int) -> str:
+        return push_safely(opened, b"%d\n" % number)
+
+    with ThreadPoolExecutor(8) as threads:
+        keys = list(threads.map(push, range(300)))
+    stored = [(tmp_path / "q/new" / key).read_bytes() for key in keys]
+    assert stored == [b"%d\n" % number for number in range(300)]
+    salmons = str(opened.push(b"x\n"))
+    assert {re.sub("Q[0-9]+", "", key) for key in keys} == {re.sub("Q[0-9]+", "", salmons)}
 
 
 def test_threads_that_make_a_queue_at_the_same_time(tmp_path: Path) -> None:
@@ -600,3 +591,16 @@ def test_threads_that_make_a_queue_at_the_same_time(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(make, range(8)))
+
+
+@pytest.mark.parametrize("octets", [0, 1, 1024**2 - 1, 1024**2, 3 * 1024**2 + 5])
+@pytest.mark.parametrize("taken", [None, 7_000])
+def test_what_is_stored_is_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, octets: int, taken: int | None
+) -> None:
+    """However large it is, and however little the system takes at a time."""
+    if taken is not None:
+        monkeypatch.setattr(os, "writev", lambda file, data: os.write(file, data[0][:taken]))
+    content = (b"%d\n" % octets * (octets // 2 + 1))[:octets]
+    key = push_safely(open_queue(tmp_path / "q"), b"A: b\n", b"", memoryview(content), b"\n")
+    assert (tmp_path / "q/new" / key).read_bytes() == b"A: b\n" + content + b"\n"

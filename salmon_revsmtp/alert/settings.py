@@ -19,7 +19,9 @@ ADDRESS = "an address such as 'postmaster@example.org', or None"
 class AlertSettings(BaseModel):
     """``alert``: who is told of what needs a person."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True
+    )
 
     after: Annotated[
         str, Field(description="a time above 0 such as '30m', '1h' or '1d' (s, m, h, d)")

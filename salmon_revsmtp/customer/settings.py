@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
-import ssl
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
+from salmon_revsmtp.net.fingerprint import FINGERPRINT, normal_fingerprint
 from salmon_revsmtp.net.mechanisms import PASSWORDS, VERIFIED, Mechanism
-from salmon_revsmtp.net.pinned import FINGERPRINT, normal_fingerprint
 from salmon_revsmtp.smtp.addresses import AddressError, to_ascii
 
 __all__ = [
@@ -70,7 +69,10 @@ class AgentSettings(BaseModel):
     is its meaning, which the settings page of the documentation is made of.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    # What no settings use is not built: it takes longer than all the rest of a command's start.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True
+    )
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, - and _")]
     """What commands, the log and the journal call the agent.  Each agent has its own."""
@@ -214,6 +216,8 @@ class ServerSettings(AgentSettings):
         if value is not None:
             if (tls := info.data.get("tls")) not in (None, *VERIFIED):
                 raise ValueError(f"tls {tls!r} verifies no certificate; set 'starttls'")
+            import ssl
+
             try:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
             except (OSError, ssl.SSLError) as error:

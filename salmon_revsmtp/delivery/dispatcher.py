@@ -25,10 +25,10 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.inhand import InHand
@@ -64,6 +64,9 @@ LOOK_EVERY = 0.05
 # a thousand one.
 LOOK_UP = 256
 
+# Octets of messages that are made safe together: as many as a disk writes in some milliseconds.
+GROUP_OCTETS = 1024 * 1024
+
 # As provider.idents has it.
 _IDENT = re.compile(r"[0-9a-f]{64}\.[0-9]{1,10}")
 
@@ -92,6 +95,20 @@ class Delivery(Protocol):
     ) -> Reply:
         """Make the message, which is ``trace`` and then ``content``, safe, then return 2yz; else
         the reply that says why not."""
+
+
+@runtime_checkable
+class GroupDelivery(Protocol):
+    """One that makes messages safe together: what comes while others are written waits for them,
+    and costs little beside them."""
+
+    def write(self, envelope: Envelope, recipient: str, trace: bytes, content: Content) -> Any:
+        """Write a message for a recipient; returns what :meth:`keep` is to be given, and no
+        reference to ``content``.  Does not raise."""
+
+    def keep(self, written: Sequence[tuple[str, Any]]) -> Sequence[Reply]:
+        """Make what was written for these recipients safe, or drop it; the reply for each, which
+        stays the one that it is where there is one in place of what was written."""
 
 
 def _nothing() -> None:
@@ -259,6 +276,7 @@ class _Batch:
     ``known``      who of them has been served before.
     ``elsewhere``  what another process has in hand.
     ``claimed``    what no other process may have until it is released.
+    ``group``      messages that are written, and not safe yet; ``group_octets`` of them.
     """
 
     log_at: float
@@ -267,6 +285,24 @@ class _Batch:
     known: dict[MessageKey, dict[str, DeliveryRecord]] = field(default_factory=dict)
     elsewhere: Collection[MessageKey] = ()
     claimed: Collection[MessageKey] = ()
+    group: dict[MessageKey, _Written] = field(default_factory=dict)
+    group_octets: int = 0
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A message that is written for some recipients, and not safe yet.
+
+    ``known``  who had it before.
+    ``lines``  its octets, with LF line ends; ``content``: without the last of them.
+    ``made``   what was written for each recipient, or the refusal of a plugin.
+    """
+
+    pending: PendingDelivery
+    known: dict[str, DeliveryRecord]
+    lines: bytes
+    content: Content
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -313,6 +349,7 @@ class Dispatcher:
         self._share = share
         self._handler_timeout, self._repeat_seconds = handler_timeout, repeat_seconds
         self._delivery = delivery
+        self._groups = delivery if isinstance(delivery, GroupDelivery) else None
         self._journal = journal
         self._in_hand = claims.in_hand if isinstance(claims, SharedWork) else None
         self._claims = claims.claims if isinstance(claims, SharedWork) else claims
@@ -479,8 +516,11 @@ class Dispatcher:
             log_safely(log, logging.ERROR, "%s a delivery failed", item.origin.label, error=True)
         finally:
             if self._in_hand is not None:
+                self._keep(batch)
                 self._in_hand.give_back(item)
-            self.drop(item)
+            written = batch.group.get(item.key) if item.key is not None else None
+            if written is None or written.pending is not item:
+                self.drop(item)
 
     def _take(self, in_hand: InHand[PendingDelivery], item: PendingDelivery) -> bool:
         """Whether no other thread has this message in hand; else it goes on when none has."""
@@ -510,6 +550,7 @@ class Dispatcher:
 
     def end(self, items: Sequence[PendingDelivery], batch: _Batch) -> None:
         """Log those of a batch, and answer them."""
+        self._keep(batch)
         self._batches.discard(batch)
         self._claims.release(batch.claimed)
         self._log_lines(batch)
@@ -518,7 +559,10 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(self._answer, items)
 
     def _deliver(self, pending: PendingDelivery, batch: _Batch, lines: bytes) -> None:
+        if pending.key in batch.group:
+            self._keep(batch)  # the same message again
         if pending not in batch.looked_up:
+            self._keep(batch)
             self._look_up(batch, [pending])
         key = pending.key
         assert key is not None
@@ -531,16 +575,87 @@ class Dispatcher:
             pending.settle(refusal)
             return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
-        known = batch.known[key]
+        message = _Written(pending, batch.known[key], lines, content)
+        if self._groups is not None:
+            self._write(message, self._groups)
+            batch.group[key] = message
+            batch.group_octets += len(lines)
+            # No message that is written waits for a plugin that looks at the next one.
+            if batch.group_octets > GROUP_OCTETS or self._plugins.implemented("message_received"):
+                self._keep(batch)
+        else:
+            self._serve(message, batch, {})
+
+    def _write(self, message: _Written, groups: GroupDelivery) -> None:
+        """A message for each of its recipients, as long as anyone waits for it."""
+        pending, content = message.pending, message.content
+        for recipient in pending.envelope.recipients:
+            if recipient in message.known or recipient in message.made:
+                continue
+            if pending.abandoned:
+                return
+            trace, refusal = self._prepared(pending, recipient, content)
+            if refusal is None:
+                refusal = groups.write(pending.envelope, recipient, trace, content)
+            message.made[recipient] = refusal
+
+    def _keep(self, batch: _Batch) -> None:
+        """Make safe what is written, and settle it.  Does not raise."""
+        group, batch.group, batch.group_octets = batch.group, {}, 0
+        if not group:
+            return
+        assert self._groups is not None
+        try:
+            made = self._made(group, self._groups)
+        except BaseException:
+            made = dict.fromkeys(group)
+            log_safely(log, logging.ERROR, "messages=%d not kept", len(group), error=True)
+        for key, message in group.items():
+            pending, records = message.pending, made[key]
+            try:
+                if records is None:
+                    pending.abandon(BUG)
+                else:
+                    self._serve(message, batch, records)
+            except BaseException:  # a hook may even try to end the process
+                pending.abandon(BUG)
+                text = "%s a delivery failed"
+                log_safely(log, logging.ERROR, text, pending.origin.label, error=True)
+            finally:
+                self.drop(pending)
+
+    def _made(
+        self, group: Mapping[MessageKey, _Written], groups: GroupDelivery
+    ) -> dict[MessageKey, dict[str, DeliveryRecord] | None]:
+        """What became of what is written, for each recipient; recorded."""
+        written = {
+            (key, recipient): (recipient, one)
+            for key, message in group.items()
+            for recipient, one in message.made.items()
+        }
+        replies = groups.keep(list(written.values()))
+        replied = dict(zip(written, replies, strict=True))
+        records = self._journal.record_all(replied, self._repeat_seconds)
+        return {
+            key: {recipient: records[key, recipient] for recipient in message.made}
+            for key, message in group.items()
+        }
+
+    def _serve(self, message: _Written, batch: _Batch, made: Mapping[str, DeliveryRecord]) -> None:
+        """Serve all recipients of a message, of whom some have been just now, and settle it."""
+        pending, known, key = message.pending, message.known, message.pending.key
+        assert key is not None
         deferred: dict[str, DeliveryRecord] = {}
         for recipient in pending.envelope.recipients:
-            if pending.abandoned:
+            if pending.abandoned and recipient not in made:
                 return
             record = known.get(recipient) or deferred.get(recipient)
             if record is not None:
                 self._note(pending, batch, recipient, record.reply, repeat=True)
                 continue
-            record = self._hand_over(pending, key, recipient, content)
+            record = made.get(recipient) or self._hand_over(
+                pending, key, recipient, message.content
+            )
             if record is None:
                 return
             (deferred if record.reply.transient else known)[recipient] = record
@@ -548,19 +663,14 @@ class Dispatcher:
             if self._plugins.implemented("message_delivered"):
                 self._tell_plugins(pending, recipient, record.reply)
         if not pending.abandoned:
-            pending.settle(self._combined(pending, key, known, lines))
+            pending.settle(self._combined(pending, key, known, message.lines))
 
     def _hand_over(
         self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
     ) -> DeliveryRecord | None:
         """Handled, and recorded; ``None`` if no one waits for that any more."""
         envelope, origin = pending.envelope, pending.origin
-        received, added = origin.received(envelope, recipient), AddedFields()
-        reply = None
-        if self._plugins.implemented("message_received"):
-            pieces = (received, separator(content), content)
-            reply = self._refusal(origin, envelope, pieces, added)
-        trace = received + added.lines + separator(content)
+        trace, reply = self._prepared(pending, recipient, content)
         if reply is None:
             with self._turn:
                 if pending.abandoned:
@@ -568,6 +678,17 @@ class Dispatcher:
                 peer = (envelope.client and envelope.peer) or origin.peer
                 reply = self._delivery.deliver(peer, envelope, recipient, trace, content)
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
+
+    def _prepared(
+        self, pending: PendingDelivery, recipient: str, content: Content
+    ) -> tuple[bytes, Reply | None]:
+        """What goes before a message for a recipient, and whether a plugin refuses it."""
+        envelope, origin = pending.envelope, pending.origin
+        received, added, reply = origin.received(envelope, recipient), AddedFields(), None
+        if self._plugins.implemented("message_received"):
+            pieces = (received, separator(content), content)
+            reply = self._refusal(origin, envelope, pieces, added)
+        return received + added.lines + separator(content), reply
 
     def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
         self._plugins.call(

@@ -4,6 +4,9 @@ The order of writes, so that a crash at any instruction loses nothing and a full
 litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  What cannot be
 synced in the end is taken back: its client hears that it was not stored, and sends it again.
 
+What waits together is synced together.  The files of a group are synced by several threads, so that
+a file system with a journal commits them together, too; their folder is synced once for all.
+
 Salmon's own ``Queue.push`` does not sync the folder, and leaves its file in ``tmp/`` when the sync
 fails, on a disk that is full already.
 """
@@ -12,25 +15,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import mailbox
 import math
 import os
+import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
 from salmon import queue
 
 from salmon_revsmtp.delivery.waiting import by_age
-from salmon_revsmtp.files import give_to_owner, make_folder, sync_folder
+from salmon_revsmtp.files import give_open_to_owner, give_to_owner, make_folder, sync_folder
 from salmon_revsmtp.smtp.replies import Reply
+from salmon_revsmtp.threads import Threads
 
 __all__ = [
+    "SYNC_THREADS",
+    "Unsynced",
     "by_age",
     "disk_reply",
     "folder_of",
+    "keep_together",
     "make_whole",
     "move_across",
     "open_queue",
@@ -38,6 +49,14 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+#: Threads, beside the one that asks, that sync the files of a group: one thread syncs 2,200 files a
+#: second, four 4,400, and more than four no more (ext4, 2 cores).
+SYNC_THREADS = 3
+
+# Octets after which the disk begins with a message: of 10 MB it has written most when the rest has
+# been copied.
+EARLY = 1024 * 1024
 
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
@@ -98,21 +117,127 @@ def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str
                         key += mark
                 sync_folder(Path(folder, "new"))
         return key
-    file = _create(target.mbox)
-    tmp = Path(file.name)
-    new, key = tmp.parent.parent / "new", tmp.name + mark
-    try:
-        with file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.rename(new / key)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    with _taken_back((new / key).unlink):
-        sync_folder(new)
-    return key
+    [kept] = keep_together([Unsynced(target, *pieces, mark=mark)])
+    if isinstance(kept, BaseException):
+        raise kept
+    return kept
+
+
+class Unsynced:
+    """A message under ``tmp/`` of a Salmon Queue, with all its octets, that is not safe yet: see
+    :func:`keep_together`.  To make one raises :class:`OSError`, and leaves nothing."""
+
+    __slots__ = ("_descriptor", "_new", "_tmp", "failed", "folder", "key", "octets")
+
+    def __init__(self, target: Any, *pieces: bytes | memoryview, mark: str = "") -> None:
+        self.failed: BaseException | None = None
+        self._descriptor, self._tmp = _create(target.mbox)
+        folder, name = os.path.split(self._tmp)
+        self.key, self.folder = name + mark, f"{os.path.dirname(folder)}/new"  # noqa: PTH120
+        self._new = f"{self.folder}/{self.key}"
+        self.octets = sum(map(len, pieces))
+        try:
+            _write(self._descriptor, pieces)
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Forget it: nothing of it is left under ``tmp/``."""
+        os.close(self._descriptor)
+        _unlink(self._tmp)
+
+    def sync(self) -> None:
+        """Sync it and give it its name, which is not synced.  Does not raise."""
+        try:
+            try:
+                os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
+            os.rename(self._tmp, self._new)  # noqa: PTH104
+        except BaseException as error:
+            self.failed = error
+            _unlink(self._tmp)
+
+    def take_back(self, error: BaseException) -> None:
+        """Its name could not be synced.  Does not raise."""
+        self.failed = error
+        _take_back(functools.partial(os.unlink, self._new))
+
+
+def keep_together(
+    messages: Sequence[Unsynced], threads: Threads | None = None
+) -> list[str | BaseException]:
+    """Make these safe; returns for each its key, or why it is not there.
+
+    Those of one folder are safe at the same time.  What goes wrong with one file concerns that one
+    alone; without its folder none is safe, and none is there then.
+    """
+    if messages:
+        _sync_files(messages, threads)
+    for folder in {one.folder for one in messages if one.failed is None}:
+        named = [one for one in messages if one.failed is None and one.folder == folder]
+        try:
+            sync_folder(Path(folder))
+        except BaseException as error:
+            for one in named:
+                one.take_back(error)
+    return [one.failed or one.key for one in messages]
+
+
+def _sync_files(messages: Sequence[Unsynced], threads: Threads | None) -> None:
+    shares = min(len(messages), SYNC_THREADS + 1) if threads is not None else 1
+    elsewhere: list[Future[None]] = []
+    for number in range(1, shares):
+        assert threads is not None
+        share = messages[number::shares]
+        try:
+            elsewhere.append(threads.submit(functools.partial(_sync_each, share)))
+        except RuntimeError:  # they are closed, or the machine has none to spare
+            _sync_each(share)
+    _sync_each(messages[::shares])
+    for future in elsewhere:
+        # One that was not begun, for the threads are being closed.
+        with contextlib.suppress(CancelledError):
+            future.result()
+
+
+def _sync_each(messages: Sequence[Unsynced]) -> None:
+    for one in messages:
+        one.sync()
+
+
+def _write(descriptor: int, pieces: Sequence[bytes | memoryview]) -> None:
+    """All of them, in as few calls as the system takes; the disk is at work on the beginning of a
+    large message while the rest is written.  Raises :class:`OSError`."""
+    views = [memoryview(piece) for piece in pieces if piece]
+    if sum(map(len, views)) <= EARLY:
+        _write_all(descriptor, views)
+        return
+    at = 0
+    for view in views:
+        for start in range(0, len(view), EARLY):
+            part = view[start : start + EARLY]
+            _write_all(descriptor, [part])
+            _begin_to_sync(descriptor, at, len(part))
+            at += len(part)
+
+
+def _write_all(descriptor: int, left: list[memoryview]) -> None:
+    while left:
+        written = os.writev(descriptor, left)
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left:
+            left[0] = left[0][written:]
+
+
+def _begin_to_sync(descriptor: int, start: int, octets: int) -> None:
+    """Linux begins to write what it is told that no one reads soon, and keeps what it has not
+    written yet."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # it is no more than a hint
+            os.posix_fadvise(descriptor, start, octets, os.POSIX_FADV_DONTNEED)
 
 
 def folder_of(target: Any) -> Path | None:
@@ -128,29 +253,58 @@ def _taken_back(remove: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        try:
-            remove()
-        except Exception as error:
-            log.error("a message that could not be synced cannot be removed either: %s", error)
+        _take_back(remove)
         raise
 
 
-def _create(mbox: Any) -> Any:
-    """A new file under ``tmp/``, with the name that the mailbox would give it."""
+def _take_back(remove: Callable[[], object]) -> None:
+    try:
+        remove()
+    except Exception as error:
+        log.error("a message that could not be synced cannot be removed either: %s", error)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):  # litter costs no mail
+        os.unlink(path)  # noqa: PTH108
+
+
+def _create(mbox: Any) -> tuple[int, str]:
+    """A new file under ``tmp/``, for its owner only, with the name that the mailbox would give it:
+    its descriptor, and its path.  Raises :class:`OSError`."""
     for _ in range(CLASHES):
         try:
-            with _naming:
-                file = mbox._create_tmp()
-            os.fchmod(file.fileno(), 0o600)  # it has 0666 less the umask
-            give_to_owner(Path(file.name))
-            return file
+            path = f"{mbox._paths['tmp']}/{_new_name(mbox)}"
+            descriptor = os.open(path, _NEW, 0o600)
+            try:
+                os.fchmod(descriptor, 0o600)  # it has that less the umask
+                give_open_to_owner(descriptor, path)
+            except BaseException:
+                os.close(descriptor)
+                _unlink(path)
+                raise
+            return descriptor, path
         except FileNotFoundError as gone:
             # Someone has deleted the folder, or a part of it, since it was opened.
-            error: Exception = gone
+            error: OSError = gone
             _make_parts(mbox)
-        except mailbox.ExternalClashError as clash:
+        except FileExistsError as clash:
             error = clash
     raise OSError(errno.EEXIST, str(error))
+
+
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def _new_name(mbox: Any) -> str:
+    """As :mod:`mailbox` and Salmon name a message; they count, too."""
+    with _naming:
+        now, count = time.time(), mailbox.Maildir._count  # type: ignore[attr-defined]
+        mailbox.Maildir._count = count + 1  # type: ignore[attr-defined]
+    host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
+    if isinstance(mbox, queue.SafeMaildir):
+        host = queue.HASHED_HOSTNAME
+    return f"{int(now)}.M{int(now % 1 * 1e6)}P{os.getpid()}Q{count}.{host}"
 
 
 def move_across(target: Any, key: str) -> None:

@@ -5,8 +5,9 @@ with the reply.  The order that loses nothing is: handled, recorded, answered.  
 between the first two handles the message again when the provider sends it again; one that dies
 between the last two does not.
 
-Each delivery is committed on its own.  Where the file cannot be written the rows stay in memory,
-and go into the file with the first delivery after it can be written again.
+Each delivery is committed on its own, or with those that were made safe with it.  Where the file
+cannot be written the rows stay in memory, and go into the file with the first delivery after it can
+be written again.
 
 What it costs.  A look is for certain recipients of a message, each found by the table's key: it
 takes as long whatever else has been delivered, to whom, or from whom.  The file has a size beyond
@@ -167,20 +168,33 @@ class DeliveryJournal:
     ) -> DeliveryRecord:
         """Record a delivery, to be known for ``window`` seconds.  When this returns, the death of
         the process does not lose it.  A 4yz is no delivery, and is not recorded."""
+        record = self._new_record(reply, window)
+        if not reply.transient:
+            self._write({(key, recipient): record})
+        return record
+
+    def record_all(
+        self, replies: Mapping[tuple[MessageKey, str], Reply], window: float = WEEK
+    ) -> Mapping[tuple[MessageKey, str], DeliveryRecord]:
+        """The same for deliveries that were made safe together."""
+        records = {one: self._new_record(reply, window) for one, reply in replies.items()}
+        made = {one: record for one, record in records.items() if not record.reply.transient}
+        if made:
+            self._write(made)
+        return records
+
+    def _new_record(self, reply: Reply, window: float) -> DeliveryRecord:
         now = since_boot() + self._clock.ahead
         if len(reply.text) > ERROR_TEXT:
             reply = Reply(reply.code, shortened(reply.text), reply.enhanced)
-        record = DeliveryRecord(now, now + window, reply)
-        if not reply.transient:
-            self._write(key, {recipient: record})
-        return record
+        return DeliveryRecord(now, now + window, reply)
 
     def record_notified(
         self, key: MessageKey, failed: Mapping[str, DeliveryRecord]
     ) -> Mapping[str, DeliveryRecord]:
         """Record that the sender has been notified of these failures; returns their new records."""
         notified = {recipient: one._replace(notified=True) for recipient, one in failed.items()}
-        self._write(key, notified)
+        self._write({(key, recipient): one for recipient, one in notified.items()})
         return notified
 
     def close(self) -> None:
@@ -190,23 +204,27 @@ class DeliveryJournal:
                 self._connection.write(self._write_all)
             self._connection.close()
 
-    def _write(self, key: MessageKey, records: Mapping[str, DeliveryRecord]) -> None:
+    def _write(self, records: Mapping[_One, DeliveryRecord]) -> None:
         with self._lock:
-            for recipient, record in records.items():
-                if (key, recipient) not in self._unwritten:
-                    self._unwritten_octets += _cost(key, recipient)
-                self._unwritten[key, recipient] = record
+            for one, record in records.items():
+                if one not in self._unwritten:
+                    self._unwritten_octets += _cost(*one)
+                self._unwritten[one] = record
             self._connection.write(self._write_all)
             while self._unwritten_octets > REMEMBERED:
-                (one, other), _ = self._unwritten.popitem(last=False)
-                self._unwritten_octets -= _cost(one, other)
+                oldest, _ = self._unwritten.popitem(last=False)
+                self._unwritten_octets -= _cost(*oldest)
 
     def _write_all(self, database: sqlite3.Connection) -> None:
-        """As a rule this is one row.  Each row is a transaction of its own."""
+        """As a rule this is one row; several are one transaction."""
         rows = [_row(*one, record) for one, record in self._unwritten.items()]
         if not self._clock.known:
             self._clock.read(database)
+        if len(rows) > 1:
+            database.execute("BEGIN IMMEDIATE")
         database.executemany(_INSERT, rows)
+        if len(rows) > 1:
+            database.execute("COMMIT")
         self._unwritten.clear()
         self._unwritten_octets = 0
         self._until_prune -= len(rows)

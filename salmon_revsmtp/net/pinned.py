@@ -8,33 +8,16 @@ with another certificate, and aiosmtplib and asyncio take it for what it is: a f
 from __future__ import annotations
 
 import datetime
-import re
 import ssl
 from typing import NamedTuple
 
 from salmon_revsmtp.foreign import printable, shortened
 from salmon_revsmtp.net.certificate import fingerprint
 
-__all__ = ["FINGERPRINT", "OtherCertificate", "described", "normal_fingerprint", "pinned"]
-
-#: What may be said for one.
-FINGERPRINT = (
-    "'sha256:' and 64 hexadecimal digits, with or without a colon between each two of them"
-)
-
-_SAID = re.compile(r"sha256:([0-9a-f]{64}|[0-9a-f]{2}(?::[0-9a-f]{2}){31})", re.IGNORECASE)
+__all__ = ["OtherCertificate", "described", "pinned"]
 
 # Characters of a name in a certificate that are shown.
 LONGEST_NAME = 100
-
-
-def normal_fingerprint(said: str) -> str:
-    """A fingerprint in the one form in which it is compared: lower case, no colons between octets.
-    Raises :class:`ValueError` for what is none."""
-    found = _SAID.fullmatch(said.strip())
-    if not found:
-        raise ValueError("that is no SHA-256 fingerprint")
-    return "sha256:" + found[1].replace(":", "").lower()
 
 
 class OtherCertificate(ssl.SSLError):

@@ -59,6 +59,7 @@ class Plugins(pluggy.PluginManager):
         super().__init__("salmon_revsmtp")
         self.add_hookspecs(hookspecs)
         self._loaded: list[Plugin] = []
+        self._distributions: dict[int, metadata.Distribution] = {}  # by the plugin's number
         self._under_way: dict[tuple[str, str], Future[Any]] = {}
 
     @classmethod
@@ -104,24 +105,48 @@ class Plugins(pluggy.PluginManager):
     def loaded(self) -> list[Plugin]:
         """What there is, in the order in which it was found; broken ones too."""
         _ = self.agent_types  # each is listed with its own
+        for number in range(len(self._loaded)):
+            self._name_distribution(number)
         return self._loaded
 
     def _load(self, point: metadata.EntryPoint) -> None:
-        entry = Plugin(point.name)
+        entry, number = Plugin(point.name), len(self._loaded)
         if point.dist is not None:
-            entry.distribution, entry.version = point.dist.name, point.dist.version
-        if any(entry == known for known in self._loaded):
-            return  # the same distribution, found twice on sys.path
+            self._distributions[number] = point.dist
         self._loaded.append(entry)
+        if self._found_twice(number):
+            self._distributions.pop(number, None)
+            del self._loaded[number]
+            return
         try:
             plugin = point.load()
             self.register(plugin, point.name)
         except Exception as error:
             entry.error = f"{type(error).__name__}: {error}"
+            self._name_distribution(number)
             log.error("plugin=%s distribution=%s not loaded: %s", *_who(entry), entry.error)
         else:
             callers = self.get_hookcallers(self.get_plugin(point.name)) or []
             entry.hooks = sorted(caller.name for caller in callers)
+
+    def _found_twice(self, number: int) -> bool:
+        """Whether a plugin is one that there is already: of the same distribution, found twice on
+        ``sys.path``."""
+        entry = self._loaded[number]
+        same = [one for one in range(number) if self._loaded[one].plugin == entry.plugin]
+        for one in (*same, number) if same else ():
+            self._name_distribution(one)
+        told = entry.distribution, entry.version
+        return any(
+            told == (self._loaded[one].distribution, self._loaded[one].version) for one in same
+        )
+
+    def _name_distribution(self, number: int) -> None:
+        """Have a plugin say which distribution it comes from.  That is read from the disk, and
+        hardly anyone asks."""
+        if (found := self._distributions.pop(number, None)) is not None:
+            entry = self._loaded[number]
+            entry.distribution, entry.version = found.name, found.version
 
     def register(self, plugin: object, name: str | None = None) -> str | None:
         """As pluggy's, but what the plugin's hooks raise is logged, not raised.

@@ -42,7 +42,9 @@ def _plain_text(text: str) -> str:
 class AccountSettings(BaseModel):
     """One entry of ``customer_accounts``: who may collect, and whose mail is held for it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True
+    )
 
     name: Annotated[
         str, Field(min_length=1, max_length=200, description="a text without control characters")
@@ -133,7 +135,9 @@ class AccountSettings(BaseModel):
 class ProviderSettings(BaseModel):
     """``provider``: how customers reach us, and where their mail is held."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True
+    )
 
     hostname: Annotated[
         str | None,

@@ -39,6 +39,7 @@ from salmon_revsmtp.delivery.dispatcher import (
     PendingDelivery,
     SharedWork,
 )
+from salmon_revsmtp.delivery.maildir import SYNC_THREADS
 from salmon_revsmtp.delivery.notifier import Notifier
 from salmon_revsmtp.delivery.outbox import UNSENT, Outbox
 from salmon_revsmtp.delivery.queue import QueueDelivery
@@ -121,6 +122,7 @@ class Collector:
         self._locks = AgentLocks(self.project / LOCKS)
         self.journal = Journal(self.project / DEFAULT_JOURNAL)
         self._records = Threads("journal", JOURNAL_THREADS)
+        self._syncing = Threads("sync", SYNC_THREADS)
         self.failing = Failing()
         self._deliveries = DeliveryJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._dispatchers: dict[tuple[str, str | None], Dispatcher] = {}
@@ -180,6 +182,7 @@ class Collector:
                 worker.wait(self._left())
             self.providing.wait(self._left())
             self._outbox.wait(self._left())
+        self._syncing.close()
         self.providing.close_store()
         self._deliveries.close()
         self._counts.close()
@@ -275,7 +278,7 @@ class Collector:
             claims = self._shared.setdefault(service.name, shared)
         delivery: Delivery = RouterDelivery(self.project)
         if mode == "queue":
-            delivery = QueueDelivery(service.settings.queue, self.project)
+            delivery = QueueDelivery(service.settings.queue, self.project, self._syncing)
         told = service.settings.notifications
         reporter = Reporter(lambda: service.hostname, self._rates, enabled=told)
         return Dispatcher(

@@ -9,17 +9,19 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.settings import AgentSettings
 from salmon_revsmtp.foreign import without_login
 from salmon_revsmtp.plugins.builtin import POSTGRES, POSTGRES_PLUGIN
 from salmon_revsmtp.plugins.manager import Plugins
-from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.settings import SettingsError, kind_of, quote, validated, words_of
+
+if TYPE_CHECKING:
+    from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 
 __all__ = ["Configuration", "account_named", "domain_taken", "load"]
 
@@ -112,6 +114,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     accounts = _accounts(getattr(module, "customer_accounts", None), problems)
     provider = getattr(module, "provider", None)
     if provider is not None:
+        from salmon_revsmtp.provider.settings import ProviderSettings  # only a provider needs it
+
         provider = validated(ProviderSettings, provider, "provider", problems)
     if provider is not None and provider.hold_scheme not in (None, *plugins.hold_stores):
         problems.append(_unknown_store(provider.hold_scheme, plugins))
@@ -255,6 +259,8 @@ def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]
     if isinstance(found, str | bytes | Mapping) or not isinstance(found, Sequence):
         problems.append(_no_list("customer_accounts", found, "name"))
         return ()
+    from salmon_revsmtp.provider.settings import AccountSettings
+
     accounts: list[AccountSettings] = []
     names: set[str] = set()
     owners: dict[str, str] = {}

@@ -17,7 +17,6 @@ A Unix socket below ``run/``, for its owner only.  A request is a line of JSON, 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -26,10 +25,13 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salmon_revsmtp.files import give_to_owner, make_folder
 from salmon_revsmtp.safelog import log_safely
+
+if TYPE_CHECKING:
+    import asyncio  # only who serves needs it, and not who asks
 
 __all__ = ["GLANCE", "MOST_KEYS", "SOCKET", "Control", "NoServer", "ask", "running"]
 
@@ -79,6 +81,8 @@ class Control:
     async def start(self) -> None:
         """Listen.  A socket that a dead process left is no obstacle; raises :class:`OSError` if it
         is not dead.  If there can be no socket for another reason, there is a warning."""
+        import asyncio
+
         self.be_alone()
         try:
             make_folder(self._path.parent)
@@ -90,6 +94,8 @@ class Control:
 
     async def stop(self) -> None:
         """Close the socket and remove it; who is still waiting gets no more answers."""
+        import asyncio
+
         if self._server is not None:
             self._server.close()
             with contextlib.suppress(OSError):
@@ -99,6 +105,8 @@ class Control:
         await asyncio.gather(*self._asking, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        import asyncio
+
         task = asyncio.current_task()
         assert task is not None
         self._asking.add(task)

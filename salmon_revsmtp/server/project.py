@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import dotenv
-
 from salmon_revsmtp.files import give_to_owner
 from salmon_revsmtp.foreign import escape_what_cannot_be_shown
 
@@ -55,9 +53,12 @@ class Project:
         here = Path.cwd()
         if str(here) not in sys.path:
             sys.path.insert(0, str(here))
-        with explained(".env"):
-            # A password may have "${" in it.
-            dotenv.load_dotenv(here / ".env", interpolate=False)
+        if (here / ".env").exists():
+            import dotenv
+
+            with explained(".env"):
+                # A password may have "${" in it.
+                dotenv.load_dotenv(here / ".env", interpolate=False)
         if settings:
             os.environ["SALMON_SETTINGS_MODULE"] = settings
         name = os.environ.get("SALMON_SETTINGS_MODULE", DEFAULT_SETTINGS)

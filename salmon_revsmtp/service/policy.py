@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import ipaddress
@@ -65,6 +64,8 @@ class Service:
 
     async def find_hostname(self) -> str:
         """:attr:`hostname`, without blocking the event loop."""
+        import asyncio  # only a collection or a server needs it
+
         return await asyncio.to_thread(lambda: self.hostname)
 
     @property

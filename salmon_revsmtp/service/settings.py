@@ -20,7 +20,6 @@ from salmon_revsmtp.net.address import (
     listed_addresses,
     network,
 )
-from salmon_revsmtp.net.certificate import certificate_problem
 
 __all__ = ["ANY_DOMAIN", "ServiceSettings"]
 
@@ -35,7 +34,9 @@ _NETWORKS = ("allow", "deny", "keep_places_for", "forwarded_from", "proxy_from")
 class ServiceSettings(BaseModel):
     """One entry of ``smtp_services``: the policy and the delivery of an inbound SMTP service."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True
+    )
 
     hostname: Annotated[
         str | None,
@@ -197,6 +198,10 @@ class ServiceSettings(BaseModel):
 
     @model_validator(mode="after")
     def _tls(self) -> ServiceSettings:
+        if self.tls_cert is None and self.tls_key is None:
+            return self
+        from salmon_revsmtp.net.certificate import certificate_problem  # and ssl
+
         if problem := certificate_problem(self.tls_cert, self.tls_key):
             raise ValueError(problem)
         return self

@@ -8,7 +8,8 @@ the provider and in the queue.
 - Nothing is lost: what the provider has let go of was handled, or waits in the queue, or is in the
   undeliverable queue.
 - Nothing is repeated but what was handled (in queue mode: stored) and not yet recorded at the
-  instant of a death; and that is one delivery for each thread, the one in hand.
+  instant of a death; and that is one delivery for each thread, the one in hand, or, in queue mode,
+  what was synced together, with nothing after it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from support.holding import Holding
 from support.processes import LONG, KillableProcess
 from support.sample import amount, chance, positions
 
-from salmon_revsmtp.delivery.maildir import open_queue
+from salmon_revsmtp.delivery.maildir import by_age, open_queue
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.smtp.envelope import Envelope
 
@@ -107,8 +108,14 @@ class Ledger:
         most = 1 if self.queued else self.threads
         assert len(made - self._recorded) <= most, "more than was in hand was not recorded"
         if self.queued:
-            made = self._read_queue(before)
-            assert len(made - self._recorded) <= self.threads, "more than was in hand"
+            stored = self._read_queue(before)
+            made = set(stored)
+            if self.threads == 1:
+                first = next((one for one in stored if one not in self._recorded), None)
+                since = stored[stored.index(first) :] if first else []
+                assert not self._recorded & set(since), "more than was synced together"
+            else:
+                assert len(made - self._recorded) <= self.threads, "more than was in hand"
         waiting = set(self._waiting())
         undeliverable = set(self._undeliverable())
         for delivery in self.sent:
@@ -145,16 +152,16 @@ class Ledger:
         self._read = len(lines)
         return made
 
-    def _read_queue(self, before: set[Record]) -> set[Record]:
-        """What was stored in this run."""
-        made: set[Record] = set()
+    def _read_queue(self, before: set[Record]) -> list[Record]:
+        """What was stored in this run, in its order."""
+        made: list[Record] = []
         for key, stored in self._queue("run/inbound"):
             if key not in self.stored:
                 delivery = _delivery(stored)
                 self.stored[key] = delivery
                 record = ("default", self.digests[delivery[0]], delivery[1])
                 assert record not in before, f"{delivery}: stored again, though recorded"
-                made.add(record)
+                made.append(record)
         return made
 
     def _read_journal(self) -> set[Record]:
@@ -191,7 +198,7 @@ class Ledger:
     def _queue(self, name: str) -> Iterator[tuple[str, bytes]]:
         if (self.folder / name).exists():
             opened = open_queue(self.folder / name)
-            for key in opened.keys():
+            for key in by_age(opened.keys()):
                 yield key, opened.mbox.get_bytes(key)
 
     def settled(self) -> None:
