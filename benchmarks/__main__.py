@@ -24,6 +24,7 @@ from benchmarks import (
     many,
     provider,
     startup,
+    stepwise,
     table,
     threads,
     tls,
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "startup": startup.sections,
     "alone": lambda quick: [alone.section(quick)],
     "intake": intake.sections,
+    "stepwise": stepwise.sections,
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in section.cases:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
+    targets += stepwise.targets()
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
     targets += idle.targets()
     by_title = {section.title: section for section in sections}
