@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import peers
 from benchmarks.feeding import RECIPIENT, SENDER
@@ -112,7 +113,7 @@ def _ratio(sections: dict[str, Section], title: str, one: str, other: str) -> fl
 # -- how each is measured ------------------------------------------------------------------------
 
 
-def _into_us(sessions: int, messages: int, **service: object) -> float:
+def _into_us(sessions: int, messages: int, **service: Any) -> float:
     """Messages per second into a listening service of ours."""
     port = peers.free_port()
     with project(listen=[f"127.0.0.1:{port}"], **service) as folder:
