@@ -20,6 +20,7 @@ from salmon_revsmtp.delivery.dispatcher import GONE, Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin, forwarded_client
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.together import afterwards
 from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.recipients import Recipients
@@ -382,10 +383,10 @@ class Session(Driver):
         self._answer_soon()
 
     def _answer_soon(self) -> None:
-        """What is answered in one turn of the event loop goes out together."""
+        """What is answered together goes out together."""
         if not self._answering:
             self._answering = True
-            asyncio.get_running_loop().call_soon(self._answered)
+            afterwards(self._answered)
 
     def _answered(self) -> None:
         self._answering = False
