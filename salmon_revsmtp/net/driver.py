@@ -126,6 +126,7 @@ class Driver(asyncio.Protocol):
         "_guard",
         "_handshake",
         "_hearer",
+        "_loop",
         "_lost",
         "_marks",
         "_outgoing",
@@ -153,7 +154,9 @@ class Driver(asyncio.Protocol):
         self.peer: tuple[str, int] = ("", 0)
         self.tls = False
         self.broken: str | None = None
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Asking for it costs a system call, and each command would.
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
         self._timeout = timeout
         self._patience = patience
         self._transport: asyncio.Transport | None = None
@@ -304,8 +307,10 @@ class Driver(asyncio.Protocol):
             return
         if said:
             self._say(said)
-        self._stream()
-        if self._outgoing or self._eof or self.machine.closed:
+        machine = self.machine
+        if machine.streaming:
+            self._stream()
+        if self._outgoing or self._eof or machine.closed:
             self._pump()
         self._regulate()
         self._wind_up()
@@ -377,7 +382,7 @@ class Driver(asyncio.Protocol):
             if self._clock is not None:
                 self._stop_clock()
             return
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         if self._clock is None:
             self._progressed_at, self._marks = loop.time(), self._now()
             self._word = (self._progressed_at, self._marks[1] + self._marks[2])
@@ -402,7 +407,7 @@ class Driver(asyncio.Protocol):
 
     def _look(self) -> None:
         """Time may be up."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         if self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
         if self._until() > loop.time():
@@ -437,7 +442,7 @@ class Driver(asyncio.Protocol):
         if self.busy or self.at_boundary or self._lost:
             return False
         since, before = self._begun
-        seconds = asyncio.get_running_loop().time() - since
+        seconds = self._loop.time() - since
         return seconds >= after and self.machine.content_octets - before < rate * seconds
 
     def _did(self) -> str:
@@ -487,7 +492,7 @@ class Driver(asyncio.Protocol):
         if self._guard is not None:
             self._guard.let_go()
             self._guard = None
-        task = asyncio.get_running_loop().create_task(self._start_tls(context, server))
+        task = self._loop.create_task(self._start_tls(context, server))
         self._handshake = task
         task.add_done_callback(self._shaken)
 
@@ -503,7 +508,7 @@ class Driver(asyncio.Protocol):
         else:
             if self._transport.is_closing():
                 raise ConnectionError("the connection was lost")
-            encrypted = await asyncio.get_running_loop().start_tls(
+            encrypted = await self._loop.start_tls(
                 self._transport, self, context, server_hostname=server
             )
             if encrypted is None:
@@ -545,7 +550,7 @@ class Driver(asyncio.Protocol):
     def abort_soon(self) -> None:
         """Do not wait any longer than a moment for what was said last to be read."""
         if self._transport is not None:
-            asyncio.get_running_loop().call_later(GOODBYE, self._transport.abort)
+            self._loop.call_later(GOODBYE, self._transport.abort)
 
     def reset_at_end(self, on: bool) -> None:
         """Whether this connection ends with a reset, whatever ends it."""
