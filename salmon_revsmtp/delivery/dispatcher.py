@@ -61,9 +61,11 @@ log = logging.getLogger(__name__)
 # Seconds between two looks of the event loop at what has been delivered and not been answered.
 LOOK_EVERY = 0.05
 
-# Seconds that the event loop waits for a batch which may be done at once; and how often it does not
-# after one that was not: 1, 3, 7 times and so on, and no more than this.
+# Seconds that the event loop waits for a batch which may be done at once, and the messages that it
+# has at most.  How often the loop does not wait after one that was late: 1, 3, 7 times and so on, and
+# no more than this.
 MOMENT = 0.002
+AT_ONCE = 10
 MOST_PASSES = 1023
 
 # Recipients that are looked up together: of a batch of messages for one each all, of messages for
@@ -386,7 +388,7 @@ class Dispatcher:
                 pending.abandon(STOPPED)
                 self.drop(pending)
         self._look_soon()
-        if self._at_once:
+        if self._at_once and len(come) <= AT_ONCE:
             self._wait_a_moment()
 
     def _wait_a_moment(self) -> None:
