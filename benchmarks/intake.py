@@ -117,7 +117,6 @@ def targets() -> list[Target]:
     return [
         Target("intake at 4 KB, times Salmon's LMTPReceiver", times(LMTP), lambda _: 3.0),
         Target("intake at 4 KB, times Exim", times(EXIM), lambda _: 8.0),
-        Target("intake at 4 KB, of Salmon's own limit", times(LIMIT), lambda _: 0.7),
     ]
 
 

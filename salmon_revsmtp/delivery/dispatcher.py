@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY = 0.05
 
 # Seconds that the event loop waits for a batch which may be done at once, and the messages that it
-# has at most.  How often the loop does not wait after one that was late: 1, 3, 7 times and so on, and
+# has at most.  How often it does not wait after one that was late: 1, 3, 7 times and so on, and
 # no more than this.
 MOMENT = 0.002
 AT_ONCE = 10

@@ -132,6 +132,7 @@ class Driver(asyncio.Protocol):
         "_outgoing",
         "_patience",
         "_progressed_at",
+        "_ticking",
         "_timeout",
         "_trace",
         "_transport",
@@ -168,6 +169,7 @@ class Driver(asyncio.Protocol):
         self._guard: Guard | None = None
         self._handshake: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
+        self._ticking = False  # the clock runs
         self._progressed_at = 0.0
         self._marks = (0, 0, 0)
         # When the peer was given the word, and the octets that had gone either way; when it began
@@ -379,19 +381,22 @@ class Driver(asyncio.Protocol):
 
     def _wind_up(self) -> None:
         if self._lost or self.busy:
-            if self._clock is not None:
-                self._stop_clock()
+            # A timer that is there stays: it costs less to let it come too early, once in a
+            # timeout, than to have a new one for each message.
+            self._ticking = False
             return
-        loop = self._loop
-        if self._clock is None:
-            self._progressed_at, self._marks = loop.time(), self._now()
-            self._word = (self._progressed_at, self._marks[1] + self._marks[2])
-            self._begun = (self._progressed_at, self._marks[1])
-            self._clock = loop.call_at(self._until(), self._look)
-        elif self._progress():
-            self._progressed_at, self._marks = loop.time(), self._now()
+        now, machine = self._loop.time(), self.machine
+        if not self._ticking:
+            self._ticking = True
+            self._progressed_at, self._marks = now, self._now()
+            self._word = (now, self._marks[1] + self._marks[2])
+            self._begun = (now, self._marks[1])
+            if self._clock is None:
+                self._clock = self._loop.call_at(self._until(), self._look)
+        elif machine.steps > self._marks[0] or self._progress():  # the first, as a rule
+            self._progressed_at, self._marks = now, self._now()
         if self.at_boundary:
-            self._begun = (loop.time(), self.machine.content_octets)
+            self._begun = (now, machine.content_octets)
 
     def _now(self) -> tuple[int, int, int]:
         unread = 0
@@ -407,13 +412,15 @@ class Driver(asyncio.Protocol):
 
     def _look(self) -> None:
         """Time may be up."""
-        loop = self._loop
+        loop, self._clock = self._loop, None
+        if not self._ticking:
+            return
         if self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
         if self._until() > loop.time():
             self._clock = loop.call_at(self._until(), self._look)
             return
-        self._clock = None
+        self._ticking = False
         if self._progressed_at + self._timeout <= loop.time():
             self.abort(f"the {self.THEY} {self._did()} in {self._timeout:g} seconds")
         else:
@@ -480,6 +487,7 @@ class Driver(asyncio.Protocol):
                     connection.setsockopt(socket.IPPROTO_TCP, number, value)
 
     def _stop_clock(self) -> None:
+        self._ticking = False
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
