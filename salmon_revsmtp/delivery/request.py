@@ -23,22 +23,17 @@ def mail_request(peer: tuple[str, int], sender: str, recipient: str, message: by
     if text < len(_SEPARATOR):
         return MailRequest(peer, sender, recipient, message)
     octets = memoryview(message)
-    request = MailRequest(peer, sender, recipient, _decoded(octets[:text]))
+    # As email.message_from_bytes decodes it.
+    header = str(octets[:text], "ascii", "surrogateescape")
+    request = MailRequest(peer, sender, recipient, header)
     parsed = request.base.mime_part
     # There is a payload already where the parser has seen the header end before the empty line.
-    if not _without_parts(parsed) or parsed.get_payload():
+    if _may_have_parts(parsed) or parsed.get_payload():
         return MailRequest(peer, sender, recipient, message)
     request.Data = message
-    parsed.set_payload(_decoded(octets[text:]))
+    parsed.set_payload(str(octets[text:], "ascii", "surrogateescape"))
     return request
 
 
-def _without_parts(parsed: Message) -> bool:
-    if "content-type" not in parsed:
-        return True
-    return parsed.get_content_maintype() not in ("multipart", "message")
-
-
-def _decoded(octets: memoryview) -> str:
-    """As ``email.message_from_bytes`` does it."""
-    return str(octets, "ascii", "surrogateescape")
+def _may_have_parts(parsed: Message) -> bool:
+    return "content-type" in parsed and parsed.get_content_maintype() in ("multipart", "message")

@@ -391,6 +391,9 @@ class Driver(asyncio.Protocol):
             self._progressed_at, self._marks = now, self._now()
             self._word = (now, self._marks[1] + self._marks[2])
             self._begun = (now, self._marks[1])
+            if self._patience is not None and self._patience < self._timeout and self._clock:
+                self._clock.cancel()  # it may come too late
+                self._clock = None
             if self._clock is None:
                 self._clock = self._loop.call_at(self._until(), self._look)
         elif machine.steps > self._marks[0] or self._progress():  # the first, as a rule
