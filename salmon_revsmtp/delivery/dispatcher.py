@@ -362,7 +362,9 @@ class Dispatcher:
         if loop is not self._loop:  # no one waits any more on the one before
             self._loop, self._looking = loop, False
             self._waiting.clear()
-            self._come.clear()
+            come, self._come = self._come, []
+            for one in come:
+                self.drop(one)
             with self._ending:
                 self._ended.clear()
         pending.envelope = pending.envelope.spelled(self._spell)
@@ -388,7 +390,7 @@ class Dispatcher:
                 pending.abandon(STOPPED)
                 self.drop(pending)
         self._look_soon()
-        if self._at_once and len(come) <= AT_ONCE:
+        if self._at_once and 0 < len(come) <= AT_ONCE:
             self._wait_a_moment()
 
     def _wait_a_moment(self) -> None:
