@@ -9,6 +9,7 @@ commit that raises it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import sys
@@ -29,7 +30,13 @@ from support.salmon import Salmon
 
 import salmon_revsmtp
 from salmon_revsmtp.delivery import batches, dispatcher
+from salmon_revsmtp.delivery.dispatcher import Dispatcher, PendingDelivery
+from salmon_revsmtp.delivery.router import RouterDelivery
+from salmon_revsmtp.delivery.trace import Origin
+from salmon_revsmtp.journal.claims import Claims
+from salmon_revsmtp.journal.deliveries import DeliveryJournal
 from salmon_revsmtp.net.outcome import Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import Receiver, Transaction
@@ -255,3 +262,48 @@ def test_memory_of_a_message_with_bare_line_ends() -> None:
         said += sender.data_to_send()
     assert b"".join(said).endswith(b" LAST\r\n" + b"\r\n" * octets)
     assert peak <= 4 * octets
+
+
+class NoThread:
+    """Takes deliveries, and does none of them."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def submit(self, *taken: object) -> None:
+        """Take them."""
+
+    def acquire(self, timeout: float) -> bool:
+        """The event loop waits for an end that does not come."""
+        self.waits += 1
+        return False
+
+
+def test_the_event_loop_does_not_wait_for_handlers_that_take_long(salmon: Salmon) -> None:
+    thread: Any = NoThread()
+    dispatcher = Dispatcher(
+        "default",
+        RouterDelivery(salmon.folder),
+        DeliveryJournal(),
+        Claims(),
+        Plugins(),
+        thread,  # which notifies no one, either
+        thread,
+        turn=contextlib.nullcontext(),
+        spell=str,
+        handler_timeout=60,
+        repeat_seconds=60,
+        at_once=True,
+    )
+    dispatcher._end = thread
+
+    async def main(messages: int) -> None:
+        for _ in range(messages):
+            envelope = Envelope("a@example.net", ("b@example.org",))
+            pending = PendingDelivery(Origin("default", "h"), envelope, b"x\r\n")
+            dispatcher.deliver(pending, lambda: None)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    asyncio.run(main(31))
+    assert thread.waits == 5, "at the 1st, 3rd, 7th, 15th and 31st"
