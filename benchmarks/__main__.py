@@ -26,6 +26,7 @@ from benchmarks import (
     provider,
     queueing,
     startup,
+    stepwise,
     table,
     threads,
     tls,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "alone": lambda quick: [alone.section(quick)],
     "intake": intake.sections,
     "queue": queueing.sections,
+    "stepwise": stepwise.sections,
     "tls": tls.sections,
     "distance": distance.sections,
     "many": many.sections,
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in section.cases:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
+    targets += stepwise.targets()
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
     targets += [*queueing.targets(), *idle.targets(), *keeping.targets()]
     by_title = {section.title: section for section in sections}

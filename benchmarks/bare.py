@@ -1,7 +1,7 @@
 """The limits that Salmon and the disk set, without any SMTP: a process in a project's folder.
 
 ``python -m benchmarks.bare router|queue MESSAGES OCTETS`` prints the seconds of ``MailRequest`` and
-``Router.deliver`` in a loop, or of Salmon's ``Queue.push`` with fsync.
+``Router.deliver`` in a loop, or of Salmon's ``Queue.push`` with fsync; and those of processor time.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def main(arguments: Sequence[str]) -> None:
     how, messages, octets = arguments[0], int(arguments[1]), int(arguments[2])
     deliver = {"router": _router, "queue": _queue}[how]()
     made = [b"".join(message(number, octets)).replace(b"\r\n", b"\n") for number in range(messages)]
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), time.process_time()
     for data in made:
         deliver(data)
-    print(json.dumps({"seconds": time.perf_counter() - started}))
+    spent, seconds = time.process_time() - spent, time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "processor": spent}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.table import Case, Section, Target
 
 __all__ = [
     "BOUND",
+    "LMTP",
     "OURS",
     "Load",
     "by_exim",
@@ -22,6 +23,8 @@ __all__ = [
     "fed",
     "sections",
     "sent_to_salmon",
+    "spent_bare",
+    "spent_by_us",
     "targets",
 ]
 
@@ -114,7 +117,6 @@ def targets() -> list[Target]:
     return [
         Target("intake at 4 KB, times Salmon's LMTPReceiver", times(LMTP), lambda _: 3.0),
         Target("intake at 4 KB, times Exim", times(EXIM), lambda _: 8.0),
-        Target("intake at 4 KB, of Salmon's own limit", times(LIMIT), lambda _: 0.7),
     ]
 
 
@@ -134,6 +136,15 @@ def _rate(said: dict[str, Any]) -> float:
 
 def by_us(load: Load, tls: bool = False, **service: Any) -> float:
     """Messages per second of ``salmon-revsmtp collect``."""
+    return _by_us(load, tls, **service)[0]
+
+
+def spent_by_us(load: Load, **service: Any) -> float:
+    """Seconds of processor time of ``salmon-revsmtp collect``."""
+    return _by_us(load, **service)[1]
+
+
+def _by_us(load: Load, tls: bool = False, **service: Any) -> tuple[float, float]:
     with (
         fed(load.sent("--tls") if tls else load) as (port, provider),
         project(agent(port, tls=tls), **service) as folder,
@@ -143,7 +154,7 @@ def by_us(load: Load, tls: bool = False, **service: Any) -> float:
         report = customer.says(60)
         if report["messages"] != load.messages:
             raise AssertionError(f"{load.messages} were sent, and the report is {report}")
-        return rate
+        return rate, customer.processor_time()
 
 
 def by_exim(load: Load) -> float:
@@ -187,8 +198,17 @@ def _sent_to(port: int, load: Load, *options: str) -> float:
 
 def bare(how: str, load: Load) -> float:
     """Messages per second of what Salmon and the disk do alone."""
+    return load.messages / _bare(how, load)["seconds"]
+
+
+def spent_bare(how: str, load: Load) -> float:
+    """Seconds of processor time of the same."""
+    return _bare(how, load)["processor"]
+
+
+def _bare(how: str, load: Load) -> dict[str, float]:
     with (
         project() as folder,
         module("bare", how, load.messages, load.octets, cwd=folder) as child,
     ):
-        return load.messages / float(child.says(BOUND)["seconds"])
+        return child.says(BOUND)

@@ -120,9 +120,9 @@ class _Kept:
             )
             opened = time.monotonic() - started
             time.sleep(SETTLED)
-            resident, work = many.child.resident(), many.child.worked()
+            resident, work = many.child.resident(), many.child.processor_time()
             time.sleep(self._watched)
-            idle = many.child.worked() - work
+            idle = many.child.processor_time() - work
             each = _to_each(many, provider.smtp, self._number)
         return {
             OURS: (resident - first) / 1024 / max(1, self._number - 1),

@@ -38,6 +38,7 @@ from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
 from salmon_revsmtp.journal.claims import Claims, SharedClaims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
+from salmon_revsmtp.net.together import together
 from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
@@ -59,6 +60,13 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks of the event loop at what has been delivered and not been answered.
 LOOK_EVERY = 0.05
+
+# Seconds that the event loop waits for a batch which may be done at once, and the messages that it
+# has at most.  How often it does not wait after one that was late: 1, 3, 7 times and so on, and
+# no more than this.
+MOMENT = 0.002
+AT_ONCE = 10
+MOST_PASSES = 1023
 
 # Recipients that are looked up together: of a batch of messages for one each all, of messages for
 # a thousand one.
@@ -326,6 +334,8 @@ class Dispatcher:
     ``repeat_seconds``   how long a message that is redelivered is known.
     ``share``            asked for an agent when a message of it comes; what it returns is called
                          when nothing will be done for that message any more.
+    ``at_once``          a message is delivered in a moment, if its handlers do not wait for
+                         something else: the event loop may wait that long.
     """
 
     def __init__(
@@ -343,6 +353,7 @@ class Dispatcher:
         handler_timeout: float,
         repeat_seconds: float,
         share: Callable[[str], Callable[[], None]] = lambda agent: _nothing,
+        at_once: bool = False,
     ) -> None:
         self._service = service
         self._spell = spell
@@ -360,6 +371,14 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[PendingDelivery] = deque()
         self._looking = False  # soon
+        self._come: list[PendingDelivery] = []  # in this turn of the loop
+        self._at_once = at_once
+        self._passes = self._misses = 0  # see _wait_a_moment
+        # What the threads have ended, and the loop has not seen; whether it waits for that.
+        self._ending, self._end = threading.Lock(), threading.Lock()
+        self._end.acquire()
+        self._ended: list[PendingDelivery] = []
+        self._awaited = False
         self._batches: set[_Batch] = set()  # those in hand
 
     # -- in the event loop ------------------------------------------------------------------------
@@ -380,6 +399,11 @@ class Dispatcher:
         if loop is not self._loop:  # no one waits any more on the one before
             self._loop, self._looking = loop, False
             self._waiting.clear()
+            come, self._come = self._come, []
+            for one in come:
+                self.drop(one)
+            with self._ending:
+                self._ended.clear()
         pending.envelope = pending.envelope.spelled(self._spell)
         pending.size = len(pending.data)
         pending.answered = answered
@@ -388,12 +412,52 @@ class Dispatcher:
         self._waiting.append(pending)
         if pending.origin.agent is not None:
             pending.over = self._share(pending.origin.agent.name)
+        self._come.append(pending)
+        if len(self._come) == 1:
+            loop.call_soon(self._submit)
+
+    def _submit(self) -> None:
+        """What has come in one turn of the event loop goes to the threads together."""
+        come, self._come = self._come, []
         try:
-            self._worker.submit(self, pending)
-        except RuntimeError:  # the thread is closed
-            pending.abandon(STOPPED)
-            pending.over()
+            if come:
+                self._worker.submit(self, *come)
+        except RuntimeError:  # the threads are closed
+            for pending in come:
+                pending.abandon(STOPPED)
+                self.drop(pending)
         self._look_soon()
+        if self._at_once and 0 < len(come) <= AT_ONCE:
+            self._wait_a_moment()
+
+    def _wait_a_moment(self) -> None:
+        """See whether what was submitted is done at once, as it is where handlers do not wait for
+        anything: then it is answered in this turn of the event loop.  The thread has no one to
+        share the interpreter with meanwhile, and there are no two that wake each other.
+
+        Where it is not done in a moment, this is not tried again for a while.
+        """
+        if self._passes:
+            self._passes -= 1
+            return
+        with self._ending:
+            self._awaited = not self._ended
+        if self._awaited and not self._end.acquire(timeout=MOMENT):
+            with self._ending:
+                late, self._awaited = self._awaited, False
+            if late:
+                self._misses = min(2 * self._misses + 1, MOST_PASSES)
+                self._passes = self._misses
+                return
+            self._end.acquire()
+        self._misses = 0
+        self._answer_ended()
+
+    def _answer_ended(self) -> None:
+        """Answer what has ended since this was done before."""
+        with self._ending:
+            ended, self._ended = self._ended, []
+        self._answer(ended)
 
     def let_go(self, pending: PendingDelivery) -> bool:
         """No one will hear the answer to this message.  If its handling has not begun it is
@@ -408,7 +472,10 @@ class Dispatcher:
 
     def _withdraw(self, pending: PendingDelivery) -> None:
         """Wherever it waits for its turn, it does so no more."""
-        if self._in_hand is not None and self._in_hand.forget(pending):
+        if pending in self._come:
+            self._come.remove(pending)
+            self.drop(pending)
+        elif self._in_hand is not None and self._in_hand.forget(pending):
             self.drop(pending)
         else:
             self._worker.withdraw(self, pending)
@@ -437,15 +504,16 @@ class Dispatcher:
 
     def _answer(self, deliveries: Sequence[PendingDelivery]) -> None:
         """The one way by which answers leave: whoever waits for one that is settled hears it."""
-        for pending in deliveries:
-            answered = pending.answered
-            if answered is not None and pending.reply is not None:
-                pending.answered = None
-                try:
-                    answered()
-                except Exception:  # the others have nothing to do with it
-                    log_safely(log, logging.ERROR, "answering failed", error=True)
-                pending.data = b""
+        with together():
+            for pending in deliveries:
+                answered = pending.answered
+                if answered is not None and pending.reply is not None:
+                    pending.answered = None
+                    try:
+                        answered()
+                    except Exception:  # the others have nothing to do with it
+                        log_safely(log, logging.ERROR, "answering failed", error=True)
+                    pending.data = b""
 
     def _abandon(self, pending: PendingDelivery) -> None:
         text = f"not done in {self._handler_timeout:g} seconds, try again later"
@@ -554,9 +622,16 @@ class Dispatcher:
         self._batches.discard(batch)
         self._claims.release(batch.claimed)
         self._log_lines(batch)
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
-            self._loop.call_soon_threadsafe(self._answer, items)
+        with self._ending:
+            first = not self._ended
+            self._ended += items
+            awaited, self._awaited = self._awaited, False
+        if awaited:
+            self._end.release()
+        elif first:
+            assert self._loop is not None
+            with contextlib.suppress(RuntimeError):  # no one waits on a loop that is closed
+                self._loop.call_soon_threadsafe(self._answer_ended)
 
     def _deliver(self, pending: PendingDelivery, batch: _Batch, lines: bytes) -> None:
         if pending.key in batch.group:

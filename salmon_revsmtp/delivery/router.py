@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from salmon import mail
 from salmon.routing import Router
 from salmon.server import SMTPError
 
@@ -35,6 +34,7 @@ from salmon_revsmtp.delivery.maildir import (
     open_queue,
     push_safely,
 )
+from salmon_revsmtp.delivery.request import mail_request
 from salmon_revsmtp.delivery.trace import separator, undeliverable_envelope, with_reason
 from salmon_revsmtp.delivery.waiting import KEPT_MARK
 from salmon_revsmtp.foreign import angle
@@ -196,7 +196,7 @@ class Handling:
 
     def _request(self, kept: _Kept) -> Any:
         sender = self._envelope.reverse_path or "<>"
-        request = mail.MailRequest(self._peer, sender, self._recipient, self._message)
+        request = mail_request(self._peer, sender, self._recipient, self._message)
         if self._recipient:  # Salmon takes the To header where it cannot read the envelope
             request.To = self._recipient.lower()
         kept.request = request

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,7 +130,7 @@ class Origin:
         return (
             f"Received: from {came}\n"
             f"\tby {self.hostname} (salmon-revsmtp {self.label.replace('=', ' ', 1)})\n"
-            f"\twith {protocol} id {secrets.token_hex(8)}{whom}; {_date(int(time.time()))}\n"
+            f"\twith {protocol} id {os.urandom(8).hex()}{whom}; {_date(int(time.time()))}\n"
         ).encode()
 
 

@@ -126,11 +126,13 @@ class Driver(asyncio.Protocol):
         "_guard",
         "_handshake",
         "_hearer",
+        "_loop",
         "_lost",
         "_marks",
         "_outgoing",
         "_patience",
         "_progressed_at",
+        "_ticking",
         "_timeout",
         "_trace",
         "_transport",
@@ -153,7 +155,9 @@ class Driver(asyncio.Protocol):
         self.peer: tuple[str, int] = ("", 0)
         self.tls = False
         self.broken: str | None = None
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Asking for it costs a system call, and each command would.
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
         self._timeout = timeout
         self._patience = patience
         self._transport: asyncio.Transport | None = None
@@ -165,6 +169,7 @@ class Driver(asyncio.Protocol):
         self._guard: Guard | None = None
         self._handshake: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
+        self._ticking = False  # the clock runs
         self._progressed_at = 0.0
         self._marks = (0, 0, 0)
         # When the peer was given the word, and the octets that had gone either way; when it began
@@ -305,8 +310,10 @@ class Driver(asyncio.Protocol):
             return
         if said:
             self._say(said)
-        self._stream()
-        if self._outgoing or self._eof or self.machine.closed:
+        machine = self.machine
+        if machine.streaming:
+            self._stream()
+        if self._outgoing or self._eof or machine.closed:
             self._pump()
         self._regulate()
         self._wind_up()
@@ -375,19 +382,25 @@ class Driver(asyncio.Protocol):
 
     def _wind_up(self) -> None:
         if self._lost or self.busy:
-            if self._clock is not None:
-                self._stop_clock()
+            # A timer that is there stays: it costs less to let it come too early, once in a
+            # timeout, than to have a new one for each message.
+            self._ticking = False
             return
-        loop = asyncio.get_running_loop()
-        if self._clock is None:
-            self._progressed_at, self._marks = loop.time(), self._now()
-            self._word = (self._progressed_at, self._marks[1] + self._marks[2])
-            self._begun = (self._progressed_at, self._marks[1])
-            self._clock = loop.call_at(self._until(), self._look)
-        elif self._progress():
-            self._progressed_at, self._marks = loop.time(), self._now()
+        now, machine = self._loop.time(), self.machine
+        if not self._ticking:
+            self._ticking = True
+            self._progressed_at, self._marks = now, self._now()
+            self._word = (now, self._marks[1] + self._marks[2])
+            self._begun = (now, self._marks[1])
+            if self._patience is not None and self._patience < self._timeout and self._clock:
+                self._clock.cancel()  # it may come too late
+                self._clock = None
+            if self._clock is None:
+                self._clock = self._loop.call_at(self._until(), self._look)
+        elif machine.steps > self._marks[0] or self._progress():  # the first, as a rule
+            self._progressed_at, self._marks = now, self._now()
         if self.at_boundary:
-            self._begun = (loop.time(), self.machine.content_octets)
+            self._begun = (now, machine.content_octets)
 
     def _now(self) -> tuple[int, int, int]:
         unread = 0
@@ -403,13 +416,15 @@ class Driver(asyncio.Protocol):
 
     def _look(self) -> None:
         """Time may be up."""
-        loop = asyncio.get_running_loop()
+        loop, self._clock = self._loop, None
+        if not self._ticking:
+            return
         if self._progress():
             self._progressed_at, self._marks = loop.time(), self._now()
         if self._until() > loop.time():
             self._clock = loop.call_at(self._until(), self._look)
             return
-        self._clock = None
+        self._ticking = False
         if self._progressed_at + self._timeout <= loop.time():
             self.abort(f"the {self.THEY} {self._did()} in {self._timeout:g} seconds")
         else:
@@ -438,7 +453,7 @@ class Driver(asyncio.Protocol):
         if self.busy or self.at_boundary or self._lost:
             return False
         since, before = self._begun
-        seconds = asyncio.get_running_loop().time() - since
+        seconds = self._loop.time() - since
         return seconds >= after and self.machine.content_octets - before < rate * seconds
 
     def _did(self) -> str:
@@ -476,6 +491,7 @@ class Driver(asyncio.Protocol):
                     connection.setsockopt(socket.IPPROTO_TCP, number, value)
 
     def _stop_clock(self) -> None:
+        self._ticking = False
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
@@ -488,7 +504,7 @@ class Driver(asyncio.Protocol):
         if self._guard is not None:
             self._guard.let_go()
             self._guard = None
-        task = asyncio.get_running_loop().create_task(self._start_tls(context, server))
+        task = self._loop.create_task(self._start_tls(context, server))
         self._handshake = task
         task.add_done_callback(self._shaken)
 
@@ -504,7 +520,7 @@ class Driver(asyncio.Protocol):
         else:
             if self._transport.is_closing():
                 raise ConnectionError("the connection was lost")
-            encrypted = await asyncio.get_running_loop().start_tls(
+            encrypted = await self._loop.start_tls(
                 self._transport, self, context, server_hostname=server
             )
             if encrypted is None:
@@ -546,7 +562,7 @@ class Driver(asyncio.Protocol):
     def abort_soon(self) -> None:
         """Do not wait any longer than a moment for what was said last to be read."""
         if self._transport is not None:
-            asyncio.get_running_loop().call_later(GOODBYE, self._transport.abort)
+            self._loop.call_later(GOODBYE, self._transport.abort)
 
     def reset_at_end(self, on: bool) -> None:
         """Whether this connection ends with a reset, whatever ends it."""

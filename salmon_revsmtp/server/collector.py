@@ -294,6 +294,7 @@ class Collector:
             handler_timeout=service.settings.handler_timeout,
             repeat_seconds=service.settings.repeat_seconds,
             share=self._locks.share,
+            at_once=mode == "router" and threads == 1,
         )
 
     def _turn(self, service: Service) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -20,8 +21,20 @@ Result = TypeVar("Result")
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
     """As :func:`asyncio.run`; but its end waits for no thread, and a child that a handler forks
-    keeps nothing open that the loop has."""
-    return asyncio.run(_prepared(main))
+    keeps nothing open that the loop has.
+
+    It is asyncio's own loop, whatever a boot module has set for others (``uvloop.install()``): of
+    no other is it known what it has open, and a connection that a child keeps does not end.
+    """
+    if sys.version_info >= (3, 11):
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            return runner.run(_prepared(main))
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
+    try:
+        return asyncio.run(_prepared(main))
+    finally:
+        asyncio.set_event_loop_policy(before)
 
 
 async def _prepared(main: Coroutine[Any, Any, Result]) -> Result:

@@ -20,6 +20,7 @@ from salmon_revsmtp.delivery.dispatcher import GONE, Deliverer, PendingDelivery
 from salmon_revsmtp.delivery.trace import Origin, forwarded_client
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.together import afterwards
 from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.recipients import Recipients
@@ -272,7 +273,7 @@ class Session(Driver):
 
     def eof_received(self) -> bool:
         if self._deliveries:
-            asyncio.get_running_loop().call_later(HALF_CLOSED, self._forget)
+            self._loop.call_later(HALF_CLOSED, self._forget)
         for pending in self._deliveries.values():
             pending.note_heard(False)  # there will be no command after the answer
         return super().eof_received()
@@ -302,7 +303,7 @@ class Session(Driver):
     def data_received(self, data: bytes) -> None:
         if self._perhaps_unheard and not self._answering:
             self._note_heard(True)
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if self.origin.agent is not None and now - self._heard_at >= CALM:
             self._receiver.forgive()
             self._refusals = 0
@@ -324,10 +325,10 @@ class Session(Driver):
             self._log_refusal(event)
             self._tally.refuse(len(event.recipients) or 1, event.reply)
         elif isinstance(event, RecipientRequest):
-            deciding = asyncio.get_running_loop().create_task(self._decide(event))
+            deciding = self._loop.create_task(self._decide(event))
             self._deciding[event] = deciding
         elif isinstance(event, EtrnRequest):
-            self._etrn_asked = asyncio.get_running_loop().create_task(self._ask(event.argument))
+            self._etrn_asked = self._loop.create_task(self._ask(event.argument))
         elif isinstance(event, StartTls):
             assert self._starttls is not None
             self.start_tls(self._starttls)
@@ -382,10 +383,10 @@ class Session(Driver):
         self._answer_soon()
 
     def _answer_soon(self) -> None:
-        """What is answered in one turn of the event loop goes out together."""
+        """What is answered together goes out together."""
         if not self._answering:
             self._answering = True
-            asyncio.get_running_loop().call_soon(self._answered)
+            afterwards(self._answered)
 
     def _answered(self) -> None:
         self._answering = False
@@ -394,7 +395,7 @@ class Session(Driver):
     def _read_ahead(self, pending: PendingDelivery) -> None:
         """Take as much from the client as is delivered in a moment: what waits here is waited for
         there, and its time (``handler_timeout``, RFC 5321 4.5.3.2.6) is running."""
-        seconds = asyncio.get_running_loop().time() - pending.since
+        seconds = self._loop.time() - pending.since
         receiver = self._receiver
         ahead = int(AHEAD_SECONDS * pending.number / seconds) if seconds else receiver.ahead
         receiver.ahead = min(max(AHEAD_LEAST, ahead), receiver.limits.unanswered_messages)

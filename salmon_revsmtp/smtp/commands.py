@@ -425,6 +425,11 @@ class Commands:
 
 def _split(line: bytes) -> tuple[str, str]:
     """A command line without its CRLF -> verb in upper case, argument."""
+    if line.isascii() and (text := line.decode("ascii")).isprintable():  # as nearly all are
+        verb, _, argument = text.partition(" ")
+        if not (4 <= len(verb) <= 8 and verb.isalpha()):
+            raise CommandError(500, "command not recognized", "5.5.2")
+        return verb.upper(), argument.strip(" ")
     if _UNPRINTABLE.search(line):
         raise CommandError(500, "control characters in a command; only CRLF ends a line", "5.5.2")
     try:

@@ -165,6 +165,7 @@ Event = Transaction | RecipientRequest | Refused | EtrnRequest | StartTls | Quit
 SENDER_OK = Reply(250, "sender ok", "2.1.0")
 RECIPIENT_OK = Reply(250, "recipient ok", "2.1.5")
 CHUNK_OK = Reply(250, "chunk ok", "2.0.0")
+_SEND_DATA = Reply(354, "end the message with <CRLF>.<CRLF>")
 
 _CONNECTED, _IDLE, _MAIL, _RCPT, _CHUNKS = (
     State.CONNECTED,
@@ -781,7 +782,7 @@ class Receiver(Commands):
         # A lone dot may be the very first line: the CRLF of DATA itself goes before it.
         self._content += b"\r\n"
         self._size = 2
-        return Reply(354, "end the message with <CRLF>.<CRLF>")
+        return _SEND_DATA
 
     def _on_bdat(self, argument: str) -> None:
         found = _BDAT.fullmatch(argument)
