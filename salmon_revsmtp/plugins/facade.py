@@ -48,10 +48,13 @@ class Server:
         *,
         look: Callable[[], tuple[Sequence[dict[str, Any]], Sequence[Trouble]]],
         send: Callable[[str, bytes], None],
+        register: Callable[[object], object] = lambda plugin: None,
+        answers: Callable[[float], bool] = lambda seconds: True,
     ) -> None:
         self.settings, self.project = settings, project
         self.version, self.started = version, started
         self._look, self._send = look, send
+        self._register, self._answers = register, answers
 
     def status(self) -> list[dict[str, Any]]:
         """What ``salmon-revsmtp status --json`` prints, a dict for each line."""
@@ -60,6 +63,17 @@ class Server:
     def troubles(self) -> list[Trouble]:
         """What needs a person now, the worst first."""
         return list(self._look()[1])
+
+    def answers(self, seconds: float) -> bool:
+        """Whether the event loop, which does all the server's work, answers in so many seconds."""
+        return self._answers(seconds)
+
+    def register(self, plugin: object) -> None:
+        """Have the hooks of ``plugin`` called from now on, until the server stops: its methods that
+        are marked with :data:`~salmon_revsmtp.hookimpl`.  A plugin that is only at work where the
+        settings say so has its ``message_delivered`` and the like here, so that no message pays for
+        them elsewhere."""
+        self._register(plugin)
 
     def send(self, message: EmailMessage, to: str) -> None:
         """Send a message through the project's relay, from the null sender, so that what becomes of

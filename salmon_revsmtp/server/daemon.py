@@ -37,6 +37,7 @@ from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
+from salmon_revsmtp.server.eventloop import Lag
 from salmon_revsmtp.server.health import Deferring, Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
 from salmon_revsmtp.server.overheard import Overheard
@@ -116,6 +117,7 @@ class Daemon:
         self._look: asyncio.Task[Findings] | None = None
         self._health = Health(collector.configuration, collector.project, memory=True)
         self._facade: Server | None = None
+        self._lag: Lag | None = None
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self.listeners: list[Listener] = []
@@ -157,6 +159,7 @@ class Daemon:
         ``started`` is called when everything listens.  Raises :class:`OSError` when an address or
         the hold store cannot be had.
         """
+        self._lag = Lag()
         try:
             self._control.be_alone()
             if self._collector.configuration.holds:
@@ -250,9 +253,29 @@ class Daemon:
             self._collector.outbox.put(to, message)
             self._collector.outbox.send_soon()
 
+        def answers(seconds: float) -> bool:
+            asleep = asyncio.sleep(0)
+            try:
+                asyncio.run_coroutine_threadsafe(asleep, loop).result(seconds)
+            except (RuntimeError, concurrent.futures.CancelledError):
+                asleep.close()
+                return False
+            except concurrent.futures.TimeoutError:
+                return False
+            return True
+
         module = self._collector.configuration.module or ModuleType("settings")
         place = self._collector.project
-        self._facade = Server(module, place, version(), self._started, look=look, send=send)
+        self._facade = Server(
+            module,
+            place,
+            version(),
+            self._started,
+            look=look,
+            send=send,
+            register=self._plugins.register,
+            answers=answers,
+        )
         self._spawn(self._plugins.call_each_apart("server_started", server=self._facade))
 
     def _look_after(self) -> None:
@@ -288,8 +311,8 @@ class Daemon:
         ahead = time.time() - self._clock()
         times = {name: self._schedule.next_run(name) for name in self._agents}
         held: Mapping[str, Holding] = {}
-        hold_error = ""
-        if self._collector.configuration.holds:
+        hold_error, holds = "", self._collector.configuration.holds
+        if holds:
             requests = ProviderRequests(self._collector.providing, self.provider)
             try:
                 held = await requests.holdings()
@@ -311,6 +334,13 @@ class Daemon:
             held=held,
             undeliverable=await asyncio.to_thread(self._undeliverable),
             hold_error=hold_error,
+            lag=self._lag.seconds if self._lag is not None else 0.0,
+            services={
+                name: (dict(one.answered), one.octets)
+                for name, one in self._collector.services.items()
+            },
+            sessions=sum(one.reversed_at is not None for one in self.sessions),
+            passed_on=dict(self._collector.providing.live.counts) if holds else {},
         )
 
     def _undeliverable(self) -> Path | None:
@@ -476,6 +506,8 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         """Everything at once, and nothing longer than the grace."""
+        if self._lag is not None:
+            self._lag.close()
         for collection, task in self._running.values():
             if not collection.stop():
                 task.cancel()
