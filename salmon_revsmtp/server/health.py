@@ -110,6 +110,7 @@ class Live:
     ``held``     what is held, by account.
     ``undeliverable``  where undeliverable mail is.
     ``hold_error``     why it is not known what is held.
+    ``reported``       the troubles that plugins have reported.
     """
 
     pid: int
@@ -123,6 +124,7 @@ class Live:
     held: Mapping[str, Holding] = field(default_factory=dict)
     undeliverable: Path | None = None
     hold_error: str = ""
+    reported: Sequence[Trouble] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class Health:
             *self._waiting(queues),
             *([Trouble("hold", f"What is held cannot be read: {unread}.")] if unread else []),
             *self._accounts(held, live),
+            *(live.reported if live is not None else ()),
         ]
         troubles = [self._dated(one) for one in found]
         if self._remembers:
