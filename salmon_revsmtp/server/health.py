@@ -115,6 +115,7 @@ class Live:
                        octets of the messages that it took.
     ``sessions``       reversed sessions that customers have open.
     ``passed_on``      what became of live mail, as ``provider sessions`` counts it.
+    ``reported``       the troubles that plugins have reported.
     """
 
     pid: int
@@ -132,6 +133,7 @@ class Live:
     services: Mapping[str, tuple[Mapping[int, int], int]] = field(default_factory=dict)
     sessions: int = 0
     passed_on: Mapping[str, int] = field(default_factory=dict)
+    reported: Sequence[Trouble] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class Health:
             *self._waiting(queues),
             *([Trouble("hold", f"What is held cannot be read: {unread}.")] if unread else []),
             *self._accounts(held, live),
+            *(live.reported if live is not None else ()),
         ]
         troubles = [self._dated(one) for one in found]
         if self._remembers:
