@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 POSTGRES = ["psycopg[binary,pool]>=3.2"]
+CONSOLE = ["jinja2>=3.1", "prometheus-client>=0.20", "starlette>=0.40", "uvicorn>=0.30"]
 
 setup(
     name="salmon-revsmtp",
@@ -60,10 +61,12 @@ setup(
     extras_require={
         "dev": [
             "build",
+            *CONSOLE,
             "coverage>=7.10.4",
             "hypothesis",
             "import-linter>=2.5",
             "mypy",
+            "playwright>=1.48",  # it drives Debian's Chromium; no browser is downloaded
             *POSTGRES,
             "pytest",
             "pytest-xdist",
@@ -73,6 +76,8 @@ setup(
             "trustme",
             "types-docutils",
         ],
+        # A console to look at, and metrics.
+        "console": CONSOLE,
         # A hold store in a database: hold = "postgresql://...".
         "postgres": POSTGRES,
         # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
@@ -86,6 +91,7 @@ setup(
         "salmon_revsmtp": [
             "alert = salmon_revsmtp.alert",
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
+            "metrics = salmon_revsmtp.metrics",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",
             "postgres = salmon_revsmtp.plugins.builtin:postgres",
         ],
