@@ -307,7 +307,7 @@ def test_a_plugin_hears_that_the_server_has_started_and_that_it_stops(salmon: Sa
     before = time.time()
     served(salmon, plugins, started)
     assert watches.heard == [
-        ("started", {"server", "agent", "queue", "trouble"}, ["undeliverable"]),
+        ("started", {"server", "agent", "queue", "service", "trouble"}, ["undeliverable"]),
         ("stopping", True),
     ]
     server = watches.server

@@ -259,6 +259,7 @@ class _Batch:
     ``known``      who of them has been served before.
     ``elsewhere``  what another process has in hand.
     ``claimed``    what no other process may have until it is released.
+    ``seconds``    how long the handlers had the last message, or the queue; 0: they did not get it.
     """
 
     log_at: float
@@ -267,6 +268,7 @@ class _Batch:
     known: dict[MessageKey, dict[str, DeliveryRecord]] = field(default_factory=dict)
     elsewhere: Collection[MessageKey] = ()
     claimed: Collection[MessageKey] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -540,21 +542,23 @@ class Dispatcher:
             if record is not None:
                 self._note(pending, batch, recipient, record.reply, repeat=True)
                 continue
-            record = self._hand_over(pending, key, recipient, content)
+            record = self._hand_over(pending, batch, recipient, content)
             if record is None:
                 return
             (deferred if record.reply.transient else known)[recipient] = record
             self._note(pending, batch, recipient, record.reply, repeat=False)
             if self._plugins.implemented("message_delivered"):
-                self._tell_plugins(pending, recipient, record.reply)
+                self._tell_plugins(pending, recipient, record.reply, batch.seconds)
         if not pending.abandoned:
             pending.settle(self._combined(pending, key, known, lines))
 
     def _hand_over(
-        self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
+        self, pending: PendingDelivery, batch: _Batch, recipient: str, content: Content
     ) -> DeliveryRecord | None:
         """Handled, and recorded; ``None`` if no one waits for that any more."""
-        envelope, origin = pending.envelope, pending.origin
+        envelope, origin, key = pending.envelope, pending.origin, pending.key
+        assert key is not None
+        batch.seconds = 0.0
         received, added = origin.received(envelope, recipient), AddedFields()
         reply = None
         if self._plugins.implemented("message_received"):
@@ -566,16 +570,22 @@ class Dispatcher:
                 if pending.abandoned:
                     return None
                 peer = (envelope.client and envelope.peer) or origin.peer
+                began = time.monotonic()
                 reply = self._delivery.deliver(peer, envelope, recipient, trace, content)
+                batch.seconds = time.monotonic() - began
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
-    def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
+    def _tell_plugins(
+        self, pending: PendingDelivery, recipient: str, reply: Reply, seconds: float
+    ) -> None:
         self._plugins.call(
             "message_delivered",
             agent=pending.origin.agent,
             envelope=pending.envelope,
             recipient=recipient,
             reply=reply,
+            octets=pending.size,
+            seconds=seconds,
         )
 
     def _refusal(

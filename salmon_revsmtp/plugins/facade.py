@@ -61,6 +61,12 @@ class Serving(Protocol):
     def over(self, key: str) -> None:
         """It is over."""
 
+    def answers(self, seconds: float) -> bool:
+        """Whether the event loop does."""
+
+    def register(self, plugin: object) -> None:
+        """Have hooks called."""
+
 
 class Server:
     """The server that runs, in the hooks ``server_started`` and ``server_stopping``.
@@ -112,6 +118,17 @@ class Server:
     def over(self, key: str) -> None:
         """A trouble that the plugin reported is over; without one, nothing happens."""
         self._serving.over(key)
+
+    def answers(self, seconds: float) -> bool:
+        """Whether the event loop, which does all the server's work, answers in so many seconds."""
+        return self._serving.answers(seconds)
+
+    def register(self, plugin: object) -> None:
+        """Have the hooks of ``plugin`` called from now on, until the server stops: its methods that
+        are marked with :data:`~salmon_revsmtp.hookimpl`.  A plugin that is only at work where the
+        settings say so has its ``message_delivered`` and the like here, so that no message pays for
+        them elsewhere."""
+        self._serving.register(plugin)
 
     def send(self, message: EmailMessage, to: str) -> None:
         """Send a message through the project's relay, from the null sender, so that what becomes of

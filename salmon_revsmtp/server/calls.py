@@ -22,16 +22,16 @@ Result = TypeVar("Result")
 
 class Calls:
     """Calls from threads to the event loop that this was made on.  Each raises
-    :class:`RuntimeError` when the server has stopped, or does not answer in :data:`PATIENCE`
-    seconds, and whatever the work raises."""
+    :class:`RuntimeError` when the server has stopped, or does not answer in time, and whatever the
+    work raises."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended = False
 
-    def result(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What comes of this."""
+    def result(self, work: Coroutine[Any, Any, Result], patience: float = PATIENCE) -> Result:
+        """What comes of this, in so many seconds."""
         tracked = self._tracked(work)
         try:
             asked = asyncio.run_coroutine_threadsafe(tracked, self._loop)
@@ -40,14 +40,14 @@ class Calls:
             work.close()
             raise RuntimeError(STOPPED) from None
         try:
-            return asked.result(PATIENCE)
+            return asked.result(patience)
         except concurrent.futures.CancelledError:
             raise RuntimeError(STOPPED) from None
         except concurrent.futures.TimeoutError:
             if asked.done():  # of the work itself
                 raise
             asked.cancel()  # no one waits for it without end
-            raise RuntimeError(f"no answer in {PATIENCE:g} seconds") from None
+            raise RuntimeError(f"no answer in {patience:g} seconds") from None
 
     def answers(self, made: Answers) -> Iterator[dict[str, Any]]:
         """These answers, each when it is there.  Who wants no more of them closes this."""

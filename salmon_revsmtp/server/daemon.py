@@ -40,6 +40,7 @@ from salmon_revsmtp.server.agent_requests import AgentRequests
 from salmon_revsmtp.server.agent_rows import Now
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
+from salmon_revsmtp.server.eventloop import Lag
 from salmon_revsmtp.server.for_plugins import ForPlugins
 from salmon_revsmtp.server.health import Deferring, Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
@@ -125,6 +126,7 @@ class Daemon:
         self._for_plugins: ForPlugins | None = None
         self._outlines: OrderedDict[str, Outline] = OrderedDict()
         self._ended: Counter[str] = Counter()  # collections, by agent
+        self._lag: Lag | None = None
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self.listeners: list[Listener] = []
@@ -173,6 +175,7 @@ class Daemon:
         ``started`` is called when everything listens.  Raises :class:`OSError` when an address or
         the hold store cannot be had.
         """
+        self._lag = Lag()
         try:
             self._control.be_alone()
             if self._collector.configuration.holds:
@@ -263,6 +266,7 @@ class Daemon:
             answer=self._answer,
             activity=self._activity,
             outbox=self._collector.outbox,
+            register=self._plugins.register,
         )
         configuration = self._collector.configuration
         self._facade = Server(
@@ -331,8 +335,8 @@ class Daemon:
     async def _live(self) -> Live:
         now = self._now()
         held: Mapping[str, Holding] = {}
-        hold_error = ""
-        if self._collector.configuration.holds:
+        hold_error, holds = "", self._collector.configuration.holds
+        if holds:
             requests = ProviderRequests(self._collector.providing, self.provider)
             try:
                 held = await requests.holdings()
@@ -355,6 +359,13 @@ class Daemon:
             undeliverable=await asyncio.to_thread(self._undeliverable),
             hold_error=hold_error,
             reported=self._for_plugins.reported if self._for_plugins is not None else (),
+            lag=self._lag.seconds if self._lag is not None else 0.0,
+            services={
+                name: (dict(one.answered), one.octets)
+                for name, one in self._collector.services.items()
+            },
+            sessions=sum(one.reversed_at is not None for one in self.sessions),
+            passed_on=dict(self._collector.providing.live.counts) if holds else {},
         )
 
     def _undeliverable(self) -> Path | None:
@@ -540,6 +551,8 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         """Everything at once, and nothing longer than the grace."""
+        if self._lag is not None:
+            self._lag.close()
         for collection, task in self._running.values():
             if not collection.stop():
                 task.cancel()

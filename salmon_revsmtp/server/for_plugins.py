@@ -3,6 +3,7 @@ their own."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class ForPlugins:
     ``answer``    answers a request of the control socket.
     ``activity``  says what goes on.
     ``outbox``    takes what is to be sent.
+    ``register``  has a plugin's hooks called.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class ForPlugins:
         answer: Callable[[Row], Answers],
         activity: Callable[[], Row],
         outbox: Outbox,
+        register: Callable[[object], object],
     ) -> None:
         self._look, self._answer, self._activity = look, answer, activity
-        self._outbox = outbox
+        self._outbox, self._register = outbox, register
         self._calls = Calls()
         self._reported: dict[str, Trouble] = {}
 
@@ -69,6 +72,16 @@ class ForPlugins:
             return self._activity()
 
         return self._calls.result(now())
+
+    def answers(self, seconds: float) -> bool:
+        try:
+            self._calls.result(asyncio.sleep(0), seconds)
+        except RuntimeError:
+            return False
+        return True
+
+    def register(self, plugin: object) -> None:
+        self._register(plugin)
 
     def report(self, trouble: Trouble) -> None:
         if trouble.key not in self._reported and len(self._reported) >= MOST_REPORTED:
