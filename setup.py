@@ -43,6 +43,7 @@ setup(
     },
     package_data={
         "salmon_revsmtp": ["py.typed"],
+        "salmon_revsmtp.console": ["templates/*", "static/*"],
         "salmon_revsmtp.demo": ["*.pem"],
         "salmon_revsmtp.init": ["templates/*"],
         "salmon_revsmtp.demo.project.config": ["*.conf"],
@@ -90,6 +91,7 @@ setup(
         "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli.main:main"],
         "salmon_revsmtp": [
             "alert = salmon_revsmtp.alert",
+            "console = salmon_revsmtp.console",
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
             "metrics = salmon_revsmtp.metrics",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",

@@ -62,9 +62,9 @@ class Serving(Protocol):
         """It is over."""
 
     def answers(self, seconds: float) -> bool:
-        """Whether the event loop answers in time."""
+        """Whether the event loop does."""
 
-    def register(self, plugin: object) -> object:
+    def register(self, plugin: object) -> None:
         """Have hooks called."""
 
 

@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 
 class Calls:
     """Calls from threads to the event loop that this was made on.  Each raises
-    :class:`RuntimeError` when the server has stopped, or does not answer in :data:`PATIENCE`
-    seconds, and whatever the work raises."""
+    :class:`RuntimeError` when the server has stopped, or does not answer in time, and whatever the
+    work raises."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -31,7 +31,7 @@ class Calls:
         self._ended = False
 
     def result(self, work: Coroutine[Any, Any, Result], patience: float = PATIENCE) -> Result:
-        """What comes of this."""
+        """What comes of this, in so many seconds."""
         tracked = self._tracked(work)
         try:
             asked = asyncio.run_coroutine_threadsafe(tracked, self._loop)

@@ -123,10 +123,10 @@ class Daemon:
         self._look: asyncio.Task[Findings] | None = None
         self._health = Health(collector.configuration, collector.project, memory=True)
         self._facade: Server | None = None
-        self._lag: Lag | None = None
         self._for_plugins: ForPlugins | None = None
         self._outlines: OrderedDict[str, Outline] = OrderedDict()
         self._ended: Counter[str] = Counter()  # collections, by agent
+        self._lag: Lag | None = None
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self.listeners: list[Listener] = []
@@ -358,6 +358,7 @@ class Daemon:
             held=held,
             undeliverable=await asyncio.to_thread(self._undeliverable),
             hold_error=hold_error,
+            reported=self._for_plugins.reported if self._for_plugins is not None else (),
             lag=self._lag.seconds if self._lag is not None else 0.0,
             services={
                 name: (dict(one.answered), one.octets)
@@ -365,7 +366,6 @@ class Daemon:
             },
             sessions=sum(one.reversed_at is not None for one in self.sessions),
             passed_on=dict(self._collector.providing.live.counts) if holds else {},
-            reported=self._for_plugins.reported if self._for_plugins is not None else (),
         )
 
     def _undeliverable(self) -> Path | None:

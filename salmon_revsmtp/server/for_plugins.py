@@ -28,7 +28,7 @@ class ForPlugins:
     ``answer``    answers a request of the control socket.
     ``activity``  says what goes on.
     ``outbox``    takes what is to be sent.
-    ``register``  has the hooks of a plugin called.
+    ``register``  has a plugin's hooks called.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ForPlugins:
         register: Callable[[object], object],
     ) -> None:
         self._look, self._answer, self._activity = look, answer, activity
-        self._outbox, self.register = outbox, register
+        self._outbox, self._register = outbox, register
         self._calls = Calls()
         self._reported: dict[str, Trouble] = {}
 
@@ -79,6 +79,9 @@ class ForPlugins:
         except RuntimeError:
             return False
         return True
+
+    def register(self, plugin: object) -> None:
+        self._register(plugin)
 
     def report(self, trouble: Trouble) -> None:
         if trouble.key not in self._reported and len(self._reported) >= MOST_REPORTED:

@@ -110,12 +110,12 @@ class Live:
     ``held``     what is held, by account.
     ``undeliverable``  where undeliverable mail is.
     ``hold_error``     why it is not known what is held.
+    ``reported``       the troubles that plugins have reported.
     ``lag``            seconds by which the event loop was late, the worst of the last half minute.
     ``services``       by name: what each service has answered, how often by reply code, and the
                        octets of the messages that it took.
     ``sessions``       reversed sessions that customers have open.
     ``passed_on``      what became of live mail, as ``provider sessions`` counts it.
-    ``reported``       the troubles that plugins have reported.
     """
 
     pid: int
@@ -129,11 +129,11 @@ class Live:
     held: Mapping[str, Holding] = field(default_factory=dict)
     undeliverable: Path | None = None
     hold_error: str = ""
+    reported: Sequence[Trouble] = ()
     lag: float = 0.0
     services: Mapping[str, tuple[Mapping[int, int], int]] = field(default_factory=dict)
     sessions: int = 0
     passed_on: Mapping[str, int] = field(default_factory=dict)
-    reported: Sequence[Trouble] = ()
 
 
 @dataclass(frozen=True)
