@@ -61,6 +61,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "axe-playwright-python>=0.1.4",  # axe-core, which the browser runs
             "build",
             *CONSOLE,
             "coverage>=7.10.4",

@@ -108,6 +108,7 @@ SAID = {
     "disabled": ("good", "It is disabled. A push session that was open ends."),
     "retry": ("good", "{} tried again."),
     "bounce": ("good", "{} returned to the sender."),
+    "untold": ("bad", "{} taken out. Not every sender could be told; the log says why."),
     "drop": ("good", "{} deleted."),
     "not": ("bad", "{} not treated: the log, or the message itself, says why."),
     "none": ("bad", "No message was chosen."),
@@ -426,6 +427,8 @@ def _treated(request: Request, path: str, do: str, rows: Sequence[Row]) -> Respo
     good = sum(bool(row["done"]) for row in rows)
     if good < len(rows) or not rows:
         return _done(request, path, "not", len(rows) - good)
+    if do == "bounce" and any(row["remark"] for row in rows):
+        do = "untold"
     return _done(request, path, do, good)
 
 

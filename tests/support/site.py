@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from support.configuration import PASSWORD
 from support.project import Project, isp
-from support.serving import RUN, server, wait_for
 from support.servers import free_port
+from support.serving import RUN, server, wait_for
 
 __all__ = ["SECRET", "Site", "running_site"]
 
@@ -24,7 +24,9 @@ customer_accounts = [
     {{"name": "away/<i>", "password": "x", "domains": ["away.example"], "live": False}},
 ]
 provider = {{"hostname": "odmr.example.net", "listen": "127.0.0.1:{odmr}", "require_tls": False}}
-smtp_services["mx"] = {{"hostname": "mx.example.net", "listen": "127.0.0.1:{mx}", "delivery": "hold"}}
+smtp_services["mx"] = {{
+    "hostname": "mx.example.net", "listen": "127.0.0.1:{mx}", "delivery": "hold",
+}}
 console = {{"listen": "127.0.0.1:{console}", "password": "{secret}"}}
 metrics = {{"listen": "127.0.0.1:{metrics}"}}
 """
