@@ -149,6 +149,18 @@ def test_what_is_held_is_counted_and_how_long_it_took(salmon: Salmon) -> None:
     both_ends(salmon, work, plugins=late, at_provider=plugins_with(there), agent={"every": 0.01})
 
 
+def test_failed_logins_are_counted_for_the_account_that_they_are_tried_on(salmon: Salmon) -> None:
+    there = Metered()
+
+    async def work(ends: Ends) -> None:
+        line = 'revsmtp_failed_logins_total{account="acme"}'
+        while not (await asyncio.to_thread(there.samples))[line]:
+            await asyncio.sleep(0.05)
+
+    wrong = {"password": "wrong", "every": 0.01}
+    both_ends(salmon, work, at_provider=plugins_with(there), agent=wrong)
+
+
 def test_a_collection_that_fails_is_counted_by_its_outcome(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.configure(isp(1, every="None"))
@@ -255,7 +267,7 @@ def test_accounts_beyond_the_bound_are_summed(fake: Faked) -> None:
     there.held = [
         {
             **{"account": f"a{number}", "messages": 1, "bytes": 10, "quota_messages": 10},
-            **{"quota_bytes": 100, "oldest": None},
+            **{"quota_bytes": 100, "oldest": None, "failed_logins": number},
         }
         for number in range(5)
     ]
@@ -266,6 +278,7 @@ def test_accounts_beyond_the_bound_are_summed(fake: Faked) -> None:
     named = [name for name in found if name.startswith("revsmtp_held_messages{")]
     assert named == [f'revsmtp_held_messages{{account="{one}"}}' for one in ("a0", OTHER, "a4")]
     assert found[f'revsmtp_held_messages{{account="{OTHER}"}}'] == 3
+    assert found[f'revsmtp_failed_logins_total{{account="{OTHER}"}}'] == 1 + 2 + 3
     assert found['revsmtp_held_quota_ratio{account="a4"}'] == pytest.approx(0.9)
 
 

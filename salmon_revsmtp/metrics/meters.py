@@ -343,6 +343,9 @@ def _of_accounts(rows: Iterable[Row], named: _Named) -> Iterator[Metric]:
     oldest = GaugeMetricFamily(
         "revsmtp_held_oldest_timestamp_seconds", "When the oldest came.", labels=["account"]
     )
+    failed = CounterMetricFamily(
+        "revsmtp_failed_logins", "Failed logins, by account.", labels=["account"]
+    )
     quota = GaugeMetricFamily(
         "revsmtp_held_quota_ratio",
         "The part of its quota that an account uses, of messages or of octets, whichever is more.",
@@ -350,7 +353,7 @@ def _of_accounts(rows: Iterable[Row], named: _Named) -> Iterator[Metric]:
     )
     sums: dict[str, list[float]] = {}
     for row in rows:
-        one = sums.setdefault(named.label(row["account"]), [0, 0, float("inf"), 0.0])
+        one = sums.setdefault(named.label(row["account"]), [0, 0, float("inf"), 0.0, 0])
         one[0] += row["messages"]
         one[1] += row["bytes"]
         one[2] = min(one[2], _seconds(row["oldest"]) if row["oldest"] else one[2])
@@ -359,13 +362,15 @@ def _of_accounts(rows: Iterable[Row], named: _Named) -> Iterator[Metric]:
             row["messages"] / (row["quota_messages"] or float("inf")),
             row["bytes"] / (row["quota_bytes"] or float("inf")),
         )
-    for label, (number, size, since, ratio) in sums.items():
+        one[4] += row["failed_logins"]
+    for label, (number, size, since, ratio, logins) in sums.items():
         messages.add_metric([label], number)
         octets.add_metric([label], size)
         quota.add_metric([label], ratio)
+        failed.add_metric([label], logins)
         if since != float("inf"):
             oldest.add_metric([label], since)
-    yield from (messages, octets, oldest, quota)
+    yield from (messages, octets, oldest, quota, failed)
 
 
 def _one(name: str, help_: str, value: float) -> Metric:
