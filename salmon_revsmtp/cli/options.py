@@ -165,10 +165,13 @@ def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def with_project(function: Callable[..., Any]) -> Callable[..., Any]:
     """For a command of a plugin: it has the options that every command has, and is called with
     ``settings``, the project's settings module, and ``project``, its folder, beside its own
-    arguments.  Wrong settings end the command before that."""
+    arguments.  Wrong settings end the command before that.  A group is not called where one of its
+    commands is."""
 
     @functools.wraps(function)
     def command(options: Options, **given: Any) -> Any:
+        if click.get_current_context().invoked_subcommand is not None:
+            return None
         project, _ = options.open()
         return function(settings=project.settings, project=project.folder, **given)
 

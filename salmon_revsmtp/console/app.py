@@ -1,8 +1,10 @@
 """The application: which path is answered by what.
 
 The pages are views (:mod:`salmon_revsmtp.console.views`): each gets the request and the server, and
-runs in a thread, for the server's methods block.  What is here is for those who are not logged in
-yet, and for programs.
+runs in a thread, for the server's methods block.  In ``request.state`` it finds the ``session``,
+the ``visit`` and, of a POST, the ``form``, all of which the guard has seen to; the log's last lines
+are ``request.app.state.hub.lines.since()``.  What is here is for those who are not logged in yet,
+and for programs.
 """
 
 from __future__ import annotations
@@ -307,13 +309,15 @@ async def _wrong(request: Request, error: Exception) -> Response:
 
 
 async def _missing(request: Request, error: Exception) -> Response:
+    if type(error) is not LookupError:  # a KeyError is no answer of the server's
+        raise error
     return _page(request, 404, str(error.args[0]) if error.args else TEXTS[404])
 
 
 async def _stopping(request: Request, error: Exception) -> Response:
     if isinstance(error, RuntimeError) and str(error).startswith(("the server", "no answer")):
         return _page(request, 503, f"There is no answer: {error}.")
-    return await _broken(request, error)
+    raise error
 
 
 async def _unreadable(request: Request, error: Exception) -> Response:
@@ -322,5 +326,5 @@ async def _unreadable(request: Request, error: Exception) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    log.error("console: %s: a bug", request.url.path, exc_info=error)
+    """The guard logs it."""
     return _page(request, 500, "There is a bug in this page; the log has it.")

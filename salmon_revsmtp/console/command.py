@@ -35,9 +35,6 @@ def console(settings: ModuleType, project: Path, opens: bool) -> None:
     The link lets you in without the password, once, and is good for five minutes. Show it to no one
     else.
     """
-    context = click.get_current_context()
-    if context.invoked_subcommand is not None:
-        return
     from salmon_revsmtp.console import settings_of
     from salmon_revsmtp.console.links import Running
 

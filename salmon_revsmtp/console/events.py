@@ -130,7 +130,7 @@ class Hub:
 
     def __init__(self, server: Server, lines: Lines) -> None:
         self._server, self.lines = server, lines
-        self._waiting: dict[int, deque[Event]] = {}  # by identity: equal ones are two
+        self._waiting: list[deque[Event]] = []
         self._news = asyncio.Event()
         self._pulse: asyncio.Task[None] | None = None
         self._closed = False
@@ -167,7 +167,7 @@ class Hub:
     async def stream(self, alive: Callable[[], bool]) -> AsyncIterator[bytes]:
         """The events from now on, until :meth:`close`, or until ``alive`` says no more."""
         waiting: deque[Event] = deque(maxlen=MOST_WAITING)
-        self._waiting[id(waiting)] = waiting
+        self._waiting.append(waiting)
         if self._pulse is None or self._pulse.done():
             self._pulse = asyncio.ensure_future(self._beat())
         try:
@@ -182,7 +182,7 @@ class Hub:
                 while waiting:
                     yield b"data: " + json.dumps(waiting.popleft()).encode() + b"\n\n"
         finally:
-            del self._waiting[id(waiting)]
+            self._waiting = [one for one in self._waiting if one is not waiting]
 
     def close(self) -> None:
         """End all streams.  On their event loop."""
@@ -192,7 +192,7 @@ class Hub:
             self._pulse.cancel()
 
     def _tell(self, events: list[Event]) -> None:
-        for waiting in self._waiting.values():
+        for waiting in self._waiting:
             waiting.extend(events)
         news, self._news = self._news, asyncio.Event()
         news.set()

@@ -48,7 +48,7 @@ class HttpServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=type("Protocol", (_Protocol,), {"proxies": settings.proxies}),
+            http=type("Protocol", (_Protocol,), {"proxies": settings.networks}),
             ws="none",
             lifespan="off",
             interface="asgi3",

@@ -113,6 +113,7 @@ class Guard:
     ) -> None:
         self._app, self._settings = app, settings
         self._sessions, self._cookies = sessions, cookies
+        self._proxies = settings.networks
         self._names = {"localhost", settings.address.host.lower(), *settings.hosts}
         if settings.address.loopback:
             self._names |= {"127.0.0.1", "::1"}
@@ -131,6 +132,9 @@ class Guard:
             await (answer or self._app)(scope, receive, send)
         except (asyncio.TimeoutError, TimeoutError):
             log.info("console: %s took none of an answer for %g s", visit.address, SEND_TIMEOUT)
+            raise
+        except Exception:
+            log.exception("console: %s: a bug", path)
             raise
 
     def _guarded(self, send: Send, state: dict[str, Any], visit: Visit) -> Send:
@@ -182,7 +186,7 @@ class Guard:
             return False
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped:
             parsed = parsed.ipv4_mapped
-        return any(parsed in network for network in self._settings.proxies)
+        return any(parsed in network for network in self._proxies)
 
     def _knows(self, host: str) -> bool:
         """Whether a browser that says this reaches us by a name of ours."""

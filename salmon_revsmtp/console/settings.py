@@ -84,7 +84,7 @@ class ConsoleSettings(BaseModel):
     """The path under which a reverse proxy has it, such as ``"/mail"``.  The proxy may leave it on
     or take it away."""
     proxies: Annotated[
-        tuple[Network, ...], Field(description="a list of networks such as '10.0.0.0/8'")
+        tuple[str, ...], Field(description="a list of networks such as '10.0.0.0/8'")
     ] = ()
     """The reverse proxies before it, whose ``X-Forwarded-For``, ``X-Forwarded-Proto`` and
     ``X-Forwarded-Host`` are believed."""
@@ -108,6 +108,11 @@ class ConsoleSettings(BaseModel):
         """``listen`` in parts."""
         host, _, port = self.listen.rpartition(":")
         return Address(host.removeprefix("[").removesuffix("]"), int(port))
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """``proxies`` in parts."""
+        return tuple(ipaddress.ip_network(one) for one in self.proxies)
 
     @field_validator("listen")
     @classmethod
@@ -164,6 +169,13 @@ class ConsoleSettings(BaseModel):
             if not (_is_address(name) or _NAME.fullmatch(name)):
                 raise ValueError("one of them is no host name; leave scheme, port and path out")
         return tuple(name.lower() for name in value)
+
+    @field_validator("proxies")
+    @classmethod
+    def _proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            ipaddress.ip_network(one)
+        return value
 
     @field_validator("base_path")
     @classmethod

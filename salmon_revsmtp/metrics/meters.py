@@ -362,7 +362,7 @@ def _of_accounts(rows: Iterable[Row], named: _Named) -> Iterator[Metric]:
             row["messages"] / (row["quota_messages"] or float("inf")),
             row["bytes"] / (row["quota_bytes"] or float("inf")),
         )
-        one[4] += row["failed_logins"]
+        one[4] += row["failed_logins"] or 0
     for label, (number, size, since, ratio, logins) in sums.items():
         messages.add_metric([label], number)
         octets.add_metric([label], size)
