@@ -292,7 +292,7 @@ def provider(request: Request, server: Server) -> Response:
 def account(request: Request, server: Server) -> Response:
     row = _account(server, request.query_params.get("name", ""))
     after = request.query_params.get("after", "")
-    start = int(after) if after.isdecimal() and len(after) < 19 else 0
+    start = _number(after) if after else 0
     held = server.held(row["account"], PAGE + 1, start)
     return _page(
         request,
@@ -375,7 +375,7 @@ def treat_held(request: Request, server: Server) -> Response:
 
 
 def _number(key: str) -> int:
-    if not (key.isdecimal() and len(key) < 19):
+    if not (key.isascii() and key.isdecimal() and len(key) < 19):
         raise _missing(LookupError("that is no key of a message"))
     return int(key)
 
