@@ -61,12 +61,14 @@ setup(
     ],
     extras_require={
         "dev": [
+            "axe-playwright-python>=0.1.4",  # axe-core, which the browser runs
             "build",
             *CONSOLE,
             "coverage>=7.10.4",
             "hypothesis",
             "import-linter>=2.5",
             "mypy",
+            "playwright>=1.48",  # it drives Debian's Chromium; no browser is downloaded
             *POSTGRES,
             "pytest",
             "pytest-xdist",
@@ -92,6 +94,7 @@ setup(
             "alert = salmon_revsmtp.alert",
             "console = salmon_revsmtp.console",
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
+            "metrics = salmon_revsmtp.metrics",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",
             "postgres = salmon_revsmtp.plugins.builtin:postgres",
         ],

@@ -24,6 +24,7 @@ from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.customer.etrn import EtrnSettings
 from salmon_revsmtp.customer.odmr import OdmrSettings
 from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.metrics.settings import MetricsSettings
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.settings import ServiceSettings
@@ -39,6 +40,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "Accounts": AccountSettings,
     "The provider": ProviderSettings,
     "The alarm": AlertSettings,
+    "The metrics": MetricsSettings,
 }
 
 Pages = Callable[[str], nodes.document]

@@ -68,6 +68,7 @@ ACCOUNT_KEYS = [
     "last_seen",
     "push",
     "peer",
+    "failed_logins",
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
 from salmon_revsmtp.foreign import printable
@@ -34,10 +34,14 @@ SHUT_OUT = Reply(421, "too many failed logins from your address, try again later
 
 
 class LoginGuard:
-    """Counts failed logins.  ``clock`` gives seconds that pass as they do."""
+    """Counts failed logins.  ``clock`` gives seconds that pass as they do.
+
+    ``by_account``  how many there were for each account since the start.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self.by_account: Counter[str] = Counter()
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
 
     def refusal(self, address: str) -> Reply | None:

@@ -23,7 +23,15 @@ from salmon_revsmtp.settings import SettingsError, kind_of, quote, validated, wo
 __all__ = ["Configuration", "load"]
 
 # The names in a settings module that are ours.
-_OURS = ("collection_agents", "smtp_services", "customer_accounts", "provider", "alert", "console")
+_OURS: tuple[str, ...] = (
+    "collection_agents",
+    "smtp_services",
+    "customer_accounts",
+    "provider",
+    "alert",
+    "console",
+)
+_OURS += ("metrics",)
 # Names of Salmon's own settings, which are none of ours misspelt.
 _SALMONS = (
     *("handlers", "receiver", "receiver_config", "relay", "relay_config", "router_defaults"),
