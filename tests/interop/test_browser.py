@@ -156,6 +156,8 @@ def test_disable_and_enable(open_page: Opened, site: Site) -> None:
     page.get_by_role("button", name="Enable").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("isp")
     expect(page.locator("p.said")).to_have_text("It is enabled.")
+    page.reload()
+    expect(page.locator("p.said")).to_have_count(0)
 
 
 def test_a_failure_is_what_one_sees_first(open_page: Opened, site: Site) -> None:

@@ -4,13 +4,22 @@
 // reloading.
 "use strict";
 (() => {
+  // What was done is said once, not again when this page is reloaded.
+  const here = new URL(location.href);
+  for (const one of ["said", "n"]) here.searchParams.delete(one);
+  if (here.href !== location.href) history.replaceState(null, "", here);
+
   const state = document.querySelector("[data-live-state]");
   const heard = document.getElementById("heard");
   const path = document.body.dataset.events;
   if (!path || !window.EventSource) return;
 
   const LEAST = 400; // milliseconds from an event to the look, in which others come along
-  const SHARE = 25; // a look that took one second is not repeated within 25
+  // Milliseconds from one look to the next: a second at least, and more where the server has much to
+  // do, so that ten browsers take little of it.
+  const SHARE = 20;
+  const SOONEST = 1000;
+  const LATEST = 10000;
   let timer = 0;
   let again = 0;
   let looking = false;
@@ -56,7 +65,7 @@
     } catch { /* the stream says when the server is back */ }
     looking = false;
     const took = performance.now() - began;
-    timer = setTimeout(() => { timer = 0; if (again) { again = 0; soon(); } }, Math.min(took * SHARE, 15000));
+    timer = setTimeout(() => { timer = 0; if (again) { again = 0; soon(); } }, Math.min(Math.max(took * SHARE, SOONEST), LATEST));
   };
 
   const soon = () => {
