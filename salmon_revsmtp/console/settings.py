@@ -59,7 +59,7 @@ class ConsoleSettings(BaseModel):
         SecretStr | None,
         Field(
             description="a text that is not empty (if it comes from .env: is it set there?), or "
-            "what `salmon-revsmtp console password` prints"
+            "what 'salmon-revsmtp console password' prints"
         ),
     ] = None
     """The password to log in with.  Keep it in ``.env``, or write here what ``salmon-revsmtp
@@ -95,7 +95,7 @@ class ConsoleSettings(BaseModel):
     here.  The proxy has to take it away from what a browser sends."""
     metrics_token: Annotated[
         SecretStr | None,
-        Field(description=f"a text of {SHORTEST_TOKEN} letters or more without spaces, or None"),
+        Field(description="a text of 16 letters or more without spaces, or None"),
     ] = None
     """What Prometheus says as a bearer token to read ``/metrics``.  It may log in by HTTP Basic
     with the password instead."""

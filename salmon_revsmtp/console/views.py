@@ -242,23 +242,17 @@ def _agent(request: Request, server: Server) -> Row:
 def send(request: Request, server: Server) -> Response:
     row = _agent(request, server)
     server.collect(row["agent"])
-    return _done(request, _back(row), "busy" if row["running"] else "sent")
+    return _done(request, _back(row["agent"]), "busy" if row["running"] else "sent")
 
 
 def enable(request: Request, server: Server) -> Response:
-    row = _agent(request, server)
-    server.set_enabled(row["agent"], True)
-    return _done(request, _back(row), "enabled")
+    name, enabled = request.path_params["agent"], _form(request).get("enabled") == "yes"
+    server.set_enabled(name, enabled)
+    return _done(request, _back(name), "enabled" if enabled else "disabled")
 
 
-def disable(request: Request, server: Server) -> Response:
-    row = _agent(request, server)
-    server.set_enabled(row["agent"], False)
-    return _done(request, _back(row), "disabled")
-
-
-def _back(row: Row) -> str:
-    return f"/agents/{quote(row['agent'], safe='')}"
+def _back(agent: str) -> str:
+    return f"/agents/{quote(agent, safe='')}"
 
 
 def check(request: Request, server: Server) -> Response:
@@ -298,7 +292,7 @@ def provider(request: Request, server: Server) -> Response:
 def account(request: Request, server: Server) -> Response:
     row = _account(server, request.query_params.get("name", ""))
     after = request.query_params.get("after", "")
-    start = int(after) if after.isdecimal() and len(after) < 19 else 0
+    start = _number(after) if after else 0
     held = server.held(row["account"], PAGE + 1, start)
     return _page(
         request,
@@ -381,7 +375,7 @@ def treat_held(request: Request, server: Server) -> Response:
 
 
 def _number(key: str) -> int:
-    if not (key.isdecimal() and len(key) < 19):
+    if not (key.isascii() and key.isdecimal() and len(key) < 19):
         raise _missing(LookupError("that is no key of a message"))
     return int(key)
 
@@ -549,7 +543,6 @@ PAGES: list[tuple[str, tuple[str, ...], View]] = [
     ("/agents/{agent}", ("GET",), agent),
     ("/agents/{agent}/send", ("POST",), send),
     ("/agents/{agent}/enable", ("POST",), enable),
-    ("/agents/{agent}/disable", ("POST",), disable),
     ("/agents/{agent}/check", ("POST",), check),
     ("/provider", ("GET",), provider),
     ("/provider/account", ("GET",), account),

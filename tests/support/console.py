@@ -48,7 +48,17 @@ class FakeServer:
         return self.there
 
     def status(self) -> list[dict[str, Any]]:
-        return [{"status": "server"}]
+        troubles = [
+            {"status": "trouble", "trouble": one.key, "text": one.text, "since": None}
+            for one in self.there
+        ]
+        server = {"status": "server", "pid": 1, "since": None, "lag": 0.0}
+        return [*troubles, server, *({"status": "agent", **row} for row in self.rows)]
+
+    def traffic(
+        self, agent: str | None, seconds: float, buckets: int
+    ) -> list[tuple[float, int, int]]:
+        return [(0.0, 0, 0)] * buckets
 
     def activity(self) -> dict[str, Any]:
         self.asked += 1
