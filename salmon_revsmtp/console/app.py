@@ -145,6 +145,8 @@ def _in_a_thread(view: View, server: Server, pace: _Pace) -> Endpoint:
         if request.headers.get("x-live") is None:
             return await run_in_threadpool(view, request, server)
         async with pace:
+            if await request.is_disconnected():  # it was a long rest
+                return Response(status_code=204)
             return await run_in_threadpool(view, request, server)
 
     return endpoint
