@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from benchmarks import (
     alone,
+    console,
     distance,
     idle,
     intake,
@@ -42,6 +43,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     **provider.SECTIONS,
     **live.SECTIONS,
     "idle": idle.sections,
+    "console": console.sections,
 }
 ROUNDS = 5
 
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
-    targets += idle.targets()
+    targets += [*idle.targets(), *console.targets()]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:

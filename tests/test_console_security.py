@@ -582,3 +582,37 @@ def test_a_port_that_is_taken_is_a_trouble_until_it_is_free(
     finally:
         taken.close()
         one.stop()
+
+
+def test_of_several_that_say_who_it_is_the_proxy_is_believed(tmp_path: Path) -> None:
+    with (
+        console(tmp_path, user_header="X-Remote-User", **PROXY) as here,
+        socket.create_connection(("127.0.0.1", here.running.listen[1]), 10) as one,
+    ):
+        one.sendall(
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Remote-User: admin\r\n"
+            b"X-Remote-User: \r\nConnection: close\r\n\r\n"
+        )
+        answer = b"".join(iter(lambda: one.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 303"), "the proxy says that no one has logged in"
+
+
+def test_pages_that_follow_what_happens_rest_and_those_of_a_person_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from salmon_revsmtp.console import app
+
+    monkeypatch.setattr(app, "REST", 1e9)
+    monkeypatch.setattr(app, "LONGEST_REST", 1.0)
+    with console(tmp_path) as here:
+        browser = here.browser()
+        browser.log_in()
+        assert browser.get("/", x_live="1").status == 200
+        began = time.monotonic()
+        waits = threading.Thread(target=browser.get, args=("/",), kwargs={"x_live": "1"})
+        waits.start()
+        for _ in range(5):
+            assert browser.get("/").status == 200
+        assert waits.is_alive(), "that of a person did not wait for it"
+        waits.join()
+        assert time.monotonic() - began > 0.8

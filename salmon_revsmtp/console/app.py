@@ -18,6 +18,7 @@ import importlib
 import logging
 import mimetypes
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -58,6 +59,9 @@ LONGEST = 1024
 READY = 2.0
 # Seconds that a browser may keep a static file, whose address changes when it does.
 STATIC_AGE = 365 * 86400
+# Of a page that only follows what happens: how many times as long as it took no other is made, and
+# seconds that this is at most.
+REST, LONGEST_REST = 30.0, 10.0
 # Octets of a random token.
 RANDOM = 32
 
@@ -106,7 +110,7 @@ class Door:
 
 def make_app(server: Server, door: Door, hub: Hub) -> Guard:
     """The application, behind its guard.  On the event loop that serves it."""
-    gate = _Gate(server, door, hub)
+    gate, pace = _Gate(server, door, hub), _Pace()
     routes = [
         Route("/healthz", gate.healthz, methods=["GET"]),
         Route("/readyz", gate.readyz, methods=["GET"]),
@@ -117,7 +121,7 @@ def make_app(server: Server, door: Door, hub: Hub) -> Guard:
         Route("/logout", gate.logout, methods=["POST"]),
         Route("/events", gate.events, methods=["GET"]),
         *(
-            Route(path, _in_a_thread(view, server), methods=list(methods))
+            Route(path, _in_a_thread(view, server, pace), methods=list(methods))
             for path, methods, view in PAGES
         ),
     ]
@@ -136,11 +140,40 @@ def make_app(server: Server, door: Door, hub: Hub) -> Guard:
     return Guard(app, door.settings, door.sessions, door.cookies)
 
 
-def _in_a_thread(view: View, server: Server) -> Endpoint:
+def _in_a_thread(view: View, server: Server, pace: _Pace) -> Endpoint:
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(view, request, server)
+        if request.headers.get("x-live") is None:
+            return await run_in_threadpool(view, request, server)
+        async with pace:
+            if await request.is_disconnected():  # it was a long rest
+                return Response(status_code=204)
+            return await run_in_threadpool(view, request, server)
 
     return endpoint
+
+
+class _Pace:
+    """How fast pages are made again that only follow what happens: one at a time, and after each a
+    rest, so that all browsers together take no more than a part of the time.  What a person asks
+    for is made at once."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._began = self._next = 0.0
+
+    async def __aenter__(self) -> None:
+        await self._turn.acquire()
+        try:
+            await asyncio.sleep(max(0.0, self._next - time.monotonic()))
+        except BaseException:
+            self._turn.release()
+            raise
+        self._began = time.monotonic()
+
+    async def __aexit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._next = now + min(REST * (now - self._began), LONGEST_REST)
+        self._turn.release()
 
 
 class _Gate:

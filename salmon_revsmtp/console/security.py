@@ -168,15 +168,15 @@ class Guard:
         host, secure = headers.get("host", ""), scope.get("scheme") == "https"
         if not self._is_proxy(peer):
             return Visit(peer, host, secure)
-        forwarded = [one.strip() for one in headers.get("x-forwarded-for", "").split(",")]
+        forwarded = [one.strip() for one in _said(headers, "x-forwarded-for").split(",")]
         # The last that none of our proxies has is the one that reached the first of them.
         others = [one for one in forwarded if one and not self._is_proxy(one)]
         name = self._settings.user_header
         return Visit(
             others[-1] if others else peer,
-            _last(headers.get("x-forwarded-host", "")) or host,
-            secure or _last(headers.get("x-forwarded-proto", "")).lower() == "https",
-            _last(headers.get(name, "")) if name is not None else "",
+            _last(headers, "x-forwarded-host") or host,
+            secure or _last(headers, "x-forwarded-proto").lower() == "https",
+            _last(headers, name) if name is not None else "",
         )
 
     def _is_proxy(self, address: str) -> bool:
@@ -333,9 +333,14 @@ def _text(status: int, text: str) -> Response:
     return PlainTextResponse(f"{text}\n", status)
 
 
-def _last(value: str) -> str:
-    """What the nearest proxy said, of what several did."""
-    return value.rpartition(",")[2].strip()
+def _said(headers: Headers, name: str) -> str:
+    """All that is said under a name, in order; a browser may have said some of it."""
+    return ",".join(headers.getlist(name))
+
+
+def _last(headers: Headers, name: str) -> str:
+    """What the nearest proxy said, which came last."""
+    return _said(headers, name).rpartition(",")[2].strip()
 
 
 def _ascii(text: str) -> bytes:
