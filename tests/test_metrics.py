@@ -170,11 +170,12 @@ def test_a_collection_that_fails_is_counted_by_its_outcome(tmp_path: Path) -> No
     with server(project, RUN):
         wait_for(file.exists)
         assert file.stat().st_mode & 0o777 == 0o644
-        assert samples(file.read_text())["revsmtp_up"] == 1
+        wait_for(lambda: samples(file.read_text())["revsmtp_up"] == 1)
         project.run("collect", "isp")
         line = 'revsmtp_collections_total{agent="isp",outcome="failed",protocol="odmr"}'
         wait_for(lambda: samples(file.read_text()).get(line) == 1)
-        assert samples(file.read_text())['revsmtp_agent_failing{agent="isp"}'] == 1
+        failing = 'revsmtp_agent_failing{agent="isp"}'
+        wait_for(lambda: samples(file.read_text()).get(failing) == 1)
         assert [one.name for one in tmp_path.iterdir() if "prom" in one.name] == ["out.prom"]
     assert not file.exists(), "a file that no one writes says what is not so any more"
 

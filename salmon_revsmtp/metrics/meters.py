@@ -7,8 +7,9 @@ label of their own.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ HANDOVER += (6 * 3600, 86400, 7 * 86400, 30 * 86400)
 OTHER = "other"
 
 Row = Mapping[str, Any]
+#: What counts under these labels, which are bounded.
+Labelled = Callable[..., Counter]
 
 
 class Meters:
@@ -59,8 +62,9 @@ class Meters:
         self._named = _Named(accounts)
         self._before = threading.local()
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=self.registry)
+        def counter(name: str, text: str, *labels: str) -> Labelled:
+            # Looked up by prometheus_client once for the same labels: each delivery has three.
+            return functools.cache(Counter(name, text, labels, registry=self.registry).labels)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=self.registry)
@@ -144,42 +148,42 @@ class Meters:
 
     @hookimpl
     def collection_finished(self, agent: Agent, report: Report) -> None:
-        self._collections.labels(report.agent, report.protocol, str(report.outcome)).inc()
+        self._collections(report.agent, report.protocol, str(report.outcome)).inc()
 
     @hookimpl
     def message_delivered(
         self, agent: Agent | None, envelope: Envelope, reply: Reply, octets: int, seconds: float
     ) -> None:
         name = agent.name if agent is not None else ""
-        self._deliveries.labels(name, _class(reply)).inc()
+        self._deliveries(name, _class(reply)).inc()
         if seconds:
             self._handler.observe(seconds)
         # The recipients of a message come one after another, in one thread.
         if reply.positive and getattr(self._before, "envelope", None) is not envelope:
             self._before.envelope = envelope
-            self._messages.labels(name).inc()
-            self._octets.labels(name).inc(octets)
+            self._messages(name).inc()
+            self._octets(name).inc(octets)
 
     @hookimpl
     def message_held(self, account: str, octets: int) -> None:
         label = self._named.label(account)
-        self._held.labels(label).inc()
-        self._held_octets.labels(label).inc(octets)
+        self._held(label).inc()
+        self._held_octets(label).inc(octets)
 
     @hookimpl
     def message_handed_over(self, account: str, reply: Reply, seconds: float | None) -> None:
         way = "live" if seconds is None else "held"
-        self._handed_over.labels(self._named.label(account), _class(reply), way).inc()
+        self._handed_over(self._named.label(account), _class(reply), way).inc()
         if reply.positive and seconds is not None:
             self._handover.observe(seconds)
 
     @hookimpl
     def message_expired(self, account: str) -> None:
-        self._expired.labels(self._named.label(account)).inc()
+        self._expired(self._named.label(account)).inc()
 
     @hookimpl
     def quota_exceeded(self, account: str) -> None:
-        self._full.labels(self._named.label(account)).inc()
+        self._full(self._named.label(account)).inc()
 
 
 class _Named:
