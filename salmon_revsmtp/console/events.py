@@ -29,8 +29,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salmon_revsmtp import hookimpl
 
@@ -65,8 +64,7 @@ log = logging.getLogger(__name__)
 Event = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A line of the log.  ``number``: it is the how manieth; ``time`` in seconds since the epoch;
     ``level``: ``debug``, ``info``, ``warning`` or ``error``."""
 
@@ -130,7 +128,7 @@ class Hub:
 
     def __init__(self, server: Server, lines: Lines) -> None:
         self._server, self.lines = server, lines
-        self._waiting: list[deque[Event]] = []
+        self._waiting: list[deque[bytes]] = []
         self._news = asyncio.Event()
         self._pulse: asyncio.Task[None] | None = None
         self._closed = False
@@ -166,7 +164,7 @@ class Hub:
 
     async def stream(self, alive: Callable[[], bool]) -> AsyncIterator[bytes]:
         """The events from now on, until :meth:`close`, or until ``alive`` says no more."""
-        waiting: deque[Event] = deque(maxlen=MOST_WAITING)
+        waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         self._waiting.append(waiting)
         if self._pulse is None or self._pulse.done():
             self._pulse = asyncio.ensure_future(self._beat())
@@ -180,7 +178,7 @@ class Hub:
                 if not waiting:
                     yield b": alive\n\n"
                 while waiting:
-                    yield b"data: " + json.dumps(waiting.popleft()).encode() + b"\n\n"
+                    yield waiting.popleft()
         finally:
             self._waiting = [one for one in self._waiting if one is not waiting]
 
@@ -192,8 +190,9 @@ class Hub:
             self._pulse.cancel()
 
     def _tell(self, events: list[Event]) -> None:
+        sent = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events]
         for waiting in self._waiting:
-            waiting.extend(events)
+            waiting.extend(sent)
         news, self._news = self._news, asyncio.Event()
         news.set()
 
