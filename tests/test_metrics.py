@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from support.serving import RUN, server, wait_for
 
 from salmon_revsmtp import Server, Trouble, hookimpl, metrics
 from salmon_revsmtp.metrics.meters import OTHER, Meters
-from salmon_revsmtp.metrics.serving import Serving, unready
+from salmon_revsmtp.metrics.serving import Serving, unready, write
 from salmon_revsmtp.metrics.settings import MetricsSettings
 from salmon_revsmtp.plugins.manager import Plugins
 
@@ -178,6 +179,32 @@ def test_a_collection_that_fails_is_counted_by_its_outcome(tmp_path: Path) -> No
         wait_for(lambda: samples(file.read_text()).get(failing) == 1)
         assert [one.name for one in tmp_path.iterdir() if "prom" in one.name] == ["out.prom"]
     assert not file.exists(), "a file that no one writes says what is not so any more"
+
+
+def test_the_file_is_for_all_whatever_the_umask_and_never_half_of_one(tmp_path: Path) -> None:
+    file, before = tmp_path / "x.prom", os.umask(0o077)
+    try:
+        write(file, b"1\n")
+        assert file.stat().st_mode & 0o777 == 0o644
+        with pytest.raises(TypeError):
+            write(file, "no octets")  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
+    assert file.read_bytes() == b"1\n" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_be_written_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake: Any = Fake()
+    fake.project = tmp_path
+    serving = Serving(fake, MetricsSettings(textfile=Path("nowhere/x.prom"), every=1))
+    serving.start()
+    wait_for(lambda: "cannot be written: " in caplog.text)
+    (tmp_path / "nowhere").mkdir()
+    wait_for((tmp_path / "nowhere/x.prom").exists)
+    serving.stop()
+    assert caplog.text.count("cannot be written") == 1
 
 
 # -- alive and ready -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp import Server
     from salmon_revsmtp.metrics.settings import MetricsSettings
 
-__all__ = ["Serving", "unready"]
+__all__ = ["Serving", "unready", "write"]
 
 # Seconds in which the event loop has to answer.
 ALIVE = 5.0
