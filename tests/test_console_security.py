@@ -519,6 +519,25 @@ def ended(connection: socket.socket, seconds: float = 10) -> bool:
     return True
 
 
+def test_who_reads_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "SEND_TIMEOUT", 0.3)
+    with console(tmp_path) as here:
+        browser = here.browser()
+        browser.log_in()
+        one = listening(here, browser)
+        [hub] = here.server.plugins
+        loop = here.console._loop
+        assert loop is not None
+        for _ in range(20):
+            event = {"kind": "log", "lines": ["x" * 1_000_000]}
+            loop.call_soon_threadsafe(hub._tell, [event])
+        give_up = time.monotonic() + 20
+        while hub._waiting:
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        one.close()
+
+
 def test_a_header_that_does_not_end_is_cut_off(here: Consoled) -> None:
     with socket.create_connection(("127.0.0.1", here.running.listen[1]), 10) as one:
         with contextlib.suppress(ConnectionError):

@@ -31,9 +31,9 @@ from starlette.responses import (
     PlainTextResponse,
     RedirectResponse,
     Response,
-    StreamingResponse,
 )
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from salmon_revsmtp.console.attempts import Attempts
 from salmon_revsmtp.console.events import Hub
@@ -100,7 +100,7 @@ class Door:
             )
         self.attempts.begin(address)
         async with self._checks:
-            right = len(given) <= LONGEST and await asyncio.to_thread(self.password.check, given)
+            right = len(given) <= LONGEST and await run_in_threadpool(self.password.check, given)
         if right:
             self.attempts.right(address)
             return ""
@@ -174,6 +174,35 @@ class _Pace:
         now = time.monotonic()
         self._next = now + min(REST * (now - self._began), LONGEST_REST)
         self._turn.release()
+
+
+class _Events(Response):
+    """The events, until the browser has gone, or ``alive`` says no more."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, hub: Hub, alive: Callable[[], bool]) -> None:
+        super().__init__(headers={"x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._hub, self._alive = hub, alive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_gone(receive))
+        stream = self._hub.stream(lambda: not gone.done() and self._alive())
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            await send(start)
+            async for piece in stream:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            gone.cancel()
+            await stream.aclose()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class _Gate:
@@ -254,9 +283,7 @@ class _Gate:
         session = request.state.session
         if self._hub.full:
             return PlainTextResponse("too many browsers listen\n", 503)
-        stream = self._hub.stream(lambda: self._door.sessions.alive(session))
-        headers = {"x-accel-buffering": "no"}
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return _Events(self._hub, lambda: self._door.sessions.alive(session))
 
     # -- for programs ---------------------------------------------------------------------------
 

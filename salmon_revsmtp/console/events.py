@@ -28,7 +28,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salmon_revsmtp import hookimpl
@@ -162,7 +162,7 @@ class Hub:
         """As many browsers listen as may."""
         return len(self._waiting) >= MOST_STREAMS
 
-    async def stream(self, alive: Callable[[], bool]) -> AsyncIterator[bytes]:
+    async def stream(self, alive: Callable[[], bool]) -> AsyncGenerator[bytes, None]:
         """The events from now on, until :meth:`close`, or until ``alive`` says no more."""
         waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         self._waiting.append(waiting)
@@ -200,13 +200,16 @@ class Hub:
 
     async def _beat(self) -> None:
         """Look again and again, as long as anyone listens."""
+        # Its threads keep no process, as those of asyncio would: a disk may answer no more.
+        from starlette.concurrency import run_in_threadpool
+
         watch = _Watch(self._server, self.lines)
         while self._waiting and not self._closed:
             began = time.monotonic()
             with self._lock:
                 held, self._held = self._held, {}
             try:
-                events = await asyncio.to_thread(watch.look, held)
+                events = await run_in_threadpool(watch.look, held)
             except RuntimeError:  # the server stops, or is busy
                 events = []
             except Exception:

@@ -66,6 +66,10 @@ SESSIONLESS = ("/metrics", ".css", ".js", ".svg")
 log = logging.getLogger(__name__)
 
 
+class TooSlow(Exception):
+    """A browser takes too long over an answer; its connection is closed."""
+
+
 @dataclass(frozen=True)
 class Visit:
     """Who asks, and how he reaches us, as far as we believe it.
@@ -130,8 +134,8 @@ class Guard:
         try:
             answer = await self._refusal(scope, receive, headers, path, visit)
             await (answer or self._app)(scope, receive, send)
-        except (asyncio.TimeoutError, TimeoutError):
-            log.info("console: %s took none of an answer for %g s", visit.address, SEND_TIMEOUT)
+        except TooSlow as error:
+            log.info("console: %s for %g s", error, SEND_TIMEOUT)
             raise
         except Exception:
             log.exception("console: %s: a bug", path)
@@ -148,7 +152,10 @@ class Guard:
                 headers.setdefault("cache-control", "no-store")
                 if identity := state.pop("new_session", None):
                     self._cookies.put(headers, self._cookies.session, identity, visit)
-            await asyncio.wait_for(send(message), SEND_TIMEOUT)
+            try:
+                await asyncio.wait_for(send(message), SEND_TIMEOUT)
+            except (asyncio.TimeoutError, TimeoutError):
+                raise TooSlow(f"{visit.address} took none of an answer") from None
 
         return guarded
 
