@@ -37,7 +37,7 @@ class Browser:
         self._host = urlsplit(running.url).netloc
         self._cookie = ""
         self.events = self.pages = 0
-        self.open = threading.Event()
+        self.open, self.there = threading.Event(), threading.Event()
         self._news = threading.Event()
         enter = urlsplit(running.link())
         answer, _ = self._get(f"{enter.path}?{enter.query}")
@@ -77,6 +77,7 @@ class Browser:
             connection.close()
             took = time.monotonic() - began
             self.pages += answer.status == 200
+            self.there.set()
             live = {"X-Live": "1"}
             self._news.clear()
             time.sleep(min(took * REST, LONGEST_REST))
@@ -94,6 +95,7 @@ def main(folder: str, number: str) -> None:
         one.start()
     for one in browsers:
         one.open.wait(TIMEOUT)
+        one.there.wait(TIMEOUT)
     print(json.dumps({"open": len(browsers)}), flush=True)
     for _ in sys.stdin:
         seen = {"events": sum(one.events for one in browsers)}
