@@ -61,7 +61,7 @@ READY = 2.0
 STATIC_AGE = 365 * 86400
 # Of a page that only follows what happens: how many times as long as it took no other is made, and
 # seconds that this is at most.
-REST, LONGEST_REST = 30.0, 10.0
+REST, LONGEST_REST = 60.0, 10.0
 # Octets of a random token.
 RANDOM = 32
 

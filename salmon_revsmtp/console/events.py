@@ -45,7 +45,7 @@ LONGEST_LINE = 4000
 # Seconds between two looks at what goes on; and the part of a thread's time that they take at most,
 # where there are so many agents that a look takes long.
 EVERY = 0.5
-SHARE = 20
+SHARE = 40
 # Seconds between two looks at what needs a person.
 TROUBLES_EVERY = 15.0
 # Seconds after which something is sent in any case: who has gone is noticed by that.
@@ -53,7 +53,7 @@ ALIVE = 15.0
 # Events that wait for a browser; one that reads more slowly misses some.
 MOST_WAITING = 200
 # Lines in one event.
-MOST_AT_ONCE = 100
+MOST_AT_ONCE = 20
 # Ended collections whose outcome is looked up at a time.
 MOST_OUTCOMES = 20
 # Browsers that listen at a time.
