@@ -135,6 +135,12 @@ def test_the_log_has_the_newest_first_and_what_is_looked_for(browser: Browser) -
     assert "No such line" in read(browser.get("/log?q=held+as&level=error"))
 
 
+def test_with_a_console_there_are_metrics_without_a_setting_of_their_own(browser: Browser) -> None:
+    page = browser.get("/metrics")
+    assert page.status == 200 and "\nrevsmtp_up 1.0\n" in page.text
+    assert 'revsmtp_held_messages{account="away/<i>"}' in page.text
+
+
 # -- forms -----------------------------------------------------------------------------------------
 
 

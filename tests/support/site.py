@@ -28,17 +28,15 @@ smtp_services["mx"] = {{
     "hostname": "mx.example.net", "listen": "127.0.0.1:{mx}", "delivery": "hold",
 }}
 console = {{"listen": "127.0.0.1:{console}", "password": "{secret}"}}
-metrics = {{"listen": "127.0.0.1:{metrics}"}}
 """
 
 
 class Site(NamedTuple):
-    """``url`` is the console's; ``mx`` and ``metrics`` are ports."""
+    """``url`` is the console's; ``mx`` is a port."""
 
     project: Project
     url: str
     mx: int
-    metrics: int
 
     def send(self, to: str, subject: str, sender: str = "a@example.net") -> None:
         """Send a message as any mail server does."""
@@ -50,7 +48,7 @@ def running_site(folder: Path) -> Iterator[Site]:
     """A server that runs: the agent ``vps`` has a push session, ``office`` collects when it is
     asked to, ``isp`` fails."""
     project = Project(folder)
-    odmr, mx, console, metrics = (free_port() for _ in range(4))
+    odmr, mx, console = (free_port() for _ in range(3))
     login = {"password": "os.environ['ISP_PASSWORD']"}
     project.configure(
         isp(odmr, name="'vps'", every="0.01", **login),
@@ -58,9 +56,9 @@ def running_site(folder: Path) -> Iterator[Site]:
         isp(1, every="None"),
     )
     settings = project.folder / "config/settings.py"
-    more = SETTINGS.format(odmr=odmr, mx=mx, console=console, metrics=metrics, secret=SECRET)
+    more = SETTINGS.format(odmr=odmr, mx=mx, console=console, secret=SECRET)
     settings.write_text(settings.read_text() + more)
     with server(project, RUN) as process:
         wait_for((project.folder / "run/console.json").exists, process)
-        yield Site(project, f"http://127.0.0.1:{console}", mx, metrics)
+        yield Site(project, f"http://127.0.0.1:{console}", mx)
     assert PASSWORD not in (project.folder / "server.log").read_text()
