@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 POSTGRES = ["psycopg[binary,pool]>=3.2"]
+CONSOLE = ["jinja2>=3.1", "prometheus-client>=0.20", "starlette>=0.40", "uvicorn>=0.30"]
 
 setup(
     name="salmon-revsmtp",
@@ -42,6 +43,7 @@ setup(
     },
     package_data={
         "salmon_revsmtp": ["py.typed"],
+        "salmon_revsmtp.console": ["templates/*", "static/*"],
         "salmon_revsmtp.demo": ["*.pem"],
         "salmon_revsmtp.init": ["templates/*"],
         "salmon_revsmtp.demo.project.config": ["*.conf"],
@@ -59,11 +61,14 @@ setup(
     ],
     extras_require={
         "dev": [
+            "axe-playwright-python>=0.1.4",  # axe-core, which the browser runs
             "build",
+            *CONSOLE,
             "coverage>=7.10.4",
             "hypothesis",
             "import-linter>=2.5",
             "mypy",
+            "playwright>=1.48",  # it drives Debian's Chromium; no browser is downloaded
             *POSTGRES,
             "pytest",
             "pytest-xdist",
@@ -73,6 +78,8 @@ setup(
             "trustme",
             "types-docutils",
         ],
+        # A console to look at, and metrics.
+        "console": CONSOLE,
         # A hold store in a database: hold = "postgresql://...".
         "postgres": POSTGRES,
         # Wheels are what there is; elsewhere `make fuzz` makes do with hypothesis.
@@ -85,7 +92,9 @@ setup(
         "console_scripts": ["salmon-revsmtp = salmon_revsmtp.cli.main:main"],
         "salmon_revsmtp": [
             "alert = salmon_revsmtp.alert",
+            "console = salmon_revsmtp.console",
             "etrn = salmon_revsmtp.plugins.builtin:etrn",
+            "metrics = salmon_revsmtp.metrics",
             "odmr = salmon_revsmtp.plugins.builtin:odmr",
             "postgres = salmon_revsmtp.plugins.builtin:postgres",
         ],

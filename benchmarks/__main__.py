@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from benchmarks import (
     alone,
+    console,
     distance,
     idle,
     intake,
@@ -48,6 +49,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     **provider.SECTIONS,
     **live.SECTIONS,
     "idle": idle.sections,
+    "console": console.sections,
 }
 ROUNDS = 5
 
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
     targets += stepwise.targets()
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
-    targets += [*queueing.targets(), *idle.targets(), *keeping.targets()]
+    targets += [*queueing.targets(), *idle.targets(), *keeping.targets(), *console.targets()]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:

@@ -6,6 +6,7 @@ What a project's ``boot.py`` and a plugin's author need is here; the rest is ins
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from salmon_revsmtp.settings import SettingsError, validated
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
+
+    #: Of a layer that the server, which uses this module, may not know.
+    with_project: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 __all__ = [
     "Agent",
@@ -47,6 +51,7 @@ __all__ = [
     "hold",
     "hookimpl",
     "validated",
+    "with_project",
 ]
 
 # name -> module: imported when it is first asked for, so that a command that needs none of it
@@ -74,6 +79,7 @@ _HOME = {
     "hold": "server.holding",
     "hookimpl": "hooks",
     "validated": "settings",
+    "with_project": "cli.options",
 }
 
 

@@ -19,7 +19,7 @@ from salmon_revsmtp.foreign import without_login
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-__all__ = ["SettingsError", "kind_of", "quote", "validated", "words_of"]
+__all__ = ["SettingsError", "kind_of", "quote", "shown_settings", "validated", "words_of"]
 
 
 class SettingsError(Exception):
@@ -223,6 +223,34 @@ def _secret(key: str, value: object) -> bool:
     if value is None or key in ("tls_cert", "tls_key"):  # a path
         return False
     return re.search("pass|secret|token|key", key, re.IGNORECASE) is not None
+
+
+#: In the place of a secret.
+HIDDEN = "***"
+
+
+def shown_settings(model: BaseModel) -> dict[str, Any]:
+    """Settings for a person, as JSON has them: without what is, or may be, a secret."""
+    words = sorted(getattr(model, "hidden_words", ()), key=len, reverse=True)
+    return {key: _without_secrets(key, one, words) for key, one in model.model_dump().items()}
+
+
+def _without_secrets(key: str, value: Any, words: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {one: _without_secrets(str(one), inner, words) for one, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_without_secrets(key, one, words) for one in value]
+    if value is None or value == "" or isinstance(value, bool):
+        return value
+    if key != "parameters" and _secret(key, value):
+        return HIDDEN
+    if isinstance(value, int | float):
+        return value
+    text = str(value)
+    if key == "parameters":
+        for word in words:
+            text = text.replace(word, HIDDEN)
+    return without_login(text) if "://" in text else text
 
 
 def _at(keys: Any, location: Sequence[int | str]) -> Any:

@@ -21,15 +21,21 @@ from sphinx import addnodes
 import salmon_revsmtp
 from salmon_revsmtp.alert.settings import AlertSettings
 from salmon_revsmtp.cli.main import cli
+from salmon_revsmtp.console import register_commands
+from salmon_revsmtp.console.settings import ConsoleSettings
 from salmon_revsmtp.customer.etrn import EtrnSettings
 from salmon_revsmtp.customer.odmr import OdmrSettings
 from salmon_revsmtp.customer.report import Report
+from salmon_revsmtp.metrics.settings import MetricsSettings
 from salmon_revsmtp.net.outcome import Outcome
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.smtp.commands import Commands
 from salmon_revsmtp.smtp.receiver import Receiver
 from salmon_revsmtp.smtp.turn import Turn
+
+# A command of a plugin of ours.
+register_commands(cli)
 
 ROOT = Path(__file__).parent.parent
 MODELS: dict[str, type[BaseModel]] = {
@@ -39,6 +45,8 @@ MODELS: dict[str, type[BaseModel]] = {
     "Accounts": AccountSettings,
     "The provider": ProviderSettings,
     "The alarm": AlertSettings,
+    "The console": ConsoleSettings,
+    "The metrics": MetricsSettings,
 }
 
 Pages = Callable[[str], nodes.document]

@@ -308,7 +308,7 @@ def test_a_plugin_hears_that_the_server_has_started_and_that_it_stops(salmon: Sa
     before = time.time()
     served(salmon, plugins, started)
     assert watches.heard == [
-        ("started", {"server", "agent", "queue", "trouble"}, ["undeliverable"]),
+        ("started", {"server", "agent", "queue", "service", "trouble"}, ["undeliverable"]),
         ("stopping", True),
     ]
     server = watches.server
@@ -354,10 +354,10 @@ def test_what_a_plugin_sends_waits_for_the_relay(salmon: Salmon) -> None:
 
 
 def test_a_plugin_says_what_is_wrong_with_its_own_settings() -> None:
-    class Console:
+    class Pager:
         @hookimpl
         def check_settings(self, settings: Any) -> list[str]:
-            return [f"console: found {settings.console!r}, allowed: a port"]
+            return [f"pager: found {settings.pager!r}, allowed: a port"]
 
     class Broken:
         @hookimpl
@@ -365,11 +365,11 @@ def test_a_plugin_says_what_is_wrong_with_its_own_settings() -> None:
             raise RuntimeError
 
     plugins = Plugins.load()
-    for plugin in (Broken(), Console()):
+    for plugin in (Broken(), Pager()):
         plugins.register(plugin)
     with pytest.raises(SettingsError) as caught:
-        load(SimpleNamespace(console="x"), plugins)  # type: ignore[arg-type]
-    assert caught.value.problems == ["console: found 'x', allowed: a port"]
+        load(SimpleNamespace(pager="x"), plugins)  # type: ignore[arg-type]
+    assert caught.value.problems == ["pager: found 'x', allowed: a port"]
 
 
 def test_a_plugin_that_is_found_twice_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ ACCOUNT_KEYS = [
     "last_seen",
     "push",
     "peer",
+    "failed_logins",
 ]
 
 

@@ -36,12 +36,17 @@ NOW = 1_795_700_000.0
 ACME = {"name": "acme", "password": PASSWORD, "domains": ["example.org"]}
 
 KEYS = {
-    "server": ["status", "up", "answers", "pid", "version", "since"],
+    "server": ["status", "up", "answers", "pid", "version", "since", "lag"],
     "agent": [
         *("status", "agent", "enabled", "running", "push", "failing_since", "outcome"),
         *("ended", "error", "next"),
     ],
-    "provider": ["status", "accounts", "online", "messages", "bytes", "aside", "oldest"],
+    "provider": [
+        *("status", "accounts", "online", "messages", "bytes", "aside", "oldest", "sessions"),
+        "live",
+    ],
+    "service": ["status", "service", "replies", "bytes"],
+    "certificate": ["status", "certificate", "file", "ends"],
     "queue": ["status", "queue", "folder", "messages", "oldest"],
     "trouble": ["status", "trouble", "since", "text"],
 }

@@ -30,6 +30,7 @@ from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
+from salmon_revsmtp.console import register_commands
 from salmon_revsmtp.smtp import commands as machines
 from salmon_revsmtp.smtp import sender
 
@@ -160,7 +161,9 @@ class Commands(SphinxDirective):
     option_spec = {"program": str}  # noqa: RUF012 (docutils' own way)
 
     def run(self) -> list[nodes.Node]:
-        lines = command_lines(find(self.arguments[0]), self.options["program"])
+        group = find(self.arguments[0])
+        register_commands(group)  # of a plugin of ours
+        lines = command_lines(group, self.options["program"])
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -23,11 +21,10 @@ from salmon_revsmtp.cli.output import (
     when,
 )
 from salmon_revsmtp.cli.since import Since
-from salmon_revsmtp.customer.report import iso
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent
-    from salmon_revsmtp.journal.collections import Journal
+    from salmon_revsmtp.server.agent_rows import Now
 
 __all__ = ["agents", "disable", "enable", "history"]
 
@@ -42,16 +39,14 @@ def agents(options: Options, as_json: bool) -> None:
     one begins. An agent that does not collect has "(Disabled)" after its name.
     """
     from salmon_revsmtp.journal.collections import Journal
+    from salmon_revsmtp.server.agent_rows import agent_rows
 
     _, configuration = options.open()
     journal = Journal()
-    rows = [_agent_row(agent, journal) for agent in configuration.agents]
-    next_runs, pushing = _running_state()
+    now = _running_state()
+    rows = agent_rows(configuration.agents, journal, now)
     if as_json:
         for row in rows:
-            name = str(row["agent"])
-            row["next"] = iso(next_runs[name]) if row["enabled"] and name in next_runs else None
-            row["push"] = iso(pushing[name]) if name in pushing else None
             print_json(row)
         return
     if not configuration.agents:
@@ -67,53 +62,32 @@ def agents(options: Options, as_json: bool) -> None:
                 agent.address,
                 _schedule(agent),
                 outcome(str(row["outcome"] or "-")),
-                _next_run(agent.name, bool(row["enabled"]), next_runs, pushing),
+                _next_run(agent.name, bool(row["enabled"]), now),
             )
             for agent, row in zip(configuration.agents, rows, strict=True)
         ],
     )
 
 
-def _next_run(
-    name: str, enabled: bool, next_runs: Mapping[str, float], pushing: Mapping[str, float]
-) -> str:
-    if name in pushing:
-        return Toned(f"push since {when(pushing[name])}", GOOD)
-    return when(next_runs[name]) if enabled and name in next_runs else "-"
+def _next_run(name: str, enabled: bool, now: Now) -> str:
+    if name in now.push:
+        return Toned(f"push since {when(now.push[name])}", GOOD)
+    return when(now.next[name]) if enabled and name in now.next else "-"
 
 
-def _running_state() -> tuple[dict[str, float], dict[str, float]]:
-    """When the running server runs each agent next, and since when it has a push session with
-    those that have one; empty if none runs, or if it does not say."""
+def _running_state() -> Now:
+    """What the running server says of its agents; nothing if none runs, or if it does not say."""
+    from salmon_revsmtp.server.agent_rows import Now
     from salmon_revsmtp.server.control import GLANCE, NoServer, ask
 
     try:
         [answer] = ask({"do": "state"}, patience=GLANCE)
     except NoServer:
-        return {}, {}
+        return Now()
     except (OSError, ValueError) as error:
         warn(f"asking the running server: {error}")
-        return {}, {}
-    return dict(answer.get("next", {})), dict(answer.get("push", {}))
-
-
-def _agent_row(agent: Agent, journal: Journal) -> dict[str, object]:
-    kept = journal.state(agent.name).enabled
-    enabled = agent.settings.enabled if kept is None else kept
-    last = journal.history(agent.name, 1)
-    return {
-        "agent": agent.name,
-        "title": agent.name if enabled else f"{agent.name} (Disabled)",
-        "protocol": agent.protocol,
-        "enabled": enabled,
-        "server": getattr(agent.settings, "server", None),
-        "port": getattr(agent.settings, "port", None),
-        "every": agent.settings.every,
-        "outcome": last[0].outcome if last else None,
-        "ended": iso(last[0].ended) if last else None,
-        "next": None,
-        "push": None,
-    }
+        return Now()
+    return Now.of(answer)
 
 
 def _schedule(agent: Agent) -> str:
@@ -194,6 +168,7 @@ def history(
     """
     from salmon_revsmtp.journal.collections import Journal
     from salmon_revsmtp.net.outcome import Outcome
+    from salmon_revsmtp.server.agent_rows import collection_row
 
     _, configuration = options.open()
     if name is not None:
@@ -202,14 +177,7 @@ def history(
     entries = Journal().history(name, limit, since, good if failed else ())
     if as_json:
         for entry in entries:
-            print_json(
-                {
-                    **asdict(entry),
-                    "started": iso(entry.started),
-                    "ended": iso(entry.ended),
-                    "seconds": round(entry.ended - entry.started, 3),
-                }
-            )
+            print_json(collection_row(entry))
         return
     table(
         "Collections",

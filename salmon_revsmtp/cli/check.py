@@ -7,7 +7,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -201,8 +200,7 @@ def _say(text: str, tone: str | None, nl: bool = True) -> None:
 
 
 def _check_agent(options: Options, name: str, as_json: bool) -> None:
-    from salmon_revsmtp.customer.agent import Check
-    from salmon_revsmtp.net.outcome import CollectionError, NotTrusted
+    from salmon_revsmtp.server.agent_check import checked
     from salmon_revsmtp.server.control import running
     from salmon_revsmtp.server.eventloop import run
     from salmon_revsmtp.service.policy import Service
@@ -212,27 +210,9 @@ def _check_agent(options: Options, name: str, as_json: bool) -> None:
     settings = configuration.services[agent.settings.service]
     service = Service(agent.settings.service, settings)
     service.listens = bool(settings.listen) and running()
-    outcome, result = None, Check()
-    try:
-        result = run(agent.check(service))
-    except CollectionError as error:
-        outcome = error.outcome.value
-        result.problems.append(str(error))
-        if isinstance(error, NotTrusted):
-            result.fingerprint = error.fingerprint
-    if as_json:
-        print_json(
-            {
-                "agent": agent.name,
-                "protocol": agent.protocol,
-                "outcome": outcome,
-                "error": result.problems[0] if outcome else None,
-                **asdict(result),
-            }
-        )
-    else:
-        _show_check(agent, result, outcome)
-    if outcome:
+    found = run(checked(agent, service))
+    print_json(found.row()) if as_json else _show_check(agent, found.result, found.outcome)
+    if found.outcome:
         sys.exit(ATTENTION)
 
 

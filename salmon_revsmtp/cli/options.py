@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from salmon_revsmtp.server.configuration import Configuration
     from salmon_revsmtp.server.project import Project
 
-__all__ = ["ATTENTION", "Options", "json_option", "named", "terminal", "with_options"]
+__all__ = [
+    "ATTENTION",
+    "Options",
+    "json_option",
+    "named",
+    "terminal",
+    "with_options",
+    "with_project",
+]
 
 #: Exit status when any agent ended badly; usage and settings errors.
 ATTENTION = 1
@@ -152,6 +160,22 @@ def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(options, **given)
 
     return shared(command)
+
+
+def with_project(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a command of a plugin: it has the options that every command has, and is called with
+    ``settings``, the project's settings module, and ``project``, its folder, beside its own
+    arguments.  Wrong settings end the command before that.  A group is not called where one of its
+    commands is."""
+
+    @functools.wraps(function)
+    def command(options: Options, **given: Any) -> Any:
+        if click.get_current_context().invoked_subcommand is not None:
+            return None
+        project, _ = options.open()
+        return function(settings=project.settings, project=project.folder, **given)
+
+    return with_options(command)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")

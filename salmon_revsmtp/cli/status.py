@@ -48,7 +48,7 @@ def status(options: Options, as_json: bool) -> None:
     elif sys.stdout.isatty():
         _show(rows)
     else:
-        for row in rows:
+        for row in (one for one in rows if one["status"] in HEADINGS):
             click.echo("\t".join(printable(cell) for cell in _cells(row)))
     if any(row["status"] == "trouble" for row in rows):
         sys.exit(ATTENTION)
@@ -87,6 +87,8 @@ def _look(configuration: Configuration, project: Project, silent: bool) -> Seque
 
 OLDER = "; it is older than this command: restart it"
 
+#: What is for a person; services and certificates are for a program, a certificate near its end is
+#: a trouble.
 HEADINGS = {
     "trouble": "Needs you",
     "server": "Server",

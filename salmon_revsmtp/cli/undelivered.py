@@ -65,16 +65,9 @@ class _Place(Asking):
 
     def row(self, message: Message) -> dict[str, Any]:
         """A message as JSON has it."""
-        return {
-            "key": message.key,
-            "since": iso(message.since),
-            "from": message.sender,
-            "to": list(message.recipients),
-            "size": message.size,
-            "subject": message.subject,
-            "reason": self.reason(message),
-            "envelope": message.envelope,
-        }
+        from salmon_revsmtp.server.waiting_rows import waiting_row
+
+        return waiting_row(message, self.reason(message))
 
 
 class _Undelivered(_Place):
@@ -271,12 +264,13 @@ def _one_of(keys: Sequence[str], every_one: bool) -> None:
 
 
 def _list(place: _Place, limit: int, after: str | None, as_json: bool) -> None:
+    from salmon_revsmtp.server import waiting_rows
+
     waiting = place.waiting()
-    keys = waiting.keys()
-    if after is not None:
-        if after not in keys:
-            raise stop(f"no message is {place.what} with the key {after}")
-        del keys[: keys.index(after) + 1]
+    try:
+        keys = waiting_rows.after(waiting, after)
+    except LookupError:
+        raise stop(f"no message is {place.what} with the key {after}") from None
     found = (waiting.find(key) for key in keys[:limit])
     messages = [one for one in found if one is not None]
     if as_json:
@@ -348,6 +342,8 @@ def _chosen(
 
 
 def _drop(place: _Place, keys: Sequence[str], every_one: bool, yes: bool, as_json: bool) -> None:
+    from salmon_revsmtp.server.waiting_rows import dropped
+
     _one_of(keys, every_one)
     waiting = place.waiting()
     chosen = _chosen(place, waiting, keys, every_one)
@@ -357,23 +353,8 @@ def _drop(place: _Place, keys: Sequence[str], every_one: bool, yes: bool, as_jso
     if not yes:
         what = _described(chosen)
         confirm(f"Delete {what}, {place.what}? No one is told, and it cannot be undone.", "drop")
-    answers = (_dropped(waiting, key) for key in chosen)
+    answers = (dropped(waiting, key) for key in chosen)
     _tell(answers, "drop", "deleted", chosen, as_json)
-
-
-def _dropped(waiting: WaitingMail, key: str) -> dict[str, Any]:
-    from salmon_revsmtp.files import FolderLock
-
-    try:
-        # Who tries it just now would write it anew.
-        with FolderLock(waiting.folder).hold() as lock:
-            if not lock.had:
-                remark = "another process is at work on it just now; try again when it is done"
-                return {"key": key, "done": False, "remark": remark}
-            done = waiting.drop(key)
-    except OSError as error:
-        return {"key": key, "done": False, "remark": f"deleting it: {error}"}
-    return {"key": key, "done": done, "remark": "" if done else "it is not there any more"}
 
 
 def _act(

@@ -57,6 +57,7 @@ class Collection:
     ``may_push`` someone is there to keep a push session open; otherwise the collection has to end.
     ``push_since``  when its push session began, in seconds since the epoch, if it had one.
     ``pushing``  that is open now.
+    ``noted``    of the tally, the messages and octets that the journal's traffic has already.
     """
 
     # What the agent does until a session has been reversed, and after that.
@@ -83,6 +84,12 @@ class Collection:
         self.stopping = False
         self.may_push = False
         self.push_since: float | None = None
+        self.noted = (0, 0)
+
+    @property
+    def unnoted(self) -> tuple[int, int]:
+        """The messages and octets of :attr:`tally` that are not in :attr:`noted`."""
+        return self.tally.messages - self.noted[0], self.tally.bytes - self.noted[1]
 
     def does(self, what: str) -> None:
         """Say what the agent does now, or waits for: a person sees it when it takes long.

@@ -285,6 +285,7 @@ class _Batch:
     ``elsewhere``  what another process has in hand.
     ``claimed``    what no other process may have until it is released.
     ``group``      messages that are written, and not safe yet; ``group_octets`` of them.
+    ``seconds``    how long the handlers had the last message, or the queue; 0: they did not get it.
     """
 
     log_at: float
@@ -295,6 +296,7 @@ class _Batch:
     claimed: Collection[MessageKey] = ()
     group: dict[MessageKey, _Written] = field(default_factory=dict)
     group_octets: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -680,11 +682,13 @@ class Dispatcher:
         if not group:
             return
         assert self._groups is not None
+        began = time.monotonic()
         try:
             made = self._made(group, self._groups)
         except BaseException:
             made = dict.fromkeys(group)
             log_safely(log, logging.ERROR, "messages=%d not kept", len(group), error=True)
+        batch.seconds = time.monotonic() - began
         for key, message in group.items():
             pending, records = message.pending, made[key]
             try:
@@ -729,29 +733,34 @@ class Dispatcher:
                 self._note(pending, batch, recipient, record.reply, repeat=True)
                 continue
             record = made.get(recipient) or self._hand_over(
-                pending, key, recipient, message.content
+                pending, batch, recipient, message.content
             )
             if record is None:
                 return
             (deferred if record.reply.transient else known)[recipient] = record
             self._note(pending, batch, recipient, record.reply, repeat=False)
             if self._plugins.implemented("message_delivered"):
-                self._tell_plugins(pending, recipient, record.reply)
+                self._tell_plugins(pending, recipient, record.reply, batch.seconds)
         if not pending.abandoned:
             pending.settle(self._combined(pending, key, known, message.lines))
 
     def _hand_over(
-        self, pending: PendingDelivery, key: MessageKey, recipient: str, content: Content
+        self, pending: PendingDelivery, batch: _Batch, recipient: str, content: Content
     ) -> DeliveryRecord | None:
         """Handled, and recorded; ``None`` if no one waits for that any more."""
-        envelope, origin = pending.envelope, pending.origin
+        key = pending.key
+        assert key is not None
+        batch.seconds = 0.0
         trace, reply = self._prepared(pending, recipient, content)
         if reply is None:
             with self._turn:
                 if pending.abandoned:
                     return None
-                peer = (envelope.client and envelope.peer) or origin.peer
+                envelope = pending.envelope
+                peer = (envelope.client and envelope.peer) or pending.origin.peer
+                began = time.monotonic()
                 reply = self._delivery.deliver(peer, envelope, recipient, trace, content)
+                batch.seconds = time.monotonic() - began
         return self._journal.record(key, recipient, reply, self._repeat_seconds)
 
     def _prepared(
@@ -765,13 +774,17 @@ class Dispatcher:
             reply = self._refusal(origin, envelope, pieces, added)
         return received + added.lines + separator(content), reply
 
-    def _tell_plugins(self, pending: PendingDelivery, recipient: str, reply: Reply) -> None:
+    def _tell_plugins(
+        self, pending: PendingDelivery, recipient: str, reply: Reply, seconds: float
+    ) -> None:
         self._plugins.call(
             "message_delivered",
             agent=pending.origin.agent,
             envelope=pending.envelope,
             recipient=recipient,
             reply=reply,
+            octets=pending.size,
+            seconds=seconds,
         )
 
     def _refusal(

@@ -13,15 +13,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from salmon_revsmtp.journal.file import BUSY_TIMEOUT, DEFAULT_JOURNAL, JournalFile
 
-__all__ = ["AgentState", "Entry", "Journal"]
+__all__ = ["TRAFFIC_SPAN", "AgentState", "Entry", "Journal", "Passed"]
 
 # What is older goes, but never one of the last collections: the clock may have been set.
 KEEP_DAYS = 90
 KEEP_AT_LEAST = 10_000
+
+#: Traffic is summed up over so many seconds, and kept for a week and a day: for each agent some 800
+#: rows of 50 octets.
+TRAFFIC_SPAN = 900
+KEEP_TRAFFIC = 8 * 86400.0
 
 # Seconds that a reader waits for a process that has the whole file, and until the file is looked at
 # again after that; what it would have said is as if it said nothing.
@@ -50,6 +55,14 @@ class Entry:
     tls: str | None
     auth: str | None
     error: str | None
+
+
+class Passed(NamedTuple):
+    """What an agent has brought: messages, and their octets."""
+
+    agent: str
+    messages: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,41 @@ class Journal:
 
         return self._write(write)
 
+    def passed(self, rows: Iterable[Passed], at: float) -> None:
+        """Add to the traffic what agents have brought up to ``at`` (seconds since the epoch), and
+        since this was last called."""
+        start = at // TRAFFIC_SPAN * TRAFFIC_SPAN
+        values = [(start, *row) for row in rows]
+
+        def write(database: sqlite3.Connection) -> None:
+            database.executemany(
+                "INSERT INTO traffic (start, agent, messages, bytes) VALUES (?, ?, ?, ?) ON "
+                "CONFLICT (start, agent) DO UPDATE SET messages = messages + excluded.messages, "
+                "bytes = bytes + excluded.bytes",
+                values,
+            )
+            # What is later is of a clock that was wrong.
+            database.execute(
+                "DELETE FROM traffic WHERE start < ? OR start > ?", (at - KEEP_TRAFFIC, at)
+            )
+
+        self._write(write)
+
+    def traffic(self, agent: str | None, since: float) -> list[tuple[float, int, int]]:
+        """When each span of :data:`TRAFFIC_SPAN` began that ``since`` or later began (seconds since
+        the epoch), and how many messages and octets an agent, or all of them, brought in it; only
+        those in which there were any, the oldest first."""
+
+        def read(database: sqlite3.Connection) -> list[tuple[float, int, int]]:
+            rows = database.execute(
+                "SELECT start, sum(messages), sum(bytes) FROM traffic WHERE start >= ? "
+                "AND (? IS NULL OR agent = ?) GROUP BY start ORDER BY start",
+                (since, agent, agent),
+            )
+            return [(float(start), int(messages), int(octets)) for start, messages, octets in rows]
+
+        return self._read(read, [])
+
     def state(self, agent: str) -> AgentState:
         """What is kept of an agent."""
 
@@ -168,16 +216,21 @@ class Journal:
         limit: int = 50,
         since: float | None = None,
         but: Sequence[str] = (),
+        outcome: str | None = None,
     ) -> list[Entry]:
         """Past collections, newest first: of an agent, if it is given; that ended at ``since``
-        (seconds since the epoch) or later; with other outcomes ``but`` these."""
+        (seconds since the epoch) or later; with other outcomes ``but`` these; with this
+        ``outcome``, if it is given."""
 
         def read(database: sqlite3.Connection) -> list[Entry]:
             rows = database.execute(
                 f"SELECT {_COLUMNS} FROM collections WHERE (? IS NULL OR agent = ?) "
                 f"AND ended >= ? AND outcome NOT IN ({', '.join('?' for _ in but)}) "
-                "ORDER BY started DESC, id DESC LIMIT ?",
-                (agent, agent, float("-inf") if since is None else since, *but, limit),
+                "AND (? IS NULL OR outcome = ?) ORDER BY started DESC, id DESC LIMIT ?",
+                (
+                    *(agent, agent, float("-inf") if since is None else since),
+                    *(*but, outcome, outcome, limit),
+                ),
             )
             return [Entry(*row) for row in rows]
 

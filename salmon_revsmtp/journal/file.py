@@ -80,6 +80,15 @@ MIGRATIONS = (
     ) WITHOUT ROWID
     """,
     "CREATE INDEX deliveries_by_expiry ON deliveries (expires)",
+    """
+    CREATE TABLE traffic (
+        start REAL NOT NULL,
+        agent TEXT NOT NULL,
+        messages INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        PRIMARY KEY (start, agent)
+    ) WITHOUT ROWID
+    """,
 )
 
 

@@ -33,7 +33,7 @@ from typing import Protocol
 
 from salmon_revsmtp.net.guard import Guard, guard
 from salmon_revsmtp.net.tls import TlsTransport
-from salmon_revsmtp.net.trace import Trace, hearer
+from salmon_revsmtp.net.trace import ENOUGH, Trace, hearer
 from salmon_revsmtp.smtp.replies import Reply
 
 __all__ = ["DEAD_AFTER", "Driver", "Machine"]
@@ -244,7 +244,7 @@ class Driver(asyncio.Protocol):
             content = self.machine.content_octets - before
             shown = self._trace.client(data, content) if answers else self._trace.server(data)
         if shown:
-            self._hearer(f"{self.THEY}: {shown}")
+            self._hear(f"{self.THEY}: {shown}")
         self.happened(events)
 
     def eof_received(self) -> bool:
@@ -337,8 +337,12 @@ class Driver(asyncio.Protocol):
                 answers = self.machine.answers
                 shown = self._trace.server(data) if answers else self._trace.client(data)
                 if shown:
-                    self._hearer(f"{self.WE}: {shown}")
+                    self._hear(f"{self.WE}: {shown}")
             self._write(data)
+
+    def _hear(self, line: str) -> None:
+        if self._hearer is not None and self._hearer(line) is ENOUGH:
+            self._trace = self._hearer = None
 
     def _write(self, data: bytes) -> None:
         if self._lost or self._transport is None or self._transport.is_closing():

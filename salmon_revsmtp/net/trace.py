@@ -14,10 +14,13 @@ from contextvars import ContextVar
 
 from salmon_revsmtp.foreign import printable
 
-__all__ = ["Hearer", "Trace", "dialogue", "hearer", "hearing", "tell"]
+__all__ = ["ENOUGH", "Hearer", "Trace", "dialogue", "hearer", "hearing", "tell"]
 
-#: Takes a line of a dialogue, on the event loop; returns at once.
-Hearer = Callable[[str], None]
+#: Takes a line of a dialogue, on the event loop; returns at once, and may say :data:`ENOUGH`.
+Hearer = Callable[[str], object]
+
+#: Who hears a session wants to hear no more of it, and it is traced no more.
+ENOUGH = object()
 
 # Its lines never hold a secret.
 dialogue = logging.getLogger("salmon_revsmtp.dialogue")
@@ -48,7 +51,7 @@ def hearer() -> Hearer | None:
     if not dialogue.isEnabledFor(logging.DEBUG):
         return asked
 
-    def both(line: str) -> None:
+    def both(line: str) -> None:  # the log never has enough
         dialogue.debug("%s", line)
         if asked is not None:
             asked(line)

@@ -99,24 +99,38 @@ def message_received(
 
 @hookspec
 def message_delivered(
-    agent: Agent | None, envelope: Envelope, recipient: str, reply: Reply
+    agent: Agent | None,
+    envelope: Envelope,
+    recipient: str,
+    reply: Reply,
+    octets: int,
+    seconds: float,
 ) -> None:
     """After each recipient, with what the delivery said: 2yz delivered, 4yz or 5yz not.
 
     ``agent`` is ``None`` for mail that came to a listening service.
+    ``octets`` is the size of the message as it came.  ``seconds`` is how long the handlers had it,
+    or the queue; 0 where a plugin refused it before that.
     """
 
 
 @hookspec
-def message_held(account: str, envelope: Envelope, key: int) -> None:
-    """At a provider: a message is held for ``account``, and safe; ``key`` is its number there."""
+def message_held(account: str, envelope: Envelope, key: int, octets: int) -> None:
+    """At a provider: a message of so many octets is held for ``account``, and safe; ``key`` is its
+    number there."""
 
 
 @hookspec
-def message_handed_over(account: str, envelope: Envelope, recipient: str, reply: Reply) -> None:
+def message_handed_over(
+    account: str, envelope: Envelope, recipient: str, reply: Reply, seconds: float | None
+) -> None:
     """At a provider, after each recipient: what the customer answered.  2yz: it has the message
     now; 4yz: it is still held; 5yz: its sender is told, by this answer where the message went
-    through live, and by a notification where it was held."""
+    through live, and by a notification where it was held.
+
+    ``seconds`` is how long the message was held before that answer, ``None`` where it went through
+    live.
+    """
 
 
 @hookspec

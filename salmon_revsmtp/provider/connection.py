@@ -242,6 +242,8 @@ class Connection(Driver):
 
     async def _refuse_login(self, failed: LoginFailed) -> None:
         guard = self._provider.logins
+        if self._provider.accounts.find(failed.name) is not None:  # names made up are no one's
+            guard.by_account[failed.name] += 1
         await asyncio.sleep(guard.failed(self.peer[0], failed.name, failed.mechanism))
         self._waiting = False
         self._turn.refuse_login(guard.refusal(self.peer[0]))

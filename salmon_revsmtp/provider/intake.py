@@ -507,11 +507,18 @@ class Intake:
                     envelope=envelope,
                     recipient=recipient,
                     reply=live,
+                    seconds=None,
                 )
         if arrival is not None and self._hooks.implemented("message_held"):
             envelope = arrival.envelope
             for name, key in zip(dict.fromkeys(arrival.accounts), keys, strict=True):
-                self._hooks.call("message_held", account=name, envelope=envelope, key=key)
+                self._hooks.call(
+                    "message_held",
+                    account=name,
+                    envelope=envelope,
+                    key=key,
+                    octets=pending.size,
+                )
         ident = self._given.pop(pending, None)
         if ident is not None and all(answer.permanent for answer in pending.replies):
             self._idents.refused(ident)

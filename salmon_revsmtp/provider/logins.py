@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
 from salmon_revsmtp.foreign import printable
@@ -37,13 +37,15 @@ SHUT_OUT = Reply(421, "too many failed logins from your address, try again later
 class LoginGuard:
     """Counts failed logins.  ``clock`` gives seconds that pass as they do.
 
-    ``tell``  is told the network of each, for other hosts to hear.
+    ``tell``        is told the network of each, for other hosts to hear.
+    ``by_account``  how many there were for each account since the start.
     """
 
     def __init__(
         self, clock: Callable[[], float], tell: Callable[[str], None] = lambda network: None
     ) -> None:
         self._clock, self._tell = clock, tell
+        self.by_account: Counter[str] = Counter()
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
 
     def refusal(self, address: str) -> Reply | None:

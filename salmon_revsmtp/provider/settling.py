@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -173,6 +174,7 @@ class Settler:
                     envelope=held.envelope,
                     recipient=recipient,
                     reply=reply,
+                    seconds=max(0.0, time.time() - held.arrived),
                 )
 
 

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from salmon_revsmtp.customer import run
 from salmon_revsmtp.customer.agent import Agent
@@ -53,7 +53,7 @@ from salmon_revsmtp.delivery.router import (
 )
 from salmon_revsmtp.delivery.turns import Turns
 from salmon_revsmtp.journal.claims import CLAIMS, Claims, SharedClaims
-from salmon_revsmtp.journal.collections import AgentState, Entry, Journal
+from salmon_revsmtp.journal.collections import AgentState, Entry, Journal, Passed
 from salmon_revsmtp.journal.connection import JournalConnection
 from salmon_revsmtp.journal.counts import CountJournal
 from salmon_revsmtp.journal.deliveries import DeliveryJournal
@@ -96,6 +96,9 @@ JOURNAL_THREADS = 4
 # Seconds that a command waits at its end for the relay to take notifications; what it has not taken
 # by then goes out another time.
 RELAY_PATIENCE = 60.0
+
+
+Result = TypeVar("Result")
 
 
 class _Signalled(Exception):
@@ -141,6 +144,7 @@ class Collector:
         self._counts = CountJournal(JournalConnection(self.project / DEFAULT_JOURNAL))
         self._rates = RateLimit(self._counts)
         self.providing = Providing(configuration, plugins, self._outbox, self._rates, self.project)
+        self._brought: dict[str, tuple[int, int]] = {}  # messages and octets of each agent
         self._signals: tuple[int, ...] = ()
         self._interrupted_at: float | None = None
         with contextlib.suppress(OSError):  # it is tried again with each message
@@ -370,14 +374,38 @@ class Collector:
         recipients = self._recipients(name, service.recipient_policy(agent.domains), agent)
         return Collection(agent, service, deliverer, self._plugins, recipients)
 
+    async def recorded(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call something of the journal, in a thread of its own."""
+        return await self._records.call(function, *arguments)
+
     async def state(self, agent: str) -> AgentState:
         """What the journal keeps of an agent."""
-        return await self._records.call(self.journal.state, agent)
+        return await self.recorded(self.journal.state, agent)
+
+    async def note_traffic(self, collections: Iterable[Collection]) -> None:
+        """Write down what these have brought since they were last noted."""
+        passed = []
+        for one in collections:
+            messages, octets = one.unnoted
+            if messages or octets:
+                one.noted = one.noted[0] + messages, one.noted[1] + octets
+                before = self._brought.get(one.agent.name, (0, 0))
+                self._brought[one.agent.name] = before[0] + messages, before[1] + octets
+                passed.append(Passed(one.agent.name, messages, octets))
+        if passed:
+            await self.recorded(self.journal.passed, passed, time.time())
+
+    def brought(self, agent: str, collection: Collection | None) -> tuple[int, int]:
+        """How many messages and octets an agent has brought since this process began;
+        ``collection`` is the one that it runs."""
+        messages, octets = self._brought.get(agent, (0, 0))
+        more = collection.unnoted if collection is not None else (0, 0)
+        return messages + more[0], octets + more[1]
 
     async def recovered(self, agent: str) -> None:
         """Note, and say, that an agent does not fail any more, although its collection goes on."""
         self.failing.recovered(agent)
-        await self._records.call(self.journal.recovered, agent)
+        await self.recorded(self.journal.recovered, agent)
 
     async def enabled(self, agent: Agent) -> bool:
         """What ``enable`` or ``disable`` said, else what the settings say."""
@@ -397,6 +425,12 @@ class Collector:
             current.report.outcome = Outcome.DISABLED
             return current.report
         try:
+            return await self._run(agent, current, started)
+        finally:
+            await self.note_traffic([current])
+
+    async def _run(self, agent: Agent, current: Collection, started: float) -> Report:
+        try:
             report = await run.run(agent, current, self._locks)
         except asyncio.CancelledError:
             report = current.report
@@ -414,7 +448,7 @@ class Collector:
         """In the journal; and if its agent begins to fail, or recovers, in the log."""
         good, before = None if interrupted else report.outcome.good, None
         try:
-            before = await self._records.call(self.journal.record, _entry(report, started), good)
+            before = await self.recorded(self.journal.record, _entry(report, started), good)
         finally:  # a stop does not wait for the journal, which is written all the same
             if not interrupted:
                 self.failing.note(report, before)

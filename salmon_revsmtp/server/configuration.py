@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["Configuration", "account_named", "domain_taken", "load"]
 
 # The names in a settings module that are ours.
-_OURS = ("collection_agents", "smtp_services", "customer_accounts", "provider", "alert")
+_OURS: tuple[str, ...] = (
+    "collection_agents",
+    "smtp_services",
+    "customer_accounts",
+    "provider",
+    "alert",
+    "console",
+)
+_OURS += ("metrics",)
 # Names of Salmon's own settings, which are none of ours misspelt.
 _SALMONS = (
     *("handlers", "receiver", "receiver_config", "relay", "relay_config", "router_defaults"),

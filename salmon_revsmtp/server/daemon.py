@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -14,7 +13,9 @@ import os
 import random
 import sqlite3
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -35,11 +36,15 @@ from salmon_revsmtp.provider.connection import Connection
 from salmon_revsmtp.provider.expiry import CHECK_EVERY
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.safelog import log_safely
+from salmon_revsmtp.server.agent_requests import AgentRequests
+from salmon_revsmtp.server.agent_rows import Now
 from salmon_revsmtp.server.collector import GRACE, Collector
 from salmon_revsmtp.server.control import SOCKET, Answers, Control
+from salmon_revsmtp.server.eventloop import Lag
+from salmon_revsmtp.server.for_plugins import ForPlugins
 from salmon_revsmtp.server.health import Deferring, Findings, Health, Holding, Live
 from salmon_revsmtp.server.holding import Holder, provide
-from salmon_revsmtp.server.overheard import Overheard
+from salmon_revsmtp.server.overheard import Outline, Overheard, hear_both
 from salmon_revsmtp.server.provider_requests import ProviderRequests
 from salmon_revsmtp.server.waiting_requests import WaitingRequests
 from salmon_revsmtp.smtp.replies import without_surrogates
@@ -56,8 +61,10 @@ BLINK = 0.01
 NOTIFY_EVERY = 300.0
 # Seconds between two looks at what needs a person.
 LOOK_EVERY = 60.0
-# Seconds that a plugin waits for one.
-LOOK_PATIENCE = 60.0
+# Seconds until what push sessions have brought is written into the journal's traffic.
+NOTE_EVERY = 60.0
+# Agents of which the last dialogue is kept in outline, some 3 KB each.
+MOST_OUTLINES = 1000
 # Seconds between two lines of progress to who asked for a collection.
 PROGRESS = 0.2
 
@@ -110,17 +117,28 @@ class Daemon:
         self._scheduled: set[asyncio.Task[Any]] = set()
         self._held: dict[str, str] = {}
         self._disabled: set[str] = set()
-        self._notify_at = self._expire_at = self._look_at = clock()
+        self._notify_at = self._expire_at = self._look_at = self._note_at = clock()
         self._started = time.time()
         self._looking, self._blind = asyncio.Lock(), False
         self._look: asyncio.Task[Findings] | None = None
         self._health = Health(collector.configuration, collector.project, memory=True)
         self._facade: Server | None = None
+        self._for_plugins: ForPlugins | None = None
+        self._outlines: OrderedDict[str, Outline] = OrderedDict()
+        self._ended: Counter[str] = Counter()  # collections, by agent
+        self._lag: Lag | None = None
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self.listeners: list[Listener] = []
         self.provider: Provider | None = None
         self._waiting = WaitingRequests(collector)
+        self._asked_of_agents = AgentRequests(
+            collector,
+            now=self._now,
+            outlines=self._outlines,
+            changed=self._end_disabled,
+            note=self._note_traffic,
+        )
         self._control = Control(self._answer, collector.project / SOCKET)
         self._schedule = Schedule(
             {
@@ -157,6 +175,7 @@ class Daemon:
         ``started`` is called when everything listens.  Raises :class:`OSError` when an address or
         the hold store cannot be had.
         """
+        self._lag = Lag()
         try:
             self._control.be_alone()
             if self._collector.configuration.holds:
@@ -176,6 +195,7 @@ class Daemon:
                 self._send_waiting()
                 await self._end_disabled()
                 await self._note_sessions()
+                self._note_what_came()
                 self._give_up_old_mail()
                 self._look_after()
                 await self._sleep()
@@ -221,6 +241,15 @@ class Daemon:
             if name in self._collector.failing.since:
                 await self._collector.recovered(name)
 
+    def _note_what_came(self) -> None:
+        """Collections note their traffic when they end; push sessions last for weeks."""
+        if self._clock() >= self._note_at:
+            self._note_at = self._clock() + NOTE_EVERY
+            self._spawn(self._note_traffic())
+
+    async def _note_traffic(self) -> None:
+        await self._collector.note_traffic([one for one, _ in self._running.values()])
+
     def _give_up_old_mail(self) -> None:
         """At a provider, and who has not called for long."""
         if self._collector.configuration.holds and self._clock() >= self._expire_at:
@@ -234,28 +263,47 @@ class Daemon:
 
     def _tell_plugins(self) -> None:
         """Have the plugins hear that the server runs."""
-        loop = asyncio.get_running_loop()
-
-        def look() -> Findings:
-            looking = self._look_together()
-            try:
-                asked = asyncio.run_coroutine_threadsafe(looking, loop)
-                return asked.result(LOOK_PATIENCE)
-            except (RuntimeError, concurrent.futures.CancelledError) as error:
-                looking.close()
-                raise RuntimeError("the server has stopped") from error
-            except concurrent.futures.TimeoutError:
-                asked.cancel()  # the look goes on; no one waits for it without end
-                raise RuntimeError(f"no answer in {LOOK_PATIENCE:g} seconds") from None
-
-        def send(to: str, message: bytes) -> None:
-            self._collector.outbox.put(to, message)
-            self._collector.outbox.send_soon()
-
-        module = self._collector.configuration.module or ModuleType("settings")
-        place = self._collector.project
-        self._facade = Server(module, place, version(), self._started, look=look, send=send)
+        self._for_plugins = ForPlugins(
+            look=self._look_together,
+            answer=self._answer,
+            activity=self._activity,
+            outbox=self._collector.outbox,
+            register=self._plugins.register,
+        )
+        configuration = self._collector.configuration
+        self._facade = Server(
+            *(configuration.module or ModuleType("settings"), self._collector.project),
+            *(version(), self._started),
+            serving=self._for_plugins,
+            holds=configuration.holds,
+        )
         self._spawn(self._plugins.call_each_apart("server_started", server=self._facade))
+
+    def _activity(self) -> dict[str, Any]:
+        """What goes on, as :meth:`Server.activity` says."""
+        agents: dict[str, Any] = {}
+        for name in self._agents:
+            running = self._running.get(name)
+            collection = running[0] if running is not None else None
+            messages, octets = self._collector.brought(name, collection)
+            agents[name] = {
+                "running": collection is not None,
+                "push": None,
+                "messages": messages,
+                "bytes": octets,
+                "ended": self._ended[name],
+            }
+            if collection is not None:
+                doing, seconds = collection.doing
+                push = collection.push_since if collection.pushing else None
+                agents[name].update(push=push, doing=doing, seconds=round(seconds, 1))
+        accounts: dict[str, Any] = {}
+        for one in self.sessions:
+            if one.account is not None:
+                row = accounts.setdefault(one.account.name, {"sessions": 0, "messages": 0})
+                row["sessions"] += 1
+                row["messages"] += one.sent
+        return {"agents": agents, "accounts": accounts}
 
     def _look_after(self) -> None:
         if self._clock() >= self._look_at:
@@ -287,11 +335,10 @@ class Daemon:
         return await asyncio.shield(self._look)
 
     async def _live(self) -> Live:
-        ahead = time.time() - self._clock()
-        times = {name: self._schedule.next_run(name) for name in self._agents}
+        now = self._now()
         held: Mapping[str, Holding] = {}
-        hold_error = ""
-        if self._collector.configuration.holds:
+        hold_error, holds = "", self._collector.configuration.holds
+        if holds:
             requests = ProviderRequests(self._collector.providing, self.provider)
             try:
                 held = await requests.holdings()
@@ -302,17 +349,25 @@ class Daemon:
             version(),
             self._started,
             running=set(self._running),
-            push={name: one.push_since or time.time() for name, one in self._pushing()},
+            push=now.push,
             failing=self._collector.failing.since,
             deferring={
                 name: Deferring(one.tally.deferring, str(one.tally.deferred))
                 for name, one in self._pushing()
                 if one.tally.deferring is not None
             },
-            next={name: at + ahead for name, at in times.items() if at is not None},
+            next=now.next,
             held=held,
             undeliverable=await asyncio.to_thread(self._undeliverable),
             hold_error=hold_error,
+            reported=self._for_plugins.reported if self._for_plugins is not None else (),
+            lag=self._lag.seconds if self._lag is not None else 0.0,
+            services={
+                name: (dict(one.answered), one.octets)
+                for name, one in self._collector.services.items()
+            },
+            sessions=sum(one.reversed_at is not None for one in self.sessions),
+            passed_on=dict(self._collector.providing.live.counts) if holds else {},
         )
 
     def _undeliverable(self) -> Path | None:
@@ -380,7 +435,7 @@ class Daemon:
             return Report(agent.name, agent.protocol, Outcome.BUSY, error="it is running already")
         if collection is None:
             collection = self._collector.collection(agent)
-        task = asyncio.get_running_loop().create_task(self._collector.run(agent, collection))
+        task = self._heard(agent, self._collector.run(agent, collection))
         self._running[agent.name] = (collection, task)
         try:
             return await task
@@ -390,17 +445,25 @@ class Daemon:
             return collection.report
         finally:
             del self._running[agent.name]
+            self._ended[agent.name] += 1
+
+    def _heard(self, agent: Agent, work: Coroutine[Any, Any, Report]) -> asyncio.Task[Report]:
+        """A task that collects, and whose dialogue is kept in outline."""
+        outline = self._outlines[agent.name] = Outline()
+        self._outlines.move_to_end(agent.name)
+        if len(self._outlines) > MOST_OUTLINES:
+            self._outlines.popitem(last=False)
+        before = hearing.set(hear_both(outline, hearing.get()))
+        try:
+            return asyncio.get_running_loop().create_task(work)
+        finally:
+            hearing.reset(before)
 
     # -- the control socket ---------------------------------------------------------------------
 
     async def _answer(self, request: dict[str, Any]) -> Answers:
         if request.get("do") == "state":
-            ahead = time.time() - self._clock()
-            times = {name: self._schedule.next_run(name) for name in self._agents}
-            yield {
-                "next": {name: at + ahead for name, at in times.items() if at is not None},
-                "push": {name: one.push_since for name, one in self._pushing()},
-            }
+            yield asdict(self._now())
         elif request.get("do") == "hold" and self._collector.configuration.holds:
             yield await asyncio.to_thread(Holder(self._collector.providing).take, request)
         elif str(request.get("do")).startswith("provider ") and self._collector.configuration.holds:
@@ -416,6 +479,9 @@ class Daemon:
             for row in (await self.look()).rows:
                 yield {"row": row}
             yield {"end": True}
+        elif self._asked_of_agents.knows(request):
+            async for answer in self._asked_of_agents.answer(request):
+                yield answer
         elif self._waiting.knows(request):
             async for answer in self._waiting.answer(request):
                 yield answer
@@ -426,6 +492,15 @@ class Daemon:
                     yield answer
         else:
             yield {"error": "no such request"}
+
+    def _now(self) -> Now:
+        ahead = time.time() - self._clock()
+        times = {name: self._schedule.next_run(name) for name in self._agents}
+        return Now(
+            {name: at + ahead for name, at in times.items() if at is not None},
+            {name: one.push_since or time.time() for name, one in self._pushing()},
+            tuple(self._running),
+        )
 
     async def _answer_collect(self, names: list[str], verbose: bool) -> Answers:
         if verbose:
@@ -478,6 +553,8 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         """Everything at once, and nothing longer than the grace."""
+        if self._lag is not None:
+            self._lag.close()
         for collection, task in self._running.values():
             if not collection.stop():
                 task.cancel()
@@ -496,6 +573,8 @@ class Daemon:
             for one in late:
                 one.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        if self._for_plugins is not None:
+            await self._for_plugins.end()
         for waiting in self._scheduled:
             waiting.cancel()
         await asyncio.gather(*self._scheduled, return_exceptions=True)

@@ -10,13 +10,48 @@ from typing import Any, TypeVar
 from salmon_revsmtp.forks import ours_alone
 from salmon_revsmtp.threads import LoopThreads
 
-__all__ = ["run"]
+__all__ = ["Lag", "run"]
 
 # Threads of the loop, in which names are looked up and agent types may do what blocks.  asyncio has
 # six of them on two cores, which as many dead name servers would hold.
 MOST_THREADS = 64
 
+# Seconds between two looks at how late the loop is, and seconds of which the worst is kept.
+LAG_EVERY = 0.5
+LAG_KEPT = 15.0
+
 Result = TypeVar("Result")
+
+
+class Lag:
+    """How late the running event loop does what is due: the time for which something has kept it
+    from its work.  Counts from its making until :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        # The worst of the last whole window, and of the one that has begun.
+        self._before = self._worst = 0.0
+        self._until = self._loop.time() + LAG_KEPT
+        self._next()
+
+    def _next(self) -> None:
+        self._due = self._loop.time() + LAG_EVERY
+        self._timer = self._loop.call_at(self._due, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        self._worst = max(self._worst, now - self._due)
+        if now >= self._until:
+            self._before, self._worst, self._until = self._worst, 0.0, now + LAG_KEPT
+        self._next()
+
+    @property
+    def seconds(self) -> float:
+        """The worst of the last 15 to 30 seconds."""
+        return max(self._before, self._worst)
+
+    def close(self) -> None:
+        self._timer.cancel()
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:

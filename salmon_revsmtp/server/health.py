@@ -115,6 +115,12 @@ class Live:
     ``held``     what is held, by account.
     ``undeliverable``  where undeliverable mail is.
     ``hold_error``     why it is not known what is held.
+    ``reported``       the troubles that plugins have reported.
+    ``lag``            seconds by which the event loop was late, the worst of the last half minute.
+    ``services``       by name: what each service has answered, how often by reply code, and the
+                       octets of the messages that it took.
+    ``sessions``       reversed sessions that customers have open.
+    ``passed_on``      what became of live mail, as ``provider sessions`` counts it.
     """
 
     pid: int
@@ -128,6 +134,11 @@ class Live:
     held: Mapping[str, Holding] = field(default_factory=dict)
     undeliverable: Path | None = None
     hold_error: str = ""
+    reported: Sequence[Trouble] = ()
+    lag: float = 0.0
+    services: Mapping[str, tuple[Mapping[int, int], int]] = field(default_factory=dict)
+    sessions: int = 0
+    passed_on: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,7 @@ class Health:
             *self._waiting(queues),
             *([Trouble("hold", f"What is held cannot be read: {unread}.")] if unread else []),
             *self._accounts(held, live),
+            *(live.reported if live is not None else ()),
         ]
         troubles = [self._dated(one) for one in found]
         if self._remembers:
@@ -194,8 +206,10 @@ class Health:
             *(_trouble_row(one) for one in troubles),
             _server_row(live, silent),
             *(_agent_row(one, *kept[name], live) for name, one in agents.items()),
-            *([self._provider_row(held)] if self._configuration.holds else []),
+            *([self._provider_row(held, live)] if self._configuration.holds else []),
             *(self._queue_row(one) for one in queues),
+            *(_service_row(name, *one) for name, one in (live.services if live else {}).items()),
+            *(self._certificate_row(*one) for one in self._served()),
         ]
         return Findings(rows, troubles)
 
@@ -285,7 +299,8 @@ class Health:
                 "taken any more, though none is lost. Make room.",
             )
 
-    def _certificates(self) -> Iterator[Trouble]:
+    def _served(self) -> list[tuple[str, Path, Path | None]]:
+        """The certificates that are shown to who connects: whose, and the files."""
         provider = self._configuration.provider
         served: list[tuple[str, Path, Path | None]] = []
         if provider is not None and provider.tls_cert is not None:
@@ -295,9 +310,14 @@ class Health:
             for name, one in self._configuration.services.items()
             if one.listen and one.tls_cert is not None
         ]
-        for name, certificate, key in served:
-            paths = self._project / certificate, self._project / key if key else None
-            yield from self._certificate(name, *paths)
+        return [
+            (name, self._project / certificate, self._project / key if key else None)
+            for name, certificate, key in served
+        ]
+
+    def _certificates(self) -> Iterator[Trouble]:
+        for one in self._served():
+            yield from self._certificate(*one)
 
     def _certificate(self, name: str, certificate: Path, key: Path | None) -> Iterator[Trouble]:
         whose = f"The certificate of the {name.replace(':', ' ')}, {self._named(certificate)},"
@@ -435,7 +455,18 @@ class Health:
             "oldest": _time(queue.count.oldest),
         }
 
-    def _provider_row(self, held: Mapping[str, Holding]) -> Row:
+    def _certificate_row(self, name: str, certificate: Path, key: Path | None) -> Row:
+        ends = None
+        with contextlib.suppress(OSError, ssl.SSLError, ValueError, KeyError):
+            ends = certificate_lasts(certificate, key)[1]
+        return {
+            "status": "certificate",
+            "certificate": name,
+            "file": self._named(certificate),
+            "ends": _time(ends),
+        }
+
+    def _provider_row(self, held: Mapping[str, Holding], live: Live | None) -> Row:
         waiting = [one.oldest for one in held.values() if one.oldest is not None]
         return {
             "status": "provider",
@@ -445,6 +476,8 @@ class Health:
             "bytes": sum(one.octets for one in held.values()),
             "aside": sum(one.aside for one in held.values()),
             "oldest": _time(min(waiting, default=None)),
+            "sessions": live.sessions if live is not None else 0,
+            "live": dict(live.passed_on) if live is not None else {},
         }
 
     @property
@@ -560,6 +593,16 @@ def _server_row(live: Live | None, silent: bool) -> Row:
         "pid": live.pid if live is not None else None,
         "version": live.version if live is not None else None,
         "since": _time(live.since if live is not None else None),
+        "lag": round(live.lag, 3) if live is not None else None,
+    }
+
+
+def _service_row(name: str, replies: Mapping[int, int], octets: int) -> Row:
+    return {
+        "status": "service",
+        "service": name,
+        "replies": {str(code): number for code, number in sorted(replies.items())},
+        "bytes": octets,
     }
 
 

@@ -154,6 +154,8 @@ class ProviderRequests:
                 row["last_seen"] = None if last is None else iso(time.time() if mine else last)
                 row["push"] = push[-1]["since"] if push else None
                 row["peer"] = mine[-1]["peer"] if mine else None
+                failed = self._provider.logins.by_account if self._provider else Counter[str]()
+                row["failed_logins"] = failed[row["account"]]
                 yield {"account": row}
 
     def _found(self, wanted: str | None) -> Iterator[_Found]:

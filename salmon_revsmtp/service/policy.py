@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from salmon_revsmtp.hostname import machine_name
@@ -30,6 +31,8 @@ class Service:
                  reversed sessions, and for those clients that places are kept for.
     ``expected`` those clients.
     ``forwarders`` the addresses of clients whose XFORWARD is believed.
+    ``answered`` how often each reply code was said to a message, or to a recipient or message that
+                 was refused before it came to its end; ``octets`` are those of messages taken.
     ``listens``  a server runs that has its ``listen`` addresses: what ETRN asks for arrives.
     """
 
@@ -43,6 +46,8 @@ class Service:
         self.name = name
         self.settings = settings
         self.listens = False
+        self.answered: Counter[int] = Counter()
+        self.octets = 0
         self.memory = Budget(settings.memory)
         self.strangers = Budget(settings.memory - settings.memory // 4, self.memory)
         self.expected = Expected(settings.keep_places_for, servers)

@@ -323,7 +323,9 @@ class Session(Driver):
             self._deliver(event)
         elif isinstance(event, Refused):
             self._log_refusal(event)
-            self._tally.refuse(len(event.recipients) or 1, event.reply)
+            refused = len(event.recipients) or 1
+            self._tally.refuse(refused, event.reply)
+            self.service.answered[event.reply.code] += refused
         elif isinstance(event, RecipientRequest):
             deciding = self._loop.create_task(self._decide(event))
             self._deciding[event] = deciding
@@ -374,6 +376,8 @@ class Session(Driver):
             self._read_ahead(pending)
             self.served += self._tally.add(pending)
             assert pending.reply is not None
+            self.service.answered[pending.reply.code] += 1
+            self.service.octets += pending.size * pending.reply.positive
             self._receiver.answer(transaction, pending.reply, pending.replies)
         except Exception as error:
             # Our own bug: the message has no 250, so the provider keeps it.
