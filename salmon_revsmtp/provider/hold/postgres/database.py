@@ -7,6 +7,10 @@ that is silent for too long is shut down).
 
 Nothing is set for a whole session and nothing is prepared, so a pooler that gives each transaction
 another connection may stand between.
+
+Statements go out without a wait for the answers of those before (libpq's pipeline mode), and their
+answers are waited for together: what a transaction costs most is the way there and back.  BEGIN
+goes with the first statement whose answer is needed, and COMMIT with the last ones.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psycopg
@@ -29,7 +34,7 @@ from salmon_revsmtp.journal.clock import since_boot
 from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.hold.store import HoldStoreError
 
-__all__ = ["Connection", "Database", "Transaction"]
+__all__ = ["ANSWER", "Answer", "Connection", "Database", "Transaction"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -56,10 +61,30 @@ _TCP = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,  # milliseconds
 }
-_LIMITS = (
-    f"SET LOCAL statement_timeout = '{STATEMENT}s'; SET LOCAL lock_timeout = '{LOCK}s'; "
-    f"SET LOCAL idle_in_transaction_session_timeout = '{2 * ANSWER}s'"
-)
+# Whatever is asked often finds its rows by their keys.  A server that has just seen a table empty
+# believes that it is cheaper to look through all of it, and keeps that plan while it grows.  Where
+# there is no other way, that looks so expensive that it would compile it first (``jit``).
+_BY_KEYS = {
+    **{"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"},
+    "jit": "off",
+}
+# What each transaction has set, in seconds.
+_LIMITS = {
+    "statement_timeout": STATEMENT,
+    "lock_timeout": LOCK,
+    "idle_in_transaction_session_timeout": 2 * ANSWER,
+}
+
+
+class Answer:
+    """What a statement that was sent is answered."""
+
+    def __init__(self, cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+        self._cursor = cursor
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """What it has found; waits for it while the transaction is open."""
+        return self._cursor.fetchall()
 
 
 class Transaction:
@@ -67,19 +92,70 @@ class Transaction:
 
     def __init__(self, connection: Connection, watched: dict[Connection, float]) -> None:
         self._connection, self._watched = connection, watched
+        self._pipeline: contextlib.ExitStack | None = None
+
+    def send(self, query: str, *values: Any) -> Answer:
+        """Have one statement executed; its answer is not waited for.  What is wrong with it is
+        raised by whatever waits next."""
+        return Answer(self._execute(query, values))
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query finds."""
         return self._execute(query, values).fetchall()
 
     def run(self, query: str, *values: Any) -> int:
-        """Execute a statement; returns how many rows it was about."""
-        return self._execute(query, values).rowcount
+        """Execute a statement; returns how many rows it was about.  Without values it may be
+        several statements."""
+        if not values and ";" in query:
+            self.wait()
+            self._watch()
+            return self._connection.execute(query.encode()).rowcount
+        cursor = self._execute(query, values)
+        self.wait()
+        return cursor.rowcount
+
+    def wait(self) -> None:
+        """Wait for the answers of all that was sent."""
+        if (pipeline := self._pipeline) is not None:
+            self._pipeline = None
+            self._watch()
+            pipeline.close()
+
+    def begin(self, settings: Mapping[str, str]) -> None:
+        """Begin it, with these settings."""
+        each = ", ".join(
+            f"set_config('{name}', '{value}', true)" for name, value in settings.items()
+        )
+        self.send("BEGIN")
+        self.send(f"SELECT {each}")
+
+    def commit(self) -> None:
+        """End it.  When this returns it is committed."""
+        cursor = self._execute("COMMIT", ())
+        self.wait()
+        if cursor.statusmessage != "COMMIT":
+            raise psycopg.OperationalError("the transaction had failed, and was rolled back")
+
+    def roll_back(self) -> None:
+        """Undo all of it, whatever state it is in."""
+        with contextlib.suppress(psycopg.Error):
+            self.wait()
+        if not self._connection.closed:
+            with contextlib.suppress(psycopg.Error):
+                self._watch()
+                self._connection.execute("ROLLBACK")
 
     def _execute(self, query: str, values: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
+        self._watch()
+        if self._pipeline is None:
+            self._pipeline = contextlib.ExitStack()
+            self._pipeline.enter_context(self._connection.pipeline())
+        # One mapping gives its values by name.
+        given: Any = values[0] if len(values) == 1 and isinstance(values[0], dict) else values
+        return self._connection.execute(query.encode(), given or None, binary=bool(values))
+
+    def _watch(self) -> None:
         self._watched[self._connection] = since_boot() + ANSWER
-        # Without values a text may be several statements.
-        return self._connection.execute(query.encode(), values or None, binary=bool(values))
 
 
 class Database:
@@ -137,11 +213,12 @@ class Database:
                 f"opening the hold store {self.shown}: the database is encoded in {encoding}; make "
                 "one with ENCODING 'UTF8' TEMPLATE template0"
             )
+        limits = {name: f"{seconds}s" for name, seconds in _LIMITS.items()}
         # What an administrator has made safer than "on" stays.
-        durable = "SET LOCAL synchronous_commit = on" if durable == "off" else "SELECT"
-        self._begin = {
-            True: f"BEGIN; {_LIMITS}; {durable}",
-            False: f"BEGIN; {_LIMITS}; SET LOCAL synchronous_commit = off",
+        synced = {"synchronous_commit": "on"} if durable == "off" else {}
+        self._settings = {
+            True: {**limits, **_BY_KEYS, **synced},
+            False: {**limits, **_BY_KEYS, "synchronous_commit": "off"},
         }
 
     def connect(self) -> Connection:
@@ -163,34 +240,35 @@ class Database:
         that is not heard.  ``synced``: it survives the end of the server, or may be lost by it.
         Raises :class:`OSError`."""
         with self._explained():
-            connection = self._begun(synced)
+            connection = self._connection()
             try:
                 transaction = Transaction(connection, self._watched)
                 try:
+                    transaction.begin(self._settings[synced])
                     yield transaction
-                    transaction.run("COMMIT")
+                    transaction.commit()
                 except BaseException as error:
+                    transaction.roll_back()
                     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
                         connection.close()  # it leads to what is a replica now
-                    elif not connection.closed:
-                        with contextlib.suppress(psycopg.Error):
-                            transaction.run("ROLLBACK")
                     raise
             finally:
                 self._watched.pop(connection, None)
                 self._pool.putconn(connection)
 
-    def _begun(self, synced: bool) -> Connection:
-        """A connection with a transaction.  Those that a restart of the server has ended are given
-        back, and the pool makes others."""
+    def _connection(self) -> Connection:
+        """A connection of the pool.  Those that a restart of the server has ended are given back,
+        and the pool makes others."""
         for left in reversed(range(CONNECTIONS + 1)):
             connection = self._pool.getconn()
+            if not _has_news(connection):
+                return connection
             try:
-                Transaction(connection, self._watched).run(self._begin[synced])
+                with self.watched(connection):
+                    connection.execute("SELECT")
                 return connection
             except BaseException as error:
                 ended = connection.closed
-                self._watched.pop(connection, None)
                 self._pool.putconn(connection)
                 if not (ended and left and isinstance(error, psycopg.OperationalError)):
                     raise
@@ -238,6 +316,14 @@ def _noting(refusals: deque[str]) -> type[Connection]:
             return connection
 
     return Noting
+
+
+def _has_news(connection: Connection) -> bool:
+    """Whether the server has said something that it was not asked, such as that it ends."""
+    try:
+        return bool(select.select([connection.fileno()], [], [], 0)[0])
+    except (psycopg.Error, ValueError):  # it is closed, or its number is too large
+        return True
 
 
 def _shut_down(connection: Connection) -> None:

@@ -22,7 +22,7 @@ import socket
 import threading
 
 from salmon_revsmtp.journal.clock import since_boot
-from salmon_revsmtp.provider.hold.postgres.database import Database, Transaction
+from salmon_revsmtp.provider.hold.postgres.database import Answer, Database, Transaction
 
 __all__ = ["FREE", "LEASE", "Lease"]
 
@@ -57,15 +57,20 @@ class Lease:
         """What was taken under this number is surely ours still."""
         return node == self.node and since_boot() < self._until
 
+    def ask(self, transaction: Transaction, node: int) -> Leased:
+        """Have our number stay ours until the end of the transaction, if it is.  Raises
+        :class:`LeaseLostError` if it is known not to be."""
+        if node != self.node:
+            raise LeaseLostError("this process has another number by now")
+        found = transaction.send("SELECT FROM hold_nodes WHERE id = %s FOR KEY SHARE", node)
+        return Leased(found)
+
     def ours(self, transaction: Transaction) -> int:
         """Our number, which stays ours until the end of the transaction.  Raises
         :class:`LeaseLostError`."""
-        node = self.node
-        found = node is not None and transaction.rows(
-            "SELECT FROM hold_nodes WHERE id = %s FOR KEY SHARE", node
-        )
-        if node is None or not found:
+        if (node := self.node) is None:
             raise LeaseLostError("this process was not heard of for too long")
+        self.ask(transaction, node).check()
         return node
 
     def renew(self) -> bool:
@@ -112,6 +117,18 @@ class Lease:
         with self._lock, self._database.transaction(synced=False) as transaction:
             transaction.run("DELETE FROM hold_nodes WHERE id = %s", self.node)
             self.node = None
+
+
+class Leased:
+    """Whether our number is ours, when that is answered."""
+
+    def __init__(self, found: Answer) -> None:
+        self._found = found
+
+    def check(self) -> None:
+        """Raises :class:`LeaseLostError` if it is not."""
+        if not self._found.rows():
+            raise LeaseLostError("this process was not heard of for too long")
 
 
 class LeaseLostError(Exception):
