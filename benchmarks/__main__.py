@@ -17,6 +17,7 @@ from typing import NoReturn
 from benchmarks import (
     alone,
     distance,
+    hosts,
     idle,
     intake,
     live,
@@ -41,6 +42,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "threads": threads.sections,
     **provider.SECTIONS,
     **live.SECTIONS,
+    **hosts.SECTIONS,
     "idle": idle.sections,
 }
 ROUNDS = 5
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _measure(section, case)
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
-    targets += idle.targets()
+    targets += [*hosts.targets(), *idle.targets()]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:
