@@ -475,6 +475,8 @@ def test_a_queue_keeps_its_pace_beside_an_old_transaction(
         come_and_go(500)
         before = cost()
         come_and_go(6000)
+        for _ in range(2000):
+            node._renew()
         after = cost()
         old.execute("COMMIT")
     assert sum(after.values()) < 1.3 * sum(before.values()), (before, after)
@@ -616,6 +618,17 @@ def test_what_a_dead_process_had_goes_to_another_which_is_woken(nodes: Nodes, so
     cut_off(one)
     until(lambda: bool(taken))
     assert [held.key for held in taken] == [key]
+
+
+def test_a_process_that_is_not_heard_of_any_more_is_none_that_uses_the_store(
+    nodes: Nodes, soon: None
+) -> None:
+    one, other = nodes.start(), nodes.start()
+    assert len(other.others()) == 1
+    cut_off(other)  # it ends no one's lease
+    cut_off(one)
+    until(lambda: other.others() == [])
+    assert nodes.rows("SELECT count(*) FROM hold_nodes") == [(2,)]
 
 
 def test_a_process_that_is_heard_of_keeps_what_it_has(nodes: Nodes, soon: None) -> None:

@@ -6,6 +6,7 @@
 ``hold_changes``   how much more or less that has become, each time
 ``hold_usage``     how much it was, for all changes up to ``hold_counted``
 ``hold_nodes``     the processes that use the store, as long as they are heard of
+``hold_heard``     until when each of them is, if no more is heard
 ``hold_clock``     the store's clock
 
 An old transaction
@@ -15,8 +16,9 @@ While any transaction of the server is open for long, none of the rows that were
 anew since can be removed.  Whatever finds its rows by going through such remains gets slower with
 each message that comes and goes.  So nothing here does, in one of two ways.
 
-1. *No row is written again and again.*  What is held is a sum of changes, which are rows of their
-   own, that no one writes again; every now and then they are added up.
+1. *No row that is looked at for each message is written again and again.*  What is held is a sum of
+   changes, which are rows of their own; every now and then they are added up.  That a process is
+   there is noted beside the row that says so.
 
 2. *Whoever reads on reads from where it was*, in the order of the keys: a feed its account's mail,
    and whoever adds up, the changes.  That needs to be known: below which number nothing can come
@@ -122,6 +124,10 @@ MIGRATIONS = (
         number bigint NOT NULL
     ) WITH (fillfactor = 10);
     INSERT INTO hold_counted VALUES (1, 0);
+    CREATE UNLOGGED TABLE hold_heard (
+        id bigint PRIMARY KEY,
+        expires timestamptz NOT NULL
+    ) WITH (fillfactor = 50);
     ALTER TABLE hold_messages SET (autovacuum_vacuum_scale_factor = 0.02,
         autovacuum_vacuum_cost_delay = 0, toast.autovacuum_vacuum_scale_factor = 0.02,
         toast.autovacuum_vacuum_cost_delay = 0);

@@ -206,8 +206,9 @@ class PostgresStore:
     def others(self) -> Sequence[str]:
         with self._database.transaction(synced=False) as transaction:
             rows = transaction.rows(
-                "SELECT name FROM hold_nodes WHERE id <> %s AND expires > clock_timestamp() "
-                "ORDER BY name",
+                "SELECT name FROM hold_nodes AS node WHERE id <> %s "
+                "AND expires > clock_timestamp() AND NOT EXISTS (SELECT FROM hold_heard "
+                "WHERE id = node.id AND expires < clock_timestamp()) ORDER BY name",
                 self._lease.node or 0,
             )
         return [f"process {name[1]} on {name[0]}" for name in (row[0].split() for row in rows)]
