@@ -70,7 +70,7 @@ def stages() -> list[Stage]:
     environments = ["make .venv/.fuzz-ready"]
     environments += [f"make .venv-{version}/.ready {with_python(version)}" for version in others]
     names = ("exim", "postfix", "sendmail", "dovecot", "fetchmail", "rspamd", "web")
-    names += ("pgbouncer", "postgresql")
+    names += ("pgbouncer", "haproxy", "postgresql")
     servers = [f"tests/interop/install-server {name}" for name in names]
     ready = ("environments",)
     return [

@@ -163,7 +163,7 @@ def _hint(key: str, value: object, kind: str) -> str:
         meant = _number(value)
     elif key == "domains":
         meant = _names(value)
-    elif key in ("allow", "deny", "keep_places_for", "forwarded_from"):
+    elif key in ("allow", "deny", "keep_places_for", "forwarded_from", "proxy_from"):
         meant = _networks(value)
     return f"; did you mean {meant}?" if meant else ""
 

@@ -418,7 +418,7 @@ def test_whoever_watches_hears_of_mail_once_it_is_safe(
 ) -> None:
     store = open_store()
     seen: list[tuple[set[str], int]] = []
-    store.watch(lambda names: seen.append((set(names), len(take(store, "acme")))))
+    store.watch(lambda names: seen.append((set(names), len(store.listing("acme")))))
     store.put([arrival("b@acme.example", "b@other.example"), arrival("c@acme.example")])
     assert seen == [({"acme", "other"}, 2)]
 

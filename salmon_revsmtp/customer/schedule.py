@@ -23,6 +23,9 @@ RETRY = 60.0
 DIAL_AGAIN = 2.0
 # A push session that lasts so long did.
 LASTING = 60.0
+# Such a wait is varied by a factor between these, so that agents that failed together do not come
+# back together.
+VARIED = (0.8, 1.2)
 # An agent that is held back (by a plugin, or disabled) is looked at again after this.
 LOOK_AGAIN = 60.0
 

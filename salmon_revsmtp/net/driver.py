@@ -215,7 +215,8 @@ class Driver(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
+        if not self.peer[0]:  # a load balancer may have said who it is
+            self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
         self.tls = transport.get_extra_info("ssl_object") is not None
         self.connected()
         self.flush()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container
 from functools import partial
 
 from salmon_revsmtp.net.driver import Driver
+from salmon_revsmtp.net.forecourt import Forecourt, Forecourts
 from salmon_revsmtp.net.places import Places
 from salmon_revsmtp.net.vestibule import Vestibule
 from salmon_revsmtp.net.words import came_back, listen_advice
@@ -78,6 +79,7 @@ class Listener:
     ``expected`` addresses for which there is always a place.
     ``places``   shares them with other listeners: instead of the limits.
     ``refuse``   asked first: the reply for whom no place is to be had at all.
+    ``balancers`` addresses whose connections begin with a PROXY header: see :class:`Forecourt`.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Listener:
         expected: Container[str] = frozenset(),
         places: Places | None = None,
         refuse: Callable[[str], Reply | None] = lambda address: None,
+        balancers: Container[str] | None = None,
     ) -> None:
         self.name = name
         self._connect = connect
@@ -108,6 +111,7 @@ class Listener:
         self._stopping = False
         self._connections: set[Driver] = set()
         self._shaking_hands: set[Vestibule] = set()
+        self._forecourts = Forecourts(name, balancers) if balancers is not None else None
 
     @property
     def port(self) -> int:
@@ -150,6 +154,8 @@ class Listener:
         self._stopping = True
         if self._server is not None:
             self._server.close()
+        if self._forecourts is not None:
+            self._forecourts.close()
         for shaking in list(self._shaking_hands):
             shaking.abort()
         connections = list(self._connections)
@@ -161,6 +167,11 @@ class Listener:
                 one.abort("the server is shutting down")
 
     def _accept(self) -> asyncio.Protocol:
+        if self._forecourts is not None:
+            return Forecourt(self._forecourts, self._enter)
+        return self._enter()
+
+    def _enter(self) -> Driver | Vestibule:
         if self._tls is None:
             return self._connect(self._admit)
         return Vestibule(

@@ -96,6 +96,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     # -- the handshake --------------------------------------------------------------------------
 
+    def begin_with(self, came: bytes) -> None:
+        """What of TLS was read before this was there."""
+        self._rest += came
+
     async def shake_hands(self, timeout: float = HANDSHAKE) -> None:
         """Do the handshake, in so many seconds.  Raises :class:`OSError`, of which
         :class:`ssl.SSLError` is one; the connection is gone then, and no one else is told."""

@@ -11,6 +11,7 @@ import logging
 import ssl
 from collections.abc import Callable
 
+from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.tls import TlsTransport
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import Reply
@@ -35,7 +36,7 @@ class Vestibule(asyncio.Protocol):
     def __init__(
         self,
         tls: ssl.SSLContext,
-        enter: Callable[[], asyncio.Protocol],
+        enter: Callable[[], Driver],
         arrived: Callable[[Vestibule], bool],
         left: Callable[[Vestibule], None],
     ) -> None:
@@ -44,25 +45,33 @@ class Vestibule(asyncio.Protocol):
         self._tls, self._enter = tls, enter
         self._arrived, self._left = arrived, left
         self._transport: asyncio.Transport | None = None
+        self._encrypted: TlsTransport | None = None
         self._handshake: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         loop = asyncio.get_running_loop()
         self._transport = transport
-        self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
+        if not self.peer[0]:  # a load balancer may have said who it is
+            self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
         self.waits_since = loop.time()
         if not self._arrived(self):
             transport.abort()  # there is no TLS in which to say 421
             return
-        encrypted = TlsTransport(transport, self._tls)
+        self._encrypted = encrypted = TlsTransport(transport, self._tls)
         self._handshake = loop.create_task(self._shake_hands(encrypted))
         self._handshake.add_done_callback(self._shaken)
+
+    def data_received(self, data: bytes) -> None:
+        """What came before this protocol did; all that comes later TLS itself reads."""
+        if self._encrypted is not None:
+            self._encrypted.begin_with(data)
 
     async def _shake_hands(self, encrypted: TlsTransport) -> None:
         await encrypted.shake_hands()
         self._left(self)
         protocol = self._enter()
+        protocol.peer = self.peer
         encrypted.set_protocol(protocol)
         protocol.connection_made(encrypted)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -47,6 +47,7 @@ class Provider:
     ``addresses``    where to listen, and whether TLS is from the start.
     ``timeout``      seconds without a byte from the customer.
     ``keepalive``    seconds of silence in a push session.
+    ``balancers``    addresses whose connections begin with a PROXY header.
     ``listeners``    one for each address, once they listen.
     """
 
@@ -65,6 +66,7 @@ class Provider:
         keepalive: float = 60.0,
         max_sessions: int = 10_000,
         max_sessions_per_address: int = 10_000,
+        balancers: Container[str] | None = None,
     ) -> None:
         self.accounts, self.store, self.hostname = accounts, store, hostname
         self.needs_tls, self.timeout, self.keepalive = needs_tls, timeout, keepalive
@@ -73,6 +75,7 @@ class Provider:
         self._certificate = certificate
         self._addresses = addresses
         self._most, self._most_per_address = max_sessions, max_sessions_per_address
+        self._balancers = balancers
         self.listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions: dict[str, list[Connection]] = {}
@@ -117,6 +120,7 @@ class Provider:
                 *address,
                 tls=self._context if implicit else None,
                 places=places,
+                balancers=self._balancers,
             )
             await listener.start()
             self.listeners.append(listener)

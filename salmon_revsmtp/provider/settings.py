@@ -20,6 +20,7 @@ from salmon_revsmtp.net.address import (
     host_and_port,
     host_name,
     listed_addresses,
+    network,
 )
 from salmon_revsmtp.net.certificate import certificate_problem
 from salmon_revsmtp.provider.hold.places import scheme_of
@@ -182,6 +183,24 @@ class ProviderSettings(BaseModel):
     """Connections of customers at a time; one more hears 421."""
     max_sessions_per_address: Annotated[int, Field(gt=0, description="a whole number above 0")] = 50
     """The same from one address."""
+    proxy_from: Annotated[
+        tuple[str, ...], Field(description="a list of networks such as '192.0.2.0/24'")
+    ] = ()
+    """Networks of load balancers before the provider (:doc:`several-hosts`).  Each connection from
+    there has to begin with a PROXY header, of version 1 or 2, and its customer is the one that the
+    header names; one without it is dropped.  Nothing that others say is a PROXY header."""
+
+    @field_validator("proxy_from", mode="before")
+    @classmethod
+    def _networks_listed(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError("a single string is not a list")
+        return value
+
+    @field_validator("proxy_from")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(network(one) for one in value)
 
     @field_validator("listen", "listen_implicit", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.collection import Collection
 from salmon_revsmtp.customer.report import Report, iso
-from salmon_revsmtp.customer.schedule import Schedule
+from salmon_revsmtp.customer.schedule import VARIED, Schedule
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.foreign import shortened
 from salmon_revsmtp.net.listener import Listener
@@ -129,7 +129,7 @@ class Daemon:
                 if agent.settings.every is not None
             },
             clock(),
-            lambda wait: wait * random.uniform(0.8, 1.2),
+            lambda wait: wait * random.uniform(*VARIED),
         )
 
     @property

@@ -12,6 +12,7 @@ from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.net.expected import Expected
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.etrn import Etrn
@@ -154,6 +155,7 @@ class Providing:
             keepalive=settings.keepalive,
             max_sessions=settings.max_sessions,
             max_sessions_per_address=settings.max_sessions_per_address,
+            balancers=Expected(settings.proxy_from) if settings.proxy_from else None,
         )
         return self._provider
 

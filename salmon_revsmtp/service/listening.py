@@ -8,6 +8,7 @@ from __future__ import annotations
 from salmon_revsmtp.delivery.dispatcher import Deliverer
 from salmon_revsmtp.delivery.trace import Origin
 from salmon_revsmtp.net.certificate import Certificate
+from salmon_revsmtp.net.expected import Expected
 from salmon_revsmtp.net.listener import Admit, Listener, places_for
 from salmon_revsmtp.safelog import LogBudget
 from salmon_revsmtp.service.policy import Service
@@ -64,8 +65,9 @@ def listeners(
     service.expected.look_up()
     places = places_for(settings.max_connections, service.expected)
     name = f"service={service.name}"
+    balancers = Expected(settings.proxy_from) if settings.proxy_from else None
     listening = [
-        Listener(name, connect, *address, places=places, refuse=refuse)
+        Listener(name, connect, *address, places=places, refuse=refuse, balancers=balancers)
         for address in settings.addresses
     ]
 

@@ -29,6 +29,8 @@ ANY_DOMAIN = "*"
 # Octets: five of the largest messages by default.
 LEAST_MEMORY = 256 * 1024 * 1024
 
+_NETWORKS = ("allow", "deny", "keep_places_for", "forwarded_from", "proxy_from")
+
 
 class ServiceSettings(BaseModel):
     """One entry of ``smtp_services``: the policy and the delivery of an inbound SMTP service."""
@@ -134,6 +136,13 @@ class ServiceSettings(BaseModel):
     """Networks whose ``XFORWARD`` is believed: hosts of yours that pass mail on to the listening
     service, and say which host it came from.  That is then the client that handlers and hooks see.
     All others are refused it.  On a reversed connection the provider is always believed."""
+    proxy_from: Annotated[
+        tuple[str, ...], Field(description="a list of networks such as '192.0.2.0/24'")
+    ] = ()
+    """Networks of load balancers before the listening service (:doc:`several-hosts`).  Each
+    connection from there has to begin with a PROXY header, of version 1 or 2, and its client is the
+    one that the header names; one without it is dropped.  Nothing that others say is a PROXY
+    header."""
     tls_cert: Annotated[
         Path | None, Field(description="a PEM file: our certificate, and those up to its CA")
     ] = None
@@ -145,7 +154,9 @@ class ServiceSettings(BaseModel):
     ] = None
     """The private key, unless ``tls_cert`` holds it."""
 
-    @field_validator("domains", "allow", "deny", "keep_places_for", "forwarded_from", mode="before")
+    @field_validator(
+        "domains", "allow", "deny", "keep_places_for", "forwarded_from", "proxy_from", mode="before"
+    )
     @classmethod
     def _a_list(cls, value: object) -> object:
         if isinstance(value, str):
@@ -228,7 +239,7 @@ class ServiceSettings(BaseModel):
     def _domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(one if one == ANY_DOMAIN else domain_name(one) for one in value)
 
-    @field_validator("allow", "deny", "keep_places_for", "forwarded_from")
+    @field_validator(*_NETWORKS)
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(network(one) for one in value)

@@ -21,6 +21,7 @@ import base64
 import ipaddress
 import itertools
 import re
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from unittest.mock import patch
 
 from parsing import parser
 
+from salmon_revsmtp.net import proxyheader
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.settings import AccountSettings
 from salmon_revsmtp.smtp import receiver as receiver_module
@@ -48,7 +50,7 @@ from salmon_revsmtp.smtp.receiver import (
 from salmon_revsmtp.smtp.replies import Reply, ReplyError, ReplyParser
 from salmon_revsmtp.smtp.sender import Broken, Closed, Outgoing, Sender, Sent
 
-__all__ = ["TARGETS", "parser", "receiver", "replies", "sender", "session"]
+__all__ = ["TARGETS", "parser", "proxy", "receiver", "replies", "sender", "session"]
 
 FLIGHT, MESSAGES, FIELD, MANY = b"\x1e", b"\x1d", b"\x1f", b"\x1c"
 
@@ -1164,10 +1166,63 @@ def _decoded(word: bytes) -> bytes:
         return b""
 
 
+# -- before anything else --------------------------------------------------------------------------
+
+_FAMILY = {0x11: ("!4s", ipaddress.IPv4Address, 8), 0x21: ("!16s", ipaddress.IPv6Address, 32)}
+
+
+def proxy(data: bytes) -> None:
+    """A load balancer's header, at once and in pieces, and read a second time.  No options."""
+    _, sizes, said = _read(data)
+    said = said.replace(MANY, b"x" * 4096)
+    heard, known = b"", None
+    for piece in _pieces(said, sizes):
+        heard += piece
+        now = _header(heard)
+        assert known is None or now == known, "what follows changes what was said"
+        known = now
+    assert known == _header(said)
+    most = 107 if said.startswith(b"PROXY") else 16 + 4096
+    if known is None:
+        assert len(said) < most, "it waits without end"
+    elif isinstance(known, proxyheader.ProxyHeader):
+        assert known.octets <= min(len(said), most)
+        assert _header(said[: known.octets - 1]) is None, "a header that is longer than it needs"
+        assert known.client == _client(said[: known.octets])
+
+
+def _header(heard: bytes) -> proxyheader.ProxyHeader | str | None:
+    try:
+        return proxyheader.read_header(heard)
+    except proxyheader.ProxyHeaderError as error:
+        return str(error)
+
+
+def _client(header: bytes) -> tuple[str, int] | None:
+    """Read as simply as a header that is right allows."""
+    if header.startswith(b"PROXY "):
+        words = header.decode("latin-1").split()
+        if words[1] == "UNKNOWN":
+            return None
+        address: object = ipaddress.ip_address(words[2])
+        port = int(words[4])
+    else:
+        shape = _FAMILY.get(header[13])
+        if header[12] != 0x21 or shape is None:
+            return None
+        packed, kind, both = shape
+        [octets] = struct.unpack_from(packed, header, 16)
+        address = kind(octets)
+        [port] = struct.unpack_from("!H", header, 16 + both)
+    assert 0 <= port <= 65535
+    return str(getattr(address, "ipv4_mapped", None) or address), port
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "receiver": receiver,
     "sender": sender,
     "session": session,
     "replies": replies,
     "parser": parser,
+    "proxy": proxy,
 }

@@ -15,6 +15,7 @@ INSTRUMENTED = {
     "session": ["salmon_revsmtp.smtp.commands", "salmon_revsmtp.smtp.turn"],
     "replies": ["salmon_revsmtp.smtp.replies"],
     "parser": ["salmon_revsmtp.delivery.bounds"],
+    "proxy": ["salmon_revsmtp.net.proxyheader"],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from grammar import inputs, seeds
 from hypothesis import given, settings
 
 from salmon_revsmtp.delivery import bounds
+from salmon_revsmtp.net import proxyheader
 from salmon_revsmtp.smtp import commands, content, receiver, sasl, sender
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -81,6 +83,9 @@ def _forgotten(machine: receiver.Receiver) -> None:
         ("parser", bounds, "LIMITS", bounds.ParserLimits(depth=10_000)),
         ("parser", bounds, "_HEADER_LINE", re.compile(rb"[!-~]+ *:|[ \t]")),
         ("parser", bounds, "_BLANKS", b""),
+        ("proxy", proxyheader, "LINE", 10_000),
+        ("proxy", proxyheader, "_plain", str),
+        ("proxy", proxyheader, "_FAMILIES", dict.fromkeys(range(4), 0)),
     ],
 )
 def test_the_properties_notice(
@@ -92,6 +97,6 @@ def test_the_properties_notice(
     for path in seeds(target):
         try:
             properties.TARGETS[target](path.read_bytes())
-        except (AssertionError, ValueError, RecursionError):
+        except (AssertionError, ValueError, RecursionError, struct.error):
             found += 1
     assert found

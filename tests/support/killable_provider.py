@@ -2,12 +2,13 @@
 
     python -m support.killable_provider FOLDER SETTINGS
 
-SETTINGS are JSON: the accounts, the provider's and those of the service ``mx``.  A line of JSON on
-standard input forks a provider in FOLDER: ``{"die_at": 17, "after": "provider/intake.py:deliver"}``
-is one that kills itself at the 17th line, from the first call of that function on, of the code that
-makes a message safe or hands it over.  Answers: ``pid 4711``, ``up`` when it listens, and at its
-death ``ended -9``.  SIGTERM stops it, and it ends with status 0.  In ``ledger`` there is a line for
-each notification that the relay was given.
+SETTINGS are JSON: the accounts, the provider's and those of the service ``mx``, and whether what
+has a limit with the database has a short one (``soon``).  A line of JSON on standard input forks a
+provider in FOLDER: ``{"die_at": 17, "after": "provider/intake.py:deliver"}`` is one that kills
+itself at the 17th line, from the first call of that function on, of the code that makes a message
+safe or hands it over.  Answers: ``pid 4711``, ``up`` when it listens, and at its death ``ended
+-9``.  SIGTERM stops it, and it ends with status 0.  In ``ledger`` there is a line for each
+notification that the relay was given.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from support.killable import Sent
 # Where a death may cost or double a message.
 PERILOUS = ("provider/", "delivery/", "net/driver.py", "service/", "files.py")
 
+IDLE = "idle_in_transaction_session_timeout"
+
 
 async def serve(settings: dict[str, Any]) -> None:
     if settings["lease"] is not None:
@@ -37,6 +40,16 @@ async def serve(settings: dict[str, Any]) -> None:
 
         lease.LEASE, lease.MARGIN = settings["lease"], settings["lease"] / 3
         store.RENEW = settings["lease"] / 5
+    if settings["soon"]:
+        from salmon_revsmtp.provider import settling
+        from salmon_revsmtp.provider.hold.postgres import database
+
+        # What a connection had locked that no one hears of any more is free after the last of them.
+        limits: dict[str, int] = {"statement_timeout": 3, "lock_timeout": 1, IDLE: 4}
+        text = "; ".join(f"SET LOCAL {name} = '{seconds}s'" for name, seconds in limits.items())
+        vars(database)["_LIMITS"] = text if isinstance(database._LIMITS, str) else limits
+        database.ANSWER, database.LOOK, database.WAIT, database.TRY = 2, 0.1, 1.0, 1.0
+        settling.RETRY = 0.2
     plugins = Plugins.load()
     valid = configuration(
         plugins=plugins,

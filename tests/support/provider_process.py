@@ -31,10 +31,18 @@ class ProviderProcess:
     ``odmr``  the port on which customers call.
     ``hold``  where mail is held, if it is not in the folder.
     ``lease`` seconds without a word after which what it has there goes to others.
+    ``both``  more settings, of the provider and of the service ``mx``.
+    ``soon``  what has a limit with the database has one of a few seconds.
     """
 
     def __init__(
-        self, folder: Path, hold: str = "run/hold", lease: float | None = None, **account: Any
+        self,
+        folder: Path,
+        hold: str = "run/hold",
+        lease: float | None = None,
+        both: dict[str, Any] | None = None,
+        soon: bool = False,
+        **account: Any,
     ) -> None:
         folder.mkdir()
         self.folder = folder
@@ -49,12 +57,15 @@ class ProviderProcess:
                 "hostname": "odmr.example.net",
                 "listen": f"127.0.0.1:{self.odmr}",
                 "hold": hold,
+                **(both or {}),
             },
             "lease": lease,
+            "soon": soon,
             "mx": {
                 "hostname": "mx.example.net",
                 "listen": f"127.0.0.1:{self.mx}",
                 "delivery": "hold",
+                **(both or {}),
             },
         }
         module = "support.killable_provider"

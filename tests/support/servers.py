@@ -32,6 +32,7 @@ __all__ = [
     "Dovecot",
     "Exim",
     "EximOfThePage",
+    "HAProxy",
     "PgBouncer",
     "Postfix",
     "Program",
@@ -660,6 +661,58 @@ class PgBouncer(Program):
     def command(self) -> list[str]:
         # It refuses to run as root.
         return ["pgbouncer", "-u", "postgres", f"{self.place}/pgbouncer.ini"]
+
+
+class HAProxy(Program):
+    """HAProxy with the configuration of the documentation's page, before two hosts.
+
+    ``port``       where the world sends mail.
+    ``customers``  where customers call.
+
+    ``mx``, ``odmr``  the ports of the two hosts.
+    ``header``        ``"send-proxy-v2"`` as on the page, or ``"send-proxy"``, which is version 1.
+
+    It connects to them from :attr:`ADDRESS`, and so is no one else on this machine.
+    """
+
+    program = "haproxy"
+    configuration: ClassVar[Path] = Path(__file__).parents[2] / "docs/haproxy/haproxy.cfg"
+    ADDRESS = "127.0.0.2"
+
+    def __init__(
+        self,
+        root: Path,
+        mx: tuple[int, int],
+        odmr: tuple[int, int],
+        header: str = "send-proxy-v2",
+    ) -> None:
+        super().__init__(root)
+        self.customers = free_port()
+        self._mx, self._odmr, self._header = mx, odmr, header
+
+    def configure(self) -> None:
+        text = self.configuration.read_text()
+        changes = [
+            ("bind :25\n", f"bind 127.0.0.1:{self.port}\n"),
+            ("bind :366\n", f"bind 127.0.0.1:{self.customers}\n"),
+            ("mode tcp\n", f"mode tcp\n    source {self.ADDRESS}\n"),
+            ("maxconn 50000\n", "maxconn 200\n"),
+            ("inter 2s ", "inter 200ms "),
+            ("send-proxy-v2\n", f"{self._header}\n"),
+        ]
+        for number, ports in enumerate(zip(self._mx, self._odmr, strict=True), 1):
+            for port, theirs in zip((25, 366), ports, strict=True):
+                name = f"server mx{number}"
+                changes.append(
+                    (f"{name} 192.0.2.1{number}:{port}\n", f"{name} 127.0.0.1:{theirs}\n")
+                )
+        for of_the_page, ours in changes:
+            assert text.count(of_the_page) == 1, of_the_page
+            text = text.replace(of_the_page, ours)
+        (self.folder / "haproxy.cfg").write_text(text)
+
+    def command(self) -> list[str]:
+        return ["haproxy", "-db", "-f", f"{self.place}/haproxy.cfg"]
 
 
 async def until(what: Callable[[], bool], server: Server) -> None:
