@@ -60,9 +60,7 @@ class Waits:
         wait = psycopg.Connection.wait
 
         def counted(connection: Any, generator: Any, *arguments: Any, **keys: Any) -> Any:
-            # In a pipeline most things are only sent.
-            if connection._pipeline is None or generator.__name__ in ("_fetch_gen", "_exit_gen"):
-                self.number += 1
+            self.number += 1
             return wait(connection, generator, *arguments, **keys)
 
         psycopg.Connection.wait = counted  # type: ignore[method-assign, assignment]

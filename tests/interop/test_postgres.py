@@ -620,6 +620,24 @@ def test_what_a_dead_process_had_goes_to_another_which_is_woken(nodes: Nodes, so
     assert [held.key for held in taken] == [key]
 
 
+def test_the_server_gives_up_a_process_that_says_no_more_in_a_transaction(nodes: Nodes) -> None:
+    """It may have been cut off; what it has locked is locked for others no longer than that."""
+    node = nodes.start()
+    with pytest.raises(OSError, match=r"idle-in-transaction|server closed the connection"):  # noqa: SIM117
+        with node._database.transaction() as transaction:
+            transaction.rows("SELECT set_config('idle_in_transaction_session_timeout', '1', true)")
+            until(
+                lambda: (
+                    nodes.rows(
+                        "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%' "
+                        "OR (state = 'active' AND wait_event = 'ClientRead')"
+                    )
+                    == [(0,)]
+                )
+            )
+            transaction.rows("SELECT 1")
+
+
 def test_a_process_that_is_not_heard_of_any_more_is_none_that_uses_the_store(
     nodes: Nodes, soon: None
 ) -> None:

@@ -8,9 +8,10 @@ that is silent for too long is shut down).
 Nothing is set for a whole session and nothing is prepared, so a pooler that gives each transaction
 another connection may stand between.
 
-Statements go out without a wait for the answers of those before (libpq's pipeline mode), and their
-answers are waited for together: what a transaction costs most is the way there and back.  BEGIN
-goes with the first statement whose answer is needed, and COMMIT with the last ones.
+Each statement is a round trip of its own, with what opens a transaction in one.  libpq's pipeline
+mode saves some of them, and was tried: when the line is cut before the Sync that ends a pipeline
+has come, the server waits for it without a limit (``idle_in_transaction_session_timeout`` does not
+count yet), and what the transaction has locked stays locked.
 """
 
 from __future__ import annotations
@@ -77,13 +78,13 @@ _LIMITS = {
 
 
 class Answer:
-    """What a statement that was sent is answered."""
+    """What a statement was answered."""
 
     def __init__(self, cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
         self._cursor = cursor
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """What it has found; waits for it while the transaction is open."""
+        """What it has found."""
         return self._cursor.fetchall()
 
 
@@ -92,11 +93,9 @@ class Transaction:
 
     def __init__(self, connection: Connection, watched: dict[Connection, float]) -> None:
         self._connection, self._watched = connection, watched
-        self._pipeline: contextlib.ExitStack | None = None
 
     def send(self, query: str, *values: Any) -> Answer:
-        """Have one statement executed; its answer is not waited for.  What is wrong with it is
-        raised by whatever waits next."""
+        """Execute a statement whose answer may be read later, also when this has ended."""
         return Answer(self._execute(query, values))
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -106,50 +105,26 @@ class Transaction:
     def run(self, query: str, *values: Any) -> int:
         """Execute a statement; returns how many rows it was about.  Without values it may be
         several statements."""
-        if not values and ";" in query:
-            self.wait()
-            self._watch()
-            return self._connection.execute(query.encode()).rowcount
-        cursor = self._execute(query, values)
-        self.wait()
-        return cursor.rowcount
-
-    def wait(self) -> None:
-        """Wait for the answers of all that was sent."""
-        if (pipeline := self._pipeline) is not None:
-            self._pipeline = None
-            self._watch()
-            pipeline.close()
+        return self._execute(query, values).rowcount
 
     def begin(self, settings: Mapping[str, str]) -> None:
         """Begin it, with these settings."""
-        each = ", ".join(
-            f"set_config('{name}', '{value}', true)" for name, value in settings.items()
-        )
-        self.send("BEGIN")
-        self.send(f"SELECT {each}")
+        each = ", ".join(f"set_config('{one}', '{value}', true)" for one, value in settings.items())
+        self.run(f"BEGIN; SELECT {each}")
 
     def commit(self) -> None:
         """End it.  When this returns it is committed."""
-        cursor = self._execute("COMMIT", ())
-        self.wait()
-        if cursor.statusmessage != "COMMIT":
+        if self._execute("COMMIT", ()).statusmessage != "COMMIT":
             raise psycopg.OperationalError("the transaction had failed, and was rolled back")
 
     def roll_back(self) -> None:
         """Undo all of it, whatever state it is in."""
-        with contextlib.suppress(psycopg.Error):
-            self.wait()
         if not self._connection.closed:
             with contextlib.suppress(psycopg.Error):
-                self._watch()
-                self._connection.execute("ROLLBACK")
+                self._execute("ROLLBACK", ())
 
     def _execute(self, query: str, values: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
         self._watch()
-        if self._pipeline is None:
-            self._pipeline = contextlib.ExitStack()
-            self._pipeline.enter_context(self._connection.pipeline())
         # One mapping gives its values by name.
         given: Any = values[0] if len(values) == 1 and isinstance(values[0], dict) else values
         return self._connection.execute(query.encode(), given or None, binary=bool(values))
