@@ -57,6 +57,7 @@ PATIENCE = 60
 HELD_KEYS = ["key", "account", "from", "to", "size", "arrived", "state", "strikes", "reason"]
 ACCOUNT_KEYS = [
     "account",
+    "from",
     "enabled",
     "domains",
     "messages",
@@ -513,6 +514,7 @@ def test_the_tables_of_a_server_that_runs(salmon: Salmon) -> None:
             "live": 0,
             "fell_back": 0,
             "tls": None,
+            "host": None,
         }
         [row, _] = rows((await here.run("accounts", "--json")).stdout)
         assert (row["messages"], row["peer"]) == (0, peer)
@@ -558,7 +560,7 @@ def test_sessions_shows_the_version_of_tls_and_who_does_not_push(salmon: Salmon)
         tls = customer.writer.get_extra_info("ssl_object").version()
         assert (row["tls"], row["push"], row["messages"]) == (tls, False, 0)
         [_, line] = (await here.run("sessions")).stdout.splitlines()
-        assert line.split("\t")[3:] == ["no", "0", tls, "0", "0"]
+        assert line.split("\t")[3:] == ["no", "0", tls, "0", "0", "-"]
         customer.writer.close()
 
     tls = {"tls_cert": str(CERTIFICATE), "tls_key": str(PRIVATE_KEY)}

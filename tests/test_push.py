@@ -182,7 +182,7 @@ def test_both_ends_say_that_all_is_deferred_and_that_it_is_over(
 
     async def work(home: Home) -> None:
         nonlocal down
-        providing: Any = SimpleNamespace(store=home.held.store)
+        providing: Any = SimpleNamespace(store=home.held.store, accounts=home.held.accounts)
         requests = ProviderRequests(providing, home.provider)
 
         async def deferred() -> str:

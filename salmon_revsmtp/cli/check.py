@@ -108,8 +108,9 @@ def _look(
     runs = running()
     started = _server_started() if runs else None
     listen, booted = not (runs or offline), True
+    plugins = options.load_plugins()
     for finding in local_findings(
-        project, configuration, options.boot, listen=listen, offline=offline
+        project, configuration, plugins, options.boot, listen=listen, offline=offline
     ):
         booted = booted and not (finding.check == "boot" and finding.result == "failed")
         tell(finding)

@@ -126,9 +126,12 @@ class Desk(Asking):
         return ProviderRequests(collector.providing).answer(request)
 
     @property
-    def accounts(self) -> list[str]:
-        """The names that the settings have."""
-        return [one.name for one in self._configuration.accounts]
+    def known_accounts(self) -> str:
+        """Which there are, where a sentence ends."""
+        if self._configuration.elsewhere:
+            return "`salmon-revsmtp provider accounts` lists those that there are"
+        names = ", ".join(one.name for one in self._configuration.accounts) or "none"
+        return f"there are: {names}"
 
 
 def _whole(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

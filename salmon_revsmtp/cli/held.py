@@ -107,8 +107,7 @@ def held(options: Options, account: str | None, limit: int, after: int, as_json:
 def _check_account(desk: Desk, name: str) -> None:
     """Whether there is such an account, in the settings or with mail."""
     if not list(desk.ask("accounts", account=name)):
-        known = ", ".join(desk.accounts) or "none"
-        raise stop(f"no account is named {name!r}; there are: {known}")
+        raise stop(f"no account is named {name!r}; {desk.known_accounts}")
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

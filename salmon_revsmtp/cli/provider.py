@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from salmon_revsmtp.cli.accounts import accounts
 from salmon_revsmtp.cli.completion import account_names
 from salmon_revsmtp.cli.held import held
+from salmon_revsmtp.cli.joining import hostname_of, provider_of
 from salmon_revsmtp.cli.moving import move_hold
 from salmon_revsmtp.cli.options import ATTENTION, Options, json_option, stop, with_options
-from salmon_revsmtp.cli.output import BAD, GOOD, Toned, at, print_json, table
+from salmon_revsmtp.cli.output import at, print_json, table
+from salmon_revsmtp.cli.passwords import (
+    made_password,
+    prompted_password,
+    read_password,
+    verifier_of,
+)
 from salmon_revsmtp.cli.records import looked_up, show_findings
 
 if TYPE_CHECKING:
-    from salmon_revsmtp.provider.settings import ProviderSettings
+    from salmon_revsmtp.provider.settings import AccountSettings
     from salmon_revsmtp.server.configuration import Configuration
+    from salmon_revsmtp.server.project import Project
 
 __all__ = ["provider"]
-
-# Random octets of a password that is made: nobody guesses 192 bits.
-STRONG = 24
-# Octets of a password that is read: AUTH takes lines of 12,288 (RFC 4954 4), in base64.
-LONGEST = 8192
 
 
 @click.group()
@@ -40,54 +43,12 @@ def provider(options: Options) -> None:
 @provider.command()
 @json_option
 @with_options
-def accounts(options: Options, as_json: bool) -> None:
-    """List the accounts, and what is held for each.
-
-    An account that cannot log in has "(Disabled)" after its name. "Set aside" are messages that are
-    not tried any more until you say so; see `provider held`. When an account was last seen is known
-    for the time since the server started.
-    """
-    from salmon_revsmtp.cli.desk import Desk
-
-    with Desk(options) as desk:
-        rows = [answer["account"] for answer in desk.ask("accounts")]
-    if as_json:
-        for row in rows:
-            print_json(row)
-        return
-    columns = ("name", "domains", "messages", "bytes", "oldest", "set aside", "last seen", "push")
-    table("Accounts", columns, [_account_cells(row) for row in rows])
-
-
-def _account_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    title = {None: " (not in the settings)", False: " (Disabled)", True: ""}[row["enabled"]]
-    push = f"since {at(row['push'])}" if row["push"] else "-"
-    aside = f"{row['aside']:,}"
-    where = f"{push}, {row['peer']}" if row["peer"] else push
-    return (
-        f"{row['account']}{title}",
-        ", ".join(row["domains"]) or "-",
-        _of(row["messages"], row["quota_messages"]),
-        _of(row["bytes"], row["quota_bytes"]),
-        at(row["oldest"]),
-        Toned(aside, BAD) if row["aside"] else aside,
-        at(row["last_seen"]),
-        Toned(where, GOOD) if row["push"] else where,
-    )
-
-
-def _of(number: int, most: int | None) -> str:
-    return f"{number:,}" if most is None else f"{number:,} of {most:,}"
-
-
-@provider.command()
-@json_option
-@with_options
 def sessions(options: Options, as_json: bool) -> None:
     """List the sessions that are open: who collects mail now, or waits for it.
 
     A push session stays open, and mail goes down it as it arrives: live, so that its sender hears
-    the customer's own answer, or, where there is none in time, it falls back on being held.
+    the customer's own answer, or, where there is none in time, it falls back on being held. Where
+    several hosts are one provider, those of the others have the host's name in the last column.
     """
     from salmon_revsmtp.cli.desk import Desk
 
@@ -99,21 +60,26 @@ def sessions(options: Options, as_json: bool) -> None:
         return
     table(
         "Sessions",
-        ("account", "peer", "since", "push", "messages", "tls", "live", "fell back"),
+        ("account", "peer", "since", "push", "messages", "tls", "live", "fell back", "host"),
         [
             (
                 row["account"],
                 row["peer"],
                 at(row["since"]),
                 "yes" if row["push"] else "no",
-                f"{row['messages']:,}",
+                _count(row["messages"]),
                 row["tls"] or "-",
-                f"{row['live']:,}",
-                f"{row['fell_back']:,}",
+                _count(row["live"]),
+                _count(row["fell_back"]),
+                row["host"] or "-",
             )
             for row in rows
         ],
     )
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 @provider.command()
@@ -132,10 +98,11 @@ def password(options: Options, name: str | None, generate: bool, as_json: bool) 
     With a verifier alone the customer logs in by SCRAM-SHA-256, or under TLS by PLAIN or LOGIN, but
     not by CRAM-MD5, which needs the password itself.
     """
-    import secrets
-
-    text = secrets.token_urlsafe(STRONG) if generate else _read_password(name)
-    verifier = _verifier(text)
+    if generate:
+        text = made_password()
+    else:
+        text = prompted_password(name) if sys.stdin.isatty() else read_password()
+    verifier = verifier_of(text)
     if as_json:
         made = {"password": text} if generate else {}
         print_json({"account": name, **made, "verifier": verifier})
@@ -146,79 +113,67 @@ def password(options: Options, name: str | None, generate: bool, as_json: bool) 
         click.echo(verifier)
 
 
-def _read_password(name: str | None) -> str:
-    if sys.stdin.isatty():
-        whose = f"Password of {name}" if name else "Password"
-        # What is asked goes elsewhere than what is printed, which may go into a file.
-        return str(click.prompt(whose, hide_input=True, confirmation_prompt=True, err=True))
-    stream = sys.stdin.buffer
-    line = stream.readline(LONGEST + 1)
-    if len(line) > LONGEST:
-        raise click.UsageError(f"the password has more than {LONGEST} octets")
-    if stream.read(LONGEST).strip():
-        raise click.UsageError("standard input has more than one line; the password is one")
-    try:
-        return line.removesuffix(b"\n").removesuffix(b"\r").decode()
-    except UnicodeDecodeError:
-        raise click.UsageError("the password is no UTF-8") from None
-
-
-def _verifier(text: str) -> str:
-    from scramp import ScramException
-
-    from salmon_revsmtp.smtp.sasl import Secret
-    from salmon_revsmtp.smtp.verifier import SHA_256
-
-    if not text:
-        raise click.UsageError("the password is empty")
-    if any(ord(letter) < 0x20 or letter == "\x7f" for letter in text):
-        raise click.UsageError("the password has control characters, which are refused")
-    if text.startswith(f"{SHA_256}$"):
-        raise click.UsageError("this is a verifier already")
-    try:
-        return str(Secret("", text).verifier(SHA_256))
-    except (ScramException, UnicodeError):
-        # RFC 4013: such as a letter that Unicode does not know yet.
-        raise click.UsageError("the password has letters that SCRAM forbids") from None
-
-
 @provider.command()
-@click.argument("account")
+@click.argument("account", shell_complete=account_names)
+@click.option(
+    "--password-stdin",
+    is_flag=True,
+    help="Read the password from standard input, for an account of which only a verifier is kept.",
+)
 @with_options
-def join(options: Options, account: str) -> None:
+def join(options: Options, account: str, password_stdin: bool) -> None:
     """Print the join line of an account.
 
     On the customer's machine, `salmon-revsmtp init customer` takes it. There is the account's
     password in it, so show it to no one else. It is made of the settings as they are now: after a
     change of the certificate it is another line.
-    """
-    from salmon_revsmtp.init.provider import join_line_of
 
-    _, configuration = options.open()
-    settings = _provider_of(configuration)
+    Where only a verifier of the password is kept, as for every account in the database, say
+    --password-stdin; the password is compared with it.
+    """
+    from salmon_revsmtp.cli.joining import line_of, why_no_line
+
+    project, configuration = options.open()
+    settings = provider_of(configuration)
     chosen = next((one for one in configuration.accounts if one.name == account), None)
     if chosen is None:
-        known = ", ".join(one.name for one in configuration.accounts) or "none"
-        raise stop(f"no account is named {account!r}; there are: {known}")
-    if settings.tls_cert is None:
-        raise stop("provider has no tls_cert, and a customer with a join line uses STARTTLS")
-    ports = [address.port for address, implicit in settings.addresses if not implicit]
-    if not ports:
-        raise stop("provider has no listen, and a customer with a join line uses STARTTLS")
-    line = join_line_of(
-        chosen.name,
-        chosen.password.get_secret_value(),
-        _hostname(settings),
-        ports[0],
-        chosen.domains,
-        (settings.tls_cert, settings.tls_key),
-    )
+        chosen = _elsewhere(project, configuration, account)
+    if chosen is None:
+        known = ", ".join(one.name for one in configuration.accounts)
+        if configuration.elsewhere:
+            known = "those that `salmon-revsmtp provider accounts` lists"
+        raise stop(f"no account is named {account!r}; there are: {known or 'none'}")
+    if why := why_no_line(settings):
+        raise stop(why)
+    password = chosen.password.get_secret_value()
+    if password_stdin:
+        from salmon_revsmtp.provider.accounts import Account
+
+        password = read_password()
+        if not Account(chosen).secret.is_password(password.encode()):
+            raise click.ClickException(f"this is not the password of {account!r}")
+    line = line_of(settings, account, password, chosen.domains)
     if line is None:
         raise stop(
-            f"the settings have no password of {account!r}, but a verifier, of which no password "
-            "can be made; `salmon-revsmtp provider password --generate` makes both"
+            f"there is no password of {account!r}, but a verifier, of which no password can be "
+            "made; if you know it, say --password-stdin; `salmon-revsmtp provider password "
+            "--generate`, or for an account in the database `salmon-revsmtp provider accounts "
+            "password --generate`, makes both"
         )
-    click.echo(str(line))
+    click.echo(line)
+
+
+def _elsewhere(project: Project, configuration: Configuration, name: str) -> AccountSettings | None:
+    """The account of that name in the database, if there is one."""
+    from salmon_revsmtp.plugins.builtin import postgres_accounts
+    from salmon_revsmtp.provider.settings import AccountSettings
+
+    try:
+        found = postgres_accounts(project.settings)
+        keys = found.find(name) if found is not None else None
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+    return None if keys is None else AccountSettings.model_validate(keys)
 
 
 @provider.command()
@@ -233,7 +188,7 @@ def dns(options: Options, as_json: bool) -> None:
     from salmon_revsmtp.init.records import PLACE, own_addresses, records
 
     _, configuration = options.open()
-    hostname = _hostname(_provider_of(configuration))
+    hostname = hostname_of(provider_of(configuration))
     domains = [domain for one in configuration.accounts for domain in one.domains]
     holding = [one for one in configuration.services.values() if one.delivery == "hold"]
     listen = [address for one in holding for address in one.listen]
@@ -251,17 +206,6 @@ def dns(options: Options, as_json: bool) -> None:
         sys.exit(ATTENTION)
 
 
-def _provider_of(configuration: Configuration) -> ProviderSettings:
-    if configuration.provider is None:
-        raise stop("this project is no provider: provider in the settings is missing")
-    return configuration.provider
-
-
-def _hostname(settings: ProviderSettings) -> str:
-    from salmon_revsmtp.hostname import machine_name
-
-    return settings.hostname or machine_name()
-
-
+provider.add_command(accounts)
 provider.add_command(held)
 provider.add_command(move_hold)

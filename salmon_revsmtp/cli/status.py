@@ -160,7 +160,10 @@ def _of_agent(row: Row) -> Iterator[str]:
 
 
 def _of_provider(row: Row) -> Iterator[str]:
-    yield f"{row['online']:,} of {row['accounts']:,} accounts online"
+    if row["accounts"] is None:
+        yield f"{row['online']:,} account{'' if row['online'] == 1 else 's'} online"
+    else:
+        yield f"{row['online']:,} of {row['accounts']:,} accounts online"
     oldest = f", the oldest since {at(row['oldest'])}" if row["oldest"] else ""
     yield f"{counted(row['messages'], row['bytes'])} held{oldest}"
     if row["aside"]:

@@ -13,9 +13,9 @@ messages of one agent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp.customer.report import Report
     from salmon_revsmtp.plugins.facade import Server
     from salmon_revsmtp.provider.hold.store import OpenHoldStore
+    from salmon_revsmtp.provider.nodes import Nodes
     from salmon_revsmtp.service.session import Session
     from salmon_revsmtp.smtp.envelope import Envelope
     from salmon_revsmtp.smtp.replies import Reply
@@ -128,6 +129,44 @@ def message_expired(account: str, envelope: Envelope, key: int) -> None:
 def quota_exceeded(account: str, messages: int, octets: int) -> None:
     """At a provider: senders hear 452, because so much is held for ``account``.  Once an hour at
     most."""
+
+
+@hookspec(firstresult=True)
+def find_account(name: str, settings: ModuleType) -> Mapping[str, Any] | None:
+    """At a provider: the account of that name, where it is somewhere else than in the settings;
+    ``None`` if the plugin has none.
+
+    It is a dict as one in ``customer_accounts``: ``{"name": ..., "password": ..., "domains": [...],
+    ...}``, with a password or a verifier of it.  The settings win: a name or a domain that they
+    have is theirs.  ``settings`` is the project's settings module; a plugin that does not need it
+    leaves it out.
+
+    Called in threads, also several times at once.  It may block, and has 10 seconds.  An answer is
+    kept for a second, so a change has effect within a second.  If the hook raises or does not
+    return, nothing is refused for good: a login hears 454, and a sender 451.  While an account has
+    a session open it is asked for now and then; once it is gone, disabled, or has another password,
+    its session ends.
+    """
+
+
+@hookspec(firstresult=True)
+def account_for(domain: str, settings: ModuleType) -> Mapping[str, Any] | None:
+    """At a provider: the account that has this domain (in lower case, IDNA A-labels), as
+    :func:`find_account` returns it."""
+
+
+@hookspec
+def list_accounts(settings: ModuleType) -> Iterable[Mapping[str, Any]] | None:
+    """At a provider: all accounts of the plugin, as :func:`find_account` returns them, for
+    ``provider accounts`` and ``check``.  It may be a generator.  Without this hook a plugin's
+    accounts work, and are not listed."""
+
+
+@hookspec(firstresult=True)
+def open_nodes(settings: ModuleType) -> Nodes | None:
+    """At a provider, once, when it starts: what its hosts tell one another of sessions and failed
+    logins, if there are several of them; a
+    :class:`~salmon_revsmtp.provider.nodes.Nodes`."""
 
 
 @hookspec

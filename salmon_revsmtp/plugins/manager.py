@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from salmon_revsmtp.forks import end_child_of
-from salmon_revsmtp.hooks import HOOK_TIMEOUT
+from salmon_revsmtp.hooks import HOOK_TIMEOUT, HookFailedError
 from salmon_revsmtp.plugins import hookspecs
 from salmon_revsmtp.threads import apart
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # For whoever waits for a hook in another thread: whose it is.
 _inside: ContextVar[list[str] | None] = ContextVar("_inside", default=None)
+# For whoever wants to know it: what hooks have raised.
+_raised: ContextVar[list[HookFailedError] | None] = ContextVar("_raised", default=None)
 
 
 @dataclass
@@ -147,6 +149,43 @@ class Plugins(pluggy.PluginManager):
             log.exception("hook=%s a wrapper of it raised", hook)
             return None
 
+    def ask(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook where "no" and "I cannot tell now" are not the same.  Raises
+        :class:`HookFailedError`, and logs nothing, where a plugin has raised and no other has an
+        answer."""
+        raised: list[HookFailedError] = []
+        token = _raised.set(raised)
+        try:
+            answer = getattr(self.hook, hook)(**arguments)
+        except Exception as error:
+            raise HookFailedError(f"hook={hook} a wrapper of it raised: {error}") from error
+        finally:
+            _raised.reset(token)
+        if raised and (answer is None or isinstance(answer, list)):
+            raise raised[0]
+        return answer
+
+    def ask_each(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """Call a hook; returns each plugin's name and what it has returned, without ``None``.
+        Raises :class:`HookFailedError`, and logs nothing, where one has raised."""
+        answers = []
+        for one in getattr(self.hook, hook).get_hookimpls():
+            raised: list[HookFailedError] = []
+            token = _raised.set(raised)
+            try:
+                answer = one.function(*(arguments[name] for name in one.argnames))
+            finally:
+                _raised.reset(token)
+            if raised:
+                raise raised[0]
+            if answer is not None:
+                answers.append((one.plugin_name, answer))
+        return answers
+
+    def who_has(self, hook: str) -> set[str]:
+        """The names of the plugins that have this hook."""
+        return {one.plugin_name for one in getattr(self.hook, hook).get_hookimpls()}
+
     async def call_apart(self, hook: str, agent: Agent, **arguments: Any) -> Any:
         """Call a hook of a collection in a thread of its own, and wait for it, but no longer than
         :data:`HOOK_TIMEOUT`: it is left out then, as if it had raised.  While it still runs it is
@@ -249,8 +288,20 @@ def _guarded(function: Callable[..., Any], hook: str, plugin: str) -> Callable[.
                 return function(*arguments)
             finally:
                 end_child_of(process)
-        except Exception:
+        except Exception as error:
+            if (raised := _raised.get()) is not None:
+                failed = HookFailedError(f"plugin={plugin} hook={hook} raised {_what(error)}")
+                failed.__cause__ = error
+                raised.append(failed)
+                return None
             log.exception("plugin=%s hook=%s raised; it is left out this time", plugin, hook)
             return None
 
     return guarded
+
+
+def _what(error: Exception) -> str:
+    """In one line: an error of the system says what it is by itself."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from salmon_revsmtp.net.driver import DEAD_AFTER, Driver
 from salmon_revsmtp.net.listener import Admit
-from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.accounts import Account, Accounts, AccountsUnavailableError
 from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.logins import LoginGuard
@@ -24,7 +24,7 @@ from salmon_revsmtp.provider.settling import Settler
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.smtp.sender import Sender
-from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, StartTls, Turn
+from salmon_revsmtp.smtp.turn import AtrnRequest, LoggedIn, LoginFailed, StartTls, Turn, WhoIs
 
 __all__ = ["Connection", "Host"]
 
@@ -37,6 +37,9 @@ REPLACED_GRACE = 5.0
 
 # RFC 2645 5.2.1.
 NO_MAIL = Reply(453, "you have no mail", "4.2.0")
+# RFC 4954 6.
+CANNOT_TELL = Reply(454, "it cannot be told now who you are, try again later", "4.7.0")
+CHANGED = Reply(450, "your account has changed since you logged in", "4.7.1")
 UNAVAILABLE = Reply(451, "your mail cannot be read now, try again later", "4.3.0")
 
 
@@ -64,6 +67,7 @@ class Connection(Driver):
 
     ``account``   who it is, once that is known.
     ``push``      it stays open for what comes later.
+    ``leaving``   it has to end, and soon does.
     ``reversed_at``  since when it is reversed, on the event loop's clock; ``None`` before.
     """
 
@@ -75,6 +79,7 @@ class Connection(Driver):
         "_waiting",
         "_work",
         "account",
+        "leaving",
         "push",
         "reversed_at",
     )
@@ -92,7 +97,7 @@ class Connection(Driver):
         )
         super().__init__(turn, provider.timeout, LOGIN_PATIENCE)
         self.account: Account | None = None
-        self.push = False
+        self.push = self.leaving = False
         self.reversed_at: float | None = None
         self._provider, self._admit = provider, admit
         self._sender: Sender | None = None
@@ -162,13 +167,14 @@ class Connection(Driver):
         self._turn.send_away(reply)
         self.flush()
 
-    def replace(self) -> None:
-        """A newer session has this one's place: end when what is under way is answered, or soon."""
+    def replace(self, why: str = "a newer session of the account takes its place") -> None:
+        """It has to end: when what is under way is answered, or soon."""
+        if self.leaving:
+            return
+        self.leaving = True
         if self._hand_over is not None:
             self._hand_over.stop()
-        asyncio.get_running_loop().call_later(
-            REPLACED_GRACE, self.abort, "a newer session of the account takes its place"
-        )
+        asyncio.get_running_loop().call_later(REPLACED_GRACE, self.abort, why)
 
     def wake(self) -> None:
         """Mail has come."""
@@ -199,6 +205,9 @@ class Connection(Driver):
                 "account=%s peer=%s mechanism=%s tls=%s logged in",
                 *(event.account, self.peer[0], event.mechanism, self.tls),
             )
+        elif isinstance(event, WhoIs):
+            self._waiting = True
+            self._start(self._look_up(event.name))
         elif isinstance(event, LoginFailed):
             self._waiting = True
             self._start(self._refuse_login(event))
@@ -221,6 +230,16 @@ class Connection(Driver):
             self.abort(f"handing over: {error}")
         self.finish()
 
+    async def _look_up(self, name: str) -> None:
+        refusal = None
+        try:
+            await self._provider.accounts.look_up(name)
+        except AccountsUnavailableError:
+            refusal = CANNOT_TELL
+        self._waiting = False
+        self._turn.looked_up(refusal)
+        self.advance()
+
     async def _refuse_login(self, failed: LoginFailed) -> None:
         guard = self._provider.logins
         await asyncio.sleep(guard.failed(self.peer[0], failed.name, failed.mechanism))
@@ -232,8 +251,14 @@ class Connection(Driver):
 
     async def _atrn(self, request: AtrnRequest) -> None:
         provider = self._provider
-        account = provider.accounts.find(request.account)
-        assert account is not None
+        try:
+            account = await self._still(request)
+        except AccountsUnavailableError:
+            self._refuse_atrn(UNAVAILABLE)
+            return
+        if account is None:
+            self._refuse_atrn(CHANGED)
+            return
         self.account = account
         push = account.settings.push
         self.push = push == "always" or (request.push and bool(push))
@@ -256,6 +281,15 @@ class Connection(Driver):
             self._say_goodbye(hand_over)
         finally:
             await hand_over.close()
+
+    async def _still(self, request: AtrnRequest) -> Account | None:
+        """The account that has logged in, unless it could not do so any more.  Raises
+        :class:`AccountsUnavailableError`."""
+        before = self._turn.customer
+        account = await self._provider.accounts.look_up(request.account)
+        if account is None or before is None or not account.lets_in(before.account):
+            return None
+        return account
 
     async def _go_on(self, hand_over: HandOver) -> None:
         """A session that rested has something to do."""

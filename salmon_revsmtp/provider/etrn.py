@@ -22,7 +22,7 @@ import functools
 import logging
 import math
 import ssl
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from salmon_revsmtp.net.address import host_and_port
 from salmon_revsmtp.net.dial import dial
 from salmon_revsmtp.net.driver import Driver
 from salmon_revsmtp.net.outcome import Failed
-from salmon_revsmtp.provider.accounts import Account
+from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.store import Held, HoldStore, State
 from salmon_revsmtp.provider.settling import Settler
@@ -133,16 +133,17 @@ class Etrn:
 
     def __init__(
         self,
-        accounts: Iterable[Account],
+        accounts: Accounts,
         store: HoldStore,
         settler: Settler,
         served: Callable[[str], None] = lambda account: None,
     ) -> None:
         self._store, self._settler, self._served = store, settler, served
+        self._all = accounts
         self._accounts = {
             domain: account
             for account in accounts
-            if account.settings.etrn is not None and account.settings.enabled
+            if _is_sent(account)
             for domain in account.domains
         }
         self._below: dict[str, list[str]] = {}
@@ -166,6 +167,10 @@ class Etrn:
         except AddressError:
             return Reply(501, "ETRN takes a domain, or @ and a domain", "5.5.4")
         name = name[:LONGEST_NAME]
+        try:
+            asked = await self._asked_elsewhere(name, asked)
+        except OSError:
+            return Reply(458, f"unable to queue messages for node {name}, try later", "4.3.0")
         if not 0 < len(asked) <= MOST_ACCOUNTS:
             reason = "its mail is not sent on request here"
             return Reply(459, f"node {name} not allowed: {reason}", "4.7.1")
@@ -195,10 +200,27 @@ class Etrn:
                     break
         return found
 
+    async def _asked_elsewhere(
+        self, name: str, asked: dict[Account, set[str]]
+    ) -> dict[Account, set[str]]:
+        """The same with an account that the settings do not have.  Of those, only the one that has
+        the domain itself is known: with "@" its subdomains are sent, too.  Raises
+        :class:`OSError`."""
+        if name.startswith("#") or self._all.lookups is None:
+            return asked
+        node = to_ascii(name.removeprefix("@"))
+        account = await self._all.look_up_domain(node)
+        if account is None or self._all.in_settings(account.name) or not _is_sent(account):
+            return asked
+        below = f".{node}" if name.startswith("@") else None
+        domains = {one for one in account.domains if one == node or (below and one.endswith(below))}
+        return {**asked, account: domains}
+
     async def _order(self, account: Account, domains: set[str], hostname: str) -> _Waiting | None:
         """Have an account's mail sent, if any waits.  Returns what does; ``None`` if it has been
         asked for already."""
         order = self._orders.setdefault(account.name, _Order(account))
+        order.account = account
         async with self._looks:
             if order.task is not None and domains <= order.asked | order.sending:
                 order.since |= domains
@@ -346,6 +368,11 @@ def _filter(account: Account, domains: Collection[str]) -> frozenset[str] | None
 
 def _is_for(held: Held, domains: Collection[str]) -> bool:
     return any(domain_of(one) in domains for one in held.envelope.recipients)
+
+
+def _is_sent(account: Account) -> bool:
+    """Whether its mail is sent when someone asks for that."""
+    return account.settings.etrn is not None and account.settings.enabled
 
 
 def _answer(name: str, found: Sequence[_Waiting | None]) -> Reply:

@@ -7,13 +7,14 @@ which no one sets: a wall clock that jumps expires nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
 
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
-from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.accounts import Account, Accounts, AccountsUnavailableError
 from salmon_revsmtp.provider.hold.store import Held, HoldStore, Settled
 from salmon_revsmtp.provider.notices import Notices
 from salmon_revsmtp.safelog import log_safely
@@ -42,12 +43,22 @@ class Expiry:
 
     def check(self) -> None:
         """One look.  Blocks; never raises."""
-        for account in self._accounts:
+        for account in self._all():
             try:
                 self._check(account)
             except Exception as error:
                 text = "account=%s what is too old cannot be given up: %s"
                 log_safely(log, logging.ERROR, text, account.name, error)
+
+    def _all(self) -> Iterator[Account]:
+        """Those that mail may be held for.  One that cannot be looked up now has its turn the next
+        time."""
+        yield from self._accounts
+        for name in self._store.usages() if self._accounts.lookups is not None else ():
+            if not self._accounts.in_settings(name):
+                with contextlib.suppress(AccountsUnavailableError):
+                    if (found := self._accounts.fetch(name)) is not None:
+                        yield found
 
     def _check(self, account: Account) -> None:
         now, settings = self._store.now(), account.settings

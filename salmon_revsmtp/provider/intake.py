@@ -36,7 +36,7 @@ from salmon_revsmtp.delivery.maildir import disk_reply
 from salmon_revsmtp.delivery.trace import MAX_HOPS, AddedFields, Origin, hops, separator
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.hooks import HookCaller
-from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.accounts import Account, Accounts, AccountsUnavailableError
 from salmon_revsmtp.provider.hold.store import Arrival, HoldStore, Spool
 from salmon_revsmtp.provider.idents import Ident, Idents
 from salmon_revsmtp.provider.live import Live, Said
@@ -44,6 +44,7 @@ from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
 from salmon_revsmtp.smtp.content import Content, Octets
 from salmon_revsmtp.smtp.envelope import Client, Envelope
+from salmon_revsmtp.smtp.receiver import LATER, RecipientRequest, Verdict
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
 
@@ -52,6 +53,7 @@ __all__ = ["Intake"]
 log = logging.getLogger(__name__)
 
 NOT_OURS = Reply(550, "we do not take mail for this domain", "5.7.1")
+NOT_NOW = Reply(451, "it cannot be told now whether we take mail for this domain", "4.3.0")
 OVER_QUOTA = Reply(452, "too much mail waits for this domain, try again later", "4.2.2")
 
 # The customer has said nothing, for no one has asked it.
@@ -101,6 +103,8 @@ class Intake:
         self._filtered: dict[PendingDelivery, tuple[bytes, AddedFields, Reply | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._given: dict[PendingDelivery, Ident] = {}  # to those that are not settled
+        # Whose those are that are not settled, where that had to be looked up.
+        self._looked_up: dict[PendingDelivery, Sequence[Account | None]] = {}
         self._looked_at = 0  # octets of messages that plugins have
         self._less_looked_at = asyncio.Event()
         # Of the batch in hand, in the thread.
@@ -110,7 +114,26 @@ class Intake:
     # -- in the event loop ----------------------------------------------------------------------
 
     def policy(self, mailbox: str) -> Reply | None:
-        """Accepts (``None``) or refuses a recipient."""
+        """Accepts (``None``) or refuses a recipient.  One whose domain has to be looked up is not
+        refused yet; :meth:`decide` does that."""
+        return (
+            self._refusal(mailbox) if self._accounts.knows_domain(self._domain(mailbox)) else None
+        )
+
+    def verdict(self, mailbox: str) -> Verdict:
+        """The same for one of many who decide: whether it has to be looked up."""
+        known = self._accounts.knows_domain(self._domain(mailbox))
+        return self._refusal(mailbox) if known else LATER
+
+    async def decide(self, request: RecipientRequest) -> Reply | None:
+        """Look the domain of a recipient up, and accept or refuse it."""
+        try:
+            await self._accounts.look_up_domain(self._domain(request.recipient))
+        except AccountsUnavailableError:
+            return NOT_NOW
+        return self._refusal(request.recipient)
+
+    def _refusal(self, mailbox: str) -> Reply | None:
         account = self._account(mailbox)
         if account is None:
             return NOT_OURS
@@ -120,12 +143,20 @@ class Intake:
         self._say_full(account, used.messages, used.octets)
         return OVER_QUOTA
 
+    def _domain(self, mailbox: str) -> str:
+        """RFC 5321 4.5.1: "postmaster" without a domain is our own."""
+        own = mailbox.lower() == "postmaster"
+        return domain_of(f"postmaster@{self._hostname()}" if own else mailbox)
+
     def _account(self, mailbox: str) -> Account | None:
-        """Whose mail it is.  RFC 5321 4.5.1: "postmaster" without a domain is our own."""
-        domain = domain_of(mailbox)
-        if mailbox.lower() == "postmaster":
-            domain = domain_of(f"postmaster@{self._hostname()}")
-        return self._accounts.of_domain(domain)
+        """Whose mail it is."""
+        return self._accounts.of_domain(self._domain(mailbox))
+
+    def _owners(self, pending: PendingDelivery) -> Sequence[Account | None]:
+        """Whose mail a message is, by recipient: as it was looked up when it had come."""
+        if (found := self._looked_up.get(pending)) is not None:
+            return found
+        return [self._account(one) for one in pending.envelope.recipients]
 
     def _say_full(self, account: Account, messages: int, octets: int) -> None:
         now = time.monotonic()
@@ -157,7 +188,29 @@ class Intake:
             pending.size = spool.size
         pending.answered = answered
         pending.since = self._loop.time()
-        if self._live is not None and self._live.takes(pending.envelope) is not None:
+        if self._accounts.lookups is None:
+            self._go_on(pending)
+        else:
+            self._start(self._look_up(pending))
+
+    async def _look_up(self, pending: PendingDelivery) -> None:
+        """See whose mail it is: that may have changed since RCPT."""
+        domains = {self._domain(one) for one in pending.envelope.recipients}
+        try:
+            await asyncio.gather(*map(self._accounts.look_up_domain, domains))
+        except AccountsUnavailableError:
+            pending.abandon(NOT_NOW)
+            _discard(pending)
+            self._answer([pending])
+            return
+        self._go_on(pending)
+
+    def _go_on(self, pending: PendingDelivery) -> None:
+        """Whose mail it is is known."""
+        owners = self._owners(pending)
+        if self._accounts.lookups is not None:
+            self._looked_up[pending] = owners
+        if self._live is not None and self._live.takes(owners, pending.envelope) is not None:
             self._for_live.add(pending)
         if self._hooks.implemented("message_received"):
             self._start(self._ask_plugins(pending))
@@ -213,7 +266,7 @@ class Intake:
         """The one that plugins need not be asked for."""
         if hops(head) >= MAX_HOPS:
             return LOOP
-        if not all(map(self._account, pending.envelope.recipients)):
+        if not all(self._owners(pending)):
             return NOT_OURS  # it was accepted, and the account is gone since
         return None
 
@@ -232,6 +285,7 @@ class Intake:
         self._passed_on.pop(pending, None)
         self._filtered.pop(pending, None)
         self._given.pop(pending, None)
+        self._looked_up.pop(pending, None)
 
     def let_go(self, pending: PendingDelivery) -> bool:
         """No one will hear the answer: what has not begun is forgotten, and its client keeps it."""
@@ -240,6 +294,7 @@ class Intake:
             pending.answered = None
             _discard(pending)
             self._worker.withdraw(self, pending)
+            self._looked_up.pop(pending, None)
             pending.data = b""
         return forgotten
 
@@ -265,7 +320,8 @@ class Intake:
             assert self._live is not None
             ready = arrival.spool is None  # else it may have to be read
             content = _content(arrival) if ready else await asyncio.to_thread(_content, arrival)
-            if (session := self._live.takes(arrival.envelope)) is not None:
+            owners = self._owners(pending)
+            if (session := self._live.takes(owners, arrival.envelope)) is not None:
                 said = await self._live.send(session, arrival.envelope, content)
         except _TooLarge as error:
             said = Said(said.replies, str(error))
@@ -281,8 +337,11 @@ class Intake:
     def hold(self, envelope: Envelope, data: bytes) -> Reply:
         """Hold a message for its one recipient, as it is; returns 250 when it is safe.  Blocks."""
         [recipient] = envelope.recipients
-        account = self._account(recipient)
-        if (refusal := self.policy(recipient)) or account is None:
+        try:
+            account = self._accounts.fetch_domain(self._domain(recipient))
+        except AccountsUnavailableError:
+            return NOT_NOW
+        if (refusal := self._refusal(recipient)) or account is None:
             return refusal or NOT_OURS
         pending = PendingDelivery(Origin("hold", self._hostname()), envelope, data, size=len(data))
         self._keep([(pending, Arrival(envelope, (account.name,), [data]), HELD)])
@@ -335,16 +394,18 @@ class Intake:
 
     def _prepare(self, pending: PendingDelivery) -> None:
         for_live, filtered = pending in self._for_live, self._filtered.get(pending)
+        owners = self._owners(pending)
         self._forget(pending)
         with pending.lock:
             if pending.abandoned:
                 return
             pending.begun = True
+        if self._accounts.lookups is not None:
+            self._looked_up[pending] = owners
         head = _head_of(pending)
         if filtered is None:
             filtered = self._received(pending), AddedFields(), self._known_refusal(pending, head)
         received, added, refusal = filtered
-        accounts = [self._account(one) for one in pending.envelope.recipients]
         if refusal is not None:
             _discard(pending)
             self._settle(pending, refusal)
@@ -352,7 +413,7 @@ class Intake:
         spool = _spool(pending)
         trace = received + added.lines + separator(head)
         content = (trace.replace(b"\n", b"\r\n"), pending.data)
-        names = tuple(account.name for account in accounts if account is not None)
+        names = tuple(account.name for account in owners if account is not None)
         arrival = Arrival(self._named(pending, spool), names, content, spool)
         if for_live:
             self._ready.append((pending, arrival))
@@ -431,11 +492,13 @@ class Intake:
         """Log a message, tell the plugins, and note its reply: what the customer has said, and
         ``reply`` for those of which it has said nothing."""
         envelope = pending.envelope
-        for recipient, live in zip_longest(envelope.recipients, said.replies):
+        told = bool(said.replies) and self._hooks.implemented("message_handed_over")
+        owners = self._owners(pending) if told else ()
+        self._looked_up.pop(pending, None)
+        for recipient, live, account in zip_longest(envelope.recipients, said.replies, owners):
             pending.add(live or reply, repeat=False)
             self._log(pending, recipient, live or reply, live is not None, said.reason)
-            if live is not None and self._hooks.implemented("message_handed_over"):
-                account = self._account(recipient)
+            if live is not None and told:
                 self._hooks.call(
                     "message_handed_over",
                     account=account.name if account is not None else "",

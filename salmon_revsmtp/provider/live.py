@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from salmon_revsmtp.foreign import ERROR_TEXT, angle, shortened
-from salmon_revsmtp.provider.accounts import Accounts
+from salmon_revsmtp.provider.accounts import Account, Accounts
 from salmon_revsmtp.provider.handover import HandOver, Passing
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
@@ -86,11 +86,13 @@ class Live:
         return LATER if self._session(mailbox) is not None else None
 
     def _session(self, mailbox: str) -> HandOver | None:
-        domain = domain_of(mailbox)
-        account = self._accounts.of_domain(domain) if "@" in mailbox else None
-        if account is None or not account.settings.live or self._stopped:
+        account = self._accounts.of_domain(domain_of(mailbox)) if "@" in mailbox else None
+        return self._session_of(account, mailbox)
+
+    def _session_of(self, account: Account | None, mailbox: str) -> HandOver | None:
+        if account is None or "@" not in mailbox or not account.settings.live or self._stopped:
             return None
-        return self._find(account.name, domain)
+        return self._find(account.name, domain_of(mailbox))
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
         """The customer's 2yz or 5yz for a recipient; ``None``, it is accepted, where it says
@@ -117,9 +119,11 @@ class Live:
             )
         return reply
 
-    def takes(self, envelope: Envelope) -> HandOver | None:
-        """The session that a message can go down now: its recipients are of one account."""
-        sessions = {self._session(one) for one in envelope.recipients}
+    def takes(self, owners: Sequence[Account | None], envelope: Envelope) -> HandOver | None:
+        """The session that a message can go down now, whose recipients have these ``owners``: they
+        are of one account."""
+        both = zip(owners, envelope.recipients, strict=True)
+        sessions = {self._session_of(*one) for one in both}
         return sessions.pop() if len(sessions) == 1 else None
 
     async def send(self, session: HandOver, envelope: Envelope, content: bytes | Content) -> Said:

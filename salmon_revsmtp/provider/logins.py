@@ -34,10 +34,15 @@ SHUT_OUT = Reply(421, "too many failed logins from your address, try again later
 
 
 class LoginGuard:
-    """Counts failed logins.  ``clock`` gives seconds that pass as they do."""
+    """Counts failed logins.  ``clock`` gives seconds that pass as they do.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    ``tell``  is told the network of each, for other hosts to hear.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], tell: Callable[[str], None] = lambda network: None
+    ) -> None:
+        self._clock, self._tell = clock, tell
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
 
     def refusal(self, address: str) -> Reply | None:
@@ -49,10 +54,8 @@ class LoginGuard:
         network = _network(address)
         recent = self._recent(network)
         recent.append(self._clock())
-        self._failures[network] = recent
-        self._failures.move_to_end(network)
-        if len(self._failures) > NETWORKS:
-            self._failures.popitem(last=False)
+        self._remember(network, recent)
+        self._tell(network)
         log_safely(
             log,
             logging.WARNING,
@@ -65,6 +68,20 @@ class LoginGuard:
             f"; {network} is shut out" if len(recent) >= MOST else "",
         )
         return float(min(FIRST_DELAY * 2 ** min(len(recent) - 1, 10), LONGEST_DELAY))
+
+    def heard(self, network: str, number: int, ago: float) -> None:
+        """So many logins from a network failed at another host, so many seconds ago."""
+        recent = self._recent(network)
+        at = self._clock() - ago
+        # More than that say no more.
+        more = [at] * min(number, max(0, MOST - len(recent)))
+        self._remember(network, deque(sorted([*recent, *more])))
+
+    def _remember(self, network: str, recent: deque[float]) -> None:
+        self._failures[network] = recent
+        self._failures.move_to_end(network)
+        if len(self._failures) > NETWORKS:
+            self._failures.popitem(last=False)
 
     def _recent(self, network: str) -> deque[float]:
         found = self._failures.get(network, deque())

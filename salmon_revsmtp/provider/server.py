@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import ssl
 import time
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -15,11 +17,12 @@ from salmon_revsmtp.net.address import HostAndPort
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.listener import Admit, Listener
 from salmon_revsmtp.net.places import Places
-from salmon_revsmtp.provider.accounts import Account, Accounts
+from salmon_revsmtp.provider.accounts import Account, Accounts, AccountsUnavailableError
 from salmon_revsmtp.provider.connection import REPLACED_GRACE, Connection
 from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.store import HoldStore
 from salmon_revsmtp.provider.logins import LoginGuard
+from salmon_revsmtp.provider.nodes import Nodes, NodeSession
 from salmon_revsmtp.provider.settling import Notify, Settler
 from salmon_revsmtp.safelog import log_safely
 
@@ -33,6 +36,11 @@ IDLE_TIMEOUT = 600.0
 GRACE = 10.0
 # Seconds without a session after which an account that has mail is named in the log.
 UNSEEN = 86400.0
+# Seconds between two looks whether accounts with sessions are what they were, where plugins have
+# them, and how many are asked for at a time: each costs a plugin a question.
+ASK_AGAIN, ASKED_AGAIN = 1.0, 200
+# Seconds between two looks whether a session at another host has given way.
+GIVEN_WAY = 0.1
 
 
 class Provider:
@@ -47,6 +55,7 @@ class Provider:
     ``addresses``    where to listen, and whether TLS is from the start.
     ``timeout``      seconds without a byte from the customer.
     ``keepalive``    seconds of silence in a push session.
+    ``nodes``        the other hosts, if there may be any.
     ``balancers``    addresses whose connections begin with a PROXY header.
     ``listeners``    one for each address, once they listen.
     """
@@ -66,12 +75,20 @@ class Provider:
         keepalive: float = 60.0,
         max_sessions: int = 10_000,
         max_sessions_per_address: int = 10_000,
+        nodes: Nodes | None = None,
         balancers: Container[str] | None = None,
     ) -> None:
         self.accounts, self.store, self.hostname = accounts, store, hostname
         self.needs_tls, self.timeout, self.keepalive = needs_tls, timeout, keepalive
         self.settler = Settler(store, notify, hooks)
-        self.logins = LoginGuard(lambda: asyncio.get_running_loop().time())
+        self.nodes = nodes
+        self.logins = LoginGuard(lambda: asyncio.get_running_loop().time(), self._tell_of_login)
+        self._numbers: dict[int, Connection] = {}  # as the other hosts know our sessions
+        self._next = itertools.count(1)
+        self._asking_again: asyncio.Task[None] | None = None
+        self._asked_again: dict[str, None] = {}  # accounts with sessions, the next one first
+        self._rechecks: set[asyncio.Task[None]] = set()
+        self._rechecking = asyncio.Semaphore(ASKED_AGAIN)
         self._certificate = certificate
         self._addresses = addresses
         self._most, self._most_per_address = max_sessions, max_sessions_per_address
@@ -124,6 +141,10 @@ class Provider:
             )
             await listener.start()
             self.listeners.append(listener)
+        if self.nodes is not None:
+            await asyncio.to_thread(self.nodes.watch, self)
+        if self.accounts.lookups is not None:
+            self._asking_again = self._loop.create_task(self._ask_again())
 
     def _connect(self, admit: Admit, implicit: bool) -> Connection:
         return Connection(self, admit, implicit)
@@ -132,7 +153,12 @@ class Provider:
         """Close the listeners and every connection; what was not answered with 2yz stays."""
         await asyncio.gather(*(one.stop(grace) for one in self.listeners))
         await self.settler.finish(grace)
+        for task in (self._asking_again, *self._rechecks):
+            if task is not None:
+                task.cancel()
         self._loop = None
+        if self.nodes is not None:
+            await asyncio.to_thread(self.nodes.close)
 
     async def __aenter__(self) -> Provider:
         await self.start()
@@ -163,9 +189,46 @@ class Provider:
                 *(account.name, one.peer[0], connection.peer[0]),
             )
             one.replace()
-        if too_many and not connection.push:
-            # What they have under way is not "no mail".
+        elsewhere = await self._begin_at_nodes(connection, account)
+        if connection.push:
+            return
+        # What they have under way is not "no mail".
+        if too_many:
             await asyncio.wait([one.ended for one in too_many], timeout=2 * REPLACED_GRACE)
+        if elsewhere:
+            with contextlib.suppress(asyncio.TimeoutError, TimeoutError, OSError):
+                await asyncio.wait_for(self._gone(elsewhere), 2 * REPLACED_GRACE)
+
+    async def _begin_at_nodes(self, connection: Connection, account: Account) -> Sequence[object]:
+        """Have the other hosts know of a session; returns those that give way to it there."""
+        if self.nodes is None:
+            return ()
+        number = next(self._next)
+        self._numbers[number] = connection
+        connection.ended.add_done_callback(lambda _: self._ended_at_nodes(number))
+        host, port = connection.peer
+        session = NodeSession(
+            account.name,
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            time.time(),
+            connection.push,
+            connection.tls_version,
+            account.settings.sessions,
+        )
+        try:
+            return await asyncio.to_thread(self.nodes.begin, number, session)
+        except OSError:  # it is told later; until then they are this host's alone
+            return ()
+
+    def _ended_at_nodes(self, number: int) -> None:
+        self._numbers.pop(number, None)
+        if self.nodes is not None:
+            self.nodes.end(number)
+
+    async def _gone(self, replaced: Sequence[object]) -> None:
+        assert self.nodes is not None
+        while await asyncio.to_thread(self.nodes.still_there, replaced):
+            await asyncio.sleep(GIVEN_WAY)
 
     def last_seen(self, name: str) -> float | None:
         """When a session of an account began or ended the last time (seconds since the epoch);
@@ -222,3 +285,97 @@ class Provider:
         for name in accounts:
             for one in self._sessions.get(name, ()):
                 one.wake()
+
+    # -- what other hosts tell ------------------------------------------------------------------
+
+    def _tell_of_login(self, network: str) -> None:
+        if self.nodes is not None:
+            self.nodes.login_failed(network)
+
+    def _soon(self, function: Callable[..., None], *arguments: object) -> None:
+        """In any thread: have the event loop do it."""
+        if (loop := self._loop) is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(function, *arguments)
+
+    def accounts_changed(self, names: Collection[str] | None) -> None:
+        """In any thread: these accounts are not what they were, or any may be."""
+        if self.accounts.lookups is not None:
+            self.accounts.lookups.forget()
+        self._soon(self._recheck_soon, names)
+
+    def accounts_seen(self, at: float) -> None:
+        """In any thread: until then no others had changed."""
+        if self.accounts.lookups is not None:
+            self.accounts.lookups.still(at)
+
+    def gave_way(self, numbers: Collection[int]) -> None:
+        """In any thread: these sessions have to end."""
+        self._soon(self._give_way, numbers)
+
+    def _give_way(self, numbers: Collection[int]) -> None:
+        for number in numbers:
+            if (one := self._numbers.pop(number, None)) is not None and one.account is not None:
+                log_safely(
+                    log,
+                    logging.WARNING,
+                    "account=%s peer=%s its session gives way to a newer one at another host",
+                    *(one.account.name, one.peer[0]),
+                )
+                one.replace()
+
+    def logins_failed(self, network: str, number: int, ago: float) -> None:
+        """In any thread: logins have failed at another host."""
+        self._soon(self.logins.heard, network, number, ago)
+
+    # -- accounts that change -------------------------------------------------------------------
+
+    async def _ask_again(self) -> None:
+        """See now and then whether accounts with sessions are what they were."""
+        while True:
+            await asyncio.sleep(ASK_AGAIN)
+            waiting = [name for name in self._asked_again if name in self._sessions]
+            others = [name for name in self._sessions if name not in self._asked_again]
+            turn = [one for one in (*waiting, *others) if not self.accounts.in_settings(one)]
+            some, rest = turn[:ASKED_AGAIN], turn[ASKED_AGAIN:]
+            self._asked_again = dict.fromkeys([*rest, *some])
+            await asyncio.gather(*map(self._recheck, some))
+
+    def _recheck_soon(self, names: Collection[str] | None) -> None:
+        for name in list(self._sessions) if names is None else names:
+            if name in self._sessions and not self.accounts.in_settings(name):
+                task = asyncio.get_running_loop().create_task(self._recheck(name))
+                self._rechecks.add(task)
+                task.add_done_callback(self._rechecks.discard)
+
+    async def _recheck(self, name: str) -> None:
+        """End the sessions of an account that could not have them any more."""
+        try:
+            async with self._rechecking:
+                account = await self.accounts.look_up(name)
+        except AccountsUnavailableError:
+            return
+        for one in list(self._sessions.get(name, ())):
+            if one.leaving or one.account is None:
+                continue
+            if why := _why_not(one, one.account, account):
+                log_safely(
+                    log,
+                    logging.WARNING,
+                    "account=%s peer=%s its session ends: %s",
+                    *(name, one.peer[0], why),
+                )
+                one.replace(why)
+
+
+def _why_not(session: Connection, before: Account, now: Account | None) -> str:
+    """Why a session cannot go on; ``""`` if it can."""
+    if now is None:
+        return "the account is gone"
+    if not now.settings.enabled:
+        return "the account is disabled"
+    if not now.lets_in(before):
+        return "the account has another password"
+    if session.push and not now.settings.push:
+        return "the account has no push sessions any more"
+    return ""

@@ -1,8 +1,9 @@
 """What ``salmon-revsmtp check`` looks at on this machine: all that can fail before, or beside, the
 network.  ``reaching`` has the rest.
 
-Each thing that is looked at is one :class:`Finding`.  Nothing is changed; what is missing and is
-made by itself when it is needed, is no trouble.  The current folder is the project's.
+Each thing that is looked at is one :class:`Finding`.  Nothing is changed, but that the tables of
+accounts are made in a database that is new; what is missing and is made by itself when it is
+needed, is no trouble.  The current folder is the project's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import salmon_revsmtp
@@ -24,6 +26,7 @@ from salmon_revsmtp.delivery.outbox import UNSENT
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.files import FEW_FILES, Room, room_in, try_folder
+from salmon_revsmtp.hooks import HookFailedError
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
 from salmon_revsmtp.net.certificate import (
@@ -32,6 +35,7 @@ from salmon_revsmtp.net.certificate import (
     certificate_names,
     is_for,
 )
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.settings import ProviderSettings
 from salmon_revsmtp.server.attach import AttachedReceiver
@@ -86,6 +90,7 @@ class Finding:
 def local_findings(
     project: Project,
     configuration: Configuration,
+    plugins: Plugins,
     boot: str | None,
     *,
     listen: bool,
@@ -93,6 +98,7 @@ def local_findings(
 ) -> Iterator[Finding]:
     """All of this machine, one after the other; the boot module is imported on the way.
 
+    ``plugins``  they may have accounts, too.
     ``boot``     its name; ``None`` is the default.
     ``listen``   the receiver of the boot module may listen.
     ``offline``  nothing asks DNS.
@@ -114,6 +120,7 @@ def local_findings(
     yield _clock()
     yield from _certificates(configuration, offline)
     yield from _accounts(configuration)
+    yield from _accounts_twice(configuration, plugins, offline)
 
 
 # -- the settings and the project's code -----------------------------------------------------------
@@ -450,7 +457,7 @@ def _certificate(where: str, settings: Any, offline: bool) -> Iterator[Finding]:
 
 def _accounts(configuration: Configuration) -> Iterator[Finding]:
     """Each account's domains are taken by a service that holds mail."""
-    if not configuration.accounts:
+    if not configuration.accounts and not configuration.elsewhere:
         return
     holding = {
         name: one
@@ -485,6 +492,42 @@ def _accounts(configuration: Configuration) -> Iterator[Finding]:
                 "" if account.enabled else "; its login is disabled"
             )
             yield Finding("accounts", account.name, OK, text)
+
+
+def _accounts_twice(
+    configuration: Configuration, plugins: Plugins, offline: bool
+) -> Iterator[Finding]:
+    """No account of the settings, and no domain of one, is one that a plugin has, too."""
+    if not configuration.elsewhere:
+        return
+    names = ", ".join(sorted(configuration.elsewhere))
+    if offline:
+        yield Finding("accounts", names, SKIPPED, "not looked up: --offline")
+        return
+    module = configuration.module or ModuleType("settings")
+    try:
+        for account in configuration.accounts:
+            if plugins.ask("find_account", name=account.name, settings=module) is not None:
+                yield Finding(
+                    "accounts",
+                    account.name,
+                    WARNING,
+                    f"the name is in customer_accounts and elsewhere (plugin {names}), too; the "
+                    "account in the settings counts, and the other one does not",
+                )
+            for domain in account.domains:
+                other = plugins.ask("account_for", domain=domain, settings=module)
+                if other is not None and (owner := str(other.get("name"))) != account.name:
+                    yield Finding(
+                        "accounts",
+                        account.name,
+                        WARNING,
+                        f"{domain} is also that of account {owner!r} elsewhere (plugin {names}); "
+                        "its mail goes to the account in the settings",
+                    )
+    except HookFailedError as error:
+        text = f"they cannot be looked up: {error}"
+        yield Finding("accounts", names, WARNING, text)
 
 
 def _number(number: int, noun: str) -> str:

@@ -355,6 +355,8 @@ class Collector:
             deciders.insert(0, RoutesDecide(service.spell, threads))
         if service.settings.delivery == "hold":
             deciders.append(self.providing.live)
+            if self.providing.accounts.lookups is not None:
+                deciders.insert(0, self._intake(name))
         return Recipients(policy, *deciders)
 
     def collection(self, agent: Agent) -> Collection:

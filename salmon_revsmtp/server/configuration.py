@@ -14,13 +14,14 @@ from typing import Any
 from salmon_revsmtp.customer.agent import Agent
 from salmon_revsmtp.customer.settings import AgentSettings
 from salmon_revsmtp.foreign import without_login
+from salmon_revsmtp.plugins.builtin import POSTGRES, POSTGRES_PLUGIN
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.settings import AccountSettings, ProviderSettings
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.settings import ServiceSettings
 from salmon_revsmtp.settings import SettingsError, kind_of, quote, validated, words_of
 
-__all__ = ["Configuration", "load"]
+__all__ = ["Configuration", "account_named", "domain_taken", "load"]
 
 # The names in a settings module that are ours.
 _OURS = ("collection_agents", "smtp_services", "customer_accounts", "provider", "alert")
@@ -43,6 +44,7 @@ class Configuration:
     """Valid settings: agents in their order, services by name.
 
     ``accounts``  the customers whose mail is held; ``provider``: how they reach us, if they do.
+    ``elsewhere`` the plugins that may have accounts, too.
     ``module``   the settings module itself, in which plugins have settings of their own.
     ``written``  the domains of each service, and then those that its agents ask for, as a person
                  wrote them: handlers route by these.
@@ -56,6 +58,7 @@ class Configuration:
     provider: ProviderSettings | None = None
     module: ModuleType | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def holds(self) -> bool:
@@ -116,6 +119,7 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
         *(tuple(agents), services, written, accounts, provider),
         module=module,
         warnings=tuple(_misspelt(module)),
+        elsewhere=frozenset(_elsewhere(provider, plugins)),
     )
     problems += [
         f'service "{name}": domains: empty, and no agent of the service asks for any, so every '
@@ -126,7 +130,8 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
         and settings.delivery != "hold"
         and not configuration.asked_for(name)
     ]
-    if configuration.holds and not getattr(module, "customer_accounts", None):
+    named = getattr(module, "customer_accounts", None) or configuration.elsewhere
+    if configuration.holds and not named:
         problems.append(
             "customer_accounts: missing, so there is no one to hold mail for; allowed: a list of "
             "dicts with name, password and domains"
@@ -136,6 +141,14 @@ def load(module: ModuleType, plugins: Plugins) -> Configuration:
     if problems:
         raise SettingsError(problems)
     return configuration
+
+
+def _elsewhere(provider: ProviderSettings | None, plugins: Plugins) -> set[str]:
+    """The plugins that may have accounts.  That of PostgreSQL has those of the database in which
+    mail is held, and none where mail is held elsewhere."""
+    found = plugins.who_has("find_account") | plugins.who_has("account_for")
+    held_there = provider is not None and provider.hold_scheme == POSTGRES
+    return found if held_there else found - {POSTGRES_PLUGIN}
 
 
 def _unknown_store(scheme: str, plugins: Plugins) -> str:
@@ -176,6 +189,19 @@ def _no_list(name: str, found: object, key: str) -> str:
 def _named(name: str) -> str:
     """A name as it is said; that of an account may be a mail address, but is no login."""
     return without_login(name) if ":" in name else name
+
+
+def account_named(name: str) -> str:
+    """An account, where a sentence about it begins."""
+    return f'account "{_named(name)}"'
+
+
+def domain_taken(where: str, domain: str, owner: str) -> str:
+    """The account that ``where`` names has a domain that is another's."""
+    return (
+        f"{where}: domains: {quote(domain)} is that of account "
+        f"{quote(owner, address=True)}, allowed: a domain of one account only"
+    )
 
 
 def _written(module: ModuleType, service: str) -> Iterator[str]:
@@ -234,9 +260,7 @@ def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]
     owners: dict[str, str] = {}
     for number, keys in enumerate(found, 1):
         name = keys.get("name") if isinstance(keys, Mapping) else None
-        where = (
-            f'account "{_named(name)}"' if isinstance(name, str) and name else f"account {number}"
-        )
+        where = account_named(name) if isinstance(name, str) and name else f"account {number}"
         if isinstance(name, str) and name in names:
             problems.append(f"{where}: name: found twice, allowed: a name of its own for each")
         names.add(str(name))
@@ -247,10 +271,7 @@ def _accounts(found: object, problems: list[str]) -> tuple[AccountSettings, ...]
         for domain in account.domains:
             owner = owners.setdefault(domain, account.name)
             if owner != account.name:
-                problems.append(
-                    f"{where}: domains: {quote(domain)} is that of account "
-                    f"{quote(owner, address=True)}, allowed: a domain of one account only"
-                )
+                problems.append(domain_taken(where, domain, owner))
     return tuple(accounts)
 
 

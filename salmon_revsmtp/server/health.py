@@ -81,6 +81,9 @@ class Holding(NamedTuple):
     ``online``  its sessions.
     ``seen``    when it had one last, as far as that is known.
     ``deferred``  what the customer said of the oldest that it deferred; empty if it did of none.
+    ``account``  its settings, where they are not in ours; ``None`` also if it is not known now
+                 whether it is there.
+    ``gone``     there is no such account.
     """
 
     messages: int = 0
@@ -90,6 +93,8 @@ class Holding(NamedTuple):
     online: int = 0
     seen: float | None = None
     deferred: str = ""
+    account: AccountSettings | None = None
+    gone: bool = False
 
 
 class Deferring(NamedTuple):
@@ -354,12 +359,17 @@ class Health:
                     f"`salmon-revsmtp provider held retry --account {shlex.quote(name)}`; see "
                     "`salmon-revsmtp provider held` for the reason.",
                 )
-            if one.messages and self._unseen(name, one, accounts.get(name), live):
+            account = accounts.get(name) or one.account
+            if one.messages and self._unseen(name, one, account, live):
                 known = self._known.get(f"account:{name}:unseen")
                 since = one.seen or (known.since if known else None) or one.oldest
                 what = counted(one.messages, one.octets)
                 text = f"The account {name} has not called since {_when(since)}: {what} wait."
-                if name not in accounts:
+                if one.gone:
+                    text = (
+                        f"Mail is held for {name}, and there is no such account any more: {what}."
+                    )
+                elif name not in accounts and not self._configuration.elsewhere:
                     text = f"Mail is held for {name}, which customer_accounts has no more: {what}."
                 yield Trouble(f"account:{name}:unseen", text, since)
             elif since := self._deferred_since(name, one):
@@ -384,8 +394,8 @@ class Health:
         return since if known or self._clock() - since >= DEFERRED_LONG else None
 
     def _unseen(self, name: str, one: Holding, account: AccountSettings | None, live: Live) -> bool:
-        if account is None:
-            return True
+        if account is None:  # there is none, or it cannot be told now
+            return one.gone or not self._configuration.elsewhere
         if one.online or not account.enabled:
             return False
         now = self._clock()
@@ -429,13 +439,20 @@ class Health:
         waiting = [one.oldest for one in held.values() if one.oldest is not None]
         return {
             "status": "provider",
-            "accounts": len(self._configuration.accounts),
+            "accounts": self._number_of_accounts,
             "online": sum(1 for one in held.values() if one.online),
             "messages": sum(one.messages for one in held.values()),
             "bytes": sum(one.octets for one in held.values()),
             "aside": sum(one.aside for one in held.values()),
             "oldest": _time(min(waiting, default=None)),
         }
+
+    @property
+    def _number_of_accounts(self) -> int | None:
+        """``None`` where plugins have some, which would have to list them."""
+        if self._configuration.elsewhere:
+            return None
+        return len(self._configuration.accounts)
 
     @property
     def _hold(self) -> Path | None:

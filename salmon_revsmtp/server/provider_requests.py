@@ -24,17 +24,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from salmon_revsmtp.customer.report import iso
 from salmon_revsmtp.delivery.trace import header_end
-from salmon_revsmtp.provider.accounts import Account
+from salmon_revsmtp.provider.accounts import Account, AccountsUnavailableError
 from salmon_revsmtp.provider.hold.store import Held, State
 from salmon_revsmtp.provider.server import Provider
+from salmon_revsmtp.provider.settings import AccountSettings
 from salmon_revsmtp.provider.settling import CUSTOMER_SAYS
 from salmon_revsmtp.provider.upkeep import Treated, Upkeep
 from salmon_revsmtp.server.control import MOST_KEYS, Answers
@@ -53,6 +56,14 @@ PIECE = 48 * 1024
 MOST_HEADER = 64 * 1024
 
 Row = dict[str, Any]
+
+
+class _Found(NamedTuple):
+    """An account to list: where it is from, and ``None`` twice where there is none."""
+
+    name: str
+    account: Account | None
+    source: str | None
 
 
 class ProviderRequests:
@@ -91,6 +102,10 @@ class ProviderRequests:
             for one in (self._provider.sessions if self._provider else ())
             if one.account is not None and one.reversed_at is not None
         )
+        nodes = self._provider.nodes if self._provider else None
+        with contextlib.suppress(OSError):  # then only this host's are known
+            elsewhere = await asyncio.to_thread(nodes.sessions) if nodes is not None else ()
+            online.update(one.account for one in elsewhere)
         held = await asyncio.to_thread(self._holdings)
         last = self._provider.last_seen if self._provider else lambda name: None
         return {
@@ -98,31 +113,41 @@ class ProviderRequests:
             for name in {*held, *online}
         }
 
+    def _elsewhere(self, name: str) -> tuple[AccountSettings | None, bool]:
+        """The settings of an account that ours do not have, and whether there is none."""
+        accounts = self._providing.accounts
+        if accounts.lookups is None or accounts.in_settings(name):
+            return None, False
+        try:
+            found = accounts.fetch(name)
+        except AccountsUnavailableError:
+            return None, False
+        return (None, True) if found is None else (found.settings, False)
+
     def _holdings(self) -> dict[str, Holding]:
         store, found = self._providing.store, {}
         for name, used in store.usages().items():
             if used.messages:
                 waiting = store.listing(name, messages=OLDEST, state=State.WAITING)
                 reasons = (one.reason for one in waiting)
+                account, gone = self._elsewhere(name)
                 found[name] = Holding(
                     *(used.messages, used.octets, store.aside(name)),
                     oldest=waiting[0].arrived if waiting else None,
                     deferred=next((one for one in reasons if one.startswith(CUSTOMER_SAYS)), ""),
+                    account=account,
+                    gone=gone,
                 )
         return found
 
     # -- accounts and sessions ------------------------------------------------------------------
 
     async def _accounts(self, request: Row) -> AsyncIterator[Row]:
-        accounts = {one.name: one for one in self._providing.accounts}
-        store = await asyncio.to_thread(lambda: self._providing.store)
-        names = [*accounts, *sorted(set(store.usages()) - set(accounts))]
-        if (wanted := request.get("account")) is not None:
-            names = [name for name in names if name == wanted]
+        await asyncio.to_thread(lambda: self._providing.store)
         open_now = self._open_sessions()
-        for start in range(0, len(names), PAGE):
-            some = names[start : start + PAGE]
-            for row in await asyncio.to_thread(self._account_rows, some, accounts):
+        found = self._found(request.get("account"))
+        while page := await asyncio.to_thread(lambda: list(itertools.islice(found, PAGE))):
+            for row in await asyncio.to_thread(self._account_rows, page):
                 mine = open_now.get(row["account"], [])
                 push = [one for one in mine if one["push"]]
                 last = self._provider.last_seen(row["account"]) if self._provider else None
@@ -131,15 +156,34 @@ class ProviderRequests:
                 row["peer"] = mine[-1]["peer"] if mine else None
                 yield {"account": row}
 
-    def _account_rows(self, names: Sequence[str], accounts: Mapping[str, Account]) -> list[Row]:
+    def _found(self, wanted: str | None) -> Iterator[_Found]:
+        """The accounts of the settings, those of plugins, and names for which mail is held without
+        one; all, or the one of that name.  Blocks.  Raises :class:`OSError`."""
+        accounts, names = self._providing.accounts, set()
+        for one in accounts:
+            names.add(one.name)
+            if wanted in (None, one.name):
+                yield _Found(one.name, one, "settings")
+        listed = accounts.listing() if wanted is None else accounts.where(wanted)
+        for plugin, one in listed:
+            if one.name not in names:
+                names.add(one.name)
+                yield _Found(one.name, one, plugin)
+        for name in sorted(set(self._providing.store.usages()) - names):
+            if wanted in (None, name):
+                found = [_Found(name, one, plugin) for plugin, one in accounts.where(name)]
+                yield found[0] if found else _Found(name, None, None)
+
+    def _account_rows(self, some: Sequence[_Found]) -> list[Row]:
         store, rows = self._providing.store, []
-        for name in names:
-            account, used = accounts.get(name), store.usage(name)
+        for name, account, source in some:
+            used = store.usage(name)
             settings = account.settings if account else None
             oldest = store.listing(name, messages=1)
             rows.append(
                 {
                     "account": name,
+                    "from": source,
                     "enabled": settings.enabled if settings else None,
                     "domains": list(account.domains) if account else [],
                     "messages": used.messages,
@@ -156,6 +200,21 @@ class ProviderRequests:
         for rows in self._open_sessions().values():
             for row in rows:
                 yield {"session": row}
+        nodes = self._provider.nodes if self._provider is not None else None
+        for one in await asyncio.to_thread(nodes.sessions) if nodes is not None else ():
+            yield {
+                "session": {
+                    "account": one.account,
+                    "peer": one.peer,
+                    "since": iso(one.since),
+                    "push": one.push,
+                    "live": None,
+                    "fell_back": None,
+                    "messages": None,
+                    "tls": one.tls,
+                    "host": one.node,
+                }
+            }
 
     async def _live(self, request: Row) -> AsyncIterator[Row]:
         yield {"live": dict(self._providing.live.counts)}
@@ -178,6 +237,7 @@ class ProviderRequests:
                     "fell_back": one.live.fell_back if one.live is not None else 0,
                     "messages": one.sent,
                     "tls": one.tls_version,
+                    "host": None,
                 }
             )
         return found

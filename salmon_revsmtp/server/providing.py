@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.dispatcher import PendingDelivery
 from salmon_revsmtp.delivery.outbox import Outbox
 from salmon_revsmtp.delivery.rates import RateLimit
 from salmon_revsmtp.delivery.reporter import Reporter
+from salmon_revsmtp.hooks import HookFailedError
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.net.certificate import Certificate
 from salmon_revsmtp.net.expected import Expected
+from salmon_revsmtp.plugins.builtin import POSTGRES_PLUGIN
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.accounts import Accounts
 from salmon_revsmtp.provider.etrn import Etrn
@@ -20,10 +23,12 @@ from salmon_revsmtp.provider.expiry import Expiry
 from salmon_revsmtp.provider.handover import HandOver
 from salmon_revsmtp.provider.hold.embedded import EmbeddedStore
 from salmon_revsmtp.provider.hold.places import scheme_of
-from salmon_revsmtp.provider.hold.store import HoldStore
+from salmon_revsmtp.provider.hold.store import HoldStore, HoldStoreError
 from salmon_revsmtp.provider.idents import Idents
 from salmon_revsmtp.provider.intake import Intake
 from salmon_revsmtp.provider.live import Live
+from salmon_revsmtp.provider.lookups import Lookups
+from salmon_revsmtp.provider.nodes import Nodes
 from salmon_revsmtp.provider.notices import Notices
 from salmon_revsmtp.provider.server import Provider
 from salmon_revsmtp.provider.settings import ProviderSettings
@@ -80,8 +85,30 @@ class Providing:
 
     @cached_property
     def accounts(self) -> Accounts:
-        """The customers."""
-        return Accounts(self._configuration.accounts, self.settings.keepalive)
+        """The customers: those of the settings, and those that plugins have."""
+        configuration, lookups = self._configuration, None
+        if configuration.elsewhere:
+            # What is in the database its hosts tell one another of.
+            ours = configuration.elsewhere == {POSTGRES_PLUGIN}
+            lookups = Lookups(self._plugins, self._module, told=ours)
+        return Accounts(
+            configuration.accounts,
+            self.settings.keepalive,
+            lookups,
+            verifiers=configuration.elsewhere == {POSTGRES_PLUGIN},
+        )
+
+    @property
+    def _module(self) -> ModuleType:
+        return self._configuration.module or ModuleType("settings")
+
+    def _nodes(self) -> Nodes | None:
+        """The other hosts, where a plugin has a way to them.  Raises :class:`OSError`."""
+        try:
+            found: Nodes | None = self._plugins.ask("open_nodes", settings=self._module)
+        except HookFailedError as error:
+            raise HoldStoreError(str(error)) from error
+        return found
 
     @cached_property
     def store(self) -> HoldStore:
@@ -155,6 +182,7 @@ class Providing:
             keepalive=settings.keepalive,
             max_sessions=settings.max_sessions,
             max_sessions_per_address=settings.max_sessions_per_address,
+            nodes=self._nodes(),
             balancers=Expected(settings.proxy_from) if settings.proxy_from else None,
         )
         return self._provider
@@ -185,6 +213,8 @@ class Providing:
 
     def close(self) -> None:
         """Take no more than what is under way."""
+        if "accounts" in self.__dict__ and self.accounts.lookups is not None:
+            self.accounts.lookups.close()
         self._filters.close()
         self._worker.close()
 

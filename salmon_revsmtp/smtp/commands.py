@@ -65,6 +65,7 @@ class State(Enum):
     STARTING = auto()  #: after ETRN: bytes wait until the caller has answered it
 
     LOGIN = auto()  #: lines are responses of an AUTH exchange
+    ASKING = auto()  #: within AUTH: bytes wait until the caller has looked a name up
     SLOWED = auto()  #: a login failed: bytes wait until the caller has the client hear of it
     CUSTOMER = auto()  #: logged in
     TURNING = auto()  #: after ATRN: bytes wait until the caller has answered it

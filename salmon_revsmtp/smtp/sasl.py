@@ -1,7 +1,8 @@
 """SASL, the server's side: the mechanisms by which a client proves who it is (RFC 4954, RFC 4422).
 
 A mechanism is a generator: it yields challenges, is sent the responses, and returns the name that
-has proved itself, or ``None``.  It knows no SMTP.
+has proved itself, or ``None``.  Where it needs to know what proves a name it yields a
+:class:`WhoIs`, and is sent the :class:`Secret`.  It knows no SMTP.
 
 What is known of an account is a :class:`Secret`.  For a name that there is not, one is made up, so
 that a stranger learns neither from the words nor from the time whether there is such an account.
@@ -14,15 +15,24 @@ import hmac
 import secrets
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from scramp import ScramException, ScramMechanism
 
 from salmon_revsmtp.smtp.verifier import LEAST_ITERATIONS, SHA_256, Verifier
 
-__all__ = ["MECHANISMS", "Exchange", "Mechanism", "Secret", "Secrets", "offered"]
+__all__ = ["MECHANISMS", "Exchange", "Mechanism", "Secret", "WhoIs", "offered"]
+
+
+@dataclass(frozen=True)
+class WhoIs:
+    """What proves that one is ``name`` has to be known before an exchange can go on."""
+
+    name: str
+
 
 #: Challenges out, responses in; at the end the name, or ``None`` if the login failed.
-Exchange = Generator[bytes, bytes, str | None]
+Exchange = Generator[bytes | WhoIs, Any, str | None]
 
 # Of verifiers that are made here.
 ITERATIONS = LEAST_ITERATIONS
@@ -97,22 +107,18 @@ def _made_up(mechanism: str, name: str) -> Verifier:
     return Verifier(salt, secrets.token_bytes(size), secrets.token_bytes(size), ITERATIONS)
 
 
-#: Name -> what proves it; of a name that there is not, one that is not ``known``.
-Secrets = Callable[[str], Secret]
-
-
 @dataclass(frozen=True)
 class Mechanism:
     """One way to log in.
 
-    ``begin``           starts an exchange: its name, the secrets, our host name, the initial
-                        response (``None`` without one).
+    ``begin``           starts an exchange: its name, our host name, the initial response (``None``
+                        without one).
     ``client_first``    the client has the first word, which may be an initial response.
     ``sends_password``  only to be offered under TLS (RFC 4954 4).
     ``needs_password``  a verifier of the password is not enough.
     """
 
-    begin: Callable[[str, Secrets, str, bytes | None], Exchange]
+    begin: Callable[[str, str, bytes | None], Exchange]
     client_first: bool = True
     sends_password: bool = False
     needs_password: bool = False
@@ -128,58 +134,64 @@ def offered(tls: bool, passwords: bool = True) -> tuple[str, ...]:
     )
 
 
-def _proved(secrets_of: Secrets, name: bytes, password: bytes) -> str | None:
+def _proved(name: bytes, password: bytes) -> Exchange:
     text = name.decode("utf-8", "replace")
-    return text if secrets_of(text).is_password(password) else None
+    secret: Secret = yield WhoIs(text)
+    return text if secret.is_password(password) else None
 
 
-def _plain(mechanism: str, secrets_of: Secrets, hostname: str, initial: bytes | None) -> Exchange:
+def _plain(mechanism: str, hostname: str, initial: bytes | None) -> Exchange:
     """RFC 4616."""
     message = initial if initial is not None else (yield b"")
     parts = message.split(b"\0")
     # No one may act for another.
     if len(parts) != 3 or parts[0] not in (b"", parts[1]):
         return None
-    return _proved(secrets_of, parts[1], parts[2])
+    return (yield from _proved(parts[1], parts[2]))
 
 
-def _login(mechanism: str, secrets_of: Secrets, hostname: str, initial: bytes | None) -> Exchange:
+def _login(mechanism: str, hostname: str, initial: bytes | None) -> Exchange:
     name = initial if initial is not None else (yield b"Username:")
     password = yield b"Password:"
-    return _proved(secrets_of, name, password)
+    return (yield from _proved(name, password))
 
 
-def _cram_md5(
-    mechanism: str, secrets_of: Secrets, hostname: str, initial: bytes | None
-) -> Exchange:
+def _cram_md5(mechanism: str, hostname: str, initial: bytes | None) -> Exchange:
     """RFC 2195 2: a number that is never the same, where others have a time."""
     challenge = f"<{secrets.randbits(64)}.{secrets.randbits(64)}@{hostname}>".encode()
     name, _, digest = (yield challenge).rpartition(b" ")
     text = name.decode("utf-8", "replace")
-    secret = secrets_of(text)
+    secret: Secret = yield WhoIs(text)
     same = hmac.compare_digest(secret.digest(challenge).encode(), digest.lower())
     return text if same and secret.known else None
 
 
-def _scram(mechanism: str, secrets_of: Secrets, hostname: str, initial: bytes | None) -> Exchange:
+def _scram(mechanism: str, hostname: str, initial: bytes | None) -> Exchange:
     """RFC 5802, RFC 7677."""
-    found: list[str] = []
-
-    def stored(name: str) -> object:
-        secret = secrets_of(name)
-        if secret.known:
-            found.append(name)
-        return tuple(secret.verifier(mechanism))
-
-    server = ScramMechanism(mechanism).make_server(stored)
     try:
-        server.set_client_first((initial or (yield b"")).decode())
+        first = (initial or (yield b"")).decode()
+        name = _scram_name(mechanism, first)
+        secret: Secret = yield WhoIs(name)
+        server = ScramMechanism(mechanism).make_server(lambda _: tuple(secret.verifier(mechanism)))
+        server.set_client_first(first)
         final = yield server.get_server_first().encode()
         server.set_client_final(final.decode())
         yield server.get_server_final().encode()
     except (ScramException, UnicodeDecodeError):
         return None
-    return found[0] if found else None
+    return name if secret.known else None
+
+
+def _scram_name(mechanism: str, first: str) -> str:
+    """Whom a client calls itself in its first message.  Raises :class:`ScramException`."""
+    asked: list[str] = []
+
+    def note(name: str) -> object:
+        asked.append(name)
+        return tuple(_made_up(mechanism, name))
+
+    ScramMechanism(mechanism).make_server(note).set_client_first(first)
+    return asked[0]
 
 
 #: Strongest first.

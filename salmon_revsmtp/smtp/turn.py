@@ -6,6 +6,7 @@ The caller owns the connection::
     for event in turn.receive_bytes(data):
         StartTls           -> send the replies, see that nothing is pending, do the handshake,
                               say tls_started() and advance()
+        WhoIs(name)        -> have the customers know that name, say looked_up() and advance()
         LoggedIn(...)      -> so it is
         LoginFailed(...)   -> wait a while, say refuse_login(reply or None) and advance()
         AtrnRequest(...)   -> look for mail, say answer(reply); after a 250 the session is over and
@@ -43,10 +44,11 @@ from salmon_revsmtp.smtp.commands import (
 )
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.replies import Reply
-from salmon_revsmtp.smtp.sasl import MECHANISMS, Exchange, Secret
+from salmon_revsmtp.smtp.sasl import MECHANISMS, Exchange, Secret, WhoIs
 
 __all__ = [
     "AtrnRequest",
+    "Customer",
     "Customers",
     "Event",
     "LoggedIn",
@@ -54,6 +56,7 @@ __all__ = [
     "Quit",
     "StartTls",
     "Turn",
+    "WhoIs",
 ]
 
 # RFC 4954 4: a line of an AUTH exchange may have this many octets.
@@ -62,21 +65,33 @@ AUTH_LINE = 12288
 MAX_LOGINS = 3
 
 
+@dataclass(frozen=True)
+class Customer:
+    """Someone who may log in.
+
+    ``secret``     what proves that one is this; nothing does if it is made up.
+    ``domains``    whose mail it may have, as IDNA A-labels.
+    ``keepalive``  the longest silence in its push sessions in seconds; ``None`` if it has none.
+    ``account``    whatever the caller knows it by.
+    """
+
+    secret: Secret
+    domains: tuple[str, ...] = ()
+    keepalive: int | None = None
+    account: Any = None
+
+
 class Customers(Protocol):
-    """Who may log in, and how; and whose mail that is."""
+    """Who may log in, and how."""
 
     def mechanisms(self, tls: bool) -> tuple[str, ...]:
         """The names of the SASL mechanisms that are offered."""
 
-    def secret(self, name: str) -> Secret:
-        """What proves that one is this account; one that nothing proves if there is none."""
+    def knows(self, name: str) -> bool:
+        """Whether it can be told at once who that is; if not, :class:`WhoIs` asks for it."""
 
-    def domains(self, name: str) -> tuple[str, ...]:
-        """The domains of an account, as IDNA A-labels."""
-
-    def keepalive(self, name: str) -> int | None:
-        """The longest silence in an account's push sessions in seconds; ``None`` if it has
-        none."""
+    def customer(self, name: str) -> Customer:
+        """The customer of that name; a made-up one if there is none."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ class LoginFailed:
     mechanism: str
 
 
-Event = StartTls | LoggedIn | LoginFailed | AtrnRequest | Quit
+Event = StartTls | WhoIs | LoggedIn | LoginFailed | AtrnRequest | Quit
 
 _CONNECTED, _IDLE, _CUSTOMER = State.CONNECTED, State.IDLE, State.CUSTOMER
 _GREETED = (_IDLE, _CUSTOMER)
@@ -123,6 +138,7 @@ class Turn(Commands):
     """One customer before the reversal.
 
     ``customers``  who may log in.
+    ``customer``   who has logged in, or tried to the last time.
     ``starttls``   STARTTLS can be done; ``tls``: the connection is encrypted already.
     ``needs_tls``  AUTH and ATRN only under TLS.
     """
@@ -140,10 +156,14 @@ class Turn(Commands):
         "235 to AUTH": {State.LOGIN: _CUSTOMER},
         "any other end of AUTH": {State.LOGIN: _IDLE, State.SLOWED: _IDLE},
         "a wrong password": {State.LOGIN: State.SLOWED},
+        "a name to look up": {State.LOGIN: State.ASKING},
+        "the name was looked up": {State.ASKING: State.LOGIN},
         "250 to ATRN": {State.TURNING: State.CLOSED},
         "any other answer to ATRN": {State.TURNING: _CUSTOMER},
     }
-    NO_BOUNDARY: ClassVar[frozenset[State]] = frozenset({State.CLOSED, State.TURNING, State.SLOWED})
+    NO_BOUNDARY: ClassVar[frozenset[State]] = frozenset(
+        {State.CLOSED, State.TURNING, State.SLOWED, State.ASKING}
+    )
 
     def __init__(
         self,
@@ -165,6 +185,7 @@ class Turn(Commands):
         self._account: str | None = None
         self._push = False
         self._exchange: Exchange | None = None
+        self.customer: Customer | None = None
         self._mechanism = self._asked = ""
         self._failed_logins = 0
 
@@ -173,11 +194,12 @@ class Turn(Commands):
     @property
     def paused(self) -> bool:
         """A customer that has said ATRN waits for us: nothing is kept of what it says."""
-        return self._state in (State.TURNING, State.SLOWED)
+        return self._state in (State.TURNING, State.SLOWED, State.ASKING)
 
     def tls_started(self) -> None:
         """As for every role; and a login in the clear is forgotten too."""
         self._tls, self._account, self._push = True, None, False
+        self.customer = None
         super().tls_started()
 
     def refuse_login(self, reply: Reply | None = None) -> None:
@@ -189,6 +211,18 @@ class Turn(Commands):
             self._cancel(Reply(535, "authentication credentials invalid", "5.7.8"))
         else:
             self._close(reply or Reply(421, "too many failed logins, closing", "4.7.0"))
+
+    def looked_up(self, refusal: Reply | None = None) -> None:
+        """The customers know the name of :class:`WhoIs` now; or they cannot, and ``refusal`` (454)
+        says so.  :meth:`advance` then goes on with what has come since."""
+        if self._state is not State.ASKING:
+            return
+        self._over("the name was looked up")
+        if refusal is not None:
+            self._cancel(refusal)
+        else:
+            self.customer = self._customers.customer(self._asked)
+            self._exchanged(self.customer.secret)
 
     def answer(self, reply: Reply) -> None:
         """Answer ATRN.  After 250 the session is over; after anything else :meth:`advance` goes on
@@ -220,6 +254,7 @@ class Turn(Commands):
         State.LOGIN: _read_response,
         State.HANDSHAKE: Commands._read_nothing,
         State.SLOWED: Commands._read_nothing,
+        State.ASKING: Commands._read_nothing,
         State.TURNING: Commands._read_nothing,
         State.CLOSED: Commands._ignore,
     }
@@ -230,9 +265,14 @@ class Turn(Commands):
         words = ["ENHANCEDSTATUSCODES", "ATRN", *super()._keywords()]
         if not self._lacks_tls:
             words.append(f"AUTH {' '.join(self._customers.mechanisms(self._tls))}")
-        if self._account is not None and (seconds := self._customers.keepalive(self._account)):
-            words.append(f"XHOLD {seconds}")
+        if self._keepalive:
+            words.append(f"XHOLD {self._keepalive}")
         return words
+
+    @property
+    def _keepalive(self) -> int | None:
+        """Of whoever is logged in."""
+        return self.customer.keepalive if self._account is not None and self.customer else None
 
     @property
     def _lacks_tls(self) -> bool:
@@ -255,25 +295,29 @@ class Turn(Commands):
             if first is None:
                 raise CommandError(501, "malformed base64", "5.5.2")
         self._mechanism, self._asked = name.upper(), ""
-        self._exchange = mechanism.begin(self._mechanism, self._secret, self.hostname, first)
+        self._exchange = mechanism.begin(self._mechanism, self.hostname, first)
         self._state = State.LOGIN
         self._exchanged(None)
         return None
 
-    def _secret(self, name: str) -> Secret:
-        self._asked = name
-        return self._customers.secret(name)
-
-    def _exchanged(self, response: bytes | None) -> None:
-        """Go on with the exchange: a challenge, or its end."""
+    def _exchanged(self, response: object) -> None:
+        """Go on with the exchange: a challenge, a name to look up, or its end."""
         assert self._exchange is not None
         try:
-            challenge = next(self._exchange) if response is None else self._exchange.send(response)
+            step = self._exchange.send(response)
+            while isinstance(step, WhoIs):
+                self._asked = step.name
+                if not self._customers.knows(step.name):
+                    self._over("a name to look up")
+                    self._events.append(step)
+                    return
+                self.customer = self._customers.customer(step.name)
+                step = self._exchange.send(self.customer.secret)
         except StopIteration as end:
             self._exchange = None
             self._logged_in(end.value)
         else:
-            self._reply(Reply(334, base64.b64encode(challenge).decode()))
+            self._reply(Reply(334, base64.b64encode(step).decode()))
 
     def _cancel(self, reply: Reply) -> None:
         self._exchange = None
@@ -296,19 +340,19 @@ class Turn(Commands):
             raise CommandError(501, "XHOLD takes no argument", SYNTAX)
         if self._account is None:
             raise CommandError(530, "authentication required", "5.7.0")
-        if not self._customers.keepalive(self._account):
+        if not self._keepalive:
             raise CommandError(*NOT_IMPLEMENTED)
         self._push = True
         return Reply(250, "the session will stay open after ATRN", "2.0.0")
 
     def _on_atrn(self, argument: str) -> Reply | None:
-        if self._account is None:
+        if self._account is None or self.customer is None:
             raise CommandError(530, "authentication required", "5.7.0")
         try:
             asked = tuple(to_ascii(one) for one in argument.split(",") if argument)
         except AddressError:
             raise CommandError(501, "malformed list of domains", SYNTAX) from None
-        theirs = self._customers.domains(self._account)
+        theirs = self.customer.domains
         # RFC 2645 5.2.1: for all of them, or not at all.
         if not set(asked) <= set(theirs):
             return Reply(450, "not authorised for all of these domains", "4.7.1")

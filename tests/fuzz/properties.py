@@ -1116,7 +1116,8 @@ class _Reversed:
         self.heard += said
         for event in events:
             if isinstance(event, turn.AtrnRequest):
-                assert set(event.domains) <= set(ACCOUNTS.domains(event.account)) and event.domains
+                assert set(event.domains) <= set(ACCOUNTS.customer(event.account).domains)
+                assert event.domains
                 assert b"\r\n235 " in self.heard.rpartition(b"\r\n220 ")[2], "no login"
                 code = 250 if b"mail" in self.words else 453
                 self.machine.answer(Reply(code, "now"))

@@ -117,7 +117,7 @@ async def world(
     mx = {"hostname": "mx.example.net", "listen": "127.0.0.1:0", "delivery": "hold", **service}
     valid = configuration(
         plugins=plugins,
-        accounts=accounts or [ACME, OTHER],
+        accounts=[ACME, OTHER] if accounts is None else accounts,
         provider={"hostname": "mx.example.net", "listen": "127.0.0.1:0", **(provider or {})},
         mx=mx,
     )

@@ -7,6 +7,8 @@
 ``reading``   how far an account's mail has been read
 ``wakeups``   how a host hears of mail that another has taken
 ``store``     the hold store
+``accounts``  the customers' accounts, beside it
+``nodes``     what the hosts tell one another of sessions and failed logins
 """
 
 from salmon_revsmtp.provider.hold.postgres.store import PostgresStore

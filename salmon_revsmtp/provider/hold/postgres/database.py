@@ -136,10 +136,12 @@ class Transaction:
 class Database:
     """The database of ``url``.  Raises :class:`HoldStoreError` when it cannot be reached.
 
-    ``shown``  the URL for people, without its secrets.
+    ``shown``        the URL for people, without its secrets.
+    ``connections``  at most so many at a time.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, connections: int = CONNECTIONS) -> None:
+        self._connections = connections
         self.shown = without_secrets(url)
         self._watched: dict[Connection, float] = {}  # until when each has to answer
         self._closing = threading.Event()
@@ -157,7 +159,7 @@ class Database:
             connection_class=_noting(self._refusals),
             kwargs=self._options,
             min_size=1,
-            max_size=CONNECTIONS,
+            max_size=connections,
             timeout=WAIT,
             reconnect_timeout=TRY,
             open=True,
@@ -234,7 +236,7 @@ class Database:
     def _connection(self) -> Connection:
         """A connection of the pool.  Those that a restart of the server has ended are given back,
         and the pool makes others."""
-        for left in reversed(range(CONNECTIONS + 1)):
+        for left in reversed(range(self._connections + 1)):
             connection = self._pool.getconn()
             if not _has_news(connection):
                 return connection
