@@ -10,10 +10,10 @@
 ``project``    the Salmon projects, whose handlers do nothing
 ``serving``    our provider as its owners run it
 ``feeding``    the other end: a provider or client that is never the bottleneck, and an ideal sink
-``intake``, ``distance``, ``tls``, ``many``, ``threads``, ``startup``, ``alone``, ``provider``:
-parts of the table
-``bare``, ``holding``, ``delay``, ``crowd``, ``filling``, ``moments``, ``burst``: processes that
-those start
+``intake``, ``distance``, ``tls``, ``many``, ``threads``, ``startup``, ``alone``, ``provider``,
+``hosts``: parts of the table
+``bare``, ``holding``, ``hosting``, ``delay``, ``crowd``, ``filling``, ``moments``, ``burst``:
+processes that those start
 
 All of it is on the loopback; nothing is installed, and nothing is left behind.
 """

@@ -18,6 +18,7 @@ from benchmarks import (
     alone,
     console,
     distance,
+    hosts,
     idle,
     intake,
     keeping,
@@ -48,6 +49,7 @@ SECTIONS: dict[str, Callable[[bool], list[Section]]] = {
     "threads": threads.sections,
     **provider.SECTIONS,
     **live.SECTIONS,
+    **hosts.SECTIONS,
     "idle": idle.sections,
     "console": console.sections,
 }
@@ -70,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = [*startup.targets(), *alone.targets(), *intake.targets()]
     targets += stepwise.targets()
     targets += [*distance.targets(), *threads.targets(), *provider.targets(), *live.targets()]
-    targets += [*queueing.targets(), *idle.targets(), *keeping.targets(), *console.targets()]
+    targets += [*queueing.targets(), *hosts.targets()]
+    targets += [*idle.targets(), *keeping.targets(), *console.targets()]
     by_title = {section.title: section for section in sections}
     for derived in (distance.round_trips(by_title), many.per_agent(by_title)):
         if derived is not None:

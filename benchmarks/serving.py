@@ -42,9 +42,12 @@ def account(name: str = ACCOUNT, domain: str = DOMAIN, **keys: Any) -> dict[str,
 
 
 @contextmanager
-def host(*accounts: dict[str, Any], tls: bool = False, relay: int = 0) -> Iterator[Path]:
+def host(
+    *accounts: dict[str, Any], tls: bool = False, relay: int = 0, hold: str = "run/hold"
+) -> Iterator[Path]:
     """The project of a provider.
 
+    ``hold``   its hold store.
     ``relay``  the port of the loopback to which its notifications go.
     """
     certificate = {"tls_cert": str(CERTIFICATE), "tls_key": str(KEY)} if tls else {}
@@ -54,6 +57,7 @@ def host(*accounts: dict[str, Any], tls: bool = False, relay: int = 0) -> Iterat
         "provider": {
             "hostname": "provider.example.net",
             "listen": odmr,
+            "hold": hold,
             "max_sessions_per_address": 10_000,
             **certificate,
         },

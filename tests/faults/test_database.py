@@ -51,11 +51,7 @@ LARGE = 300_000
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has a limit has a short one."""
-    limits = "; ".join(
-        f"SET LOCAL {name} = '{seconds}s'"
-        for name, seconds in (("statement_timeout", 3), ("lock_timeout", 1))
-    )
-    monkeypatch.setattr(database, "_LIMITS", limits)
+    monkeypatch.setattr(database, "_LIMITS", {"statement_timeout": 3, "lock_timeout": 1})
     monkeypatch.setattr(database, "ANSWER", 2)
     monkeypatch.setattr(database, "LOOK", 0.1)
     monkeypatch.setattr(database, "WAIT", 1.0)

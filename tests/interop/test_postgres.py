@@ -8,6 +8,7 @@ comes back.
 from __future__ import annotations
 
 import contextlib
+import random
 import subprocess
 import sys
 import threading
@@ -24,7 +25,14 @@ from support.postgres import PASSWORD, USER, Cluster
 from support.processes import LONG
 from support.servers import PgBouncer, free_port
 
-from salmon_revsmtp.provider.hold.postgres import PostgresStore, lease, schema, store, wakeups
+from salmon_revsmtp.provider.hold.postgres import (
+    PostgresStore,
+    lease,
+    reading,
+    schema,
+    store,
+    wakeups,
+)
 from salmon_revsmtp.provider.hold.postgres.database import Transaction
 from salmon_revsmtp.provider.hold.store import Arrival, Held, HoldStoreError, Settled, State, Usage
 from salmon_revsmtp.smtp.content import whole
@@ -34,6 +42,8 @@ pytestmark = pytest.mark.interop
 
 ALL = {"messages": 1000, "octets": 1 << 40}
 MIB = 1024 * 1024
+# What a client said beside the addresses: nothing.
+SAID = '[{}, "", true]'
 
 
 def arrival(*recipients: str, data: bytes = MESSAGE) -> Arrival:
@@ -169,6 +179,83 @@ def test_other_tables_in_the_database_have_a_version_of_their_own(nodes: Nodes) 
         schema.migrate(transaction, "x", "others", [])
 
 
+def first_version(nodes: Nodes) -> None:
+    """Tables of the first version, with mail that a program of that time has taken."""
+    nodes.execute(
+        f"{schema.MIGRATIONS[0]}; CREATE TABLE hold_schema AS SELECT 1 AS version; "
+        # For two accounts, one of which has got it once before; and one in pieces.
+        "INSERT INTO hold_messages SELECT nextval('hold_ids'), 'a@example.net', "
+        f"'{SAID}', 4, false, true, 'abcd'::bytea, 0, 2; "
+        "INSERT INTO hold_messages SELECT nextval('hold_ids'), 'a@example.net', "
+        f"'{SAID}', 80000, false, true, '', 2, 1; "
+        "INSERT INTO hold_chunks VALUES (2, 1, repeat('x', 70000)::bytea), "
+        "(2, 2, repeat('y', 10000)::bytea); "
+    )
+    old_put(nodes, 1, "acme", 4, "state, strikes, reason", "1, 3, 'it broke'")
+    old_put(nodes, 1, "other", 4, "node, ticket", "17, 1")  # of a process that is gone
+    old_put(nodes, 2, "acme", 80000, "warned", "true")
+
+
+def old_put(
+    nodes: Nodes, message: int, account: str, size: int, more: str = "warned", value: str = "false"
+) -> None:
+    nodes.execute(
+        f"INSERT INTO hold_queue (id, message, account, recipients, size, arrived, {more}) "
+        f"SELECT nextval('hold_ids'), {message}, '{account}', "
+        f"""'[["b@{account}.example", null]]', {size}, 1700000000, {value};"""
+        f"INSERT INTO hold_usage VALUES ('{account}', 5, 1, {size}) ON CONFLICT (account, part) "
+        "DO UPDATE SET messages = hold_usage.messages + 1, "
+        "octets = hold_usage.octets + excluded.octets"
+    )
+
+
+def test_what_is_held_in_tables_of_the_first_version_is_held_in_those_of_now(nodes: Nodes) -> None:
+    first_version(nodes)
+    node = nodes.start()
+    assert nodes.rows("SELECT version FROM hold_schema") == [(len(schema.MIGRATIONS),)]
+    aside, other, large = node.listing()
+    assert (aside.account, aside.state, aside.strikes) == ("acme", State.ASIDE, 3)
+    assert aside.reason == "it broke" and other.account == "other" and large.warned
+    assert large.envelope == Envelope("a@example.net", ("b@acme.example",))
+    assert node.load([aside.key])[aside.key] == b"abcd"
+    assert node.load([large.key])[large.key] == b"x" * 70000 + b"y" * 10000
+    assert node.usages() == {"acme": Usage(2, 80004), "other": Usage(1, 4)}
+    assert [one.key for one in node.feed("other").take(**ALL)] == [other.key]
+    node.retry([aside.key])
+    assert [one.key for one in node.feed("acme").take(**ALL)] == [aside.key, large.key]
+    [[later]] = node.put([arrival("b@acme.example")])
+    assert later > large.key
+    node.settle([Settled(one.key, one.envelope.recipients) for one in node.listing()])
+    for table in ("messages", "chunks", "queue"):
+        assert nodes.rows(f"SELECT count(*) FROM hold_{table}") == [(0,)], table
+    assert nodes.start().usages() == {}
+
+
+def test_a_program_of_the_first_version_refuses_the_tables_of_now(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.start()
+    monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+    with pytest.raises(HoldStoreError, match=r"version 2.*up to 1: a newer salmon-revsmtp"):
+        nodes.start()
+
+
+def test_a_program_of_the_first_version_that_still_runs_and_new_ones_share_their_mail(
+    nodes: Nodes,
+) -> None:
+    first_version(nodes)
+    node = nodes.start()
+    [kept] = node.feed("other").take(**ALL)
+    old_put(nodes, 1, "other", 4)
+    feed = node.feed("other")
+    [came] = feed.take(**ALL)
+    assert came.key > kept.key
+    old_put(nodes, 1, "other", 4)
+    assert len(feed.take(**ALL)) == 1
+    node._read_usages()
+    assert node.usage("other") == Usage(3, 12)
+
+
 # -- opening ---------------------------------------------------------------------------------------
 
 
@@ -260,7 +347,7 @@ def test_no_message_is_had_by_two_processes(nodes: Nodes) -> None:
     assert len(kept) == 400 and set(kept) == set(got)
     assert set(got.values()) == {1}
     assert nodes.rows("SELECT count(*) FROM hold_messages") == [(0,)]
-    assert nodes.rows("SELECT sum(messages)::int FROM hold_usage") == [(0,)]
+    assert nodes.start().usages() == {}
 
 
 def test_what_another_process_holds_counts_for_the_quota_within_seconds(
@@ -314,6 +401,209 @@ def test_a_process_that_ends_leaves_nothing_behind(nodes: Nodes) -> None:
     assert nodes.rows("SELECT count(*) FROM hold_nodes") == [(1,)]
 
 
+# -- reading on, and an old transaction ------------------------------------------------------------
+
+
+class Costs:
+    """How many pages of tables and indexes the statements of a piece of work look at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._counting, self._patch = False, monkeypatch
+        self.pages: Counter[str] = Counter()
+        execute = Transaction._execute
+
+        def explained(transaction: Transaction, query: str, values: tuple[Any, ...]) -> Any:
+            if self._counting and not query.startswith(("BEGIN", "COMMIT", "SELECT set_config")):
+                execute(transaction, "SAVEPOINT before", ())
+                cursor = execute(
+                    transaction, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", values
+                )
+                [[[found]]] = cursor.fetchall()
+                plan = found["Plan"]
+                kinds = ("Hit", "Read")
+                self.pages[query] += sum(plan[f"Shared {kind} Blocks"] for kind in kinds)
+                execute(transaction, "ROLLBACK TO before", ())
+            return execute(transaction, query, values)
+
+        monkeypatch.setattr(Transaction, "_execute", explained)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        self.pages.clear()
+        self._counting = True
+        yield
+        self._counting = False
+
+
+@pytest.mark.parametrize(
+    "begin", ["SELECT pg_current_xact_id()", "SELECT count(*) FROM hold_queue"]
+)
+def test_a_queue_keeps_its_pace_beside_an_old_transaction(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, begin: str
+) -> None:
+    """However much has come and gone since that began: what it keeps from being removed is not
+    gone through again and again."""
+    monkeypatch.setattr(store, "RENEW", 3600.0)
+    monkeypatch.setattr(store, "READ_USAGES", 3600.0)
+    node, costs = nodes.start(), Costs(monkeypatch)
+    feed = node.feed("acme")
+
+    def come_and_go(messages: int) -> None:
+        for _ in range(messages // 50):
+            node.put([arrival("b@acme.example", data=b"x" * 3000)] * 50)
+            taken = feed.take(**ALL)
+            assert len(taken) == 50
+            node.load([one.key for one in taken])
+            feed.leave([one.key for one in taken])
+            node.settle([Settled(one.key, one.envelope.recipients) for one in taken])
+        node._read_usages()
+
+    def cost() -> Counter[str]:
+        nonlocal feed
+        node._count()  # what has been there since the last time is done once
+        with costs.counted():
+            come_and_go(50)
+            node._look()
+            node._count()
+            feed.close()
+            feed = node.feed("acme")
+            assert feed.take(**ALL) == []
+        return costs.pages.copy()
+
+    with nodes.cluster.connection(nodes.schema) as old:
+        old.execute(f"BEGIN ISOLATION LEVEL REPEATABLE READ; {begin}".encode())
+        come_and_go(500)
+        before = cost()
+        come_and_go(6000)
+        for _ in range(2000):
+            node._renew()
+        after = cost()
+        old.execute("COMMIT")
+    assert sum(after.values()) < 1.3 * sum(before.values()), (before, after)
+    slower = [one for one in after if after[one] > 1.5 * before[one] + 20]
+    assert not slower, [(one, before[one], after[one]) for one in slower]
+    # All of that is still there.
+    [[dead]] = nodes.rows("SELECT pg_relation_size('hold_queue') / 8192")
+    assert dead > 100
+
+
+def put_apart(nodes: Nodes, connection: Any, account: str) -> int:
+    """Keep a message as a process does, but do not commit it."""
+    connection.execute("BEGIN")
+    [[[key]]] = connection.execute(
+        "SELECT hold_put(NULL, ARRAY[1], %s, %s, 1.0, ARRAY[1], ARRAY[1], ARRAY['a@example.net'], "
+        f"ARRAY['{SAID}'], ARRAY[1::bigint], ARRAY[false], ARRAY[true], "
+        "ARRAY['x'::bytea], ARRAY[0])",
+        ([account], [f'[["b@{account}.example", null]]']),
+    ).fetchall()
+    return int(key)
+
+
+def test_what_is_committed_late_is_found_although_later_keys_have_been_read(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RENEW", 3600.0)
+    node = nodes.start()
+    feed = node.feed("acme")
+    with nodes.cluster.connection(nodes.schema) as slow:
+        late = put_apart(nodes, slow, "acme")
+        for _ in range(3):
+            [[key]] = node.put([arrival("b@acme.example")])
+            assert key > late
+            assert [one.key for one in feed.take(**ALL)] == [key]
+            feed.leave([key])
+            node.settle([Settled(key, ["b@acme.example"])])
+        slow.execute("COMMIT")
+    assert [one.key for one in feed.take(**ALL)] == [late]
+    assert feed.take(**ALL) == []
+
+
+def test_changes_that_are_committed_late_are_counted(nodes: Nodes) -> None:
+    node = nodes.start()
+    with nodes.cluster.connection(nodes.schema) as slow:
+        put_apart(nodes, slow, "acme")
+        node.put([arrival("b@acme.example", data=b"x" * 10), arrival("b@other.example")])
+        for _ in range(2):
+            node._count()
+            node._read_usages()
+            assert node.usage("acme") == Usage(1, 10)
+        slow.execute("COMMIT")
+    node._read_usages()
+    assert node.usage("acme") == Usage(2, 11)
+    for _ in range(2):
+        node._count()
+        assert nodes.rows("SELECT count(*) FROM hold_changes") == [(0,)]
+        node._read_usages()
+        assert node.usage("acme") == Usage(2, 11)
+    assert nodes.start().usages() == node.usages()
+
+
+def test_whatever_happens_a_feed_is_given_all_that_waits_for_it(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any time, all that a look through the whole table would find."""
+    monkeypatch.setattr(store, "RENEW", 3600.0)
+    monkeypatch.setattr(store, "PAGE", 4)
+    monkeypatch.setattr(reading, "MOST", 6)
+    dice = random.Random(1870)
+    ones = [nodes.start(), nodes.start()]
+    feeds = [one.feed("acme") for one in ones]
+    had: list[dict[int, Held]] = [{}, {}]
+    claimed: list[set[int]] = [set(), set()]
+
+    def let_go(node: PostgresStore) -> None:
+        until(lambda: not node._letting_go)
+
+    with contextlib.ExitStack() as stack:
+        slow: list[Any] = []
+        for step in range(600):
+            which = dice.randrange(2)
+            node, feed = ones[which], feeds[which]
+            act = dice.randrange(14)
+            if act <= 1:
+                node.put([arrival("b@acme.example", "c@acme.example")] * dice.randrange(1, 6))
+            elif act == 2 and len(slow) < 3:
+                slow.append(stack.enter_context(nodes.cluster.connection(nodes.schema)))
+                put_apart(nodes, slow[-1], "acme")
+            elif act == 3 and slow:
+                slow.pop(dice.randrange(len(slow))).execute(dice.choice(["COMMIT", "ROLLBACK"]))
+            elif act == 4:
+                feed.close()
+                let_go(node)
+                had[which], feeds[which] = {}, node.feed("acme")
+            elif act == 5:
+                feed.start_over()
+            elif act == 6 and had[which]:
+                key = dice.choice(list(had[which]))
+                held = had[which].pop(key)
+                feed.leave([key])
+                some = held.envelope.recipients[: dice.choice([1, 2])]
+                node.settle([Settled(key, some, "later")])
+            elif act == 7:
+                keys = [one.key for one in node.listing("acme", messages=1000)]
+                claimed[which] |= set(node.claim(dice.sample(keys, min(2, len(keys)))))
+                node.release(over := set(list(claimed[which])[:2]))
+                claimed[which].difference_update(over)
+                let_go(node)
+            elif act == 8:
+                free = nodes.rows("SELECT id FROM hold_queue WHERE node IS NULL")
+                for [key] in dice.sample(free, min(2, len(free))):
+                    node.strike(key, 1, "it broke")
+            elif act == 9:
+                keys = [one.key for one in node.listing("acme", state=State.ASIDE)]
+                node.retry(dice.sample(keys, min(1, len(keys))))
+            else:
+                number = dice.choice([1, 3, 1000])
+                taken = feed.take(number, 1 << 40)
+                had[which].update((one.key, one) for one in taken)
+                if len(taken) < number:
+                    waits = nodes.rows(
+                        "SELECT id FROM hold_queue WHERE state = 0 AND node IS NULL ORDER BY id"
+                    )
+                    missed = [key for [key] in waits if key not in feed.seen]
+                    assert not missed, (step, missed, vars(feed.reading))
+
+
 # -- the lease -------------------------------------------------------------------------------------
 
 
@@ -328,6 +618,35 @@ def test_what_a_dead_process_had_goes_to_another_which_is_woken(nodes: Nodes, so
     cut_off(one)
     until(lambda: bool(taken))
     assert [held.key for held in taken] == [key]
+
+
+def test_the_server_gives_up_a_process_that_says_no_more_in_a_transaction(nodes: Nodes) -> None:
+    """It may have been cut off; what it has locked is locked for others no longer than that."""
+    node = nodes.start()
+    with pytest.raises(OSError, match=r"idle-in-transaction|server closed the connection"):  # noqa: SIM117
+        with node._database.transaction() as transaction:
+            transaction.rows("SELECT set_config('idle_in_transaction_session_timeout', '1', true)")
+            until(
+                lambda: (
+                    nodes.rows(
+                        "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%' "
+                        "OR (state = 'active' AND wait_event = 'ClientRead')"
+                    )
+                    == [(0,)]
+                )
+            )
+            transaction.rows("SELECT 1")
+
+
+def test_a_process_that_is_not_heard_of_any_more_is_none_that_uses_the_store(
+    nodes: Nodes, soon: None
+) -> None:
+    one, other = nodes.start(), nodes.start()
+    assert len(other.others()) == 1
+    cut_off(other)  # it ends no one's lease
+    cut_off(one)
+    until(lambda: other.others() == [])
+    assert nodes.rows("SELECT count(*) FROM hold_nodes") == [(2,)]
 
 
 def test_a_process_that_is_heard_of_keeps_what_it_has(nodes: Nodes, soon: None) -> None:
@@ -593,7 +912,7 @@ def test_no_notification_is_part_of_what_holds_or_hands_over_mail(
         feed.take(**ALL)
         feed.close()
         until(lambda: any("acme" in one for one in heard))
-    assert any("INSERT INTO hold_queue" in one for one in said)
+    assert any("hold_put" in one for one in said)
     assert not any("notify" in one.lower() for one in said)
 
 

@@ -4,6 +4,7 @@
 ``schema``    the tables, and how a newer version changes them
 ``lease``     which hosts are alive
 ``usages``    what is held for whom, as the event loop may ask
+``reading``   how far an account's mail has been read
 ``wakeups``   how a host hears of mail that another has taken
 ``store``     the hold store
 ``accounts``  the customers' accounts, beside it

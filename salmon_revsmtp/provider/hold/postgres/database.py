@@ -7,6 +7,11 @@ that is silent for too long is shut down).
 
 Nothing is set for a whole session and nothing is prepared, so a pooler that gives each transaction
 another connection may stand between.
+
+Each statement is a round trip of its own, with what opens a transaction in one.  libpq's pipeline
+mode saves some of them, and was tried: when the line is cut before the Sync that ends a pipeline
+has come, the server waits for it without a limit (``idle_in_transaction_session_timeout`` does not
+count yet), and what the transaction has locked stays locked.
 """
 
 from __future__ import annotations
@@ -15,10 +20,11 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psycopg
@@ -29,7 +35,7 @@ from salmon_revsmtp.journal.clock import since_boot
 from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.hold.store import HoldStoreError
 
-__all__ = ["Connection", "Database", "Transaction"]
+__all__ = ["ANSWER", "Answer", "Connection", "Database", "Transaction"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -56,10 +62,30 @@ _TCP = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,  # milliseconds
 }
-_LIMITS = (
-    f"SET LOCAL statement_timeout = '{STATEMENT}s'; SET LOCAL lock_timeout = '{LOCK}s'; "
-    f"SET LOCAL idle_in_transaction_session_timeout = '{2 * ANSWER}s'"
-)
+# Whatever is asked often finds its rows by their keys.  A server that has just seen a table empty
+# believes that it is cheaper to look through all of it, and keeps that plan while it grows.  Where
+# there is no other way, that looks so expensive that it would compile it first (``jit``).
+_BY_KEYS = {
+    **{"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"},
+    "jit": "off",
+}
+# What each transaction has set, in seconds.
+_LIMITS = {
+    "statement_timeout": STATEMENT,
+    "lock_timeout": LOCK,
+    "idle_in_transaction_session_timeout": 2 * ANSWER,
+}
+
+
+class Answer:
+    """What a statement was answered."""
+
+    def __init__(self, cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
+        self._cursor = cursor
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """What it has found."""
+        return self._cursor.fetchall()
 
 
 class Transaction:
@@ -68,18 +94,43 @@ class Transaction:
     def __init__(self, connection: Connection, watched: dict[Connection, float]) -> None:
         self._connection, self._watched = connection, watched
 
+    def send(self, query: str, *values: Any) -> Answer:
+        """Execute a statement whose answer may be read later, also when this has ended."""
+        return Answer(self._execute(query, values))
+
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query finds."""
         return self._execute(query, values).fetchall()
 
     def run(self, query: str, *values: Any) -> int:
-        """Execute a statement; returns how many rows it was about."""
+        """Execute a statement; returns how many rows it was about.  Without values it may be
+        several statements."""
         return self._execute(query, values).rowcount
 
+    def begin(self, settings: Mapping[str, str]) -> None:
+        """Begin it, with these settings."""
+        each = ", ".join(f"set_config('{one}', '{value}', true)" for one, value in settings.items())
+        self.run(f"BEGIN; SELECT {each}")
+
+    def commit(self) -> None:
+        """End it.  When this returns it is committed."""
+        if self._execute("COMMIT", ()).statusmessage != "COMMIT":
+            raise psycopg.OperationalError("the transaction had failed, and was rolled back")
+
+    def roll_back(self) -> None:
+        """Undo all of it, whatever state it is in."""
+        if not self._connection.closed:
+            with contextlib.suppress(psycopg.Error):
+                self._execute("ROLLBACK", ())
+
     def _execute(self, query: str, values: tuple[Any, ...]) -> psycopg.Cursor[tuple[Any, ...]]:
+        self._watch()
+        # One mapping gives its values by name.
+        given: Any = values[0] if len(values) == 1 and isinstance(values[0], dict) else values
+        return self._connection.execute(query.encode(), given or None, binary=bool(values))
+
+    def _watch(self) -> None:
         self._watched[self._connection] = since_boot() + ANSWER
-        # Without values a text may be several statements.
-        return self._connection.execute(query.encode(), values or None, binary=bool(values))
 
 
 class Database:
@@ -139,11 +190,12 @@ class Database:
                 f"opening the hold store {self.shown}: the database is encoded in {encoding}; make "
                 "one with ENCODING 'UTF8' TEMPLATE template0"
             )
+        limits = {name: f"{seconds}s" for name, seconds in _LIMITS.items()}
         # What an administrator has made safer than "on" stays.
-        durable = "SET LOCAL synchronous_commit = on" if durable == "off" else "SELECT"
-        self._begin = {
-            True: f"BEGIN; {_LIMITS}; {durable}",
-            False: f"BEGIN; {_LIMITS}; SET LOCAL synchronous_commit = off",
+        synced = {"synchronous_commit": "on"} if durable == "off" else {}
+        self._settings = {
+            True: {**limits, **_BY_KEYS, **synced},
+            False: {**limits, **_BY_KEYS, "synchronous_commit": "off"},
         }
 
     def connect(self) -> Connection:
@@ -165,34 +217,35 @@ class Database:
         that is not heard.  ``synced``: it survives the end of the server, or may be lost by it.
         Raises :class:`OSError`."""
         with self._explained():
-            connection = self._begun(synced)
+            connection = self._connection()
             try:
                 transaction = Transaction(connection, self._watched)
                 try:
+                    transaction.begin(self._settings[synced])
                     yield transaction
-                    transaction.run("COMMIT")
+                    transaction.commit()
                 except BaseException as error:
+                    transaction.roll_back()
                     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
                         connection.close()  # it leads to what is a replica now
-                    elif not connection.closed:
-                        with contextlib.suppress(psycopg.Error):
-                            transaction.run("ROLLBACK")
                     raise
             finally:
                 self._watched.pop(connection, None)
                 self._pool.putconn(connection)
 
-    def _begun(self, synced: bool) -> Connection:
-        """A connection with a transaction.  Those that a restart of the server has ended are given
-        back, and the pool makes others."""
+    def _connection(self) -> Connection:
+        """A connection of the pool.  Those that a restart of the server has ended are given back,
+        and the pool makes others."""
         for left in reversed(range(self._connections + 1)):
             connection = self._pool.getconn()
+            if not _has_news(connection):
+                return connection
             try:
-                Transaction(connection, self._watched).run(self._begin[synced])
+                with self.watched(connection):
+                    connection.execute("SELECT")
                 return connection
             except BaseException as error:
                 ended = connection.closed
-                self._watched.pop(connection, None)
                 self._pool.putconn(connection)
                 if not (ended and left and isinstance(error, psycopg.OperationalError)):
                     raise
@@ -240,6 +293,14 @@ def _noting(refusals: deque[str]) -> type[Connection]:
             return connection
 
     return Noting
+
+
+def _has_news(connection: Connection) -> bool:
+    """Whether the server has said something that it was not asked, such as that it ends."""
+    try:
+        return bool(select.select([connection.fileno()], [], [], 0)[0])
+    except (psycopg.Error, ValueError):  # it is closed, or its number is too large
+        return True
 
 
 def _shut_down(connection: Connection) -> None:

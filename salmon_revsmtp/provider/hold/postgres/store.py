@@ -39,8 +39,10 @@ from typing import Any
 from salmon_revsmtp.files import make_folder
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.journal.clock import since_boot
-from salmon_revsmtp.provider.hold.postgres.database import Database, Transaction
+from salmon_revsmtp.provider.hold.postgres import reading
+from salmon_revsmtp.provider.hold.postgres.database import ANSWER, Database, Transaction
 from salmon_revsmtp.provider.hold.postgres.lease import FREE, Lease, LeaseLostError
+from salmon_revsmtp.provider.hold.postgres.reading import Reading
 from salmon_revsmtp.provider.hold.postgres.schema import migrate
 from salmon_revsmtp.provider.hold.postgres.usages import Usages
 from salmon_revsmtp.provider.hold.postgres.wakeups import Wakeups
@@ -74,10 +76,13 @@ LARGE = 64 * 1024
 PIECE = 256 * 1024
 # Rows that are looked at together.
 PAGE = 256
-# Parts of an account's usage, so that hosts seldom wait for one another's transactions.
-PARTS = 8
+# Above all keys; and what no message has.
+ALL, NO_STATE = 1 << 62, -1
 # Seconds between two readings of what is held, for quotas.
 READ_USAGES = 2.0
+# Seconds after which the changes of what is held are added up, and how many are so before that.
+COUNT = 60.0
+CHANGES = 20_000
 # Seconds between two words to the database that we are there, and between two looks for mail of
 # which no wake-up was heard.
 RENEW = 5.0
@@ -89,6 +94,20 @@ LONGEST_PAUSE = 86400.0
 _HELD = (
     "SELECT q.id, q.account, m.sender, m.said, q.recipients, q.size, q.arrived, q.state, "
     "q.strikes, q.reason, q.warned FROM hold_queue q JOIN hold_messages m ON m.id = q.message "
+)
+# What a feed may take: of what it has read past, and of what comes after that.  What is set aside
+# is kept in mind, for it may wait again at any time.
+_PAGE = (
+    "WITH page AS MATERIALIZED ("
+    "(SELECT id, false AS after FROM hold_queue WHERE id = ANY(%(left)s::bigint[])) UNION "
+    "(SELECT id, false FROM hold_queue WHERE account = %(account)s AND state = %(aside)s "
+    "AND id <> ALL(%(left)s::bigint[]) ORDER BY id LIMIT %(most)s) UNION ALL "
+    "(SELECT id, true FROM hold_queue WHERE account = %(account)s AND state = %(waiting)s "
+    "AND id > %(after)s AND id <> ALL(%(done)s::bigint[]) ORDER BY id LIMIT %(number)s)"
+    f"), free AS ({_HELD} WHERE q.id IN (SELECT id FROM page) AND q.state = %(waiting)s "
+    f"AND {FREE} FOR UPDATE OF q SKIP LOCKED) "
+    "SELECT page.after, page.id, free.* FROM page LEFT JOIN free ON free.id = page.id "
+    "ORDER BY page.id"
 )
 _TICK = (
     "UPDATE hold_clock SET now = now + least(greatest(w - wall, 0), %s), wall = w "
@@ -111,6 +130,7 @@ class PostgresStore:
         self._watchers: list[Woken] = []
         self._usages = Usages()
         self._feeds: weakref.WeakSet[_Feed] = weakref.WeakSet()
+        self._readings: dict[str, Reading] = {}  # how far the last feed of an account had read
         self._having: dict[int, _Feed] = {}  # who has taken a message, until it is settled
         self._claims: dict[int, _Ticket] = {}
         # What is to be let go, and is not yet: the database may not have been there.
@@ -118,6 +138,7 @@ class PostgresStore:
         self._releasing, self._lists = threading.Lock(), threading.Lock()
         self._closing, self._attention = threading.Event(), threading.Event()
         self._clock = time.time(), since_boot()
+        self._counted = since_boot()
         self._failing = False
         with contextlib.ExitStack() as opened:
             self._database = Database(url)
@@ -142,6 +163,7 @@ class PostgresStore:
                 ) from error
             opened.pop_all()
         self._wakeups = Wakeups(self._database, channel, self._heard)
+        self._wakeups.begun.wait(ANSWER)
         self._keeper = threading.Thread(target=self._keep, name="hold keeper", daemon=True)
         self._keeper.start()
 
@@ -184,8 +206,9 @@ class PostgresStore:
     def others(self) -> Sequence[str]:
         with self._database.transaction(synced=False) as transaction:
             rows = transaction.rows(
-                "SELECT name FROM hold_nodes WHERE id <> %s AND expires > clock_timestamp() "
-                "ORDER BY name",
+                "SELECT name FROM hold_nodes AS node WHERE id <> %s "
+                "AND expires > clock_timestamp() AND NOT EXISTS (SELECT FROM hold_heard "
+                "WHERE id = node.id AND expires < clock_timestamp()) ORDER BY name",
                 self._lease.node or 0,
             )
         return [f"process {name[1]} on {name[0]}" for name in (row[0].split() for row in rows)]
@@ -199,15 +222,17 @@ class PostgresStore:
         try:
             with self._usages.changing(accounts):
                 with self._database.transaction() as transaction:
-                    keys = self._insert(transaction, arrivals, used, octets)
-                    self._set_as_they_were(transaction, keys, as_they_were)
+                    keys, each = self._insert(transaction, arrivals, used, octets)
+                    if as_they_were:
+                        self._set_as_they_were(transaction, keys, as_they_were)
                 self._usages.add(used, octets)
         finally:
             for one in arrivals:
                 if one.spool is not None:
                     one.spool.discard()
         self._wake(accounts)
-        return keys
+        left = iter(keys)
+        return [tuple(itertools.islice(left, number)) for number in each]
 
     def _insert(
         self,
@@ -215,68 +240,64 @@ class PostgresStore:
         arrivals: Sequence[Arrival],
         used: Counter[str],
         octets: Counter[str],
-    ) -> list[tuple[int, ...]]:
+    ) -> tuple[list[int], list[int]]:
+        """Returns the keys, and how many each message has."""
         theirs = [tuple(dict.fromkeys(one.accounts)) for one in arrivals]
-        ids = (
-            number
-            for [number] in transaction.rows(
-                "SELECT nextval('hold_ids') FROM generate_series(1, %s)",
-                len(arrivals) + sum(map(len, theirs)),
-            )
-        )
+        numbers = self._numbers_for(transaction, arrivals, theirs)
         messages: list[tuple[Any, ...]] = []
         rows: list[tuple[Any, ...]] = []
-        keys: list[tuple[int, ...]] = []
-        now = self.now()
-        for arrival, accounts in zip(arrivals, theirs, strict=True):
-            number = next(ids)
+        for order, (arrival, accounts) in enumerate(zip(arrivals, theirs, strict=True), 1):
+            number = numbers[len(rows)] if numbers is not None else 0
             body = self._keep_body(transaction, number, arrival)
             envelope, size = arrival.envelope, arrival.size
             messages.append(
                 (
-                    *(number, _text(envelope.reverse_path), said_text(envelope), size),
-                    *(body.streams, body.ascii, body.inline, body.chunks, len(accounts)),
+                    *(len(rows) + 1, len(accounts), _text(envelope.reverse_path)),
+                    *(said_text(envelope), size),
+                    *(body.streams, body.ascii, body.inline, body.chunks),
                 )
             )
-            mine = []
             for account in accounts:
-                mine.append(next(ids))
-                recipients = recipients_of(arrival, account)
-                rows.append((mine[-1], number, account, recipients, size, now))
+                rows.append((order, account, recipients_of(arrival, account)))
                 used[account] += 1
                 octets[account] += size
-            keys.append(tuple(mine))
-        transaction.run(
-            "INSERT INTO hold_messages (id, sender, said, size, streams, ascii, body, chunks, "
-            "accounts) SELECT * FROM unnest(%s::bigint[], %s::text[], %s::text[], %s::bigint[], "
-            "%s::boolean[], %s::boolean[], %s::bytea[], %s::integer[], %s::integer[])",
-            *_columns(messages),
+        # Waited for, before the COMMIT is sent: a server that says nothing until we give up must
+        # not keep them after that, for then they come again.
+        [[keys]] = transaction.rows(
+            "SELECT hold_put(%b::bigint[], %b::integer[], %b::text[], %b::text[], %s, "
+            "%b::integer[], %b::integer[], %b::text[], %b::text[], %b::bigint[], %b::boolean[], "
+            "%b::boolean[], %b::bytea[], %b::integer[])",
+            *(numbers, *_columns(rows), self.now(), *_columns(messages)),
         )
-        transaction.run(
-            "INSERT INTO hold_queue (id, message, account, recipients, size, arrived) "
-            "SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::text[], "
-            "%s::bigint[], %s::double precision[])",
-            *_columns(rows),
-        )
-        self._note_used(transaction, used, octets)
-        return keys
+        return keys, [len(accounts) for accounts in theirs]
+
+    def _numbers_for(
+        self,
+        transaction: Transaction,
+        arrivals: Sequence[Arrival],
+        theirs: Sequence[tuple[str, ...]],
+    ) -> list[int] | None:
+        """The keys of what comes, if any of it is to go into the database before the others."""
+        if not any(one.spool is not None or one.size >= LARGE for one in arrivals):
+            return None
+        [[numbers]] = transaction.rows("SELECT hold_numbers(%s)", sum(map(len, theirs)))
+        return list(numbers)
 
     def _set_as_they_were(
-        self, transaction: Transaction, keys: Sequence[tuple[int, ...]], held: Sequence[Held]
+        self, transaction: Transaction, keys: Sequence[int], held: Sequence[Held]
     ) -> None:
         rows = [
             (key, one.arrived, int(one.state), one.strikes, _text(one.reason), one.warned)
-            for [key], one in zip(keys, held, strict=False)
+            for key, one in zip(keys, held, strict=True)
         ]
-        if rows:
-            transaction.run(
-                "UPDATE hold_queue SET arrived = it.arrived, state = it.state, "
-                "strikes = it.strikes, reason = it.reason, warned = it.warned "
-                "FROM unnest(%s::bigint[], %s::double precision[], %s::smallint[], "
-                "%s::integer[], %s::text[], %s::boolean[]) "
-                "AS it (id, arrived, state, strikes, reason, warned) WHERE hold_queue.id = it.id",
-                *_columns(rows),
-            )
+        transaction.send(
+            "UPDATE hold_queue SET arrived = it.arrived, state = it.state, "
+            "strikes = it.strikes, reason = it.reason, warned = it.warned "
+            "FROM unnest(%b::bigint[], %b::double precision[], %b::smallint[], "
+            "%b::integer[], %b::text[], %b::boolean[]) "
+            "AS it (id, arrived, state, strikes, reason, warned) WHERE hold_queue.id = it.id",
+            *_columns(rows),
+        )
 
     def _keep_body(self, transaction: Transaction, message: int, arrival: Arrival) -> _Body:
         """Put the octets of a large message where they belong; what is left is in its row."""
@@ -294,37 +315,21 @@ class PostgresStore:
             chunks = _chunks([head])
         number = 0
         for number, chunk in enumerate(chunks, 1):
-            transaction.run("INSERT INTO hold_chunks VALUES (%s, %s, %s)", message, number, chunk)
+            transaction.run("INSERT INTO hold_chunks VALUES (%s, %s, %b)", message, number, chunk)
         return _Body(inline, number, traits.streams, traits.ascii and inline.isascii())
-
-    def _note_used(
-        self, transaction: Transaction, used: Mapping[str, int], octets: Mapping[str, int]
-    ) -> None:
-        """In the order of the names, in which all do it, so that none waits for one that waits."""
-        rows = [(one, used[one], octets[one]) for one in sorted(used)]
-        if rows:
-            transaction.run(
-                "INSERT INTO hold_usage (account, part, messages, octets) "
-                "SELECT account, %s, messages, octets FROM unnest(%s::text[], %s::bigint[], "
-                "%s::bigint[]) WITH ORDINALITY AS more (account, messages, octets, number) "
-                "ORDER BY number ON CONFLICT (account, part) DO UPDATE SET "
-                "messages = hold_usage.messages + excluded.messages, "
-                "octets = hold_usage.octets + excluded.octets",
-                *((self._lease.node or 0) % PARTS, *_columns(rows)),
-            )
 
     # -- what goes --------------------------------------------------------------------------------
 
     def load(self, keys: Sequence[int]) -> dict[int, bytes | Content]:
         with self._database.transaction(synced=False) as transaction:
-            rows = transaction.rows(
+            asked = transaction.send(
                 "SELECT q.id, m.id, m.size, m.body, m.chunks, m.streams, m.ascii "
                 "FROM hold_queue q JOIN hold_messages m ON m.id = q.message "
-                "WHERE q.id = ANY(%s)",
+                "WHERE q.id = ANY(%s::bigint[])",
                 list(keys),
             )
         found: dict[int, bytes | Content] = {}
-        for key, message, size, body, chunks, streams, ascii_ in rows:
+        for key, message, size, body, chunks, streams, ascii_ in asked.rows():
             if not chunks:
                 found[key] = body
                 continue
@@ -348,11 +353,12 @@ class PostgresStore:
             spool.write(body)
             for number in range(1, chunks + 1):
                 with self._database.transaction(synced=False) as transaction:
-                    for [data] in transaction.rows(
+                    piece = transaction.send(
                         "SELECT data FROM hold_chunks WHERE message = %s AND number = %s",
                         *(message, number),
-                    ):
-                        spool.write(data)
+                    )
+                for [data] in piece.rows():
+                    spool.write(data)
             spool.check()
         except BaseException:
             spool.discard()
@@ -372,8 +378,9 @@ class PostgresStore:
             )
 
     def feed(self, account: str, domains: Collection[str] | None = None) -> _Feed:
-        feed = _Feed(self, account, domains, next(self._numbers))
         with self._lists:
+            reading = self._readings.pop(account, None) or Reading()
+            feed = _Feed(self, account, domains, next(self._numbers), reading)
             self._feeds.add(feed)
         return feed
 
@@ -383,57 +390,69 @@ class PostgresStore:
             node = self._let_go()
             ticket = _Ticket(node, feed.ticket)
             try:
-                with self._taking(ticket) as (transaction, taken):
-                    taken += self._pick(transaction, feed, messages, octets)
-                return node, taken
+                return node, self._take(ticket, feed, messages, octets)
             except LeaseLostError as error:
                 self._renew()
                 if not left:
                     raise OSError(f"the hold store {self._database.shown}: {error}") from None
         raise AssertionError("not reached")
 
-    @contextlib.contextmanager
-    def _taking(self, ticket: _Ticket) -> Iterator[tuple[Transaction, list[Held]]]:
-        """What is put into the list is ours at the end.  If it is not known whether it is, it is
-        let go."""
+    def _take(self, ticket: _Ticket, feed: _Feed, messages: int, octets: int) -> list[Held]:
+        """What is in the list is ours at the end.  If it is not known whether it is, it is let go,
+        and looked for from the beginning."""
         taken: list[Held] = []
         try:
             with self._database.transaction(synced=False) as transaction:
-                if self._lease.ours(transaction) != ticket.node:
-                    raise LeaseLostError("this process has another number by now")
-                yield transaction, taken
+                taken += self._pick(transaction, ticket, feed, messages, octets)
                 if taken:
-                    transaction.run(
-                        "UPDATE hold_queue SET node = %s, ticket = %s WHERE id = ANY(%s)",
+                    transaction.send(
+                        "UPDATE hold_queue SET node = %s, ticket = %s WHERE id = ANY(%s::bigint[])",
                         *(ticket.node, ticket.number, [one.key for one in taken]),
                     )
         except BaseException:
-            if taken:
-                self.let_go_later(ticket, {one.key for one in taken})
+            with self._lists:
+                feed.reading = Reading()
+            self.let_go_later(ticket, {one.key for one in taken})
             raise
+        return taken
 
     def _pick(
-        self, transaction: Transaction, feed: _Feed, messages: int, octets: int
+        self, transaction: Transaction, ticket: _Ticket, feed: _Feed, messages: int, octets: int
     ) -> Iterator[Held]:
-        passed: set[int] = set()
-        more = True
-        while more and messages > 0 and octets > 0:
-            rows = transaction.rows(
-                f"{_HELD} WHERE q.account = %s AND q.state = %s AND {FREE} "
-                "AND q.id <> ALL(%s::bigint[]) ORDER BY q.id LIMIT %s FOR UPDATE OF q SKIP LOCKED",
-                *(feed.account, int(State.WAITING), [*feed.seen, *passed], PAGE),
-            )
-            more = len(rows) == PAGE
-            for one in map(_held, rows):
+        if messages <= 0 or octets <= 0:
+            return
+        leased = self._lease.ask(transaction, ticket.node)
+        asked = transaction.send("SELECT hold_horizon()")
+        page = transaction.send(_PAGE, wanted := feed.wanted(messages))
+        leased.check()
+        [[horizon]] = asked.rows()
+        shown: list[int] = []
+        there: list[int] = []
+        while True:
+            rows = page.rows()
+            there += (key for _, key, *_ in rows)
+            after = [key for is_after, key, *_ in rows if is_after]
+            upto = after[-1] if len(after) == wanted["number"] else ALL
+            for _, key, *row in rows:
+                if row[0] is None:
+                    continue  # someone else's, or set aside
                 if messages <= 0 or octets <= 0:
-                    return
-                passed.add(one.key)
-                if (wanted := for_domains(one, feed.domains)) is None:
-                    feed.seen.add(one.key)
+                    upto = min(upto, key - 1)
+                    break
+                held = _held(tuple(row))
+                shown.append(key)
+                if (theirs := for_domains(held, feed.domains)) is None:
+                    feed.seen.add(key)
                     continue
                 messages -= 1
-                octets -= wanted.size
-                yield wanted
+                octets -= theirs.size
+                yield theirs
+            if messages <= 0 or octets <= 0 or upto == ALL:
+                break
+            wanted = {**wanted, "after": upto, "left": [], "aside": NO_STATE}
+            page = transaction.send(_PAGE, wanted)
+        with self._lists:
+            feed.reading.read(upto, horizon, shown, there)
 
     def claim(self, keys: Iterable[int]) -> dict[int, Held]:
         number, wanted = next(self._numbers), list(keys)
@@ -485,12 +504,12 @@ class PostgresStore:
         with contextlib.ExitStack() as changing:
             with self._database.transaction(synced=False) as transaction:
                 rows = transaction.rows(
-                    "SELECT id, message, account, recipients, size FROM hold_queue "
+                    "SELECT id, account, recipients, size FROM hold_queue "
                     f"WHERE id = ANY(%s::bigint[]) AND (node = %s OR {FREE}) "
                     "ORDER BY id FOR UPDATE",
                     *(list(answered), self._lease.node),
                 )
-                changing.enter_context(self._usages.changing({one[2] for one in rows}))
+                changing.enter_context(self._usages.changing({one[1] for one in rows}))
                 left, used, octets = self._strike_off(transaction, rows, answered, reasons)
             self._usages.add(used, octets)
         with self._lists:
@@ -511,49 +530,24 @@ class PostgresStore:
         octets: Counter[str] = Counter()
         left: list[tuple[Any, ...]] = []
         gone: list[int] = []
-        messages: Counter[int] = Counter()
-        for key, message, account, recipients, size in rows:
+        for key, account, recipients, size in rows:
             rest = [one for one in json.loads(recipients) if one[0] not in answered[key]]
             if rest:
                 left.append((key, json.dumps(rest), _text(reasons[key])))
                 continue
             gone.append(key)
-            messages[message] += 1
             used[account] -= 1
             octets[account] -= size
         if left:
-            transaction.run(
+            transaction.send(
                 "UPDATE hold_queue SET recipients = it.recipients, reason = it.reason, "
-                "node = NULL, ticket = NULL FROM unnest(%s::bigint[], %s::text[], %s::text[]) "
+                "node = NULL, ticket = NULL FROM unnest(%b::bigint[], %b::text[], %b::text[]) "
                 "AS it (id, recipients, reason) WHERE hold_queue.id = it.id",
                 *_columns(left),
             )
         if gone:
-            transaction.run("DELETE FROM hold_queue WHERE id = ANY(%s::bigint[])", gone)
-            self._delete(transaction, messages)
-            self._note_used(transaction, used, octets)
+            transaction.send("SELECT hold_forget(%b::bigint[])", gone)
         return {one[0] for one in left}, used, octets
-
-    def _delete(self, transaction: Transaction, messages: Mapping[int, int]) -> None:
-        """So many accounts each do not need these messages any more."""
-        found = dict(
-            transaction.rows(
-                "SELECT id, accounts FROM hold_messages WHERE id = ANY(%s::bigint[]) ORDER BY id "
-                "FOR UPDATE",
-                list(messages),
-            )
-        )
-        over = [one for one, accounts in found.items() if accounts <= messages[one]]
-        needed = [(one, messages[one]) for one in found if one not in over]
-        transaction.run("DELETE FROM hold_messages WHERE id = ANY(%s::bigint[])", over)
-        transaction.run("DELETE FROM hold_chunks WHERE message = ANY(%s::bigint[])", over)
-        if needed:
-            transaction.run(
-                "UPDATE hold_messages SET accounts = accounts - less.number "
-                "FROM unnest(%s::bigint[], %s::bigint[]) AS less (id, number) "
-                "WHERE hold_messages.id = less.id",
-                *_columns(needed),
-            )
 
     # -- what does not go -------------------------------------------------------------------------
 
@@ -572,12 +566,16 @@ class PostgresStore:
             transaction.run("UPDATE hold_queue SET warned = true WHERE id = %s", key)
 
     def retry(self, keys: Iterable[int]) -> int:
+        keys = list(keys)
         with self._database.transaction(synced=False) as transaction:
             found = transaction.rows(
                 "UPDATE hold_queue SET state = %s, strikes = 0, reason = '' "
                 "WHERE id = ANY(%s::bigint[]) RETURNING account",
-                *(int(State.WAITING), list(keys)),
+                *(int(State.WAITING), keys),
             )
+        with self._lists:
+            for reading in (*self._readings.values(), *(feed.reading for feed in self._feeds)):
+                reading.note(keys)
         self._wake({account for [account] in found})
         return len(found)
 
@@ -710,6 +708,10 @@ class PostgresStore:
 
     def _renew(self) -> None:
         if not self._lease.renew():
+            with self._lists:  # after a crash even numbers may be given a second time
+                self._readings.clear()
+                for feed in self._feeds:
+                    feed.reading = Reading()
             self._heard(None)  # what our feeds had is anyone's
 
     def _tick(self) -> None:
@@ -721,26 +723,45 @@ class PostgresStore:
     def _look(self) -> None:
         """See whether there is mail for those who wait for it."""
         with self._lists:
-            accounts = {feed.account for feed in self._feeds}
-        if not accounts:
+            feeds = [(one.account, one.reading.after) for one in self._feeds]
+            left = [key for one in self._feeds for key in one.reading.left]
+        if not feeds:
             return
         with self._database.transaction(synced=False) as transaction:
-            found = transaction.rows(
-                "SELECT one FROM unnest(%s::text[]) AS one WHERE EXISTS (SELECT FROM hold_queue "
-                f"WHERE account = one AND state = %s AND {FREE})",
-                *(list(accounts), int(State.WAITING)),
+            found = transaction.send(
+                "SELECT DISTINCT feed.account FROM unnest(%s::text[], %s::bigint[]) "
+                "AS feed (account, after), LATERAL (SELECT FROM hold_queue "
+                "WHERE account = feed.account AND state = %s AND id > feed.after "
+                f"AND {FREE} LIMIT 1) AS one UNION SELECT account FROM hold_queue "
+                f"WHERE id = ANY(%s::bigint[]) AND state = %s AND {FREE}",
+                *(*_columns(feeds), int(State.WAITING), left, int(State.WAITING)),
             )
-        if found:
-            self._heard({account for [account] in found})
+        if accounts := {account for [account] in found.rows()}:
+            self._heard(accounts)
 
     def _read_usages(self) -> None:
         self._usages.begin_reading()
         with self._database.transaction(synced=False) as transaction:
-            rows = transaction.rows(
-                "SELECT account, sum(messages)::bigint, sum(octets)::bigint FROM hold_usage "
-                "GROUP BY account HAVING sum(messages) <> 0"
+            used = transaction.send(
+                "SELECT account, sum(messages)::bigint, sum(octets)::bigint FROM ("
+                "SELECT account, messages, octets FROM hold_usage UNION ALL "
+                "SELECT account, messages, octets FROM hold_changes "
+                "WHERE id > (SELECT number FROM hold_counted)"
+                ") AS used GROUP BY account HAVING sum(messages) <> 0"
             )
-        self._usages.read({account: Usage(*used) for account, *used in rows})
+            changes = transaction.send(
+                "SELECT count(*) FROM hold_changes WHERE id > (SELECT number FROM hold_counted)"
+            )
+        self._usages.read({account: Usage(*used) for account, *used in used.rows()})
+        [[number]] = changes.rows()
+        if number >= CHANGES or (number and since_boot() - self._counted >= COUNT):
+            self._count()
+
+    def _count(self) -> None:
+        """Add up the changes of what is held."""
+        with self._database.transaction(synced=False) as transaction:
+            transaction.send("SELECT hold_count()")
+        self._counted = since_boot()
 
     # -- what feeds need --------------------------------------------------------------------------
 
@@ -760,6 +781,7 @@ class PostgresStore:
     def forget(self, feed: _Feed, keys: Iterable[int]) -> None:
         """It is closed, and does not have these any more.  Under ``lists``."""
         self._feeds.discard(feed)
+        self._readings[feed.account] = feed.reading
         for key in keys:
             if self._having.get(key) is feed:
                 del self._having[key]
@@ -789,8 +811,9 @@ class _Body:
 class _Feed:
     """A feed.
 
-    ``seen``  what it does not show again in this round, although it waits: it is for other domains,
-              or was answered, and still waits for some of its recipients.
+    ``seen``     what it does not show again in this round, although it waits: it is for other
+                 domains, or was answered, and still waits for some of its recipients.
+    ``reading``  how far it has read.
     """
 
     def __init__(
@@ -799,16 +822,20 @@ class _Feed:
         account: str,
         domains: Collection[str] | None,
         ticket: int,
+        reading: Reading,
     ) -> None:
         self._store, self.account, self.domains, self.ticket = store, account, domains, ticket
+        self.reading = reading
         self.seen: set[int] = set()
         self._ours: dict[int, int] = {}  # by key, under which number it was taken
+        self._answered: set[int] = set()  # and not settled
         self._restart = False
 
     def take(self, messages: int, octets: int) -> Sequence[Held]:
         if self._restart:
             self._restart = False
             with self._store.lists:
+                self.reading.note(self.seen)
                 self.seen.clear()
         node, taken = self._store.take(self, messages, octets)
         with self._store.lists:
@@ -817,12 +844,27 @@ class _Feed:
             self._store.note_taken(self, (one.key for one in taken))
         return taken
 
+    def wanted(self, messages: int) -> dict[str, Any]:
+        """What is asked of the database for its next so many messages."""
+        number = PAGE if self.domains is not None else min(PAGE, messages)
+        with self._store.lists:
+            self.reading.prepare()
+            after = self.reading.after
+            left = self.reading.left - self.seen
+            done = self.reading.done.union(key for key in self.seen if key > after)
+        return {
+            **{"account": self.account, "after": after, "left": list(left), "done": list(done)},
+            **{"waiting": int(State.WAITING), "aside": int(State.ASIDE)},
+            **{"most": reading.MOST + 1, "number": number},
+        }
+
     def has(self, key: int) -> bool:
         node = self._ours.get(key)
         if node is None or self._store.holds(node):
             return node is not None
         with self._store.lists:
             self._ours.pop(key, None)
+            self.reading.note([key])
         # It may be ours after all, when the database is there again.
         self._store.let_go_later(_Ticket(node, self.ticket), {key})
         return False
@@ -830,12 +872,14 @@ class _Feed:
     def leave(self, keys: Iterable[int]) -> None:
         with self._store.lists:
             for key in keys:
-                self._ours.pop(key, None)
+                if self._ours.pop(key, None) is not None:
+                    self._answered.add(key)
 
     def settled(self, key: int, left: bool) -> None:
         """One that it took has been settled; if any recipient is left, it waits.  Under
         ``lists``."""
         self._ours.pop(key, None)
+        self._answered.discard(key)
         if left:
             self.seen.add(key)
 
@@ -845,6 +889,7 @@ class _Feed:
     def close(self) -> None:
         with self._store.lists:
             ours, self._ours = self._ours, {}
+            self.reading.note([*ours, *self._answered, *self.seen])
             self._store.forget(self, ours)
         for node in set(ours.values()):
             keys = {key for key, had in ours.items() if had == node}

@@ -46,7 +46,10 @@ Heard = Callable[[Collection[str] | None], None]
 
 
 class Wakeups:
-    """Tells others, and hears them; ``heard`` is called in a thread of its own."""
+    """Tells others, and hears them; ``heard`` is called in a thread of its own.
+
+    ``begun``  it hears them, or the first try to do so has failed.
+    """
 
     def __init__(self, database: Database, channel: str, heard: Heard) -> None:
         self._database, self._channel, self._heard = database, channel, heard
@@ -54,7 +57,7 @@ class Wakeups:
         self._waiting: set[str] = set()
         self._testing = False  # whether we hear ourselves
         self._changed = threading.Condition()
-        self._closing = threading.Event()
+        self._closing, self.begun = threading.Event(), threading.Event()
         self._said_deaf = False
         self._end, self._ended = socket.socketpair()
         self._threads = [
@@ -125,12 +128,14 @@ class Wakeups:
                     self._hear(connection)
             except psycopg.Error as error:
                 log.debug("hold=%s listening: %s", self._database.shown, error)
+                self.begun.set()
                 self._closing.wait(AGAIN)
 
     def _hear(self, connection: Connection) -> None:
         with self._database.watched(connection):
             connection.execute(f'LISTEN "{self._channel}"')
         self._heard(None)  # what was said meanwhile
+        self.begun.set()
         with self._changed:  # a pooler may pass on what this connection says itself
             self._testing = True
             self._changed.notify()
