@@ -141,7 +141,7 @@ def test_accounts_has_what_is_held_against_the_quotas(holder: Project) -> None:
     ]
     assert lines[1][5:] == ["1", "-", "-"]
     assert lines[2][:3] == ["other (Disabled)", "example.com", "0 of 100,000"]
-    assert lines[3][:4] == ["gone (not in the settings)", "-", "1", str(size)]
+    assert lines[3][:4] == ["gone (no such account)", "-", "1", str(size)]
     first_row, *_, last = rows(holder.run("provider", "accounts", "--json").stdout)
     assert list(first_row) == ACCOUNT_KEYS
     assert (first_row["messages"], first_row["bytes"], first_row["aside"]) == (2, size + 1000, 1)

@@ -83,7 +83,7 @@ def accounts(options: Options, as_json: bool) -> None:
 
 
 def _account_cells(row: Mapping[str, Any]) -> list[str]:
-    title = {None: " (not in the settings)", False: " (Disabled)", True: ""}[row["enabled"]]
+    title = {None: " (no such account)", False: " (Disabled)", True: ""}[row["enabled"]]
     push = f"since {at(row['push'])}" if row["push"] else "-"
     aside = f"{row['aside']:,}"
     where = f"{push}, {row['peer']}" if row["peer"] else push
@@ -293,9 +293,12 @@ def add(
     in. The join line has the password, and is printed now and not again; `provider join` makes it
     again for who knows the password.
     """
+    if not domains:
+        raise click.UsageError("say whose mail it gets, such as --domain example.org")
+    here = _Here(options)
+    # Not before it is known that psycopg is there.
     from salmon_revsmtp.provider.hold.postgres.accounts import DomainTakenError, NameTakenError
 
-    here = _Here(options)
     keys = {"name": name, "domains": list(domains), **_given(values), "enabled": not disabled}
     # Before a password is asked for.
     _valid(here.configuration, {**keys, "password": "x"})
@@ -305,7 +308,10 @@ def add(
         with _explained():
             here.accounts.add(keys)
     except NameTakenError:
-        raise stop(f"there is an account {name!r} in the database") from None
+        raise stop(
+            f"there is an account {name!r} in the database already; `salmon-revsmtp provider "
+            "accounts` lists all, and `set`, `domains` and `password` change one"
+        ) from None
     except DomainTakenError as error:
         raise _taken(name, error.domain, error.owner) from None
     _show_login(here, keys, f"added, for {', '.join(keys['domains'])}", password, generate, as_json)
@@ -376,10 +382,17 @@ def domains(options: Options, name: str, added: tuple[str, ...], removed: tuple[
 
         gone = set()
         for one in removed:
+            domain = ""
             with contextlib.suppress(ValueError):
-                gone.add(domain_name(one))
-            if not gone & set(keys["domains"]):
+                domain = domain_name(one)
+            if domain not in keys["domains"]:
                 raise stop(f"{name!r} has no domain {one!r}; it has {', '.join(keys['domains'])}")
+            gone.add(domain)
+        if not added and gone.issuperset(keys["domains"]):
+            raise stop(
+                f"{name!r} would have no domain left; add another one first, or see "
+                "`salmon-revsmtp provider accounts remove`"
+            )
         return {**keys, "domains": [one for one in [*keys["domains"], *added] if one not in gone]}
 
     if added or removed:
@@ -437,7 +450,7 @@ def remove(options: Options, name: str, leave_mail: bool) -> None:
         waiting = _waiting(options, name)
         if waiting and not leave_mail:
             raise click.ClickException(
-                f"{printable(name)}: {waiting} held for it; return that to its senders by "
+                f"{printable(name)}: {waiting} held for it; return the mail to its senders by "
                 f"`salmon-revsmtp provider held bounce --account {printable(name)}`, wait until "
                 "the customer has it, or say --leave-mail"
             )

@@ -763,7 +763,7 @@ WRONG = [
         ("add", "x", "--domain", "example.com", "--quota-messages", "many"),
         "account \"x\": quota_messages: found 'many', allowed: a whole number above 0",
     ),
-    (("add", "x"), 'account "x": domains: found'),
+    (("add", "x"), "say whose mail it gets, such as --domain example.org"),
     (
         ("add", "x", "--domain", "example.net"),
         "account \"x\": domains: 'example.net' is that of account 'club', allowed: a domain of one "
@@ -782,7 +782,11 @@ WRONG = [
     (("remove", "nobody"), "no account in the database is named 'nobody'"),
     (("domains", "nobody"), "no account in the database is named 'nobody'"),
     (("domains", "acme", "--remove", "example.com"), "'acme' has no domain 'example.com'"),
-    (("domains", "acme", "--remove", "example.org"), 'account "acme": domains: found'),
+    (
+        ("domains", "acme", "--remove", "example.org", "--remove", "example.com"),
+        "'acme' has no domain 'example.com'; it has example.org",
+    ),
+    (("domains", "acme", "--remove", "example.org"), "'acme' would have no domain left"),
     (
         ("domains", "acme", "--add", "example.net"),
         "'example.net' is that of account 'club', allowed",
@@ -844,6 +848,16 @@ def test_a_database_that_is_away_is_one_sentence_without_the_password(
     done = place.run("accounts", "disable", "acme", status=1)
     assert "opening the hold store postgresql://" in done.stderr
     assert "s3cret" not in done.stderr
+
+
+def test_without_psycopg_it_is_said_what_to_install(project: Project) -> None:
+    place = Place(project, "postgresql://acme:s3cret@db.example.net/mail")
+    with (project.folder / "config/settings.py").open("a") as settings:
+        settings.write("import sys\nsys.modules['psycopg'] = None\n")
+    for command in (("add", "acme", "--domain", "example.org"), ("remove", "acme")):
+        done = place.run("accounts", *command, status=1)
+        assert "pip install 'salmon-revsmtp[postgres]'" in done.stderr
+        assert "s3cret" not in done.stderr
 
 
 def test_accounts_of_a_provider_with_a_folder_are_in_its_settings(project: Project) -> None:
