@@ -225,10 +225,35 @@ def test_a_database_is_named_without_its_password(
         + f"provider = {{'listen': '127.0.0.1:{free_port()}', "
         + "'hold': 'postgresql://acme:hunter2@db.example.net/mail'}\n"
     )
-    found = check(project, status=0)
+    found = check(project, "--offline", status=0)
     assert found["hold", "postgresql://db.example.net/mail"].result == SKIPPED
     assert not any(subject == "run/hold" for _, subject in found)
     assert "hunter2" not in str(found)
+
+
+def test_a_database_that_cannot_be_had_keeps_the_server_from_starting(
+    project: Project, receiver: Callable[[], None]
+) -> None:
+    project.configure()
+    receiver()
+    settings = project.folder / "config/settings.py"
+    with settings.open("a") as file:
+        file.write("customer_accounts = []\n")
+        file.write(
+            f"provider = {{'hold': 'postgresql://acme:hunter2@127.0.0.1:{free_port()}/mail'}}\n"
+        )
+    found = check(project, status=1)
+    assert found["summary", ""].text.startswith("the server cannot start; ")
+    [hold] = [one for one in found.values() if one.check == "hold"]
+    assert hold.result == FAILED and "is the database running" in hold.text
+    assert "hunter2" not in hold.text
+
+    # Without the extra, that is what is said, and also offline.
+    settings.write_text(f"{settings.read_text()}\nimport sys\nsys.modules['psycopg'] = None\n")
+    for options in ((), ("--offline",)):
+        [hold] = [one for one in check(project, *options, status=1).values() if one.check == "hold"]
+        assert hold.result == FAILED
+        assert "pip install 'salmon-revsmtp[postgres]'" in hold.text
 
 
 def test_a_boot_module_without_attach(project: Project, receiver: Callable[[], None]) -> None:

@@ -29,7 +29,7 @@ TONES = {"ok": GOOD, "warning": WAITS, "failed": BAD}
 RESULT = 9
 
 # What a server does not start without.
-NEEDED = ("boot", "listen")
+NEEDED = ("boot", "hold", "listen")
 
 
 @click.command()

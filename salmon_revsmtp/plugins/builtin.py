@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
     from salmon_revsmtp.provider.hold.store import HoldStore, OpenHoldStore
     from salmon_revsmtp.provider.nodes import Nodes
 
-__all__ = ["POSTGRES", "POSTGRES_PLUGIN", "etrn", "odmr", "postgres", "postgres_accounts"]
+__all__ = [
+    "POSTGRES",
+    "POSTGRES_PLUGIN",
+    "etrn",
+    "odmr",
+    "postgres",
+    "postgres_accounts",
+    "psycopg_is_there",
+]
 
 #: The scheme of a URL of PostgreSQL, and the name of the plugin for it.
 POSTGRES, POSTGRES_PLUGIN = "postgresql", "postgres"
@@ -89,6 +98,11 @@ def postgres_accounts(settings: ModuleType) -> PostgresAccounts | None:
         from salmon_revsmtp.provider.hold.postgres.accounts import accounts_at
 
     return accounts_at(url)
+
+
+def psycopg_is_there() -> bool:
+    """Whether the packages of the extra ``postgres`` are installed."""
+    return all(importlib.util.find_spec(name) for name in ("psycopg", "psycopg_pool"))
 
 
 @contextlib.contextmanager

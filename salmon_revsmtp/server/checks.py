@@ -26,6 +26,7 @@ from salmon_revsmtp.delivery.outbox import UNSENT
 from salmon_revsmtp.delivery.router import DEFAULT_UNDELIVERABLE
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.files import FEW_FILES, Room, room_in, try_folder
+from salmon_revsmtp.foreign import printable
 from salmon_revsmtp.hooks import HookFailedError
 from salmon_revsmtp.hostname import machine_name
 from salmon_revsmtp.journal.file import DEFAULT_JOURNAL, JournalFile
@@ -35,6 +36,7 @@ from salmon_revsmtp.net.certificate import (
     certificate_names,
     is_for,
 )
+from salmon_revsmtp.plugins.builtin import POSTGRES, postgres_accounts, psycopg_is_there
 from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.provider.hold.places import without_secrets
 from salmon_revsmtp.provider.settings import ProviderSettings
@@ -113,7 +115,7 @@ def local_findings(
         yield Finding("handlers", "all", SKIPPED, text)
     for folder in [Path("run"), Path("logs"), *_hold(configuration)]:
         yield _folder("folder", folder)
-    yield from _database(configuration)
+    yield from _database(configuration, offline)
     yield from _journal(DEFAULT_JOURNAL)
     yield from _queues(configuration)
     yield from _disks(configuration)
@@ -351,12 +353,25 @@ def _disks(configuration: Configuration) -> Iterator[Finding]:
             yield _room(folder, room)
 
 
-def _database(configuration: Configuration) -> Iterator[Finding]:
-    """The hold store that is in no folder: only who uses it opens it."""
+def _database(configuration: Configuration, offline: bool) -> Iterator[Finding]:
+    """The hold store that is in no folder: only who uses it opens it.  But it is known what it
+    takes to open that on PostgreSQL, and that its database has to answer."""
     settings = configuration.provider
-    if settings is not None and settings.hold_scheme is not None:
-        text = "not tried; the server opens it when it starts, and says if it cannot"
-        yield Finding("hold", without_secrets(settings.hold), SKIPPED, text)
+    if settings is None or settings.hold_scheme is None:
+        return
+    shown = without_secrets(settings.hold)
+    if settings.hold_scheme == POSTGRES and not (offline and psycopg_is_there()):
+        try:
+            accounts = postgres_accounts(configuration.module or ModuleType("settings"))
+            if accounts is not None:
+                accounts.find("")
+        except OSError as error:
+            yield Finding("hold", shown, FAILED, printable(str(error)))
+        else:
+            yield Finding("hold", shown, OK, "the database answers")
+        return
+    text = "not tried; the server opens it when it starts, and says if it cannot"
+    yield Finding("hold", shown, SKIPPED, text)
 
 
 def _hold(configuration: Configuration) -> Iterator[Path]:
