@@ -8,10 +8,12 @@ import re
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from salmon import queue
-from support.console import Answer, Browser
+from support.console import Answer, Browser, console
 from support.messages import MESSAGE
 from support.site import SECRET, Site, running_site
 
@@ -242,6 +244,36 @@ def test_a_moment_is_as_short_as_it_is_clear() -> None:
     assert re.fullmatch(r"\d\d:\d\d", words.moment(now.isoformat()))
     assert re.fullmatch(r"\d+ \w+ \d\d\d\d", words.moment((now - timedelta(400)).isoformat()))
     assert len(words.moment((now - timedelta(1)).isoformat())) > 5
+
+
+def test_accounts_and_sessions_that_another_host_has(tmp_path: Path) -> None:
+    provider: dict[str, Any] = {
+        **{"status": "provider", "accounts": None, "online": 1, "messages": 0, "bytes": 0},
+        **{"aside": 0, "oldest": None, "sessions": 1, "live": {}},
+    }
+    account: dict[str, Any] = {
+        **{"account": "acme", "from": "postgres", "enabled": True, "messages": 0, "bytes": 0},
+        **{"quota_messages": None, "quota_bytes": None, "oldest": None, "aside": 0},
+        **{"last_seen": None, "push": None, "peer": None, "failed_logins": 0},
+    }
+    session: dict[str, Any] = {
+        **{"account": "acme", "peer": "192.0.2.1:5", "since": "2026-11-26T12:00:00+00:00"},
+        **{"push": True, "live": None, "fell_back": None, "messages": None, "tls": None},
+        "host": "mx2",
+    }
+    with console(tmp_path) as here:
+        server: Any = here.server
+        rows = server.status()
+        server.status = lambda: [*rows, provider]
+        server.accounts, server.sessions = lambda: [account], lambda: [session]
+        browser = here.browser()
+        assert browser.log_in().status == 303
+        assert "Accounts online 1 1 session" in read(browser.get("/"))
+        text = read(browser.get("/provider"))
+        assert "192.0.2.1:5 ? ? none mx2" in text
+        session |= {"messages": 4, "live": 1234, "host": None}
+        text = read(browser.get("/provider"))
+        assert "192.0.2.1:5 4 1,234 none" in text and "Host" not in text
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 9, 10, 11, 99, 101, 4711, 1_000_000])

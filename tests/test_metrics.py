@@ -229,6 +229,7 @@ class Fake:
         self.found: list[Trouble] = []
         self.alive = True
         self.held: list[dict[str, Any]] = []
+        self.provider: list[dict[str, Any]] = []
         self.plugins: list[object] = []
         self.reported: list[str] = []
 
@@ -248,7 +249,7 @@ class Fake:
     def status(self) -> list[dict[str, Any]]:
         if not self.alive:
             raise RuntimeError("no answer")
-        return [{"status": "trouble", "trouble": one.key} for one in self.found]
+        return [*({"status": "trouble", "trouble": one.key} for one in self.found), *self.provider]
 
     def accounts(self) -> list[dict[str, Any]]:
         return self.held
@@ -288,6 +289,17 @@ def test_a_server_without_room_is_not_ready(fake: Faked, key: str) -> None:
     assert found['revsmtp_troubles{kind="agent"}'] == 1
     assert found['revsmtp_troubles{kind="disk"}'] == 0
     assert unready(there) == []
+
+
+def test_accounts_that_are_elsewhere_too_are_not_counted(fake: Faked) -> None:
+    there, ask = fake
+    row = {"status": "provider", "accounts": None, "online": 2, "sessions": 3, "aside": 0}
+    there.provider = [row]
+    status, text = ask("/metrics")
+    found = samples(text)
+    assert status == 200
+    assert (found["revsmtp_provider_sessions"], found["revsmtp_accounts_online"]) == (3, 2)
+    assert "revsmtp_accounts" not in found
 
 
 def test_accounts_beyond_the_bound_are_summed(fake: Faked) -> None:

@@ -184,7 +184,9 @@ def _tiles(rows: Sequence[Row], server: Server) -> list[Row]:
         tiles.append(_tile("/agents", "Collected today", f"{messages:,}", words.octets(size)))
     for row in rows:
         if row["status"] == "provider":
-            online = f"{row['online']:,} of {row['accounts']:,}"
+            online = f"{row['online']:,}"
+            if row["accounts"] is not None:  # else they are not only in the settings
+                online += f" of {row['accounts']:,}"
             text = f"{row['sessions']:,} session{'' if row['sessions'] == 1 else 's'}"
             tiles.append(_tile("/provider", "Accounts online", online, text))
             tiles.append(

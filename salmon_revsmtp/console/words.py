@@ -11,6 +11,7 @@ __all__ = [
     "account",
     "clock",
     "clock_of",
+    "count",
     "day",
     "iso",
     "minutes",
@@ -23,6 +24,11 @@ __all__ = [
 
 # A moment before or after now that is said without its date.
 TODAY = 20 * 3600.0
+
+
+def count(number: int | None) -> str:
+    """``1,234``; ``?`` where another host knows."""
+    return "?" if number is None else f"{number:,}"
 
 
 def octets(number: int) -> str:

@@ -334,7 +334,8 @@ def _of_provider(rows: Sequence[Row]) -> Iterator[Metric]:
     for row in rows:
         sessions.add_metric([], row["sessions"])
         online.add_metric([], row["online"])
-        known.add_metric([], row["accounts"])
+        if row["accounts"] is not None:  # else they are not only in the settings
+            known.add_metric([], row["accounts"])
         aside.add_metric([], row["aside"])
     yield from (sessions, online, known, aside)
 
