@@ -145,13 +145,17 @@ class ProviderRequests:
     async def _accounts(self, request: Row) -> AsyncIterator[Row]:
         await asyncio.to_thread(lambda: self._providing.store)
         open_now = self._open_sessions()
+        with contextlib.suppress(OSError):  # then only this host's are known
+            for one in reversed(await self._sessions_elsewhere()):
+                open_now.setdefault(one["account"], []).insert(0, one)
         found = self._found(request.get("account"))
         while page := await asyncio.to_thread(lambda: list(itertools.islice(found, PAGE))):
             for row in await asyncio.to_thread(self._account_rows, page):
                 mine = open_now.get(row["account"], [])
                 push = [one for one in mine if one["push"]]
                 last = self._provider.last_seen(row["account"]) if self._provider else None
-                row["last_seen"] = None if last is None else iso(time.time() if mine else last)
+                last = time.time() if mine else last
+                row["last_seen"] = None if last is None else iso(last)
                 row["push"] = push[-1]["since"] if push else None
                 row["peer"] = mine[-1]["peer"] if mine else None
                 failed = self._provider.logins.by_account if self._provider else Counter[str]()
@@ -202,24 +206,31 @@ class ProviderRequests:
         for rows in self._open_sessions().values():
             for row in rows:
                 yield {"session": row}
-        nodes = self._provider.nodes if self._provider is not None else None
-        for one in await asyncio.to_thread(nodes.sessions) if nodes is not None else ():
-            yield {
-                "session": {
-                    "account": one.account,
-                    "peer": one.peer,
-                    "since": iso(one.since),
-                    "push": one.push,
-                    "live": None,
-                    "fell_back": None,
-                    "messages": None,
-                    "tls": one.tls,
-                    "host": one.node,
-                }
-            }
+        for row in await self._sessions_elsewhere():
+            yield {"session": row}
 
     async def _live(self, request: Row) -> AsyncIterator[Row]:
         yield {"live": dict(self._providing.live.counts)}
+
+    async def _sessions_elsewhere(self) -> list[Row]:
+        """Those of other hosts, the oldest first.  Raises :class:`OSError`."""
+        nodes = self._provider.nodes if self._provider is not None else None
+        if nodes is None:
+            return []
+        return [
+            {
+                "account": one.account,
+                "peer": one.peer,
+                "since": iso(one.since),
+                "push": one.push,
+                "live": None,
+                "fell_back": None,
+                "messages": None,
+                "tls": one.tls,
+                "host": one.node,
+            }
+            for one in await asyncio.to_thread(nodes.sessions)
+        ]
 
     def _open_sessions(self) -> dict[str, list[Row]]:
         """By account, the oldest first.  On the event loop's own thread."""

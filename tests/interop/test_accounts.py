@@ -580,6 +580,11 @@ def test_provider_sessions_shows_those_of_other_hosts(salmon: Salmon, database: 
                 [row] = [found["session"] async for found in answers if "session" in found]
                 assert (row["account"], row["push"], row["host"] is None) == ("acme", True, own)
                 assert (await requests.holdings())["acme"].online == 1
+                answers = requests.answer({"do": "provider accounts"})
+                rows = [found["account"] async for found in answers if "account" in found]
+                [account] = [found for found in rows if found["account"] == "acme"]
+                assert (account["push"], account["peer"]) == (row["since"], row["peer"])
+                assert account["last_seen"] is not None
 
     on_two(salmon, url, work)
 
