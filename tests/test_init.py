@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from support.tls import CERTIFICATE
 
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.cli.options import Options, terminal
+from salmon_revsmtp.console import check_settings
 from salmon_revsmtp.init.customer import Customer, customer_files
 from salmon_revsmtp.init.environment import value_of
 from salmon_revsmtp.init.joinline import JoinLine, parse
@@ -382,6 +383,18 @@ def test_the_settings_of_every_join_line_can_be_loaded(
     assert loaded.settings.account == account
     assert found["collection_agents"][0]["domains"] == domains
     assert found.get("mailboxes", ()) == (list(mailboxes) if boxes else ())
+
+
+@pytest.mark.parametrize("made", [provider, customer])
+def test_the_console_is_one_comment_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
+) -> None:
+    made(tmp_path / "x")
+    file = tmp_path / "x/config/settings.py"
+    assert not hasattr(settings(tmp_path / "x", monkeypatch), "console")
+    file.write_text(file.read_text().replace("# console = ", "console = "))
+    problems = check_settings(settings(tmp_path / "x", monkeypatch))
+    assert settings(tmp_path / "x", monkeypatch).console and problems == []
 
 
 def test_a_customer_has_the_mailboxes_that_are_named(
