@@ -77,8 +77,6 @@ def _missing() -> str:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if not missing:
         return ""
-    are = "are" if len(missing) > 1 else "is"
-    return (
-        f"console: {' and '.join(missing)} {are} not installed; "
-        "pip install 'salmon-revsmtp[console]'"
-    )
+    *first, last = missing
+    named = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+    return f"console: {named} not installed; pip install 'salmon-revsmtp[console]'"
