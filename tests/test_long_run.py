@@ -6,6 +6,7 @@ import asyncio
 import random
 import selectors
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -82,6 +83,7 @@ class World:
         self.journal: dict[str, float] = {}
         self.failed: set[str] = set()
         self.sent_waiting: list[float] = []
+        self.outbox = SimpleNamespace()
 
     def send_waiting(self) -> None:
         self.sent_waiting.append(self.clock())
@@ -95,6 +97,12 @@ class World:
 
     async def enabled(self, agent: Any) -> bool:
         return True
+
+    async def disabled(self, agents: Iterable[Any]) -> list[Any]:
+        return []
+
+    async def note_traffic(self, collections: Iterable[Any]) -> None:
+        pass
 
     async def listeners(self) -> list[Any]:
         return []

@@ -398,8 +398,12 @@ def test_collect_by_the_server_looks_as_by_itself(project: Project) -> None:
 def test_agents_shows_the_next_run_of_the_running_server(project: Project) -> None:
     project.configure(isp(1), isp(1, name="'late'", every="60"))
     with server(project, RUN):
-        rows = [json.loads(line) for line in project.run("agents", "--json").stdout.splitlines()]
-        assert all(row["next"] for row in rows)
+
+        def shown() -> bool:  # not for one that collects just now
+            rows = project.run("agents", "--json").stdout.splitlines()
+            return all(json.loads(row)["next"] for row in rows)
+
+        wait_for(shown)
 
 
 def test_looking_whether_a_server_runs_leaves_nothing_in_its_log(project: Project) -> None:
