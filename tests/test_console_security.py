@@ -274,6 +274,9 @@ def test_who_guesses_has_to_wait(here: Consoled) -> None:
         assert "That is not the password." in browser.log_in("wrong").text
     answer = browser.log_in("wrong")
     assert "too many wrong passwords" in answer.text
+    assert "too many wrong passwords" in browser.log_in().text, "no guess is looked at"
+    basic = base64.b64encode(f"x:{PASSWORD}".encode()).decode()
+    assert here.browser().get("/metrics", authorization=f"Basic {basic}").status == 401
     link = here.running.link().partition("/enter")[2]
     assert browser.get(f"/enter{link}").status == 303, "a link lets in all the same"
 

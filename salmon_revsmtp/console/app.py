@@ -89,15 +89,16 @@ class Door:
         """Empty if it is right, else why one may not come in."""
         if self.password is None:
             return "There is no password. Run salmon-revsmtp console, which prints a link."
-        if len(given) <= LONGEST and self.password.known(given):
-            self.attempts.right(address)
-            return ""
+        # Before any look at what is given: who hears that a guess was wrong goes on guessing.
         if wait := self.attempts.wait(address):
             minutes = max(1, round(wait / 60))
             return (
                 f"There were too many wrong passwords. Try again in {minutes} minutes, or run "
                 "salmon-revsmtp console, which prints a link."
             )
+        if len(given) <= LONGEST and self.password.known(given):
+            self.attempts.right(address)
+            return ""
         self.attempts.begin(address)
         async with self._checks:
             right = len(given) <= LONGEST and await run_in_threadpool(self.password.check, given)
