@@ -235,8 +235,12 @@ def test_a_static_file_has_a_hash_and_is_kept_and_no_other_file_is_served(here: 
     assert answer.headers["content-type"].startswith("text/css")
     stale = browser.get("/static/0000000000000000/console.css")
     assert "immutable" not in stale.headers["cache-control"]
-    for path in ("/static/x/../views.py", "/static/x/%2e%2e/views.py", "/static/x//etc/passwd"):
-        assert browser.get(path).status == 404
+    for path in (
+        *("/static/x/../views.py", "/static/x/%2e%2e/views.py", "/static/x//etc/passwd"),
+        *("/static/x/%00", f"/static/x/{'a' * 300}", f"/static/x/{'a/' * 3000}", "/static/x/."),
+    ):
+        answer = browser.get(path)
+        assert answer.status == 404 and "/console/static" not in answer.text, path
 
 
 # -- passwords and links --------------------------------------------------------------------------
