@@ -513,6 +513,21 @@ def test_connections_of_one_address_are_bounded(
         many[1].close()
 
 
+def test_connections_of_all_addresses_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever proxies there are, and also of those that ask for nothing."""
+    monkeypatch.setattr(http, "CONNECTIONS", 3)
+    monkeypatch.setattr(http, "CONNECTIONS_PER_ADDRESS", 1)
+    with (
+        console(tmp_path, proxies=["127.0.0.0/8"]) as here,
+        contextlib.ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", here.running.listen[1])
+        many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
+        assert sum(ended(one, 0.5) for one in many) == 2
+
+
 def ended(connection: socket.socket, seconds: float = 10) -> bool:
     """Whether the other side ends it in time."""
     connection.settimeout(seconds)

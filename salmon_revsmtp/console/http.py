@@ -152,6 +152,9 @@ class _Protocol(H11Protocol):
             self.transport.abort()
 
     def _too_many(self) -> bool:
+        # The descriptors are the process's, and mail needs some.
+        if len(self.connections) > CONNECTIONS:
+            return True
         host = self.client[0] if self.client else ""
         others = (getattr(one, "client", None) for one in self.connections)
         same = sum(1 for client in others if client and client[0] == host)
