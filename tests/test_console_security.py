@@ -66,6 +66,17 @@ def test_the_cookie_is_for_no_script_and_no_other_site(here: Consoled) -> None:
     assert "Secure" not in cookie, "it would not come back by http"
 
 
+@pytest.mark.parametrize("other", ['state={"a": "b, c"}', "path=/x", "=", "x", 'a="b'])
+def test_a_cookie_of_another_program_on_this_host_is_in_no_ones_way(
+    here: Consoled, other: str
+) -> None:
+    browser = here.browser()
+    browser.log_in()
+    [(name, value)] = browser.jar.items()
+    assert browser.get("/", cookie=f"{other}; {name}={value}").status == 200
+    assert browser.get("/", cookie=f"{name}={value}; {other}").status == 200
+
+
 def test_a_login_begins_another_session(here: Consoled) -> None:
     browser = here.browser()
     browser.log_in()
