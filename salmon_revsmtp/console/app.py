@@ -346,9 +346,9 @@ def _exposition() -> tuple[bytes, str] | None:
     """The metrics, if there are any."""
     try:
         metrics = importlib.import_module("salmon_revsmtp.metrics")
-    except ImportError:
+        found: tuple[bytes, str] = metrics.exposition()
+    except (ImportError, RuntimeError):  # not installed, or not at work
         return None
-    found: tuple[bytes, str] | None = metrics.exposition()
     return found
 
 
