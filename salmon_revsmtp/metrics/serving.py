@@ -179,6 +179,27 @@ class _Answer(http.server.BaseHTTPRequestHandler):
     server_version = "salmon-revsmtp"
     sys_version = ""
 
+    def setup(self) -> None:
+        super().setup()
+        # The socket's own patience begins anew with each octet that comes.
+        self._clock = threading.Timer(self.timeout, self._too_slow)
+        self._clock.daemon = True
+        self._clock.start()
+
+    def _too_slow(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def parse_request(self) -> bool:
+        try:
+            return super().parse_request()
+        finally:
+            self._clock.cancel()
+
+    def finish(self) -> None:
+        self._clock.cancel()
+        super().finish()
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
