@@ -343,6 +343,21 @@ def test_many_checks_at_the_same_time_are_made_a_few_at_a_time(
     assert most[0] == 2
 
 
+def test_no_link_of_anyone_is_followed_where_the_secret_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever owns the folder may put one there between two calls; root would follow it."""
+    (tmp_path / "run").mkdir()
+    other = tmp_path / "other"
+    other.write_text("mine")
+    beside = tmp_path / "run" / f".{links.FILE.name}"
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+    beside.symlink_to(other)
+    with pytest.raises(FileExistsError):
+        Running("http://localhost:1", ("localhost", 1), b"x" * 32).write(tmp_path)
+    assert other.read_text() == "mine"
+
+
 def test_a_link_lets_in_once(here: Consoled, tmp_path: Path) -> None:
     assert (tmp_path / links.FILE).stat().st_mode & 0o777 == 0o600
     path = here.running.link().partition(f":{here.running.listen[1]}")[2]
