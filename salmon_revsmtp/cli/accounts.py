@@ -374,11 +374,13 @@ def domains(options: Options, name: str, added: tuple[str, ...], removed: tuple[
     def change(keys: Keys) -> Keys:
         from salmon_revsmtp.net.address import domain_name
 
-        gone = set()
+        gone: set[str] = set()
         for one in removed:
+            domain = ""
             with contextlib.suppress(ValueError):
-                gone.add(domain_name(one))
-            if not gone & set(keys["domains"]):
+                domain = domain_name(one)
+            gone.add(domain)
+            if domain not in keys["domains"]:
                 raise stop(f"{name!r} has no domain {one!r}; it has {', '.join(keys['domains'])}")
         return {**keys, "domains": [one for one in [*keys["domains"], *added] if one not in gone]}
 

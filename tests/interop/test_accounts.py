@@ -782,6 +782,10 @@ WRONG = [
     (("remove", "nobody"), "no account in the database is named 'nobody'"),
     (("domains", "nobody"), "no account in the database is named 'nobody'"),
     (("domains", "acme", "--remove", "example.com"), "'acme' has no domain 'example.com'"),
+    (
+        ("domains", "acme", "--remove", "example.org", "--remove", "example.com"),
+        "'acme' has no domain 'example.com'",
+    ),
     (("domains", "acme", "--remove", "example.org"), 'account "acme": domains: found'),
     (
         ("domains", "acme", "--add", "example.net"),
