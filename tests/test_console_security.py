@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
+import os
+import signal
 import socket
 import threading
 import time
@@ -552,6 +554,21 @@ def test_connections_of_all_addresses_are_bounded(
         address = ("127.0.0.1", here.running.listen[1])
         many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
         assert sum(ended(one, 0.5) for one in many) == 2
+
+
+def test_a_child_of_a_handler_does_not_keep_its_address(tmp_path: Path) -> None:
+    with console(tmp_path) as here:
+        address = here.running.listen
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, 5).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def ended(connection: socket.socket, seconds: float = 10) -> bool:

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -356,6 +357,24 @@ def test_an_address_that_is_taken_costs_the_metrics_and_not_the_server(
     assert there.reported == ["metrics:listen"], "it needs a person"
     second.stop()
     first.stop()
+
+
+def test_a_child_of_a_handler_does_not_keep_their_address() -> None:
+    there: Any = Fake()
+    serving = Serving(there, MetricsSettings(listen="127.0.0.1:0"))
+    serving.start()
+    port = serving.port or 0
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    serving.stop()
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            get(port, "/")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # -- settings --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -27,6 +28,20 @@ AGAIN = 30.0
 PATIENCE = 2.0
 # Of whom its lines are shown.
 LOGGER = "salmon_revsmtp"
+
+# What this process listens on.  A child that a handler forks would keep the address after our end,
+# and whoever comes would wait for an answer.
+_listening_on: set[socket.socket] = set()
+
+
+def _in_a_child() -> None:
+    for one in list(_listening_on):
+        with contextlib.suppress(OSError):
+            one.close()
+    _listening_on.clear()
+
+
+os.register_at_fork(after_in_child=_in_a_child)
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +120,11 @@ class Console:
         except OSError as error:
             log.warning("console: no link can be made: %s", error)
         log.info("console: listening on %s", running.url)
+        _listening_on.update(sockets)
         try:
             await server.serve(sockets)
         finally:
+            _listening_on.difference_update(sockets)
             Running.remove(self._server.project)
 
     def _url(self, sockets: list[socket.socket]) -> str:
