@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from support.console import PASSWORD, Browser, Consoled, console, started
 
 from salmon_revsmtp import Trouble
-from salmon_revsmtp.console import attempts, http, links, security, sessions
+from salmon_revsmtp.console import accepting, attempts, http, links, security, sessions
 from salmon_revsmtp.console.attempts import Attempts
 from salmon_revsmtp.console.links import Links, Running
 from salmon_revsmtp.console.passwords import BadHash, Password, hashed
@@ -532,7 +533,7 @@ def test_who_says_nothing_or_half_of_it_is_cut_off(
 def test_connections_of_one_address_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "CONNECTIONS_PER_ADDRESS", 3)
+    monkeypatch.setattr(accepting, "CONNECTIONS_PER_ADDRESS", 3)
     with console(tmp_path) as here, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", here.running.listen[1])
         many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
@@ -545,8 +546,8 @@ def test_connections_of_all_addresses_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever proxies there are, and also of those that ask for nothing."""
-    monkeypatch.setattr(http, "CONNECTIONS", 3)
-    monkeypatch.setattr(http, "CONNECTIONS_PER_ADDRESS", 1)
+    monkeypatch.setattr(accepting, "CONNECTIONS", 3)
+    monkeypatch.setattr(accepting, "CONNECTIONS_PER_ADDRESS", 1)
     with (
         console(tmp_path, proxies=["127.0.0.0/8"]) as here,
         contextlib.ExitStack() as stack,
@@ -554,6 +555,23 @@ def test_connections_of_all_addresses_are_bounded(
         address = ("127.0.0.1", here.running.listen[1])
         many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
         assert sum(ended(one, 0.5) for one in many) == 2
+
+
+def test_who_does_not_begin_with_tls_has_no_more_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "CONNECTIONS_PER_ADDRESS", 3)
+    pem = tmp_path / "server.pem"
+    made = trustme.CA().issue_cert("localhost")
+    made.private_key_and_cert_chain_pem.write_to_path(str(pem))
+    with console(tmp_path, tls_cert=pem) as here, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", here.running.listen[1])
+        many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
+        assert sum(ended(one, 0.5) for one in many) == 2
+        many.pop(0).close()
+        give_up = time.monotonic() + 20
+        while ended(stack.enter_context(socket.create_connection(address, 10)), 0.5):
+            assert time.monotonic() < give_up, "there is room again"
 
 
 def test_a_child_of_a_handler_does_not_keep_its_address(tmp_path: Path) -> None:

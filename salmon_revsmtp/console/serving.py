@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from salmon_revsmtp import Trouble
+from salmon_revsmtp.console.accepting import Bounds, Listening
 from salmon_revsmtp.console.events import Hub, Lines
 from salmon_revsmtp.console.links import Running
 
@@ -84,7 +85,7 @@ class Console:
         failed = False
         while not self._over.is_set():
             try:
-                sockets = _listening(*self._settings.address)
+                sockets = _listening(*self._settings.address, Bounds(self._settings.networks))
             except OSError as error:
                 self._cannot_listen(error, failed)
                 failed = True
@@ -142,13 +143,14 @@ class Console:
         return f"{'https' if secure else 'http'}://{shown}:{port}{settings.base_path}"
 
 
-def _listening(host: str, port: int) -> list[socket.socket]:
+def _listening(host: str, port: int, bounds: Bounds) -> list[socket.socket]:
     """Sockets that listen on all addresses of a host.  Raises :class:`OSError`."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
-            one = socket.socket(family, kind, protocol)
+            one = Listening(family, kind, protocol)
+            one.bounds = bounds
             sockets.append(one)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
@@ -157,7 +159,7 @@ def _listening(host: str, port: int) -> list[socket.socket]:
             one.bind(address)
             one.listen(100)
     except OSError:
-        for one in sockets:
-            one.close()
+        for each in sockets:
+            each.close()
         raise
     return sockets
