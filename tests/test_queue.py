@@ -25,9 +25,10 @@ from salmon.server import SMTPError
 from support.collecting import exchange
 from support.salmon import Salmon, explodes, fails
 
-from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp import QueueConsumer, hookimpl
 from salmon_revsmtp.delivery import maildir
 from salmon_revsmtp.delivery.maildir import open_queue, push_safely
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.threads import Threads
 
 
@@ -88,7 +89,7 @@ def test_a_queue_that_cannot_be_written_leaves_the_mail_with_the_provider(salmon
 CONSUMER = """
 import os, signal, sys
 from salmon.routing import route, stateless
-from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp import QueueConsumer, hookimpl
 
 @route(".*")
 @stateless
@@ -624,3 +625,25 @@ def test_what_a_closed_thread_was_to_sync_is_synced_all_the_same(tmp_path: Path)
     assert kept == [one.key for one in messages]
     assert {*kept} == {path.name for path in (tmp_path / "inbound/new").iterdir()}
     assert list((tmp_path / "inbound/tmp").iterdir()) == []
+
+
+def test_a_hook_that_tries_to_end_the_process_leaves_nothing_open(salmon: Salmon) -> None:
+    class Ends:
+        asked = 0
+
+        @hookimpl
+        def message_received(self) -> None:
+            Ends.asked += 1
+            if Ends.asked == 2:
+                raise SystemExit(1)
+
+    plugins = Plugins.load()
+    plugins.register(Ends())
+    heard, _ = exchange(
+        salmon, "b@example.org", "c@example.org", times=2, plugins=plugins, delivery="queue"
+    )
+    assert [one[:3] for one in heard] == ["451", "250"]
+    inbound = queue.Queue("run/inbound")
+    stored = sorted(inbound.mbox.get_bytes(key).split(b"\n")[1] for key in inbound.keys())
+    assert len(stored) == 2 and len(set(stored)) == 2, "each once"
+    assert list(Path("run/inbound/tmp").iterdir()) == []
