@@ -257,6 +257,25 @@ def test_a_static_file_has_a_hash_and_is_kept_and_no_other_file_is_served(here: 
         assert answer.status == 404 and "/console/static" not in answer.text, path
 
 
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no disk")])
+def test_no_path_writes_lines_of_its_own_into_the_log(
+    here: Consoled, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    def fails() -> Any:
+        raise error
+
+    monkeypatch.setattr(here.server, "agents", fails)
+    browser = here.browser()
+    browser.log_in()
+    assert browser.get("/agents/%1B%5B2J%0Aanother%20line").status >= 500
+    give_up, found = time.monotonic() + 20, list[str]()
+    while not found:  # it is logged after the answer
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+        found = [one.getMessage() for one in caplog.records if "/agents/" in one.getMessage()]
+    assert all(one.isprintable() for one in found)
+
+
 # -- passwords and links --------------------------------------------------------------------------
 
 

@@ -383,7 +383,7 @@ async def _stopping(request: Request, error: Exception) -> Response:
 
 
 async def _unreadable(request: Request, error: Exception) -> Response:
-    log.warning("console: %s: %s", request.url.path, error)
+    log.warning("console: %r: %s", request.url.path, error)
     return _page(request, 503, f"That cannot be read or written now: {error}.")
 
 

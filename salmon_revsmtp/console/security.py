@@ -136,7 +136,7 @@ class Guard:
             log.info("console: %s for %g s", error, SEND_TIMEOUT)
             raise
         except Exception:
-            log.exception("console: %s: a bug", path)
+            log.exception("console: %r: a bug", path)
             raise
 
     def _guarded(self, send: Send, state: dict[str, Any], visit: Visit) -> Send:
