@@ -367,6 +367,43 @@ def test_a_plugin_that_fails_after_rcpt(salmon: Salmon, monkeypatch: pytest.Monk
     with_shelf(salmon, shelf, work)
 
 
+def test_what_a_plugin_said_is_so_until_it_says_otherwise(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one domain of a message is looked up, the database goes, and another one, which was
+    looked up before, is asked for again in vain."""
+    monkeypatch.setattr(lookups, "FRESH", 0.0)
+    go, asked = threading.Event(), []
+
+    class Slow(Shelf):
+        @hookimpl
+        def account_for(self, domain: str) -> Mapping[str, Any] | None:
+            if domain != "example.com":
+                return super().account_for(domain)
+            asked.append(domain)
+            if len(asked) > 1:
+                go.wait(30)
+            return account("slow", domain)
+
+    shelf = Slow(account("acme", "example.org"))
+
+    async def work(here: World) -> None:
+        async with here.client() as client:
+            client.say("MAIL FROM:<a@example.net>")
+            client.say("RCPT TO:<b@example.org>", "RCPT TO:<c@example.com>", "DATA")
+            for code_ in (250, 250, 250, 354):
+                await client.replied(code_)
+            client.say("Subject: x", "", "hello", ".")
+            await here.until(lambda: len(asked) == 2)
+            shelf.fails = OSError("no route")
+            assert await code(here, "b@example.org") == "451 4.3.0"
+            go.set()
+            await client.replied(250)
+        assert len(here.held()) == len(here.held("slow")) == 1
+
+    with_shelf(salmon, shelf, work)
+
+
 def test_one_line_of_a_plugin_that_fails_all_the_time(
     salmon: Salmon, caplog: pytest.LogCaptureFixture
 ) -> None:

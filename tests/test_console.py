@@ -232,6 +232,25 @@ def test_while_no_browser_listens_nothing_is_asked(here: Consoled) -> None:
     assert here.server.asked <= before + 1
 
 
+def test_a_server_of_which_nothing_can_be_seen_is_one_line_in_the_log(
+    here: Consoled, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def fails() -> Any:
+        looks.append(1)
+        raise OSError("no disk")
+
+    monkeypatch.setattr(here.server, "activity", fails)
+    browser = here.browser()
+    browser.log_in()
+    hears = Hears(browser)
+    wait_for(lambda: len(looks) > 3)
+    hears.close()
+    said = [one for one in caplog.records if "looking what goes on" in one.getMessage()]
+    assert [one.levelname for one in said if one.levelno > logging.DEBUG] == ["WARNING"]
+
+
 def test_the_events_end_with_the_session(here: Consoled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "ALIVE", 0.05)
     browser = here.browser()

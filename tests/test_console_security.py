@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
+import os
+import signal
 import socket
 import threading
 import time
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from support.console import PASSWORD, Browser, Consoled, console, started
 
 from salmon_revsmtp import Trouble
-from salmon_revsmtp.console import attempts, http, links, security, sessions
+from salmon_revsmtp.console import accepting, attempts, http, links, security, sessions
 from salmon_revsmtp.console.attempts import Attempts
 from salmon_revsmtp.console.links import Links, Running
 from salmon_revsmtp.console.passwords import BadHash, Password, hashed
@@ -64,6 +67,17 @@ def test_the_cookie_is_for_no_script_and_no_other_site(here: Consoled) -> None:
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
     assert len(cookie.partition(";")[0].partition("=")[2]) >= 43, "256 bits"
     assert "Secure" not in cookie, "it would not come back by http"
+
+
+@pytest.mark.parametrize("other", ['state={"a": "b, c"}', "path=/x", "=", "x", 'a="b'])
+def test_a_cookie_of_another_program_on_this_host_is_in_no_ones_way(
+    here: Consoled, other: str
+) -> None:
+    browser = here.browser()
+    browser.log_in()
+    [(name, value)] = browser.jar.items()
+    assert browser.get("/", cookie=f"{other}; {name}={value}").status == 200
+    assert browser.get("/", cookie=f"{name}={value}; {other}").status == 200
 
 
 def test_a_login_begins_another_session(here: Consoled) -> None:
@@ -235,8 +249,31 @@ def test_a_static_file_has_a_hash_and_is_kept_and_no_other_file_is_served(here: 
     assert answer.headers["content-type"].startswith("text/css")
     stale = browser.get("/static/0000000000000000/console.css")
     assert "immutable" not in stale.headers["cache-control"]
-    for path in ("/static/x/../views.py", "/static/x/%2e%2e/views.py", "/static/x//etc/passwd"):
-        assert browser.get(path).status == 404
+    for path in (
+        *("/static/x/../views.py", "/static/x/%2e%2e/views.py", "/static/x//etc/passwd"),
+        *("/static/x/%00", f"/static/x/{'a' * 300}", f"/static/x/{'a/' * 3000}", "/static/x/."),
+    ):
+        answer = browser.get(path)
+        assert answer.status == 404 and "/console/static" not in answer.text, path
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no disk")])
+def test_no_path_writes_lines_of_its_own_into_the_log(
+    here: Consoled, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    def fails() -> Any:
+        raise error
+
+    monkeypatch.setattr(here.server, "agents", fails)
+    browser = here.browser()
+    browser.log_in()
+    assert browser.get("/agents/%1B%5B2J%0Aanother%20line").status >= 500
+    give_up, found = time.monotonic() + 20, list[str]()
+    while not found:  # it is logged after the answer
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+        found = [one.getMessage() for one in caplog.records if "/agents/" in one.getMessage()]
+    assert all(one.isprintable() for one in found)
 
 
 # -- passwords and links --------------------------------------------------------------------------
@@ -274,6 +311,9 @@ def test_who_guesses_has_to_wait(here: Consoled) -> None:
         assert "That is not the password." in browser.log_in("wrong").text
     answer = browser.log_in("wrong")
     assert "too many wrong passwords" in answer.text
+    assert "too many wrong passwords" in browser.log_in().text, "no guess is looked at"
+    basic = base64.b64encode(f"x:{PASSWORD}".encode()).decode()
+    assert here.browser().get("/metrics", authorization=f"Basic {basic}").status == 401
     link = here.running.link().partition("/enter")[2]
     assert browser.get(f"/enter{link}").status == 303, "a link lets in all the same"
 
@@ -323,6 +363,21 @@ def test_many_checks_at_the_same_time_are_made_a_few_at_a_time(
         for thread in threads:
             thread.join()
     assert most[0] == 2
+
+
+def test_no_link_of_anyone_is_followed_where_the_secret_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever owns the folder may put one there between two calls; root would follow it."""
+    (tmp_path / "run").mkdir()
+    other = tmp_path / "other"
+    other.write_text("mine")
+    beside = tmp_path / "run" / f".{links.FILE.name}"
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+    beside.symlink_to(other)
+    with pytest.raises(FileExistsError):
+        Running("http://localhost:1", ("localhost", 1), b"x" * 32).write(tmp_path)
+    assert other.read_text() == "mine"
 
 
 def test_a_link_lets_in_once(here: Consoled, tmp_path: Path) -> None:
@@ -401,8 +456,8 @@ def test_metrics_need_the_password_or_the_token(
             assert asked(wrong) == 401
         assert browser.log_in().status == 303
         assert asked("") == 200
-        monkeypatch.setattr(app, "_exposition", lambda: None)
-        assert browser.get("/metrics").status == 404
+        monkeypatch.undo()
+        assert browser.get("/metrics").status == 404, "no server here has metrics"
 
 
 # -- behind a reverse proxy -----------------------------------------------------------------------
@@ -499,13 +554,60 @@ def test_who_says_nothing_or_half_of_it_is_cut_off(
 def test_connections_of_one_address_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "CONNECTIONS_PER_ADDRESS", 3)
+    monkeypatch.setattr(accepting, "CONNECTIONS_PER_ADDRESS", 3)
     with console(tmp_path) as here, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", here.running.listen[1])
         many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
         assert sum(ended(one, 0.5) for one in many) == 2
         many[0].close()
         many[1].close()
+
+
+def test_connections_of_all_addresses_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever proxies there are, and also of those that ask for nothing."""
+    monkeypatch.setattr(accepting, "CONNECTIONS", 3)
+    monkeypatch.setattr(accepting, "CONNECTIONS_PER_ADDRESS", 1)
+    with (
+        console(tmp_path, proxies=["127.0.0.0/8"]) as here,
+        contextlib.ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", here.running.listen[1])
+        many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
+        assert sum(ended(one, 0.5) for one in many) == 2
+
+
+def test_who_does_not_begin_with_tls_has_no_more_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "CONNECTIONS_PER_ADDRESS", 3)
+    pem = tmp_path / "server.pem"
+    made = trustme.CA().issue_cert("localhost")
+    made.private_key_and_cert_chain_pem.write_to_path(str(pem))
+    with console(tmp_path, tls_cert=pem) as here, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", here.running.listen[1])
+        many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
+        assert sum(ended(one, 0.5) for one in many) == 2
+        many.pop(0).close()
+        give_up = time.monotonic() + 20
+        while ended(stack.enter_context(socket.create_connection(address, 10)), 0.5):
+            assert time.monotonic() < give_up, "there is room again"
+
+
+def test_a_child_of_a_handler_does_not_keep_its_address(tmp_path: Path) -> None:
+    with console(tmp_path) as here:
+        address = here.running.listen
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, 5).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def ended(connection: socket.socket, seconds: float = 10) -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
 import re
+import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +26,7 @@ from support.serving import RUN, server, wait_for
 
 from salmon_revsmtp import Server, Trouble, hookimpl, metrics
 from salmon_revsmtp.metrics.meters import OTHER, Meters
-from salmon_revsmtp.metrics.serving import Serving, unready, write
+from salmon_revsmtp.metrics.serving import Serving, _Answer, unready, write
 from salmon_revsmtp.metrics.settings import MetricsSettings
 from salmon_revsmtp.plugins.manager import Plugins
 
@@ -227,7 +231,7 @@ class Fake:
     def __init__(self) -> None:
         self.version, self.started = "1.2", 1_795_700_000.0
         self.found: list[Trouble] = []
-        self.alive = True
+        self.alive, self.away = True, False
         self.held: list[dict[str, Any]] = []
         self.provider: list[dict[str, Any]] = []
         self.plugins: list[object] = []
@@ -252,6 +256,8 @@ class Fake:
         return [*({"status": "trouble", "trouble": one.key} for one in self.found), *self.provider]
 
     def accounts(self) -> list[dict[str, Any]]:
+        if self.away:
+            raise OSError("accounts cannot be looked up")
         return self.held
 
 
@@ -275,6 +281,35 @@ def test_a_loop_that_does_not_answer_is_said_and_nothing_breaks(fake: Faked) -> 
     status, text = ask("/metrics")
     assert status == 200 and samples(text)["revsmtp_up"] == 0
     assert "revsmtp_troubles" not in text
+
+
+def test_without_the_database_of_accounts_all_else_is_said(fake: Faked) -> None:
+    there, ask = fake
+    there.away = True
+    status, text = ask("/metrics")
+    assert status == 200 and samples(text)["revsmtp_up"] == 1
+    assert "revsmtp_troubles" in text and "revsmtp_held_messages{" not in text
+
+
+def test_who_says_a_request_slowly_keeps_no_one_from_asking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_Answer, "timeout", 0.5)
+    there: Any = Fake()
+    serving = Serving(there, MetricsSettings(listen="127.0.0.1:0"))
+    serving.start()
+    port = serving.port or 0
+    with socket.create_connection(("127.0.0.1", port), 10) as slow:
+        give_up = time.monotonic() + 10
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < give_up:
+                slow.sendall(b"G")
+                slow.settimeout(0.1)
+                with contextlib.suppress(TimeoutError):
+                    if not slow.recv(100):
+                        break
+        assert time.monotonic() < give_up, "each octet gave it more time"
+    serving.stop()
 
 
 @pytest.mark.parametrize("key", ["disk:run", "hold"])
@@ -334,6 +369,24 @@ def test_an_address_that_is_taken_costs_the_metrics_and_not_the_server(
     assert there.reported == ["metrics:listen"], "it needs a person"
     second.stop()
     first.stop()
+
+
+def test_a_child_of_a_handler_does_not_keep_their_address() -> None:
+    there: Any = Fake()
+    serving = Serving(there, MetricsSettings(listen="127.0.0.1:0"))
+    serving.start()
+    port = serving.port or 0
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    serving.stop()
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            get(port, "/")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # -- settings --------------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ from salmon.server import SMTPError
 from support.collecting import exchange
 from support.salmon import Salmon, explodes, fails
 
-from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp import QueueConsumer, hookimpl
 from salmon_revsmtp.delivery import maildir
 from salmon_revsmtp.delivery.maildir import open_queue, push_safely
+from salmon_revsmtp.plugins.manager import Plugins
+from salmon_revsmtp.threads import Threads
 
 
 def test_queue_mode_keeps_the_envelope_and_the_consumer_routes_by_it(salmon: Salmon) -> None:
@@ -87,7 +89,7 @@ def test_a_queue_that_cannot_be_written_leaves_the_mail_with_the_provider(salmon
 CONSUMER = """
 import os, signal, sys
 from salmon.routing import route, stateless
-from salmon_revsmtp import QueueConsumer
+from salmon_revsmtp import QueueConsumer, hookimpl
 
 @route(".*")
 @stateless
@@ -604,3 +606,44 @@ def test_what_is_stored_is_what_was_given(
     content = (b"%d\n" % octets * (octets // 2 + 1))[:octets]
     key = push_safely(open_queue(tmp_path / "q"), b"A: b\n", b"", memoryview(content), b"\n")
     assert (tmp_path / "q/new" / key).read_bytes() == b"A: b\n" + content + b"\n"
+
+
+def test_what_a_closed_thread_was_to_sync_is_synced_all_the_same(tmp_path: Path) -> None:
+    inbound = open_queue(tmp_path / "inbound")
+    threads, held, let_go = Threads("sync", 1), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        let_go.wait(10)
+
+    threads.submit(hold)
+    assert held.wait(10)
+    messages = [maildir.Unsynced(inbound, b"Subject: x\n\n%d\n" % number) for number in range(4)]
+    threading.Timer(0.2, threads.close).start()  # the shares of the others have not begun
+    kept = maildir.keep_together(messages, threads)
+    let_go.set()
+    assert kept == [one.key for one in messages]
+    assert {*kept} == {path.name for path in (tmp_path / "inbound/new").iterdir()}
+    assert list((tmp_path / "inbound/tmp").iterdir()) == []
+
+
+def test_a_hook_that_tries_to_end_the_process_leaves_nothing_open(salmon: Salmon) -> None:
+    class Ends:
+        asked = 0
+
+        @hookimpl
+        def message_received(self) -> None:
+            Ends.asked += 1
+            if Ends.asked == 2:
+                raise SystemExit(1)
+
+    plugins = Plugins.load()
+    plugins.register(Ends())
+    heard, _ = exchange(
+        salmon, "b@example.org", "c@example.org", times=2, plugins=plugins, delivery="queue"
+    )
+    assert [one[:3] for one in heard] == ["451", "250"]
+    inbound = queue.Queue("run/inbound")
+    stored = sorted(inbound.mbox.get_bytes(key).split(b"\n")[1] for key in inbound.keys())
+    assert len(stored) == 2 and len(set(stored)) == 2, "each once"
+    assert list(Path("run/inbound/tmp").iterdir()) == []

@@ -380,7 +380,7 @@ def domains(options: Options, name: str, added: tuple[str, ...], removed: tuple[
     def change(keys: Keys) -> Keys:
         from salmon_revsmtp.net.address import domain_name
 
-        gone = set()
+        gone: set[str] = set()
         for one in removed:
             domain = ""
             with contextlib.suppress(ValueError):

@@ -89,15 +89,16 @@ class Door:
         """Empty if it is right, else why one may not come in."""
         if self.password is None:
             return "There is no password. Run salmon-revsmtp console, which prints a link."
-        if len(given) <= LONGEST and self.password.known(given):
-            self.attempts.right(address)
-            return ""
+        # Before any look at what is given: who hears that a guess was wrong goes on guessing.
         if wait := self.attempts.wait(address):
             minutes = max(1, round(wait / 60))
             return (
                 f"There were too many wrong passwords. Try again in {minutes} minutes, or run "
                 "salmon-revsmtp console, which prints a link."
             )
+        if len(given) <= LONGEST and self.password.known(given):
+            self.attempts.right(address)
+            return ""
         self.attempts.begin(address)
         async with self._checks:
             right = len(given) <= LONGEST and await run_in_threadpool(self.password.check, given)
@@ -210,6 +211,7 @@ class _Gate:
 
     def __init__(self, server: Server, door: Door, hub: Hub) -> None:
         self._server, self._door, self._hub = server, door, hub
+        self._static = {path.name for path in STATIC.iterdir()}
 
     # -- coming in, and going -------------------------------------------------------------------
 
@@ -323,11 +325,11 @@ class _Gate:
 
     async def static(self, request: Request) -> Response:
         name = request.path_params["name"]
-        path = STATIC / name
-        if not path.resolve().is_relative_to(STATIC.resolve()) or not path.is_file():
+        # No file is looked for by a name that a stranger has made up.
+        if name not in self._static:
             raise HTTPException(404)
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        response = Response(path.read_bytes(), media_type=kind)
+        response = Response((STATIC / name).read_bytes(), media_type=kind)
         if request.path_params["hash"] == hash_of(name):
             response.headers["cache-control"] = f"private, max-age={STATIC_AGE}, immutable"
         return response
@@ -344,9 +346,9 @@ def _exposition() -> tuple[bytes, str] | None:
     """The metrics, if there are any."""
     try:
         metrics = importlib.import_module("salmon_revsmtp.metrics")
-    except ImportError:
+        found: tuple[bytes, str] = metrics.exposition()
+    except (ImportError, RuntimeError):  # not installed, or not at work
         return None
-    found: tuple[bytes, str] | None = metrics.exposition()
     return found
 
 
@@ -381,7 +383,7 @@ async def _stopping(request: Request, error: Exception) -> Response:
 
 
 async def _unreadable(request: Request, error: Exception) -> Response:
-    log.warning("console: %s: %s", request.url.path, error)
+    log.warning("console: %r: %s", request.url.path, error)
     return _page(request, 503, f"That cannot be read or written now: {error}.")
 
 

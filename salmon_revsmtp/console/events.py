@@ -204,6 +204,7 @@ class Hub:
         from starlette.concurrency import run_in_threadpool
 
         watch = _Watch(self._server, self.lines)
+        blind = False  # one line tells of all that follow
         while self._waiting and not self._closed:
             began = time.monotonic()
             with self._lock:
@@ -213,8 +214,11 @@ class Hub:
             except RuntimeError:  # the server stops, or is busy
                 events = []
             except Exception:
-                log.warning("console: looking what goes on", exc_info=True)
+                level, blind = logging.DEBUG if blind else logging.WARNING, True
+                log.log(level, "console: looking what goes on", exc_info=True)
                 events = []
+            else:
+                blind = False
             if events:
                 self._tell(events)
             await asyncio.sleep(max(EVERY, SHARE * (time.monotonic() - began)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 import ssl
@@ -16,12 +15,11 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from salmon_revsmtp.console.accepting import CONNECTIONS
 from salmon_revsmtp.console.settings import ConsoleSettings
 
 __all__ = ["HttpServer"]
 
-# Connections at a time: in all, and from one address that is no proxy of ours.  A browser has six.
-CONNECTIONS, CONNECTIONS_PER_ADDRESS = 300, 100
 # Seconds until a request has to be there whole, from the connection or its first octet.
 REQUEST_TIMEOUT = 15.0
 # Seconds that a connection may be kept without a request.
@@ -48,7 +46,7 @@ class HttpServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=type("Protocol", (_Protocol,), {"proxies": settings.networks}),
+            http=_Protocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -116,16 +114,12 @@ def _stamps(paths: list[Path]) -> list[tuple[int, int, int]]:
 
 
 class _Protocol(H11Protocol):
-    """A connection that may not be slow, or one of too many."""
+    """A connection that may not be slow."""
 
-    proxies: tuple[Any, ...] = ()
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if self._too_many():
-            transport.abort()
-            return
         self._begin_request()
 
     def data_received(self, data: bytes) -> None:
@@ -150,13 +144,3 @@ class _Protocol(H11Protocol):
     def _too_slow(self) -> None:
         if self.transport is not None:
             self.transport.abort()
-
-    def _too_many(self) -> bool:
-        host = self.client[0] if self.client else ""
-        others = (getattr(one, "client", None) for one in self.connections)
-        same = sum(1 for client in others if client and client[0] == host)
-        if same <= CONNECTIONS_PER_ADDRESS:
-            return False
-        with contextlib.suppress(ValueError):
-            return not any(ipaddress.ip_address(host) in one for one in self.proxies)
-        return True

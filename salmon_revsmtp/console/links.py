@@ -28,7 +28,8 @@ LASTS = 300
 SECRET, NONCE = 32, 16
 
 _TOKEN = re.compile(r"([0-9]{1,12})[.]([A-Za-z0-9_-]{10,64})[.]([0-9a-f]{64})")
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+# Never what someone has put there meanwhile, such as a link to another file.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class Running(NamedTuple):

@@ -9,13 +9,11 @@ a browser from doing with it what it is not for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import ipaddress
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -138,7 +136,7 @@ class Guard:
             log.info("console: %s for %g s", error, SEND_TIMEOUT)
             raise
         except Exception:
-            log.exception("console: %s: a bug", path)
+            log.exception("console: %r: a bug", path)
             raise
 
     def _guarded(self, send: Send, state: dict[str, Any], visit: Visit) -> Send:
@@ -302,10 +300,14 @@ class Guard:
 
 
 def _cookies(headers: Headers) -> dict[str, str]:
-    jar: SimpleCookie = SimpleCookie()
-    with contextlib.suppress(CookieError):
-        jar.load(headers.get("cookie", ""))
-    return {name: one.value for name, one in jar.items()}
+    """Each apart, for a browser sends those of other programs on this host, too, which may be none
+    that the standard has; http.cookies gives up at these.  Of two, the first is the one whose path
+    is nearer."""
+    jar: dict[str, str] = {}
+    for one in headers.get("cookie", "").split(";"):
+        name, _, value = one.partition("=")
+        jar.setdefault(name.strip(), value.strip())
+    return jar
 
 
 async def _body(receive: Receive, headers: Headers) -> bytes | None:

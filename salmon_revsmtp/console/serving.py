@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING
 
 from salmon_revsmtp import Trouble
+from salmon_revsmtp.console.accepting import Bounds, Listening
 from salmon_revsmtp.console.events import Hub, Lines
 from salmon_revsmtp.console.links import Running
 
@@ -27,6 +29,20 @@ AGAIN = 30.0
 PATIENCE = 2.0
 # Of whom its lines are shown.
 LOGGER = "salmon_revsmtp"
+
+# What this process listens on.  A child that a handler forks would keep the address after our end,
+# and whoever comes would wait for an answer.
+_listening_on: set[socket.socket] = set()
+
+
+def _in_a_child() -> None:
+    for one in list(_listening_on):
+        with contextlib.suppress(OSError):
+            one.close()
+    _listening_on.clear()
+
+
+os.register_at_fork(after_in_child=_in_a_child)
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +85,7 @@ class Console:
         failed = False
         while not self._over.is_set():
             try:
-                sockets = _listening(*self._settings.address)
+                sockets = _listening(*self._settings.address, Bounds(self._settings.networks))
             except OSError as error:
                 self._cannot_listen(error, failed)
                 failed = True
@@ -105,9 +121,11 @@ class Console:
         except OSError as error:
             log.warning("console: no link can be made: %s", error)
         log.info("console: listening on %s", running.url)
+        _listening_on.update(sockets)
         try:
             await server.serve(sockets)
         finally:
+            _listening_on.difference_update(sockets)
             Running.remove(self._server.project)
 
     def _url(self, sockets: list[socket.socket]) -> str:
@@ -125,13 +143,14 @@ class Console:
         return f"{'https' if secure else 'http'}://{shown}:{port}{settings.base_path}"
 
 
-def _listening(host: str, port: int) -> list[socket.socket]:
+def _listening(host: str, port: int, bounds: Bounds) -> list[socket.socket]:
     """Sockets that listen on all addresses of a host.  Raises :class:`OSError`."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
-            one = socket.socket(family, kind, protocol)
+            one = Listening(family, kind, protocol)
+            one.bounds = bounds
             sockets.append(one)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
@@ -140,7 +159,7 @@ def _listening(host: str, port: int) -> list[socket.socket]:
             one.bind(address)
             one.listen(100)
     except OSError:
-        for one in sockets:
-            one.close()
+        for each in sockets:
+            each.close()
         raise
     return sockets

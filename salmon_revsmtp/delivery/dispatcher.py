@@ -671,7 +671,13 @@ class Dispatcher:
                 continue
             if pending.abandoned:
                 return
-            trace, refusal = self._prepared(pending, recipient, content)
+            try:
+                trace, refusal = self._prepared(pending, recipient, content)
+            except BaseException:  # a hook may even try to end the process
+                # What is written for those before is kept, and does not stay open.
+                text = "%s a delivery failed"
+                log_safely(log, logging.ERROR, text, pending.origin.label, error=True)
+                trace, refusal = b"", BUG
             if refusal is None:
                 refusal = groups.write(pending.envelope, recipient, trace, content)
             message.made[recipient] = refusal

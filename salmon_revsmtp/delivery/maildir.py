@@ -187,19 +187,21 @@ def keep_together(
 
 def _sync_files(messages: Sequence[Unsynced], threads: Threads | None) -> None:
     shares = min(len(messages), SYNC_THREADS + 1) if threads is not None else 1
-    elsewhere: list[Future[None]] = []
+    elsewhere: list[tuple[Future[None], Sequence[Unsynced]]] = []
     for number in range(1, shares):
         assert threads is not None
         share = messages[number::shares]
         try:
-            elsewhere.append(threads.submit(functools.partial(_sync_each, share)))
+            future = threads.submit(functools.partial(_sync_each, share))
+            elsewhere.append((future, share))
         except RuntimeError:  # they are closed, or the machine has none to spare
             _sync_each(share)
     _sync_each(messages[::shares])
-    for future in elsewhere:
-        # One that was not begun, for the threads are being closed.
-        with contextlib.suppress(CancelledError):
+    for future, share in elsewhere:
+        try:
             future.result()
+        except CancelledError:  # it was not begun, for the threads are being closed
+            _sync_each(share)
 
 
 def _sync_each(messages: Sequence[Unsynced]) -> None:

@@ -220,8 +220,7 @@ class _Readings(Collector):
         yield info
         yield _one("revsmtp_start_time_seconds", "When the server started.", self._server.started)
         try:
-            rows = self._server.status()
-            accounts = self._server.accounts()
+            rows, accounts = self._server.status(), self._accounts()
         except RuntimeError:
             yield _one("revsmtp_up", "Whether the server answers.", 0)
             return
@@ -232,6 +231,13 @@ class _Readings(Collector):
         yield from _of_services([row for row in rows if row["status"] == "service"])
         yield from _of_provider([row for row in rows if row["status"] == "provider"])
         yield from _of_accounts(accounts, self._named)
+
+    def _accounts(self) -> Sequence[Row]:
+        """None while they cannot be read, as without their database; all else is there then."""
+        try:
+            return self._server.accounts()
+        except OSError:
+            return ()
 
 
 def _of_server(rows: Sequence[Row]) -> Iterator[Metric]:

@@ -135,6 +135,20 @@ def write(path: Path, text: bytes) -> None:
 # -- over HTTP ------------------------------------------------------------------------------------
 
 
+# Those that listen in this process.  A child that a handler forks would keep their addresses.
+_listening: set[_Http] = set()
+
+
+def _in_a_child() -> None:
+    for one in list(_listening):
+        with contextlib.suppress(OSError):
+            one.socket.close()
+    _listening.clear()
+
+
+os.register_at_fork(after_in_child=_in_a_child)
+
+
 class _Http(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
@@ -146,6 +160,11 @@ class _Http(http.server.ThreadingHTTPServer):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, _Answer)
+        _listening.add(self)
+
+    def server_close(self) -> None:
+        _listening.discard(self)
+        super().server_close()
 
     def server_bind(self) -> None:
         # Not HTTPServer's own, which asks DNS for this host's name.
@@ -178,6 +197,27 @@ class _Answer(http.server.BaseHTTPRequestHandler):
     timeout = PATIENCE
     server_version = "salmon-revsmtp"
     sys_version = ""
+
+    def setup(self) -> None:
+        super().setup()
+        # The socket's own patience begins anew with each octet that comes.
+        self._clock = threading.Timer(self.timeout, self._too_slow)
+        self._clock.daemon = True
+        self._clock.start()
+
+    def _too_slow(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def parse_request(self) -> bool:
+        try:
+            return super().parse_request()
+        finally:
+            self._clock.cancel()
+
+    def finish(self) -> None:
+        self._clock.cancel()
+        super().finish()
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]

@@ -118,25 +118,23 @@ class Intake:
     def policy(self, mailbox: str) -> Reply | None:
         """Accepts (``None``) or refuses a recipient.  One whose domain has to be looked up is not
         refused yet; :meth:`decide` does that."""
-        return (
-            self._refusal(mailbox) if self._accounts.knows_domain(self._domain(mailbox)) else None
-        )
+        known = self._accounts.knows_domain(self._domain(mailbox))
+        return self._refusal(self._account(mailbox)) if known else None
 
     def verdict(self, mailbox: str) -> Verdict:
         """The same for one of many who decide: whether it has to be looked up."""
         known = self._accounts.knows_domain(self._domain(mailbox))
-        return self._refusal(mailbox) if known else LATER
+        return self._refusal(self._account(mailbox)) if known else LATER
 
     async def decide(self, request: RecipientRequest) -> Reply | None:
         """Look the domain of a recipient up, and accept or refuse it."""
         try:
-            await self._accounts.look_up_domain(self._domain(request.recipient))
+            account = await self._accounts.look_up_domain(self._domain(request.recipient))
         except AccountsUnavailableError:
             return NOT_NOW
-        return self._refusal(request.recipient)
+        return self._refusal(account)
 
-    def _refusal(self, mailbox: str) -> Reply | None:
-        account = self._account(mailbox)
+    def _refusal(self, account: Account | None) -> Reply | None:
         if account is None:
             return NOT_OURS
         used, settings = self._store.usage(account.name), account.settings
@@ -197,21 +195,24 @@ class Intake:
 
     async def _look_up(self, pending: PendingDelivery) -> None:
         """See whose mail it is: that may have changed since RCPT."""
-        domains = {self._domain(one) for one in pending.envelope.recipients}
+        domains = [self._domain(one) for one in pending.envelope.recipients]
+        wanted = list(dict.fromkeys(domains))
         try:
-            await asyncio.gather(*map(self._accounts.look_up_domain, domains))
+            found = await asyncio.gather(*map(self._accounts.look_up_domain, wanted))
         except AccountsUnavailableError:
             pending.abandon(NOT_NOW)
             _discard(pending)
             self._answer([pending])
             return
+        # These, and not what was said last: until the slowest of them was there, another may have
+        # been asked for again in vain.
+        of_domains = dict(zip(wanted, found, strict=True))
+        self._looked_up[pending] = [of_domains[one] for one in domains]
         self._go_on(pending)
 
     def _go_on(self, pending: PendingDelivery) -> None:
         """Whose mail it is is known."""
         owners = self._owners(pending)
-        if self._accounts.lookups is not None:
-            self._looked_up[pending] = owners
         if self._live is not None and self._live.takes(owners, pending.envelope) is not None:
             self._for_live.add(pending)
         if self._hooks.implemented("message_received"):
@@ -343,7 +344,7 @@ class Intake:
             account = self._accounts.fetch_domain(self._domain(recipient))
         except AccountsUnavailableError:
             return NOT_NOW
-        if (refusal := self._refusal(recipient)) or account is None:
+        if (refusal := self._refusal(account)) or account is None:
             return refusal or NOT_OURS
         pending = PendingDelivery(Origin("hold", self._hostname()), envelope, data, size=len(data))
         self._keep([(pending, Arrival(envelope, (account.name,), [data]), HELD)])

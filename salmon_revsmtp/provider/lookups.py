@@ -50,7 +50,7 @@ class AccountsUnavailableError(OSError):
 
 
 class _Answer:
-    """``found``, or ``error``; ``at``: when it was asked."""
+    """``found``, or ``error`` and what was found before that; ``at``: when it was asked."""
 
     def __init__(
         self, at: float, found: AccountSettings | None, error: Exception | None = None
@@ -167,9 +167,11 @@ class Lookups:
                 raise HookFailedError(f"hook={hook} has returned another account for {value!r}")
         except Exception as error:
             found, problem = None, error
-        answer = _Answer(at, found, problem)
         with self._lock:
-            self._kept.pop(key, None)
+            before = self._kept.pop(key, None)
+            if problem is not None and before is not None:
+                found = before.found  # that is still what was said last
+            answer = _Answer(at, found, problem)
             self._kept[key] = answer
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)

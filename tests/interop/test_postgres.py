@@ -292,6 +292,21 @@ def test_a_database_that_cannot_keep_every_address_is_refused(
         PostgresStore(database.url(database="latin"), tmp_path)
 
 
+def test_each_statement_sees_what_is_there_whatever_the_default_is(
+    database: Cluster, tmp_path: Path
+) -> None:
+    """How far a feed has read is asked before the messages are: they must be no older."""
+    strict = "options=-cdefault_transaction_isolation%3Dserializable%20"
+    url = database.url(database.schema()).replace("options=", strict)
+    store = PostgresStore(url, tmp_path)
+    try:
+        with store._database.transaction() as transaction:
+            [[level]] = transaction.rows("SHOW transaction_isolation")
+        assert level == "read committed"
+    finally:
+        store.close()
+
+
 def test_a_user_that_may_make_no_tables_is_told(database: Cluster, tmp_path: Path) -> None:
     database.execute("CREATE ROLE nobody LOGIN; CREATE SCHEMA closed")
     url = database.url("closed").replace(f"//{USER}@", "//nobody@")

@@ -110,7 +110,8 @@ class Transaction:
     def begin(self, settings: Mapping[str, str]) -> None:
         """Begin it, with these settings."""
         each = ", ".join(f"set_config('{one}', '{value}', true)" for one, value in settings.items())
-        self.run(f"BEGIN; SELECT {each}")
+        # Each statement is to see what is there when it begins, whatever the database's default is.
+        self.run(f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT {each}")
 
     def commit(self) -> None:
         """End it.  When this returns it is committed."""

@@ -2,7 +2,8 @@
 goes.
 
 What this process does is counted at once.  What others do is read every now and then.  A number
-that we change while it is read is left as it is until the next time.
+that we change while it is read is left as it is until the next time; but not for long, or an
+account that has mail all the time would never hear of what others hand over.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from salmon_revsmtp.provider.hold.store import Usage
 
 __all__ = ["Usages"]
 
+# Readings after each other that leave a number as it is.  The next one is taken, and is wrong by
+# what is changed just then, until the one after it.
+MOST_LEFT = 4
+
 
 class Usages:
     """What is held, by account."""
@@ -25,6 +30,7 @@ class Usages:
         self._known: dict[str, Usage] = {}
         self._changing: Counter[str] = Counter()
         self._changed: set[str] = set()  # since a reading began
+        self._left: dict[str, int] = {}  # how often in a row each was left as it is
 
     def of(self, account: str) -> Usage:
         return self._known.get(account, Usage())
@@ -62,7 +68,9 @@ class Usages:
     def read(self, found: Mapping[str, Usage]) -> None:
         """What a reading has found."""
         with self._lock:
-            kept = self._changed | set(self._changing)
+            changed = self._changed | set(self._changing)
+            kept = {one for one in changed if self._left.get(one, 0) < MOST_LEFT}
+            self._left = {one: self._left.get(one, 0) + 1 for one in kept}
             known = {one: used for one, used in found.items() if one not in kept}
             known.update((one, self._known[one]) for one in kept if one in self._known)
             self._known = known
