@@ -30,6 +30,8 @@ __all__: list[str] = []
 
 # Messages of a feed that are taken together, as a hand-over does.
 PAGE = 100
+# Seconds without a wake-up after which no more come.
+QUIET = 2.0
 
 
 def arrival(number: int, octets: int, account: str) -> Arrival:
@@ -129,6 +131,8 @@ def listen(store: HoldStore, keys: dict[str, Any]) -> dict[str, Any]:
     store.watch(woken)
     print(json.dumps({"listens": True}), flush=True)
     sys.stdin.readline()
+    while heard and time.monotonic() - heard[-1][1] < QUIET:  # the last ones are on their way
+        time.sleep(QUIET / 10)
     return {"heard": heard}
 
 

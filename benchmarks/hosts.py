@@ -288,7 +288,7 @@ class _WakeUps(Run):
 
 
 def _wake_ups(quick: bool) -> list[Section]:
-    rate, messages = (100, 200) if quick else (RATE, WAKE_UPS)
+    rate, messages = (50, 100) if quick else (RATE, WAKE_UPS)
     run = _WakeUps(rate, messages)
     return [
         Section(
