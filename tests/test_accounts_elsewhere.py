@@ -437,3 +437,34 @@ def test_who_asks_for_the_same_at_the_same_time_asks_once() -> None:
 
     assert {one.name for one in asyncio.run(main())} == {"acme"}
     assert shelf.asked == ["acme"]
+
+
+def test_no_customer_waits_for_senders_of_many_domains() -> None:
+    over = threading.Event()
+
+    class Slow(Shelf):
+        @hookimpl
+        def account_for(self, domain: str) -> Keys | None:
+            over.wait()
+            return None
+
+    plugins = Plugins()
+    plugins.register(Slow(account("acme", "example.org")), "shelf")
+    settings: Any = SimpleNamespace()
+    asking = lookups.Lookups(plugins, settings)
+
+    async def main() -> Any:
+        domains = [f"{number}.example" for number in range(2 * lookups.THREADS)]
+        senders = [asyncio.create_task(asking.look_up("account_for", one)) for one in domains]
+        await asyncio.sleep(0)
+        found = await asking.look_up("find_account", "acme")
+        assert not any(one.done() for one in senders)
+        over.set()
+        await asyncio.gather(*senders)
+        return found
+
+    try:
+        assert asyncio.run(main()).name == "acme"
+    finally:
+        over.set()
+        asking.close()

@@ -35,8 +35,10 @@ FRESH = 1.0
 # Seconds in which there has to be one: a client waits for 5 minutes at RCPT (RFC 5321 4.5.3.2.3),
 # and a customer for one at AUTH.
 PATIENCE = 10.0
-# Threads in which plugins are asked, and questions that wait for one of them.
+# Threads in which a hook of plugins is asked, and questions that wait for one of them.  Senders and
+# customers have some each: no one who asks for many domains has customers wait.
 THREADS, MOST_WAITING = 16, 10_000
+FIND_ACCOUNT, ACCOUNT_FOR = "find_account", "account_for"
 # Answers that are kept; strangers may ask for any name.
 MOST_KEPT = 10_000
 # Seconds between two log lines with the same words, and how many words are remembered.
@@ -69,8 +71,9 @@ class Lookups:
         self._hooks, self._settings, self._are_told = hooks, settings, told
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, _Answer] = OrderedDict()
-        self._asking: dict[Key, Future[_Answer]] = {}
-        self._threads = Threads("accounts", THREADS)
+        kinds = (FIND_ACCOUNT, ACCOUNT_FOR)
+        self._asking: dict[str, dict[Key, Future[_Answer]]] = {one: {} for one in kinds}
+        self._threads = {one: Threads(one, THREADS) for one in kinds}
         self._changed_at = -1.0  # what was asked before does not count any more
         self._unchanged_at = -math.inf  # then all that was said before was still so
         self._saying = threading.Lock()
@@ -135,14 +138,16 @@ class Lookups:
     def _submit(self, key: Key) -> Future[_Answer]:
         """Who asks for the same at the same time waits for the same answer."""
         with self._lock:
-            if (under_way := self._asking.get(key)) is not None:
+            asking = self._asking[key[0]]
+            if (under_way := asking.get(key)) is not None:
                 return under_way
-            if len(self._asking) >= MOST_WAITING:
+            if len(asking) >= MOST_WAITING:
                 raise self._unavailable(
                     HookFailedError(f"hook={key[0]} {MOST_WAITING} calls of it have not returned")
                 )
             try:
-                asked = self._asking[key] = self._threads.submit(functools.partial(self._ask, key))
+                asked = self._threads[key[0]].submit(functools.partial(self._ask, key))
+                asking[key] = asked
             except RuntimeError as error:  # closed, or the machine has no thread to spare
                 raise self._unavailable(error) from None
         asked.add_done_callback(functools.partial(self._asked, key))
@@ -150,18 +155,18 @@ class Lookups:
 
     def _asked(self, key: Key, future: Future[_Answer]) -> None:
         with self._lock:
-            self._asking.pop(key, None)
+            self._asking[key[0]].pop(key, None)
 
     def _ask(self, key: Key) -> _Answer:
         """Never raises."""
         hook, value = key
         at, found, problem = time.monotonic(), None, None
         try:
-            argument = {"find_account": "name", "account_for": "domain"}[hook]
+            argument = {FIND_ACCOUNT: "name", ACCOUNT_FOR: "domain"}[hook]
             said = self._hooks.ask(hook, **{argument: value}, settings=self._settings)
             found = None if said is None else _account(said, hook)
             wrong = found is not None and (
-                found.name != value if hook == "find_account" else value not in found.domains
+                found.name != value if hook == FIND_ACCOUNT else value not in found.domains
             )
             if wrong:
                 raise HookFailedError(f"hook={hook} has returned another account for {value!r}")
@@ -190,7 +195,7 @@ class Lookups:
     def each(self, name: str) -> list[tuple[str, AccountSettings]]:
         """The accounts of that name, each with the plugin's name.  Blocks.  Raises
         :class:`AccountsUnavailableError`."""
-        hook = "find_account"
+        hook = FIND_ACCOUNT
         try:
             said = self._hooks.ask_each(hook, name=name, settings=self._settings)
             return [(plugin, _account(one, hook)) for plugin, one in said]
@@ -199,7 +204,8 @@ class Lookups:
 
     def close(self) -> None:
         """Ask no more."""
-        self._threads.close()
+        for threads in self._threads.values():
+            threads.close()
 
     # -- what goes wrong ------------------------------------------------------------------------
 
