@@ -185,7 +185,8 @@ class ProviderRequests:
         for name, account, source in some:
             used = store.usage(name)
             settings = account.settings if account else None
-            oldest = store.listing(name, messages=1)
+            # Most have nothing, and a database is not asked about each of many thousands.
+            oldest = store.listing(name, messages=1) if used.messages else ()
             rows.append(
                 {
                     "account": name,
@@ -197,7 +198,7 @@ class ProviderRequests:
                     "bytes": used.octets,
                     "quota_bytes": settings.quota_bytes if settings else None,
                     "oldest": iso(oldest[0].arrived) if oldest else None,
-                    "aside": store.aside(name),
+                    "aside": store.aside(name) if used.messages else 0,
                 }
             )
         return rows
