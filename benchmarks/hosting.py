@@ -150,8 +150,9 @@ def main(work: str, place: str, keys: dict[str, Any]) -> None:
         sys.stdin.readline()
         before = waits.number
         came = WORK[work](store, keys)
-        print(json.dumps({**came, "waits": waits.number - before}), flush=True)
-        store.close()
+        waited = waits.number - before
+        store.close()  # first: it may have to wake others, and who hears the result ends us
+        print(json.dumps({**came, "waits": waited}), flush=True)
 
 
 if __name__ == "__main__":
