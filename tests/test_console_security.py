@@ -598,10 +598,15 @@ def test_who_does_not_begin_with_tls_has_no_more_connections(
 def test_a_child_of_a_handler_does_not_keep_its_address(tmp_path: Path) -> None:
     with console(tmp_path) as here:
         address = here.running.listen
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(writing, b"x")
             time.sleep(60)
             os._exit(0)
+        os.read(reading, 1)  # it runs
+        os.close(reading)
+        os.close(writing)
     try:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address, 5).close()

@@ -376,10 +376,15 @@ def test_a_child_of_a_handler_does_not_keep_their_address() -> None:
     serving = Serving(there, MetricsSettings(listen="127.0.0.1:0"))
     serving.start()
     port = serving.port or 0
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(writing, b"x")
         time.sleep(60)
         os._exit(0)
+    os.read(reading, 1)  # it runs
+    os.close(reading)
+    os.close(writing)
     serving.stop()
     try:
         with pytest.raises(ConnectionRefusedError):
