@@ -219,6 +219,60 @@ def _paces(quick: bool) -> list[Section]:
     return sections
 
 
+# -- octets --------------------------------------------------------------------------------------
+
+SIZE = "PostgreSQL: octets for a message of {:,} octets, 16 a commit"
+KEPT_LOG, GONE_LOG, DISK = "log, kept", "log, handed over", "disk, while it waits"
+SIZES = (4_000, 20_000)
+
+
+class _Sizes(Run):
+    """Of messages of one size: what :mod:`benchmarks.fleet` computes with."""
+
+    def __init__(self, octets: int, messages: int) -> None:
+        super().__init__()
+        self.octets, self._messages = octets, messages
+
+    def _measure(self) -> dict[str, float]:
+        with places(ONE) as [place]:
+            keys: dict[str, Any] = {"messages": self._messages, "batch": 16}
+            keys |= {"octets": self.octets, "accounts": names(1)}
+            at_work(("put", place, {**keys, "messages": 16}))  # it has its tables then
+            at_work(("hand_over", place, {**keys, "messages": 16}))
+            figures, disk = {}, _disk()
+            for name, work in ((KEPT_LOG, "put"), (GONE_LOG, "hand_over")):
+                log = _log()
+                at_work((work, place, keys))
+                figures[name] = (_log() - log) / self._messages
+                figures.setdefault(DISK, (_disk() - disk) / self._messages)
+        return figures
+
+
+def _disk() -> int:
+    """Octets of all tables, with their indexes and what lies outside of their rows."""
+    [[octets]] = server().rows(
+        "SELECT sum(pg_total_relation_size(c.oid)) FROM pg_class c JOIN pg_namespace n "
+        "ON n.oid = relnamespace WHERE relkind = 'r' AND nspname NOT LIKE 'pg\\_%'"
+    )
+    return int(octets)
+
+
+def _sizes(quick: bool) -> list[Section]:
+    runs = [_Sizes(octets, 320 if quick else 8_000) for octets in SIZES]
+    return [
+        Section(
+            SIZE.format(run.octets),
+            "octets",
+            [
+                Case(name, lambda run=run, name=name: run.figure(name), missing())  # type: ignore[misc]
+                for name in (KEPT_LOG, GONE_LOG, DISK)
+            ],
+            higher=False,
+        )
+        for run in runs
+    ]
+
+
 # -- intake by SMTP -------------------------------------------------------------------------------
 
 INTAKE = "Intake by SMTP, synced, 4 KB, 10 sessions of smtp-source for each host"
@@ -385,6 +439,7 @@ def _full(quick: bool) -> list[Section]:
 #: What ``--only`` may name.
 SECTIONS = {
     "hosts-pace": _paces,
+    "hosts-size": _sizes,
     "hosts-intake": _intake,
     "hosts-wake-ups": _wake_ups,
     "hosts-old": _old,
