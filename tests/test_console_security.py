@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import os
-import signal
 import socket
 import threading
 import time
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import trustme
+from support.children import living_child
 from support.console import PASSWORD, Browser, Consoled, console, started
 
 from salmon_revsmtp import Trouble
@@ -596,23 +595,12 @@ def test_who_does_not_begin_with_tls_has_no_more_connections(
 
 
 def test_a_child_of_a_handler_does_not_keep_its_address(tmp_path: Path) -> None:
-    with console(tmp_path) as here:
-        address = here.running.listen
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(writing, b"x")
-            time.sleep(60)
-            os._exit(0)
-        os.read(reading, 1)  # it runs
-        os.close(reading)
-        os.close(writing)
-    try:
+    with contextlib.ExitStack() as stack:
+        with console(tmp_path) as here:
+            address = here.running.listen
+            stack.enter_context(living_child())
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address, 5).close()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def ended(connection: socket.socket, seconds: float = 10) -> bool:

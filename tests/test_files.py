@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,6 +10,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from support.children import living_child
 
 from salmon_revsmtp.files import FolderLock, exclusive_lock
 
@@ -89,17 +91,8 @@ def test_where_folders_cannot_be_locked_a_file_beside_is(
 def test_a_child_that_lives_on_does_not_keep_it(tmp_path: Path) -> None:
     """As when a handler has a pool of processes."""
     path = tmp_path / "agent.lock"
-    reading, writing = os.pipe()
-    with exclusive_lock(path):
-        child = os.fork()
-        if not child:
-            os.close(writing)
-            os.read(reading, 1)
-            os._exit(0)
-    try:
+    with contextlib.ExitStack() as stack:
+        with exclusive_lock(path):
+            stack.enter_context(living_child())
         with exclusive_lock(path) as ours:
             assert ours
-    finally:
-        os.close(writing)
-        os.waitpid(child, 0)
-        os.close(reading)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.children import living_child
 from support.configuration import agent_keys, configuration
 from support.dialogue import Dialogue, Script, no_more_mail, scripted
 from support.messages import MESSAGE
@@ -300,19 +301,9 @@ def test_a_child_does_not_have_the_claims(tmp_path: Path) -> None:
     path = tmp_path / CLAIMS
     ours = Claims(path)
     ours.claim(KEYS)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(writing)
-        os.read(reading, 1)
-        os._exit(0)
-    try:
+    with living_child():
         ours.release(KEYS)
         assert claimed_elsewhere(path) == "[]"
-    finally:
-        os.close(writing)
-        os.waitpid(child, 0)
-        os.close(reading)
 
 
 def test_claims_that_cannot_be_made_are_no_reason_not_to_work(

@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.children import living_child
 from support.ends import Ends, both_ends, message
 from support.project import Project, isp
 from support.salmon import Salmon
@@ -376,22 +376,10 @@ def test_a_child_of_a_handler_does_not_keep_their_address() -> None:
     serving = Serving(there, MetricsSettings(listen="127.0.0.1:0"))
     serving.start()
     port = serving.port or 0
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, b"x")
-        time.sleep(60)
-        os._exit(0)
-    os.read(reading, 1)  # it runs
-    os.close(reading)
-    os.close(writing)
-    serving.stop()
-    try:
+    with living_child():
+        serving.stop()
         with pytest.raises(ConnectionRefusedError):
             get(port, "/")
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 # -- settings --------------------------------------------------------------------------------------
