@@ -924,6 +924,34 @@ def test_a_provider_that_breaks_off_without_giving_anything(salmon: Salmon) -> N
     assert report.error is not None and "broke the connection off" in report.error
 
 
+def test_a_session_after_mail_that_breaks_off_at_once_is_tried_again(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exim's process of the session before may still have the next message locked."""
+    monkeypatch.setattr("salmon_revsmtp.customer.odmr.AFTER_MAIL", 0.01)
+    salmon.handle(".*")
+
+    def one(number: int) -> Script:
+        async def script(provider: Dialogue) -> None:
+            await provider.reverse()
+            assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
+            provider.abort()
+
+        return script
+
+    async def nothing(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.abort()
+
+    scripts = [one(1), nothing, nothing, one(2), nothing, nothing]
+    report = collect_from(salmon, *scripts, no_more_mail)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.COLLECTED, 2, 7)
+
+    report = collect_from(salmon, one(3), nothing, nothing, nothing)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.FAILED, 1, 4)
+    assert report.error is not None and "broke the connection off" in report.error
+
+
 def test_a_provider_that_gives_the_same_message_for_ever(salmon: Salmon) -> None:
     """It may have missed the first 250; the second it has heard."""
     salmon.handle(".*")

@@ -47,6 +47,12 @@ MAX_COMMAND = 510
 # wait for the next collection.
 MAX_SESSIONS = 1000
 
+# A session after mail that breaks off before it brings anything is tried again, so often and after
+# so many seconds.  Exim's process of the session before may still be at the next message: the new
+# one finds that locked, has nothing else to send, and ends.
+TRIES_AFTER_MAIL = 3
+AFTER_MAIL = 1.0
+
 # Seconds of silence in a push session that a provider may offer.
 LEAST_SILENCE, MOST_SILENCE = 1.0, 3600.0
 
@@ -136,7 +142,8 @@ class OdmrAgent(Agent):
         """Collect until the provider has no more.
 
         A session that took messages is followed by another, also when it broke: some providers
-        send one message and break off.  A session that brought nothing is the last.
+        send one message and break off.  A session that brought nothing is the last, unless it came
+        after mail and broke off before anything happened.
         """
         for command in self.commands:
             if not await self._drain(collection, command):
@@ -155,7 +162,11 @@ class OdmrAgent(Agent):
 
     async def _drain(self, collection: Collection, command: str) -> bool:
         """Sessions with this ATRN until it brings no more; ``False`` if the collection is over."""
+        from asyncio import sleep
+
+        tries = 1  # the first session follows no mail
         while True:
+            before = collection.tally.answered
             try:
                 session = await self._session(collection, command)
             except (Refused, Deferred) as error:
@@ -168,10 +179,17 @@ class OdmrAgent(Agent):
                 return False
             if session is None:
                 return True
-            if not session.served:
-                if session.broken:
-                    raise Failed(f"receiving from {self.address}: {session.broken}")
+            if session.served:
+                tries = TRIES_AFTER_MAIL
+            elif session.broken is None:
                 return True
+            elif tries > 1 and collection.tally.answered == before:
+                tries -= 1
+                log.info("agent=%s after the mail: %s; calling again", self.name, session.broken)
+                collection.does(f"waiting before calling {self.address} again")
+                await sleep(AFTER_MAIL)
+            else:
+                raise Failed(f"receiving from {self.address}: {session.broken}")
             if collection.report.sessions >= MAX_SESSIONS:
                 log.warning(
                     "agent=%s sessions=%d and still more mail, the next collection goes on; does a "

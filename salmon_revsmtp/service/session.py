@@ -109,6 +109,11 @@ class Tally:
     #: How often each of the last ones was, by its digest and envelope.
     _seen: OrderedDict[_Digest, int] = field(default_factory=OrderedDict, repr=False)
 
+    @property
+    def answered(self) -> int:
+        """Messages and recipients that were answered in any way."""
+        return self.accepted + self.refused
+
     def refuse(self, recipients: int, reply: Reply) -> None:
         """Recipients that were not taken, by their number."""
         self.refused += recipients

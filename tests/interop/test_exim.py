@@ -246,6 +246,7 @@ def test_a_message_that_we_defer_keeps_back_those_after_it(
     for _ in range(2):
         report = collected_by_the_page(salmon, exim)
         assert (report.outcome, report.messages) == (Outcome.FAILED, 0), exim.log()
+        exim.wait_until_idle()
     assert exim.waiting() == 2
     # In queue mode what handlers say is between the queue and them.
     report = collected_by_the_page(salmon, exim, delivery="queue")

@@ -418,6 +418,13 @@ class EximOfThePage(Server):
     def waiting(self) -> int:
         return int(self.inside("exim4", "-C", f"{self.place}/exim.conf", "-bpc"))
 
+    def wait_until_idle(self) -> None:
+        """Until the queue runs of its customers have ended: until then one may hold a message."""
+        give_up = time.monotonic() + 30
+        while self.log().count("Start ODMR queue run") > self.log().count("End queue run"):
+            assert time.monotonic() < give_up, self.log()
+            time.sleep(0.02)
+
     def run_queue(self) -> None:
         """Try whatever may be tried."""
         self.inside("exim4", "-C", f"{self.place}/exim.conf", "-q")
