@@ -30,6 +30,13 @@ class Memory:
     def __init__(self) -> None:
         self.data, self.discarded = b"", False
 
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def beginning(self) -> bytes:
+        return self.data[:8]
+
     def write(self, data: bytes) -> None:
         self.data += data
 
@@ -46,7 +53,8 @@ class Told:
         self.events: list[object] = []
         self.heard = b""
 
-    def _make(self) -> Memory:
+    def _make(self, envelope: Envelope) -> Memory:
+        assert envelope.recipients == ("b@example.org",)
         self.made.append(Memory())
         return self.made[-1]
 
@@ -126,6 +134,19 @@ def test_what_is_no_message_is_forgotten(how: str) -> None:
     assert told.receiver.memory.held == 0
     if how in ("too big", "a long line"):
         assert any(isinstance(event, Refused) for event in told.events)
+
+
+def test_few_messages_in_sinks_are_read_ahead() -> None:
+    """Each of them is an open file, and as much of the disk as it is large."""
+    receiver = Receiver("h", sinks=lambda envelope: Memory())
+    message = b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 50 LAST\r\n" + b"x" * 50
+    events = receiver.receive_bytes(b"EHLO x\r\n" + message * 10)
+    come = [event for event in events if isinstance(event, Transaction)]
+    assert len(come) == Limits().unanswered_sunk < 10
+    assert receiver.paused
+    receiver.answer(come[0], OK)
+    assert [type(event) for event in receiver.advance()] == [Transaction]
+    assert receiver.paused
 
 
 def test_a_sink_gives_memory_back() -> None:

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.inhand import InHand
@@ -105,6 +105,16 @@ class Delivery(Protocol):
         the reply that says why not."""
 
 
+class Spool(Sink, Protocol):
+    """Where a large message goes while it comes, for ``recipient``."""
+
+    recipient: str
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of what has come."""
+
+
 @runtime_checkable
 class GroupDelivery(Protocol):
     """One that makes messages safe together: what comes while others are written waits for them,
@@ -113,6 +123,20 @@ class GroupDelivery(Protocol):
     def write(self, envelope: Envelope, recipient: str, trace: bytes, content: Content) -> Any:
         """Write a message for a recipient; returns what :meth:`keep` is to be given, and no
         reference to ``content``.  Does not raise."""
+
+    def spool(self, envelope: Envelope, recipient: str, trace: Callable[[bytes], bytes]) -> Spool:
+        """Where a large message goes while it comes, for its first recipient.  ``trace`` is given
+        its first lines, and returns what goes before them.  Does not raise."""
+
+    def finish(self, spool: Any) -> Any:
+        """:meth:`write`, for that recipient; it is in the spool no more.  Does not raise."""
+
+    def write_spooled(self, envelope: Envelope, recipient: str, trace: bytes, spool: Any) -> Any:
+        """:meth:`write`, for another recipient, before that.  Does not raise."""
+
+    def whole(self, spool: Any) -> bytes | Reply:
+        """All of what is in it, with LF line ends, or the reply that says why it is not there.
+        Does not raise."""
 
     def keep(self, written: Sequence[tuple[str, Any]]) -> Sequence[Reply]:
         """Make what was written for these recipients safe, or drop it; the reply for each, which
@@ -173,10 +197,11 @@ class PendingDelivery:
     sink: Sink | None = None
 
     def begin(self) -> bytes | None:
-        """Its octets, with LF line ends, if anyone still waits for it."""
+        """Its octets, with LF line ends, or the first of them where they are in a sink, if anyone
+        still waits for it."""
         with self.lock:
             self.begun = not self.abandoned
-            data = self.data
+            data = self.data if self.sink is None else self.sink.beginning()
         return data.replace(b"\r\n", b"\n") if self.begun else None
 
     def add(self, reply: Reply, repeat: bool) -> None:
@@ -223,6 +248,11 @@ class PendingDelivery:
             return True
 
 
+def _spool_of(pending: PendingDelivery) -> Spool:
+    """What :attr:`Dispatcher.sinks` made for a large message."""
+    return cast("Spool", pending.sink)
+
+
 def last_of_many(replies: Sequence[Reply]) -> Reply | None:
     """The reply that a client hears after those of the recipients (PRDR), if any took it."""
     taken = sum(reply.positive for reply in replies)
@@ -237,7 +267,7 @@ class Deliverer(Protocol):
         ``pending.reply`` and ``pending.replies`` say what became of it."""
 
     @property
-    def sinks(self) -> Callable[[], Sink] | None:
+    def sinks(self) -> Callable[[Origin, Envelope], Sink] | None:
         """Makes the place where a large message goes while it comes, if there is one."""
 
     def let_go(self, pending: PendingDelivery) -> bool:
@@ -304,7 +334,8 @@ class _Written:
     """A message that is written for some recipients, and not safe yet.
 
     ``known``  who had it before.
-    ``lines``  its octets, with LF line ends; ``content``: without the last of them.
+    ``lines``  its octets, with LF line ends; ``content``: without the last of them.  The first of
+               them where the rest is in ``spool``.
     ``made``   what was written for each recipient, or the refusal of a plugin.
     """
 
@@ -312,6 +343,7 @@ class _Written:
     known: dict[str, DeliveryRecord]
     lines: bytes
     content: Content
+    spool: Spool | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
 
@@ -386,8 +418,18 @@ class Dispatcher:
     # -- in the event loop ------------------------------------------------------------------------
 
     @property
-    def sinks(self) -> None:
-        """Handlers get whole messages."""
+    def sinks(self) -> Callable[[Origin, Envelope], Sink] | None:
+        """Handlers and plugins get whole messages; in a queue there is a place for large ones."""
+        if self._groups is None or self._plugins.implemented("message_received"):
+            return None
+        return functools.partial(self._spool, self._groups)
+
+    def _spool(self, groups: GroupDelivery, origin: Origin, envelope: Envelope) -> Spool:
+        envelope = envelope.spelled(self._spell)
+        first = envelope.recipients[0]
+        return groups.spool(
+            envelope, first, lambda lines: origin.received(envelope, first) + separator(lines)
+        )
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Deliver a message to every recipient, and call ``answered`` in the event loop when all of
@@ -407,7 +449,7 @@ class Dispatcher:
             with self._ending:
                 self._ended.clear()
         pending.envelope = pending.envelope.spelled(self._spell)
-        pending.size = len(pending.data)
+        pending.size = len(pending.data) if pending.sink is None else pending.sink.size
         pending.answered = answered
         pending.since = loop.time()
         pending.until = pending.since + self._handler_timeout
@@ -571,6 +613,9 @@ class Dispatcher:
         client = envelope.client
         if client is not None and _IDENT.fullmatch(client.ident):  # of a host that is believed
             known_by = client.ident.encode()
+        elif pending.sink is not None:
+            digest = _spool_of(pending).digest
+            return MessageKey.by_digest(self._service, envelope.reverse_path, digest)
         return MessageKey.of(self._service, envelope.reverse_path, known_by)
 
     def do(self, item: PendingDelivery, batch: _Batch) -> None:
@@ -612,6 +657,8 @@ class Dispatcher:
 
     def drop(self, item: PendingDelivery) -> None:
         """Nothing more will be done for it."""
+        if item.sink is not None:
+            item.sink.discard()
         over, item.over = item.over, _nothing
         try:
             over()
@@ -644,28 +691,64 @@ class Dispatcher:
         key = pending.key
         assert key is not None
         refusal = LOOP if hops(lines) >= MAX_HOPS else None
+        known = batch.known[key]
+        spool = None if pending.sink is None else _spool_of(pending)
         if key in batch.elsewhere:
             refusal = ELSEWHERE
+        elif refusal is None and spool is not None and self._want_it_whole(known):
+            assert self._groups is not None
+            whole, spool = self._groups.whole(spool), None
+            if isinstance(whole, Reply):
+                refusal = whole
+            else:
+                lines = whole
         if refusal is not None:
             for recipient in pending.envelope.recipients:
                 self._note(pending, batch, recipient, refusal, repeat=False)
             pending.settle(refusal)
             return
         content = memoryview(lines)[: len(lines) - lines.endswith(b"\n")]
-        message = _Written(pending, batch.known[key], lines, content)
+        message = _Written(pending, known, lines, content, spool)
         if self._groups is not None:
             self._write(message, self._groups)
             batch.group[key] = message
-            batch.group_octets += len(lines)
+            batch.group_octets += pending.size
             # No message that is written waits for a plugin that looks at the next one.
             if batch.group_octets > GROUP_OCTETS or self._plugins.implemented("message_received"):
                 self._keep(batch)
         else:
             self._serve(message, batch, {})
 
+    def _want_it_whole(self, known: Mapping[str, DeliveryRecord]) -> bool:
+        """A plugin looks at the whole message; or its sender may be told of recipients that refused
+        it before.  (Where it is known beforehand, no message goes into a spool.)"""
+        return self._plugins.implemented("message_received") or any(
+            record.reply.permanent for record in known.values()
+        )
+
+    def _write_spooled(self, message: _Written, groups: GroupDelivery, spool: Spool) -> None:
+        """A message for each of its recipients, as long as anyone waits for it: last for the one
+        whose file it is in."""
+        pending, begun = message.pending, message.content
+        envelope = pending.envelope
+        for recipient in sorted(envelope.recipients, key=spool.recipient.__eq__):
+            if recipient in message.known or recipient in message.made:
+                continue
+            if pending.abandoned:
+                return
+            if recipient == spool.recipient:
+                message.made[recipient] = groups.finish(spool)
+            else:
+                trace = pending.origin.received(envelope, recipient) + separator(begun)
+                made = groups.write_spooled(envelope, recipient, trace, spool)
+                message.made[recipient] = made
+
     def _write(self, message: _Written, groups: GroupDelivery) -> None:
         """A message for each of its recipients, as long as anyone waits for it."""
         pending, content = message.pending, message.content
+        if message.spool is not None:
+            self._write_spooled(message, groups, message.spool)
+            return
         for recipient in pending.envelope.recipients:
             if recipient in message.known or recipient in message.made:
                 continue

@@ -4,6 +4,9 @@ The order of writes, so that a crash at any instruction loses nothing and a full
 litter: written under ``tmp/``, synced, renamed into ``new/``, and ``new/`` synced.  What cannot be
 synced in the end is taken back: its client hears that it was not stored, and sends it again.
 
+A message that is written while it comes has no name until it is whole, where the system can do
+that: when the process dies, nothing is left of it.
+
 What waits together is synced together.  The files of a group are synced by several threads, so that
 a file system with a journal commits them together, too; their folder is synced once for all.
 
@@ -26,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from salmon import queue
 
@@ -37,6 +40,7 @@ from salmon_revsmtp.threads import Threads
 
 __all__ = [
     "SYNC_THREADS",
+    "Begun",
     "Unsynced",
     "by_age",
     "disk_reply",
@@ -50,6 +54,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+Made = TypeVar("Made")
+
 #: Threads, beside the one that asks, that sync the files of a group: one thread syncs 2,200 files a
 #: second, four 4,400, and more than four no more (ext4, 2 cores).
 SYNC_THREADS = 3
@@ -57,6 +63,8 @@ SYNC_THREADS = 3
 # Octets after which the disk begins with a message: of 10 MB it has written most when the rest has
 # been copied.
 EARLY = 1024 * 1024
+# Octets of a file that are read at a time.
+READ = 256 * 1024
 
 # Two writers that take the same name at the same time: one of them takes another.
 CLASHES = 10
@@ -125,17 +133,25 @@ def push_safely(target: Any, *pieces: bytes | memoryview, mark: str = "") -> str
 
 class Unsynced:
     """A message under ``tmp/`` of a Salmon Queue, with all its octets, that is not safe yet: see
-    :func:`keep_together`.  To make one raises :class:`OSError`, and leaves nothing."""
+    :func:`keep_together`.  To make one raises :class:`OSError`, and leaves nothing.
 
-    __slots__ = ("_descriptor", "_new", "_tmp", "failed", "folder", "key", "octets")
+    ``begun``  its descriptor and path, if it has been begun; ``pieces`` are the rest of it then.
+    """
 
-    def __init__(self, target: Any, *pieces: bytes | memoryview, mark: str = "") -> None:
+    __slots__ = ("_descriptor", "_new", "_tmp", "failed", "folder", "key")
+
+    def __init__(
+        self,
+        target: Any,
+        *pieces: bytes | memoryview,
+        mark: str = "",
+        begun: tuple[int, str] | None = None,
+    ) -> None:
         self.failed: BaseException | None = None
-        self._descriptor, self._tmp = _create(target.mbox)
+        self._descriptor, self._tmp = begun or _create(target.mbox)
         folder, name = os.path.split(self._tmp)
         self.key, self.folder = name + mark, f"{os.path.dirname(folder)}/new"  # noqa: PTH120
         self._new = f"{self.folder}/{self.key}"
-        self.octets = sum(map(len, pieces))
         try:
             _write(self._descriptor, pieces)
         except BaseException:
@@ -163,6 +179,46 @@ class Unsynced:
         """Its name could not be synced.  Does not raise."""
         self.failed = error
         _take_back(functools.partial(os.unlink, self._new))
+
+
+class Begun:
+    """A message that is written for a Salmon Queue while it comes.  All but :meth:`drop` raise
+    :class:`OSError`; to make one leaves nothing then."""
+
+    def __init__(self, target: Any) -> None:
+        self._queue = target
+        self._octets = 0
+        self._descriptor, self._path = _create_unnamed(target.mbox)
+
+    def append(self, *pieces: bytes) -> None:
+        """What comes next of it; the disk begins with that soon."""
+        _write_all(self._descriptor, [memoryview(piece) for piece in pieces if piece])
+        octets = sum(map(len, pieces))
+        _begin_to_sync(self._descriptor, self._octets, octets)
+        self._octets += octets
+
+    def read(self, start: int) -> Iterator[bytes]:
+        """What is there of it, in pieces, from this octet on."""
+        while piece := os.pread(self._descriptor, READ, start):
+            start += len(piece)
+            yield piece
+
+    def finish(self, *pieces: bytes) -> Unsynced:
+        """With these it is whole.  Whatever comes of that, this is not to be used again."""
+        path = self._path
+        if path is None:
+            try:
+                path = _name(self._queue.mbox, self._descriptor)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        return Unsynced(self._queue, *pieces, begun=(self._descriptor, path))
+
+    def drop(self) -> None:
+        """Forget it: nothing of it is left."""
+        os.close(self._descriptor)
+        if self._path is not None:
+            _unlink(self._path)
 
 
 def keep_together(
@@ -274,18 +330,59 @@ def _unlink(path: str) -> None:
 def _create(mbox: Any) -> tuple[int, str]:
     """A new file under ``tmp/``, for its owner only, with the name that the mailbox would give it:
     its descriptor, and its path.  Raises :class:`OSError`."""
+
+    def create(path: str) -> tuple[int, str]:
+        descriptor = os.open(path, _NEW, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)  # it has that less the umask
+            give_open_to_owner(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
+            _unlink(path)
+            raise
+        return descriptor, path
+
+    return _named(mbox, create)
+
+
+def _create_unnamed(mbox: Any) -> tuple[int, str | None]:
+    """The same for a file that has no name yet, where there can be one.  Raises
+    :class:`OSError`."""
+    folder = mbox._paths["tmp"]
+    if _UNNAMED and folder not in _not_named_later:
+        with contextlib.suppress(OSError):  # not every file system can do that
+            return os.open(folder, _UNNAMED, 0o600), None
+    return _create(mbox)
+
+
+def _name(mbox: Any, descriptor: int) -> str:
+    """Give a file that has none a name under ``tmp/``; returns its path.  Raises
+    :class:`OSError`; then the next file has a name from the start."""
+
+    def link(path: str) -> str:
+        # To be told of a folder to begin at is what has the system follow the link.
+        os.link(_LINK.format(descriptor), path, src_dir_fd=descriptor, follow_symlinks=True)
+        return path
+
+    try:
+        path = _named(mbox, link)
+    except OSError:  # there is no /proc, or a rule against it
+        _not_named_later.add(mbox._paths["tmp"])
+        raise
+    try:
+        os.fchmod(descriptor, 0o600)
+        give_open_to_owner(descriptor, path)
+    except BaseException:
+        _unlink(path)
+        raise
+    return path
+
+
+def _named(mbox: Any, make: Callable[[str], Made]) -> Made:
+    """Make a file under ``tmp/`` with the name that the mailbox would give it."""
     for _ in range(CLASHES):
         try:
-            path = f"{mbox._paths['tmp']}/{_new_name(mbox)}"
-            descriptor = os.open(path, _NEW, 0o600)
-            try:
-                os.fchmod(descriptor, 0o600)  # it has that less the umask
-                give_open_to_owner(descriptor, path)
-            except BaseException:
-                os.close(descriptor)
-                _unlink(path)
-                raise
-            return descriptor, path
+            return make(f"{mbox._paths['tmp']}/{_new_name(mbox)}")
         except FileNotFoundError as gone:
             # Someone has deleted the folder, or a part of it, since it was opened.
             error: OSError = gone
@@ -296,6 +393,11 @@ def _create(mbox: Any) -> tuple[int, str]:
 
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+# A file without a name, where the system has such, and where it shows it, to give it one (open(2)).
+_UNNAMED = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC if hasattr(os, "O_TMPFILE") else 0
+_LINK = "/proc/self/fd/{}"
+# Folders in which that could not be done.
+_not_named_later: set[str] = set()
 
 
 def _new_name(mbox: Any) -> str:

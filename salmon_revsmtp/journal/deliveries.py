@@ -65,6 +65,11 @@ class MessageKey(NamedTuple):
         """The key of a message by its octets as they came."""
         return cls(service, without_surrogates(reverse_path), hashlib.sha256(data).digest())
 
+    @classmethod
+    def by_digest(cls, service: str, reverse_path: str, digest: bytes) -> MessageKey:
+        """The same where the SHA-256 of its octets is known."""
+        return cls(service, without_surrogates(reverse_path), digest)
+
 
 class DeliveryRecord(NamedTuple):
     """One delivery that was made: when, and until when that is of interest (seconds of the

@@ -175,9 +175,9 @@ class Intake:
                 threading.Thread(target=call, name="hook", daemon=True).start()
 
     @property
-    def sinks(self) -> Callable[[], Spool]:
+    def sinks(self) -> Callable[[Origin, Envelope], Spool]:
         """Large messages go into the store as they come."""
-        return self._store.spool
+        return lambda origin, envelope: self._store.spool()
 
     def deliver(self, pending: PendingDelivery, answered: Callable[[], None]) -> None:
         """Make a message safe, and call ``answered`` in the event loop when it is, or cannot be:

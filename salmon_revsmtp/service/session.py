@@ -25,6 +25,7 @@ from salmon_revsmtp.safelog import LogBudget, log_safely
 from salmon_revsmtp.service.policy import Service
 from salmon_revsmtp.service.recipients import Recipients
 from salmon_revsmtp.smtp.budget import Budget
+from salmon_revsmtp.smtp.content import Sink
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import COMMAND_TIMEOUT
 from salmon_revsmtp.smtp.receiver import (
@@ -197,7 +198,7 @@ class Session(Driver):
             etrn=etrn is not None,
             xforward=origin.agent is not None,
             memory=service.memory,
-            sinks=deliverer.sinks,
+            sinks=None if deliverer.sinks is None else self._sink,
         )
         self._receiver.ahead = min(AHEAD_LEAST, self._receiver.ahead)
         super().__init__(self._receiver, idle_timeout, patience)
@@ -206,6 +207,7 @@ class Session(Driver):
         self.served = 0
         self.log = log or LogBudget()
         self._deliverer = deliverer
+        self._sinks = deliverer.sinks
         self._tally = tally
         self._starttls, self._admit = starttls, admit
         self._refusals = 0
@@ -356,8 +358,15 @@ class Session(Driver):
                 *(self.peer, forwarded_client(refused.forwarded), to, str(refused.reply)),
             )
 
+    def _sink(self, envelope: Envelope) -> Sink:
+        """Where a large message goes while it comes."""
+        assert self._sinks is not None
+        return self._sinks(self.origin, envelope)
+
     def _deliver(self, transaction: Transaction) -> None:
-        if self.tls and transaction.data.startswith(TLS_RECORD):
+        if self.tls and transaction.beginning.startswith(TLS_RECORD):
+            if transaction.sink is not None:
+                transaction.sink.discard()
             self.abort("a message came encrypted twice; the provider keeps it")
             return
         pending = PendingDelivery(

@@ -123,7 +123,8 @@ class ServiceSettings(BaseModel):
         int | None, Field(gt=0, description="octets, a whole number above 0, or None")
     ] = None
     """Octets of messages that the service holds at a time: those that are coming, and those that
-    wait for a handler.  With ``None``, 256 MiB, or four times ``max_message_size`` if that is more.
+    wait for a handler.  Of a large message in queue mode 256 KiB count, for the rest goes into the
+    queue as it comes.  With ``None``, 256 MiB, or four times ``max_message_size`` if that is more.
     What finds no room is answered 452, and the sender tries again later.  A quarter is kept for
     reversed connections, and for the clients that places are kept for."""
     keep_places_for: Annotated[

@@ -4,22 +4,36 @@ machines are given for that.  Nothing here does I/O; who keeps a message somewhe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Protocol
 
-__all__ = ["PIECE", "Content", "Octets", "Sink", "Traits", "beginning", "whole"]
+__all__ = ["PIECE", "Coming", "Content", "Octets", "Sink", "Traits", "beginning", "whole"]
 
 
 # Octets of a message in memory that are written at a time.
 PIECE = 256 * 1024
 
+# Octets of a message that comes that are kept to look at its header: more than 100 hops make.
+BEGINNING = 256 * 1024
+
 
 class Sink(Protocol):
     """Where a message goes while it comes.  Its methods do not raise: what went wrong is told when
-    the message is to be made safe."""
+    the message is to be made safe.
+
+    ``size``  octets that have come.
+    """
+
+    @property
+    def size(self) -> int:
+        """See above."""
 
     def write(self, data: bytes) -> None:
         """Take what has come next."""
+
+    def beginning(self) -> bytes:
+        """Its first octets, in which the header ends if it is no larger than most."""
 
     def discard(self) -> None:
         """There will be no message; forget what there is."""
@@ -102,6 +116,35 @@ def beginning(data: bytes | Content, octets: int) -> bytes:
 def whole(data: bytes | Content) -> bytes:
     """All of a message, in memory.  Raises :class:`OSError`."""
     return data if isinstance(data, bytes) else b"".join(data.pieces())
+
+
+class Coming:
+    """What is kept in memory of a message that goes somewhere else as it comes.
+
+    ``size``       octets that have come.
+    ``beginning``  its header, or the first part of one that is larger than most.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.beginning = b""
+        self._in_header = True
+        self._digest = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        """What comes next."""
+        self.size += len(data)
+        self._digest.update(data)
+        if self._in_header:
+            begun = self.beginning + data[: BEGINNING - len(self.beginning)]
+            end = begun.find(b"\r\n\r\n", max(0, len(self.beginning) - 3))
+            self.beginning = begun if end < 0 else begun[: end + 4]
+            self._in_header = end < 0 and len(begun) < BEGINNING
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of what has come."""
+        return self._digest.digest()
 
 
 class Traits:

@@ -58,6 +58,9 @@ class Limits:
                             has been read is delivered in rounds, and large rounds are fast.
     ``unanswered_octets``   the same, in octets, with their envelopes and the replies that wait
                             after them: bounds the memory of a session at one message plus this.
+    ``unanswered_sunk``     of these, messages that went into sinks as they came: bounds the open
+                            files and the disk that a session takes.  Enough to take the next ones
+                            while one is made safe.
     """
 
     message: int = 50 * MIB
@@ -73,6 +76,7 @@ class Limits:
     errors: int = 20
     unanswered_messages: int = 256
     unanswered_octets: int = 1 * MIB
+    unanswered_sunk: int = 4
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class Transaction:
     held: int = 0
     sink: Sink | None = None
 
+    @property
+    def beginning(self) -> bytes:
+        """Its first octets."""
+        return self.data if self.sink is None else self.sink.beginning()
+
 
 @dataclass(frozen=True, eq=False)
 class RecipientRequest:
@@ -226,8 +231,8 @@ class Receiver(Commands):
     ``xforward``          offer XFORWARD, and believe it.  It may be changed before the greeting is
                           answered.
 
-    ``sinks``             makes the place where a large message goes while it comes; without it, the
-                          whole of it is kept in memory.
+    ``sinks``             makes the place where a large message goes while it comes, given its
+                          envelope; without it, the whole of it is kept in memory.
 
     ``ahead``: the whole messages that are read ahead.  The caller may make it less than the limits
     have, where messages are delivered slowly.
@@ -269,7 +274,7 @@ class Receiver(Commands):
         etrn: bool = False,
         xforward: bool = False,
         memory: Budget | None = None,
-        sinks: Callable[[], Sink] | None = None,
+        sinks: Callable[[Envelope], Sink] | None = None,
     ) -> None:
         limits = limits or Limits()
         self._sinks = sinks
@@ -287,6 +292,7 @@ class Receiver(Commands):
         self._waiting: deque[Transaction | RecipientRequest | bytearray] = deque()
         self._unanswered_messages = 0
         self._unanswered_octets = 0
+        self._unanswered_sunk = 0
         self._refusals = 0  # since a message was taken
         self._etrn = etrn
         self._requests = 0  # ETRNs
@@ -360,6 +366,7 @@ class Receiver(Commands):
             or self._held_up
             or self._unanswered_messages >= self.ahead
             or self._unanswered_octets > self.limits.unanswered_octets
+            or self._unanswered_sunk >= self.limits.unanswered_sunk
         )
 
     @property
@@ -393,6 +400,7 @@ class Receiver(Commands):
             raise KeyError("this transaction is answered, or of another session")
         self._unanswered_messages -= 1
         self._unanswered_octets -= transaction.held
+        self._unanswered_sunk -= transaction.sink is not None
         self.memory.give(transaction.held)
 
     def _put_in_place(self, one: Transaction | RecipientRequest, answer: bytes) -> bool:
@@ -481,6 +489,7 @@ class Receiver(Commands):
         self._buffer.clear()
         self._reset()
         self._ready.clear()
+        self._sinks = None  # which may know the session
 
     def _refuse(
         self, recipients: tuple[str, ...], reply: Reply, forwarded: Client | None = None
@@ -599,7 +608,7 @@ class Receiver(Commands):
         """Content goes into a sink, and its memory is given back."""
         if self._sink is None:
             assert self._sinks is not None
-            self._sink = self._sinks()
+            self._sink = self._sinks(self._so_far())
         self._count_line(block)
         self._sink.write(block)
         spare = self._held - self._envelope - len(self._content)
@@ -879,6 +888,7 @@ class Receiver(Commands):
         self._waiting.append(transaction)
         self._unanswered_messages += 1
         self._unanswered_octets += transaction.held
+        self._unanswered_sunk += transaction.sink is not None
         self._events.append(transaction)
         self._junk = self._refusals = 0
         self._reset()

@@ -48,14 +48,11 @@ def test_a_message_over_the_limit_is_refused_and_the_session_goes_on(
         assert result.grown < load.limit + CONSTANT
 
 
-@pytest.mark.parametrize(
-    ("name", "times"),
-    [("large-queued", 2.2), ("large-queued-data", 2.2)],
-)
-def test_a_large_message_in_queue_mode(tmp_path: Path, name: str, times: float) -> None:
-    """What it came as and what goes into the queue."""
+@pytest.mark.parametrize("name", ["large-queued", "large-queued-data"])
+def test_a_large_message_in_queue_mode(tmp_path: Path, name: str) -> None:
+    """It is in the queue when it has come, and not in memory."""
     load, result = LOADS[name], loaded(tmp_path, name)
-    assert result.grown < times * load.octets + CONSTANT
+    assert result.grown < CONSTANT
     assert result.provider < 1.2 * load.octets + CONSTANT
 
 

@@ -207,6 +207,13 @@ class _Sink:
     data: bytes = b""
     discarded: bool = False
 
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def beginning(self) -> bytes:
+        return self.data
+
     def write(self, data: bytes) -> None:
         assert not self.discarded, "written for no one"
         self.data += data
@@ -255,7 +262,8 @@ class _Served:
         self.kept = 0  # octets that came while the machine was paused
         self.handshake = self.dropped = self.shutdown = False
 
-    def _make_sink(self) -> _Sink:
+    def _make_sink(self, envelope: Envelope) -> _Sink:
+        assert envelope.recipients, "a message for no one"
         self.made.append(_Sink())
         return self.made[-1]
 

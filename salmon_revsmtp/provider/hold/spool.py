@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from salmon_revsmtp.files import give_to_owner
-from salmon_revsmtp.smtp.content import Content, Traits
+from salmon_revsmtp.smtp.content import Coming, Content, Traits
 
 __all__ = ["READ", "FileSpool", "OpenFile"]
 
 # Octets of a file that are read at a time.
 READ = 256 * 1024
-# Octets of a message that comes that are kept to look at its header.
-BEGINNING = 64 * 1024
 
 
 class FileSpool:
@@ -30,10 +27,9 @@ class FileSpool:
 
     def __init__(self, path: Path) -> None:
         self.traits = Traits()
+        self._coming = Coming()
         self.failed: OSError | None = None
-        self._digest = hashlib.sha256()
         self.path = path
-        self._beginning = b""
         self.descriptor: int | None = None
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -44,13 +40,11 @@ class FileSpool:
 
     @property
     def size(self) -> int:
-        return self.traits.size
+        return self._coming.size
 
     def write(self, data: bytes) -> None:
-        if len(self._beginning) < BEGINNING:
-            self._beginning += data[: BEGINNING - len(self._beginning)]
+        self._coming.add(data)
         self.traits.add(data)
-        self._digest.update(data)
         if self.failed is not None or self.descriptor is None:
             return
         view = memoryview(data)
@@ -61,11 +55,11 @@ class FileSpool:
             self.failed = error
 
     def beginning(self) -> bytes:
-        return self._beginning
+        return self._coming.beginning
 
     @property
     def digest(self) -> bytes:
-        return self._digest.digest()
+        return self._coming.digest
 
     def content(self, head: bytes) -> Content | None:
         self.check()

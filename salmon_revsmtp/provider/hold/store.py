@@ -54,16 +54,7 @@ class State(enum.IntEnum):
 class Spool(Sink, Protocol):
     """A large message that goes into the store as it comes.  It is not held until it is given to
     :meth:`HoldStore.put`.  The event loop writes to it, so it does not sync.
-
-    ``size``  octets that have come.
     """
-
-    @property
-    def size(self) -> int:
-        """See above."""
-
-    def beginning(self) -> bytes:
-        """Its first octets, in which the header ends if it is no larger than most."""
 
     @property
     def digest(self) -> bytes:
