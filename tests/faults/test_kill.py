@@ -115,7 +115,9 @@ class Ledger:
                 since = stored[stored.index(first) :] if first else []
                 assert not self._recorded & set(since), "more than was synced together"
             else:
-                assert len(made - self._recorded) <= self.threads, "more than was in hand"
+                # Each thread makes one message safe for all its recipients, and records that.
+                messages = {digest for _, digest, _ in made - self._recorded}
+                assert len(messages) <= self.threads, "more than was in hand"
         waiting = set(self._waiting())
         undeliverable = set(self._undeliverable())
         for delivery in self.sent:
