@@ -27,8 +27,8 @@ CONTENT = st.lists(st.sampled_from([b"\r\n", b".", b"\r", b"\n", b"x", b"\0", b"
 class Memory:
     """A sink that keeps what it gets."""
 
-    def __init__(self) -> None:
-        self.data, self.discarded = b"", False
+    def __init__(self, data: bytes = b"") -> None:
+        self.data, self.discarded = data, False
 
     @property
     def size(self) -> int:
@@ -155,6 +155,30 @@ def test_a_sink_gives_memory_back() -> None:
     assert told.receiver.memory.held < 2000
     told.tell(b".\r\n")
     assert told.messages() == [(b"x" * 20 + b"\r\n") * 100]
+
+
+def test_what_a_sink_keeps_in_memory_is_counted_until_the_answer() -> None:
+    receiver = Receiver("h", sinks=lambda envelope: Memory())
+    receiver.receive_bytes(BEGIN + b"BDAT 1 LAST\r\nx")
+    little = receiver.memory.held
+    receiver.receive_bytes(b"MAIL FROM:<>\r\nRCPT TO:<b@example.org>\r\nBDAT 99\r\n" + b"x" * 99)
+    assert receiver.memory.held == 2 * little - 1 + len(Memory(b"x" * 99).beginning())
+    [large] = receiver.receive_bytes(b"BDAT 0 LAST\r\n")
+    assert isinstance(large, Transaction)
+    assert receiver.memory.held == 2 * little - 1 + 8
+    receiver.answer(large, OK)
+    assert receiver.memory.held == little
+
+
+@pytest.mark.parametrize("length", [49, 50, 51])
+@pytest.mark.parametrize("end", [b"", b"\r\n"])
+def test_a_line_is_too_long_in_a_sink_as_in_memory(length: int, end: bytes) -> None:
+    line = b"x" * length + end
+    wire = BEGIN + b"BDAT %d LAST\r\n%b" % (len(line), line)
+    kept, sunk = Told(Limits(text_line=50), sinks=False), Told(Limits(text_line=50))
+    kept.tell(wire)
+    sunk.tell(*(wire[at : at + 1] for at in range(len(wire))))
+    assert sunk.made and sunk.heard == kept.heard
 
 
 # -- from where it is ------------------------------------------------------------------------------

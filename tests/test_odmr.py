@@ -943,13 +943,32 @@ def test_a_session_after_mail_that_breaks_off_at_once_is_tried_again(
         await provider.reverse()
         provider.abort()
 
-    scripts = [one(1), nothing, nothing, one(2), nothing, nothing]
+    scripts = [one(1), nothing, nothing, nothing, one(2), nothing, nothing]
     report = collect_from(salmon, *scripts, no_more_mail)
-    assert (report.outcome, report.messages, report.sessions) == (Outcome.COLLECTED, 2, 7)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.COLLECTED, 2, 8)
 
-    report = collect_from(salmon, one(3), nothing, nothing, nothing)
-    assert (report.outcome, report.messages, report.sessions) == (Outcome.FAILED, 1, 4)
+    report = collect_from(salmon, one(3), *[nothing] * 4)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.FAILED, 1, 5)
     assert report.error is not None and "broke the connection off" in report.error
+
+
+def test_a_session_after_mail_that_we_end_is_the_last(salmon: Salmon) -> None:
+    salmon.handle(".*")
+
+    async def first(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE)).startswith("250")
+        await provider.quit()
+
+    async def says_nonsense(provider: Dialogue) -> None:
+        await provider.reverse()
+        provider.say(*["what?"] * 30)
+        await provider.hear("500")
+        provider.end()
+
+    report = collect_from(salmon, first, says_nonsense)
+    assert (report.outcome, report.messages, report.sessions) == (Outcome.FAILED, 1, 2)
+    assert report.error is not None and "421" in report.error
 
 
 def test_a_provider_that_gives_the_same_message_for_ever(salmon: Salmon) -> None:

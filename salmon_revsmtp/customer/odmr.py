@@ -47,10 +47,10 @@ MAX_COMMAND = 510
 # wait for the next collection.
 MAX_SESSIONS = 1000
 
-# A session after mail that breaks off before it brings anything is tried again, so often and after
-# so many seconds.  Exim's process of the session before may still be at the next message: the new
-# one finds that locked, has nothing else to send, and ends.
-TRIES_AFTER_MAIL = 3
+# After mail, a session that the provider breaks off before it brings anything is followed by
+# another one, so often and after so many seconds.  Exim's process of the session before may still
+# be at the next message: the new one finds that locked, has nothing else to send, and ends.
+CALLS_AGAIN = 3
 AFTER_MAIL = 1.0
 
 # Seconds of silence in a push session that a provider may offer.
@@ -164,7 +164,7 @@ class OdmrAgent(Agent):
         """Sessions with this ATRN until it brings no more; ``False`` if the collection is over."""
         from asyncio import sleep
 
-        tries = 1  # the first session follows no mail
+        calls_again = 0  # the first session follows no mail
         while True:
             before = collection.tally.answered
             try:
@@ -180,11 +180,11 @@ class OdmrAgent(Agent):
             if session is None:
                 return True
             if session.served:
-                tries = TRIES_AFTER_MAIL
+                calls_again = CALLS_AGAIN
             elif session.broken is None:
                 return True
-            elif tries > 1 and collection.tally.answered == before:
-                tries -= 1
+            elif session.broken_off and calls_again and collection.tally.answered == before:
+                calls_again -= 1
                 log.info("agent=%s after the mail: %s; calling again", self.name, session.broken)
                 collection.does(f"waiting before calling {self.address} again")
                 await sleep(AFTER_MAIL)

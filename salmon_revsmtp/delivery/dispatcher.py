@@ -736,12 +736,15 @@ class Dispatcher:
                 continue
             if pending.abandoned:
                 return
-            if recipient == spool.recipient:
-                message.made[recipient] = groups.finish(spool)
-            else:
-                trace = pending.origin.received(envelope, recipient) + separator(begun)
-                made = groups.write_spooled(envelope, recipient, trace, spool)
-                message.made[recipient] = made
+            try:
+                if recipient == spool.recipient:
+                    made = groups.finish(spool)
+                else:
+                    trace = pending.origin.received(envelope, recipient) + separator(begun)
+                    made = groups.write_spooled(envelope, recipient, trace, spool)
+            except BaseException:  # our own bug
+                made = self._not_written(pending)
+            message.made[recipient] = made
 
     def _write(self, message: _Written, groups: GroupDelivery) -> None:
         """A message for each of its recipients, as long as anyone waits for it."""
@@ -757,13 +760,16 @@ class Dispatcher:
             try:
                 trace, refusal = self._prepared(pending, recipient, content)
             except BaseException:  # a hook may even try to end the process
-                # What is written for those before is kept, and does not stay open.
-                text = "%s a delivery failed"
-                log_safely(log, logging.ERROR, text, pending.origin.label, error=True)
-                trace, refusal = b"", BUG
+                trace, refusal = b"", self._not_written(pending)
             if refusal is None:
                 refusal = groups.write(pending.envelope, recipient, trace, content)
             message.made[recipient] = refusal
+
+    def _not_written(self, pending: PendingDelivery) -> Reply:
+        """Within an exception: what is written for those before is kept, and does not stay open."""
+        text = "%s a delivery failed"
+        log_safely(log, logging.ERROR, text, pending.origin.label, error=True)
+        return BUG
 
     def _keep(self, batch: _Batch) -> None:
         """Make safe what is written, and settle it.  Does not raise."""

@@ -26,6 +26,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -189,6 +190,8 @@ class Begun:
         self._queue = target
         self._octets = 0
         self._descriptor, self._path = _create_unnamed(target.mbox)
+        # No descriptor outlives a message that someone forgot to drop.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
 
     def append(self, *pieces: bytes) -> None:
         """What comes next of it; the disk begins with that soon."""
@@ -209,14 +212,28 @@ class Begun:
         if path is None:
             try:
                 path = _name(self._queue.mbox, self._descriptor)
-            except BaseException:
-                os.close(self._descriptor)
-                raise
+            except OSError:  # there is no /proc, or a rule against it, or the folder is another
+                return self._copied(pieces)
+        self._close.detach()
         return Unsynced(self._queue, *pieces, begun=(self._descriptor, path))
+
+    def _copied(self, pieces: Sequence[bytes]) -> Unsynced:
+        """In a file that has a name."""
+        begun = _create(self._queue.mbox)
+        try:
+            for piece in self.read(0):
+                _write_all(begun[0], [memoryview(piece)])
+        except BaseException:
+            os.close(begun[0])
+            _unlink(begun[1])
+            raise
+        finally:
+            self._close()
+        return Unsynced(self._queue, *pieces, begun=begun)
 
     def drop(self) -> None:
         """Forget it: nothing of it is left."""
-        os.close(self._descriptor)
+        self._close()
         if self._path is not None:
             _unlink(self._path)
 
@@ -348,27 +365,22 @@ def _create(mbox: Any) -> tuple[int, str]:
 def _create_unnamed(mbox: Any) -> tuple[int, str | None]:
     """The same for a file that has no name yet, where there can be one.  Raises
     :class:`OSError`."""
-    folder = mbox._paths["tmp"]
-    if _UNNAMED and folder not in _not_named_later:
+    if _UNNAMED:
         with contextlib.suppress(OSError):  # not every file system can do that
-            return os.open(folder, _UNNAMED, 0o600), None
+            return os.open(mbox._paths["tmp"], _UNNAMED, 0o600), None
     return _create(mbox)
 
 
 def _name(mbox: Any, descriptor: int) -> str:
     """Give a file that has none a name under ``tmp/``; returns its path.  Raises
-    :class:`OSError`; then the next file has a name from the start."""
+    :class:`OSError`."""
 
     def link(path: str) -> str:
         # To be told of a folder to begin at is what has the system follow the link.
         os.link(_LINK.format(descriptor), path, src_dir_fd=descriptor, follow_symlinks=True)
         return path
 
-    try:
-        path = _named(mbox, link)
-    except OSError:  # there is no /proc, or a rule against it
-        _not_named_later.add(mbox._paths["tmp"])
-        raise
+    path = _named(mbox, link)
     try:
         os.fchmod(descriptor, 0o600)
         give_open_to_owner(descriptor, path)
@@ -396,8 +408,6 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # A file without a name, where the system has such, and where it shows it, to give it one (open(2)).
 _UNNAMED = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC if hasattr(os, "O_TMPFILE") else 0
 _LINK = "/proc/self/fd/{}"
-# Folders in which that could not be done.
-_not_named_later: set[str] = set()
 
 
 def _new_name(mbox: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,14 +34,21 @@ class QueueSpool:
     """A message that goes into a queue as it comes: the file is that of ``recipient``, from the
     envelope on top to its last line.
 
-    ``begin``  makes the file; may raise :class:`OSError`.
-    ``head``   given the first lines of the message, what goes before them.
+    ``begin``   makes the file; may raise :class:`OSError`.
+    ``head``    given the first lines of the message, what goes before them.
+    ``copied``  there will be copies of it, for other recipients.
     """
 
     def __init__(
-        self, recipient: str, begin: Callable[[], Begun], head: Callable[[bytes], bytes]
+        self,
+        recipient: str,
+        begin: Callable[[], Begun],
+        head: Callable[[bytes], bytes],
+        copied: bool = False,
     ) -> None:
         self.recipient = recipient
+        # A copy is read from what is not synced yet, and a disk that fails may have lost that.
+        self._written = hashlib.sha256() if copied else None
         self._coming = Coming()
         self._head: Callable[[bytes], bytes] | None = head
         self._head_octets = 0
@@ -73,17 +81,24 @@ class QueueSpool:
             data = self._rest + data
         self._rest = b"\r" if data.endswith(b"\r") else b""
         lines = (data[:-1] if self._rest else data).replace(b"\r\n", b"\n")
-        self._ended = lines.endswith(b"\n") if lines else self._ended
+        if not lines:
+            return
+        self._ended = lines.endswith(b"\n")
+        if self._written is not None:
+            self._written.update(lines)
         try:
-            if self._head is not None:
-                head, self._head = self._head(lines), None
-                self._head_octets = len(head)
-                self._file.append(head, lines)
-            else:
-                self._file.append(lines)
+            self._file.append(self._get_head(lines), lines)
         except OSError as error:
             self._failed = error
             self.discard()
+
+    def _get_head(self, lines: bytes) -> bytes:
+        """What goes before these, if they are the first."""
+        if self._head is None:
+            return b""
+        head, self._head = self._head(lines), None
+        self._head_octets = len(head)
+        return head
 
     @property
     def _ending(self) -> bytes:
@@ -91,14 +106,19 @@ class QueueSpool:
 
     def lines(self) -> Iterator[bytes]:
         """The message with LF line ends, the last one too, in pieces.  Raises :class:`OSError`."""
-        yield from self._open().read(self._head_octets)
+        written = hashlib.sha256()
+        for piece in self._open().read(self._head_octets):
+            written.update(piece)
+            yield piece
+        if self._written is not None and written.digest() != self._written.digest():
+            raise OSError(errno.EIO, "what was written is not what is read")
         yield self._ending
 
     def finish(self) -> Unsynced:
         """It is whole, and its recipient's: it is here no more.  Raises :class:`OSError`."""
         file = self._open()
         self._file = None
-        return file.finish(self._ending)
+        return file.finish(self._get_head(self._rest), self._ending)
 
     def _open(self) -> Begun:
         if self._file is None:
@@ -156,7 +176,8 @@ class QueueDelivery:
         """Where a large message goes while it comes, for a recipient.  ``trace`` is given its first
         lines, and returns what goes before them below the envelope."""
         lines = stored_envelope(envelope, recipient)
-        return QueueSpool(recipient, self._begin, lambda begun: lines + trace(begun))
+        several = len(envelope.recipients) > 1
+        return QueueSpool(recipient, self._begin, lambda begun: lines + trace(begun), several)
 
     def _begin(self) -> Begun:
         return Begun(self._opened())

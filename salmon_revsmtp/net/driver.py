@@ -109,6 +109,7 @@ class Driver(asyncio.Protocol):
     ``tls``      the connection is encrypted.
     ``clean``    it ended as the protocol has it.
     ``broken``   what broke it, if anything did; a sentence's end.
+    ``broken_off``  the peer did.
     ``ended``    a future: done when the connection is over and nothing of it is under way.
     ``machine``  speaks the protocol; a subclass may change it at a turn of roles.
 
@@ -139,6 +140,7 @@ class Driver(asyncio.Protocol):
         "_word",
         "_written",
         "broken",
+        "broken_off",
         "clean",
         "ended",
         "machine",
@@ -155,6 +157,7 @@ class Driver(asyncio.Protocol):
         self.peer: tuple[str, int] = ("", 0)
         self.tls = False
         self.broken: str | None = None
+        self.broken_off = False
         # Asking for it costs a system call, and each command would.
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -268,6 +271,7 @@ class Driver(asyncio.Protocol):
                 self._guard.close()
             self._guard = None
         if self.broken is None and not self.clean:
+            self.broken_off = True
             self.broken = f"the {self.THEY} broke the connection off" + (f": {exc}" if exc else "")
         self.disconnected()
         self.finish()

@@ -281,6 +281,7 @@ class Receiver(Commands):
         self._sink: Sink | None = None
         self._line = 0  # octets of the line that the sink has not got to its end
         self._long_line = False
+        self._begun = 0  # octets that the sink keeps in memory
         self._accept_recipient = accept_recipient
         self.ahead = limits.unanswered_messages
         self.client: tuple[str, int] | None = None
@@ -347,7 +348,7 @@ class Receiver(Commands):
         if self._sink is not None:
             self._sink.discard()
             self._sink = None
-        self._line, self._long_line = 0, False
+        self._line, self._long_line, self._begun = 0, False, 0
 
     def _let_go(self) -> None:
         """Give the transaction's memory back."""
@@ -611,7 +612,8 @@ class Receiver(Commands):
             self._sink = self._sinks(self._so_far())
         self._count_line(block)
         self._sink.write(block)
-        spare = self._held - self._envelope - len(self._content)
+        self._begun = len(self._sink.beginning())
+        spare = self._held - self._envelope - len(self._content) - self._begun
         if spare > 0:
             self.memory.give(spare)
             self._held -= spare
@@ -624,14 +626,14 @@ class Receiver(Commands):
         else:
             self._long_line = self._long_line or self._line + first >= limit
             self._line = len(block) - block.rfind(b"\n") - 1
-        self._long_line = self._long_line or self._line >= limit or _has_long_line(block, limit)
+        self._long_line = self._long_line or self._line > limit or _has_long_line(block, limit)
 
     def _room(self) -> bool:
         """There is memory for what has come of the message.  Once there was none it is lost,
         whatever is given back later."""
         if self._no_memory:
             return False
-        more = self._envelope + len(self._content) - self._held
+        more = self._envelope + len(self._content) + self._begun - self._held
         if more > 0 and not self.memory.take(more):
             self._no_memory = True
             return False
