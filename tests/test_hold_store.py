@@ -29,6 +29,7 @@ from salmon_revsmtp.provider.hold.store import (
     HoldStore,
     HoldStoreError,
     Settled,
+    Standing,
     State,
     Usage,
 )
@@ -439,13 +440,17 @@ def test_what_is_set_aside_is_listed_and_counted(open_store: Callable[[], HoldSt
     keys = [key for [key] in store.put([arrival(f"b@{name}.example") for name in names])]
     for key in keys[1:3]:
         store.strike(key, 1, "it broke")
-    assert [store.aside(name) for name in ("acme", "other", "no one")] == [1, 1, 0]
+    standings = store.standings(["acme", "other", "no one"])
+    assert {name: one.aside for name, one in standings.items()} == {"acme": 1, "other": 1}
+    first = {one.account: one.arrived for one in reversed(store.listing())}
+    assert {name: one.oldest for name, one in standings.items()} == first
     assert [one.key for one in store.listing(state=State.ASIDE)] == keys[1:3]
     assert [one.key for one in store.listing("acme", state=State.ASIDE)] == keys[1:2]
     assert [one.key for one in store.listing("acme", state=State.WAITING)] == [keys[0], keys[3]]
     assert store.listing("acme", keys[1], state=State.ASIDE) == []
     store.retry(keys)
-    assert store.aside("acme") == 0
+    assert store.standings(["acme"])["acme"].aside == 0
+    assert store.standings([]) == {}
 
 
 @pytest.mark.parametrize("data", [MESSAGE, LARGE, (b"x" * 78 + b"\r\n") * 10_000])
@@ -469,7 +474,8 @@ def test_what_another_store_has_held_is_as_it_was(
     ]
     assert contents(store, *keys) == dict.fromkeys(keys, data)
     assert store.usages() == {name: Usage(1, len(data)) for name in ("acme", "other")}
-    assert (store.aside("acme"), store.others()) == (1, [])
+    assert store.standings(["acme", "other"])["acme"] == Standing(1000.25, 1)
+    assert store.others() == []
 
 
 def test_from_several_threads_at_once(open_store: Callable[[], HoldStore]) -> None:

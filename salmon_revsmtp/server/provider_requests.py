@@ -126,13 +126,16 @@ class ProviderRequests:
 
     def _holdings(self) -> dict[str, Holding]:
         store, found = self._providing.store, {}
-        for name, used in store.usages().items():
+        usages = store.usages()
+        standings = store.standings(usages)
+        for name, used in usages.items():
             if used.messages:
                 waiting = store.listing(name, messages=OLDEST, state=State.WAITING)
                 reasons = (one.reason for one in waiting)
                 account, gone = self._elsewhere(name)
                 found[name] = Holding(
-                    *(used.messages, used.octets, store.aside(name)),
+                    *(used.messages, used.octets),
+                    aside=standings[name].aside if name in standings else 0,
                     oldest=waiting[0].arrived if waiting else None,
                     deferred=next((one for one in reasons if one.startswith(CUSTOMER_SAYS)), ""),
                     account=account,
@@ -182,11 +185,12 @@ class ProviderRequests:
 
     def _account_rows(self, some: Sequence[_Found]) -> list[Row]:
         store, rows = self._providing.store, []
+        # Most have nothing, and a database is not asked about each of many thousands.
+        usages = {one.name: store.usage(one.name) for one in some}
+        standings = store.standings([name for name, used in usages.items() if used.messages])
         for name, account, source in some:
-            used = store.usage(name)
+            used, standing = usages[name], standings.get(name)
             settings = account.settings if account else None
-            # Most have nothing, and a database is not asked about each of many thousands.
-            oldest = store.listing(name, messages=1) if used.messages else ()
             rows.append(
                 {
                     "account": name,
@@ -197,8 +201,8 @@ class ProviderRequests:
                     "quota_messages": settings.quota_messages if settings else None,
                     "bytes": used.octets,
                     "quota_bytes": settings.quota_bytes if settings else None,
-                    "oldest": iso(oldest[0].arrived) if oldest else None,
-                    "aside": store.aside(name) if used.messages else 0,
+                    "oldest": iso(standing.oldest) if standing else None,
+                    "aside": standing.aside if standing else 0,
                 }
             )
         return rows

@@ -54,6 +54,7 @@ from salmon_revsmtp.provider.hold.store import (
     Held,
     HoldStoreError,
     Settled,
+    Standing,
     State,
     Usage,
     Woken,
@@ -126,6 +127,13 @@ MIGRATIONS = (
 _HELD = (
     "SELECT held.id, account, sender, said, recipients, held.size, arrived, state, strikes, "
     "reason, warned FROM held JOIN messages ON messages.id = message "
+)
+# By the index, whose rows of an account and a state are in the order in which they came.
+_FIRST = "(SELECT arrived FROM held WHERE account = name AND state = {:d} ORDER BY id LIMIT 1)"
+_STANDINGS = (
+    "WITH wanted (name) AS (VALUES {}) SELECT name, "
+    f"{_FIRST.format(State.WAITING)}, {_FIRST.format(State.ASIDE)}, "
+    f"(SELECT count(*) FROM held WHERE account = name AND state = {State.ASIDE:d}) FROM wanted"
 )
 _MESSAGES = "messages (id, sender, said, size, file, streams, ascii, body, accounts)"
 _RECIPIENTS = "held (id, message, account, recipients, size, arrived)"
@@ -550,12 +558,17 @@ class EmbeddedStore:
     def usage(self, account: str) -> Usage:
         return self._usages.get(account, Usage())
 
-    def aside(self, account: str) -> int:
-        with self._read() as database:
-            [count] = database.execute(
-                "SELECT count(*) FROM held WHERE account = ? AND state = ?", (account, State.ASIDE)
-            ).fetchone()
-        return int(count)
+    def standings(self, accounts: Collection[str]) -> dict[str, Standing]:
+        found: dict[str, Standing] = {}
+        names = iter(accounts)
+        while some := list(itertools.islice(names, PAGE)):
+            with self._read() as database:
+                query = _STANDINGS.format(", ".join(["(?)"] * len(some)))
+                for name, waiting, aside, count in database.execute(query, some):
+                    times = [one for one in (waiting, aside) if one is not None]
+                    if times:
+                        found[name] = Standing(min(times), count)
+        return found
 
     def usages(self) -> dict[str, Usage]:
         usages = self._usages.copy()  # mail comes meanwhile, in other threads

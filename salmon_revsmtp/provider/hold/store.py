@@ -34,6 +34,7 @@ __all__ = [
     "OpenHoldStore",
     "Settled",
     "Spool",
+    "Standing",
     "State",
     "Usage",
     "Woken",
@@ -136,6 +137,18 @@ class Usage:
     octets: int = 0
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How the mail of an account that has any stands.
+
+    ``oldest``  when the oldest message came, in seconds since the epoch.
+    ``aside``   how many are set aside.
+    """
+
+    oldest: float
+    aside: int = 0
+
+
 #: Told the accounts that messages have come for, in any thread, once these are safe.
 Woken = Callable[[Collection[str]], None]
 
@@ -232,8 +245,8 @@ class HoldStore(Protocol):
     def usage(self, account: str) -> Usage:
         """What is held for an account."""
 
-    def aside(self, account: str) -> int:
-        """How many messages of an account are set aside."""
+    def standings(self, accounts: Collection[str]) -> dict[str, Standing]:
+        """How it stands with those of these accounts that have mail: asked once for all of them."""
 
     def usages(self) -> dict[str, Usage]:
         """The same of all accounts that have anything, also of those that there are no more."""

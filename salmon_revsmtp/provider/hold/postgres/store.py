@@ -59,6 +59,7 @@ from salmon_revsmtp.provider.hold.store import (
     Held,
     HoldStoreError,
     Settled,
+    Standing,
     State,
     Usage,
     Woken,
@@ -94,6 +95,13 @@ LONGEST_PAUSE = 86400.0
 _HELD = (
     "SELECT q.id, q.account, m.sender, m.said, q.recipients, q.size, q.arrived, q.state, "
     "q.strikes, q.reason, q.warned FROM hold_queue q JOIN hold_messages m ON m.id = q.message "
+)
+# By the index, whose rows of an account and a state are in the order in which they came.
+_STANDINGS = (
+    "SELECT name, (SELECT min(first.arrived) FROM unnest(%s::smallint[]) AS each, LATERAL "
+    "(SELECT arrived FROM hold_queue WHERE account = name AND state = each ORDER BY id LIMIT 1) "
+    "AS first), (SELECT count(*) FROM hold_queue WHERE account = name AND state = %s) "
+    "FROM unnest(%s::text[]) AS name"
 )
 # What a feed may take: of what it has read past, and of what comes after that.  What is set aside
 # is kept in mind, for it may wait again at any time.
@@ -645,13 +653,11 @@ class PostgresStore:
     def usages(self) -> dict[str, Usage]:
         return self._usages.all()
 
-    def aside(self, account: str) -> int:
+    def standings(self, accounts: Collection[str]) -> dict[str, Standing]:
         with self._database.transaction(synced=False) as transaction:
-            [[count]] = transaction.rows(
-                "SELECT count(*) FROM hold_queue WHERE account = %s AND state = %s",
-                *(account, int(State.ASIDE)),
-            )
-        return int(count)
+            states = [int(one) for one in State]
+            rows = transaction.rows(_STANDINGS, states, int(State.ASIDE), list(accounts))
+        return {name: Standing(oldest, aside) for name, oldest, aside in rows if oldest is not None}
 
     # -- what goes on all the time ----------------------------------------------------------------
 
