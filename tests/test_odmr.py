@@ -823,20 +823,23 @@ def test_a_file_of_authorities_that_has_changed_is_read_again(
     assert collects(no_more_mail) is Outcome.NO_MAIL
 
 
+def gives(number: int) -> Script:
+    """A provider that gives this message, and breaks off."""
+
+    async def script(provider: Dialogue) -> None:
+        await provider.reverse()
+        assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
+        provider.abort()
+
+    return script
+
+
 def test_a_provider_under_tls_that_breaks_off_after_each_message_is_emptied(
     salmon: Salmon,
 ) -> None:
     salmon.handle(".*")
 
-    def one(number: int) -> Script:
-        async def script(provider: Dialogue) -> None:
-            await provider.reverse()
-            assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
-            provider.abort()
-
-        return script
-
-    scripts = [one(number) for number in range(5)]
+    scripts = [gives(number) for number in range(5)]
     report = collect_from(salmon, *scripts, no_more_mail, tls="implicit", ca_file=str(CERTIFICATE))
     assert report.outcome is Outcome.COLLECTED
     assert (report.messages, report.sessions) == (5, 6)
@@ -931,23 +934,15 @@ def test_a_session_after_mail_that_breaks_off_at_once_is_tried_again(
     monkeypatch.setattr("salmon_revsmtp.customer.odmr.AFTER_MAIL", 0.01)
     salmon.handle(".*")
 
-    def one(number: int) -> Script:
-        async def script(provider: Dialogue) -> None:
-            await provider.reverse()
-            assert (await provider.send(MESSAGE + b"%d\r\n" % number)).startswith("250")
-            provider.abort()
-
-        return script
-
     async def nothing(provider: Dialogue) -> None:
         await provider.reverse()
         provider.abort()
 
-    scripts = [one(1), nothing, nothing, nothing, one(2), nothing, nothing]
+    scripts = [gives(1), nothing, nothing, nothing, gives(2), nothing, nothing]
     report = collect_from(salmon, *scripts, no_more_mail)
     assert (report.outcome, report.messages, report.sessions) == (Outcome.COLLECTED, 2, 8)
 
-    report = collect_from(salmon, one(3), *[nothing] * 4)
+    report = collect_from(salmon, gives(3), *[nothing] * 4)
     assert (report.outcome, report.messages, report.sessions) == (Outcome.FAILED, 1, 5)
     assert report.error is not None and "broke the connection off" in report.error
 
