@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from salmon import queue
 from salmon.routing import Router
@@ -18,6 +19,9 @@ from support.servers import find
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(sample)
+    # How long an example takes depends on what else the machine does.
+    hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salmon_revsmtp.smtp import receiver as module
-from salmon_revsmtp.smtp.content import Octets, Traits
+from salmon_revsmtp.smtp.content import Octets, Traits, with_lf
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.limits import Limits
 from salmon_revsmtp.smtp.receiver import Receiver, Refused, Transaction
@@ -134,6 +134,11 @@ def test_what_is_no_message_is_forgotten(how: str) -> None:
     assert told.receiver.memory.held == 0
     if how in ("too big", "a long line"):
         assert any(isinstance(event, Refused) for event in told.events)
+
+
+@given(CONTENT)
+def test_lf_for_each_crlf_and_nothing_else(content: bytes) -> None:
+    assert with_lf(content) == content.replace(b"\r\n", b"\n")
 
 
 def test_few_messages_in_sinks_are_read_ahead() -> None:

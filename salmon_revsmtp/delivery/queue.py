@@ -20,7 +20,7 @@ from salmon_revsmtp.delivery.maildir import (
 from salmon_revsmtp.delivery.trace import stored_envelope
 from salmon_revsmtp.foreign import angle
 from salmon_revsmtp.safelog import log_safely
-from salmon_revsmtp.smtp.content import Coming
+from salmon_revsmtp.smtp.content import Coming, with_lf
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 from salmon_revsmtp.threads import Threads
@@ -80,7 +80,7 @@ class QueueSpool:
         if self._rest:
             data = self._rest + data
         self._rest = b"\r" if data.endswith(b"\r") else b""
-        lines = (data[:-1] if self._rest else data).replace(b"\r\n", b"\n")
+        lines = with_lf(data[:-1] if self._rest else data)
         if not lines:
             return
         self._ended = lines.endswith(b"\n")

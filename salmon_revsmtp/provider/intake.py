@@ -42,7 +42,7 @@ from salmon_revsmtp.provider.idents import Ident, Idents
 from salmon_revsmtp.provider.live import Live, Said
 from salmon_revsmtp.safelog import log_safely
 from salmon_revsmtp.smtp.addresses import domain_of
-from salmon_revsmtp.smtp.content import Content, Octets
+from salmon_revsmtp.smtp.content import Content, Octets, with_lf
 from salmon_revsmtp.smtp.envelope import Client, Envelope
 from salmon_revsmtp.smtp.receiver import LATER, RecipientRequest, Verdict
 from salmon_revsmtp.smtp.replies import Reply
@@ -467,7 +467,7 @@ class Intake:
             "message_received",
             agent=None,
             envelope=pending.envelope,
-            message=trace + data.replace(b"\r\n", b"\n"),
+            message=trace + with_lf(data),
             add_field=added.add,
         )
 

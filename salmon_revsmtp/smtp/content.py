@@ -5,10 +5,21 @@ machines are given for that.  Nothing here does I/O; who keeps a message somewhe
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Protocol
 
-__all__ = ["PIECE", "Coming", "Content", "Octets", "Sink", "Traits", "beginning", "whole"]
+__all__ = [
+    "PIECE",
+    "Coming",
+    "Content",
+    "Octets",
+    "Sink",
+    "Traits",
+    "beginning",
+    "whole",
+    "with_lf",
+]
 
 
 # Octets of a message in memory that are written at a time.
@@ -16,6 +27,8 @@ PIECE = 256 * 1024
 
 # Octets of a message that comes that are kept to look at its header: more than 100 hops make.
 BEGINNING = 256 * 1024
+
+_BARE_CR = re.compile(rb"\r(?!\n)")
 
 
 class Sink(Protocol):
@@ -106,6 +119,17 @@ def _hides_an_end(data: bytes) -> bool:
     (A pattern takes five times as long.)"""
     dropped = (b"\n" + data).replace(b"\n.", b"\n..").replace(b"\x00", b"")
     return b"\n.\r\n" in dropped
+
+
+def with_lf(data: bytes) -> bytes:
+    """The same with LF for each CRLF; a bare CR or LF stays.
+
+    Without a bare CR, as nearly all mail is, to look for one and to drop all of them takes half to
+    four fifths of the time of a replacement, which copies line by line.
+    """
+    if _BARE_CR.search(data):
+        return data.replace(b"\r\n", b"\n")
+    return data.translate(None, b"\r")
 
 
 def beginning(data: bytes | Content, octets: int) -> bytes:
