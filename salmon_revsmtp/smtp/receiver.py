@@ -312,6 +312,7 @@ class Receiver(Commands):
         self._envelope = 0  # octets that it costs
         self._held = 0  # octets of memory that the transaction takes
         self._no_memory = False  # for its content
+        self._stuffed = False  # what is here of it may have a dot that is not content
         # Octets of content (RFC 1870 4: without stuffed dots), also those that were thrown away.
         self._size = 0
         self._chunks = 0
@@ -331,7 +332,7 @@ class Receiver(Commands):
         self._rcpt_options = {}
         self._content = bytearray()
         self._envelope = self._size = self._chunks = 0
-        self._no_memory = False
+        self._no_memory = self._stuffed = False
         self._told = {}
         self._drop_sink()
         self._let_go()
@@ -558,10 +559,15 @@ class Receiver(Commands):
         self.content_octets += len(self._buffer)
         self._content += self._buffer
         self._buffer.clear()
-        end = self._content.find(_END_OF_DATA, start)
+        # What every end of data begins with, and few other lines do, is looked for once.
+        dot = self._content.find(_STUFFED, start)
+        end = self._content.find(_END_OF_DATA, dot) if dot >= 0 else -1
         if end < 0:
-            # Of a dot before the last two octets it is known that it is not the end of data.
-            stuffed = self._content.count(_STUFFED, start, max(start, len(self._content) - 2))
+            stuffed = 0
+            if dot >= 0:
+                # Of a dot before the last two octets it is known that it is not the end of data.
+                stuffed = self._content.count(_STUFFED, dot, max(dot, len(self._content) - 2))
+                self._stuffed = True
             self._size += len(self._content) - old - stuffed
             # Surely too big, whatever part of this is the end of data already.
             if self._size > self.limits.message + len(_END_OF_DATA) or not self._room():
@@ -574,7 +580,9 @@ class Receiver(Commands):
                 self._close(self._far_too_big())
             return False
         self._buffer += memoryview(self._content)[end + 5 :]
-        self._size += end + 2 - old - self._content.count(_STUFFED, start, end + 2)
+        stuffed = self._content.count(_STUFFED, dot, end + 2)
+        self._stuffed = self._stuffed or stuffed > 0
+        self._size += end + 2 - old - stuffed
         del self._content[end + 2 :]
         if self._sink is None:
             del self._content[: 3 if self._content.startswith(_STUFFED) else 2]
@@ -586,7 +594,8 @@ class Receiver(Commands):
         if self._size <= self.limits.message and self._room():
             content = bytes(self._content)
             self._content.clear()  # a large message is here twice at most
-            content = content.replace(_STUFFED, b"\r\n")
+            if self._stuffed:
+                content = content.replace(_STUFFED, b"\r\n")
         self.steps += 1
         self._over("CRLF.CRLF")
         self._finish(content)
@@ -602,7 +611,9 @@ class Receiver(Commands):
             cut -= content[cut - 1 : cut + 1] == b"\r\n"
         block = bytes(memoryview(content)[:cut])
         del content[:cut]
-        block = block.replace(_STUFFED, b"\r\n")
+        if self._stuffed:
+            block = block.replace(_STUFFED, b"\r\n")
+            self._stuffed = _STUFFED in content
         return block if self._sink is not None else block[2:]  # the CRLF of DATA itself
 
     def _empty(self, block: bytes) -> None:
