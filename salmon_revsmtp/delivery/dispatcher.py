@@ -40,7 +40,7 @@ from salmon_revsmtp.journal.claims import Claims, SharedClaims
 from salmon_revsmtp.journal.deliveries import DeliveryJournal, DeliveryRecord, MessageKey
 from salmon_revsmtp.net.together import together
 from salmon_revsmtp.safelog import LogBudget, log_safely
-from salmon_revsmtp.smtp.content import Sink, with_lf
+from salmon_revsmtp.smtp.content import PIECE, Sink, with_lf
 from salmon_revsmtp.smtp.envelope import Envelope
 from salmon_revsmtp.smtp.replies import Reply
 
@@ -202,7 +202,9 @@ class PendingDelivery:
         with self.lock:
             self.begun = not self.abandoned
             data = self.data if self.sink is None else self.sink.beginning()
-        return with_lf(data) if self.begun else None
+        if not self.begun:
+            return None
+        return with_lf(data) if len(data) > PIECE else data.replace(b"\r\n", b"\n")
 
     def add(self, reply: Reply, repeat: bool) -> None:
         """Note the reply for the next recipient, for whoever still waits for it."""
