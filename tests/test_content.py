@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,10 @@ class Memory:
     @property
     def size(self) -> int:
         return len(self.data)
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.data).digest()
 
     def beginning(self) -> bytes:
         return self.data[:8]

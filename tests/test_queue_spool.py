@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -86,13 +87,11 @@ def stored(folder: str = "run/inbound") -> dict[str, bytes]:
 
 def left() -> list[str]:
     """What is there of messages that are not in a queue, with a name or without."""
-    named = [str(path) for path in Path("run/inbound/tmp").iterdir()]
+    found = [str(path) for path in Path("run/inbound/tmp").iterdir()]
     for one in Path("/proc/self/fd").iterdir():
-        try:
-            named += [name for name in [os.readlink(one)] if "inbound/tmp" in name]  # noqa: PTH115
-        except FileNotFoundError:  # of this very iteration
-            continue
-    return named
+        with contextlib.suppress(FileNotFoundError):  # that of this very iteration
+            found.append(str(one.readlink()))
+    return [name for name in found if "inbound/tmp" in name]
 
 
 @pytest.mark.parametrize("names", [("b",), ("b", "c", "d")])

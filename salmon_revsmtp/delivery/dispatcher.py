@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from salmon_revsmtp.delivery.batches import BatchWorker
 from salmon_revsmtp.delivery.inhand import InHand
@@ -105,16 +105,6 @@ class Delivery(Protocol):
         the reply that says why not."""
 
 
-class Spool(Sink, Protocol):
-    """Where a large message goes while it comes, for ``recipient``."""
-
-    recipient: str
-
-    @property
-    def digest(self) -> bytes:
-        """The SHA-256 of what has come."""
-
-
 @runtime_checkable
 class GroupDelivery(Protocol):
     """One that makes messages safe together: what comes while others are written waits for them,
@@ -124,7 +114,7 @@ class GroupDelivery(Protocol):
         """Write a message for a recipient; returns what :meth:`keep` is to be given, and no
         reference to ``content``.  Does not raise."""
 
-    def spool(self, envelope: Envelope, recipient: str, trace: Callable[[bytes], bytes]) -> Spool:
+    def spool(self, envelope: Envelope, recipient: str, trace: Callable[[bytes], bytes]) -> Sink:
         """Where a large message goes while it comes, for its first recipient.  ``trace`` is given
         its first lines, and returns what goes before them.  Does not raise."""
 
@@ -204,6 +194,7 @@ class PendingDelivery:
             data = self.data if self.sink is None else self.sink.beginning()
         if not self.begun:
             return None
+        # For a small one a call more would cost what it saves.
         return with_lf(data) if len(data) > PIECE else data.replace(b"\r\n", b"\n")
 
     def add(self, reply: Reply, repeat: bool) -> None:
@@ -248,11 +239,6 @@ class PendingDelivery:
                 last = last_of_many(self.replies) if self.envelope.prdr else None
                 self.reply = last or reply
             return True
-
-
-def _spool_of(pending: PendingDelivery) -> Spool:
-    """What :attr:`Dispatcher.sinks` made for a large message."""
-    return cast("Spool", pending.sink)
 
 
 def last_of_many(replies: Sequence[Reply]) -> Reply | None:
@@ -345,7 +331,7 @@ class _Written:
     known: dict[str, DeliveryRecord]
     lines: bytes
     content: Content
-    spool: Spool | None = None
+    spool: Sink | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
 
@@ -426,7 +412,8 @@ class Dispatcher:
             return None
         return functools.partial(self._spool, self._groups)
 
-    def _spool(self, groups: GroupDelivery, origin: Origin, envelope: Envelope) -> Spool:
+    def _spool(self, groups: GroupDelivery, origin: Origin, envelope: Envelope) -> Sink:
+        """For the first recipient of all; copies are for the others."""
         envelope = envelope.spelled(self._spell)
         first = envelope.recipients[0]
         return groups.spool(
@@ -616,8 +603,7 @@ class Dispatcher:
         if client is not None and _IDENT.fullmatch(client.ident):  # of a host that is believed
             known_by = client.ident.encode()
         elif pending.sink is not None:
-            digest = _spool_of(pending).digest
-            return MessageKey.by_digest(self._service, envelope.reverse_path, digest)
+            return MessageKey.by_digest(self._service, envelope.reverse_path, pending.sink.digest)
         return MessageKey.of(self._service, envelope.reverse_path, known_by)
 
     def do(self, item: PendingDelivery, batch: _Batch) -> None:
@@ -694,7 +680,7 @@ class Dispatcher:
         assert key is not None
         refusal = LOOP if hops(lines) >= MAX_HOPS else None
         known = batch.known[key]
-        spool = None if pending.sink is None else _spool_of(pending)
+        spool = pending.sink
         if key in batch.elsewhere:
             refusal = ELSEWHERE
         elif refusal is None and spool is not None and self._want_it_whole(known):
@@ -728,18 +714,19 @@ class Dispatcher:
             record.reply.permanent for record in known.values()
         )
 
-    def _write_spooled(self, message: _Written, groups: GroupDelivery, spool: Spool) -> None:
-        """A message for each of its recipients, as long as anyone waits for it: last for the one
-        whose file it is in."""
+    def _write_spooled(self, message: _Written, groups: GroupDelivery, spool: Sink) -> None:
+        """A message for each of its recipients, as long as anyone waits for it: last for the first
+        of them, whose file it is in."""
         pending, begun = message.pending, message.content
         envelope = pending.envelope
-        for recipient in sorted(envelope.recipients, key=spool.recipient.__eq__):
+        first = envelope.recipients[0]
+        for recipient in (*(one for one in envelope.recipients if one != first), first):
             if recipient in message.known or recipient in message.made:
                 continue
             if pending.abandoned:
                 return
             try:
-                if recipient == spool.recipient:
+                if recipient == first:
                     made = groups.finish(spool)
                 else:
                     trace = pending.origin.received(envelope, recipient) + separator(begun)

@@ -70,7 +70,6 @@ class QueueSpool:
 
     @property
     def digest(self) -> bytes:
-        """The SHA-256 of what has come."""
         return self._coming.digest
 
     def write(self, data: bytes) -> None:

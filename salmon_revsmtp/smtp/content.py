@@ -35,11 +35,16 @@ class Sink(Protocol):
     """Where a message goes while it comes.  Its methods do not raise: what went wrong is told when
     the message is to be made safe.
 
-    ``size``  octets that have come.
+    ``size``    octets that have come.
+    ``digest``  the SHA-256 of them.
     """
 
     @property
     def size(self) -> int:
+        """See above."""
+
+    @property
+    def digest(self) -> bytes:
         """See above."""
 
     def write(self, data: bytes) -> None:

@@ -18,6 +18,7 @@ functions under pytest.
 from __future__ import annotations
 
 import base64
+import hashlib
 import ipaddress
 import itertools
 import re
@@ -210,6 +211,10 @@ class _Sink:
     @property
     def size(self) -> int:
         return len(self.data)
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.data).digest()
 
     def beginning(self) -> bytes:
         return self.data

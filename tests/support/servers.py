@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
+from support.serving import wait_for
+
 __all__ = [
     "ACCOUNTS",
     "DEFERRED",
@@ -420,10 +422,7 @@ class EximOfThePage(Server):
 
     def wait_until_idle(self) -> None:
         """Until the queue runs of its customers have ended: until then one may hold a message."""
-        give_up = time.monotonic() + 30
-        while self.log().count("Start ODMR queue run") > self.log().count("End queue run"):
-            assert time.monotonic() < give_up, self.log()
-            time.sleep(0.02)
+        wait_for(lambda: self.log().count("End queue run") >= self.log().count("Start ODMR queue"))
 
     def run_queue(self) -> None:
         """Try whatever may be tried."""

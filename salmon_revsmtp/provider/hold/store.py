@@ -57,10 +57,6 @@ class Spool(Sink, Protocol):
     :meth:`HoldStore.put`.  The event loop writes to it, so it does not sync.
     """
 
-    @property
-    def digest(self) -> bytes:
-        """The SHA-256 of what has come."""
-
     def read(self) -> bytes:
         """All of it.  Raises :class:`OSError`."""
 
