@@ -719,6 +719,7 @@ def test_plugins_hear_of_what_was_passed_on(salmon: Salmon) -> None:
         assert told == [("acme", "yes@example.org", 250), ("acme", "no@example.org", 550)]
         del told[:]
         await ends.send(message("three"), "later")
-        assert told[0] == ("acme", ("later@example.org",))
+        # One that waits is handed over at once, and so perhaps before plugins hear that it is held.
+        assert ("acme", ("later@example.org",)) in told
 
     both_ends(salmon, work, at_provider=plugins)

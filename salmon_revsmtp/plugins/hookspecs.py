@@ -117,7 +117,10 @@ def message_delivered(
 @hookspec
 def message_held(account: str, envelope: Envelope, key: int, octets: int) -> None:
     """At a provider: a message of so many octets is held for ``account``, and safe; ``key`` is its
-    number there."""
+    number there.
+
+    It waits for no plugin: :func:`message_handed_over` may have been called for it before.
+    """
 
 
 @hookspec

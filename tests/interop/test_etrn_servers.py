@@ -97,6 +97,8 @@ def test_mail_that_waits_comes_when_it_is_asked_for(
         if isinstance(server, Postfix):
             postfix = server
             asyncio.run(until(lambda: postfix.deferred() == messages, server))
+        if isinstance(server, Exim):
+            server.wait_until_idle()
         report = requested(salmon, server, len(expected), *DOMAINS)
         assert report.outcome is Outcome.REQUESTED, (report, server.log())
         found = [(one.replace(*DOWNCONVERTED), body) for one, body in arrived(salmon)]
