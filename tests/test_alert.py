@@ -301,7 +301,7 @@ def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> 
     with pytest.raises(OSError, match="has not ended in 1 seconds"):
         run_command(["sh", "-c", script], "x" * 1_000_000, {}, tmp_path, timeout=1)
     child = int((tmp_path / "child").read_text())
-    gone = time.monotonic() + 10
+    gone = time.monotonic() + 60
     while _runs(child):
         assert time.monotonic() < gone
         time.sleep(0.01)

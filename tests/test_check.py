@@ -710,7 +710,7 @@ def test_agents_are_tried_at_the_same_time_and_told_of_in_order(
         here.append(agent.name)
         if len(here) == 2:
             both.set()
-        await asyncio.wait_for(both.wait(), 10)
+        await asyncio.wait_for(both.wait(), 60)
         return Finding("agent", agent.name, OK, "")
 
     monkeypatch.setattr(reaching, "agent_finding", slow)

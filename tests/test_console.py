@@ -309,7 +309,7 @@ def test_a_server_has_it_and_the_command_lets_in(tmp_path: Path) -> None:
         form = {"csrf": page.csrf, "enabled": "no"}
         browser.post("/agents/isp/enable", form)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert "(Disabled)" in project.run("agents", ISP_PASSWORD="x").stdout
     done = project.run("console", ISP_PASSWORD="x")
     assert done.returncode == 1 and "`salmon-revsmtp run`" in done.stderr
@@ -328,7 +328,7 @@ def test_a_file_that_a_killed_server_left_is_no_console(tmp_path: Path) -> None:
     with server(project, RUN) as process:
         started(project.folder)
         process.kill()
-        process.wait(20)
+        process.wait(60)
     done = project.run("console", ISP_PASSWORD="x")
     assert done.returncode == 1 and "enter?token" not in done.stdout
 

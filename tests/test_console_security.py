@@ -267,7 +267,7 @@ def test_no_path_writes_lines_of_its_own_into_the_log(
     browser = here.browser()
     browser.log_in()
     assert browser.get("/agents/%1B%5B2J%0Aanother%20line").status >= 500
-    give_up, found = time.monotonic() + 20, list[str]()
+    give_up, found = time.monotonic() + 60, list[str]()
     while not found:  # it is logged after the answer
         assert time.monotonic() < give_up
         time.sleep(0.02)
@@ -589,7 +589,7 @@ def test_who_does_not_begin_with_tls_has_no_more_connections(
         many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
         assert sum(ended(one, 0.5) for one in many) == 2
         many.pop(0).close()
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 60
         while ended(stack.enter_context(socket.create_connection(address, 10)), 0.5):
             assert time.monotonic() < give_up, "there is room again"
 
@@ -628,7 +628,7 @@ def test_who_reads_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
         for _ in range(20):
             event = {"kind": "log", "lines": ["x" * 1_000_000]}
             loop.call_soon_threadsafe(hub._tell, [event])
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 60
         while hub._waiting:
             assert time.monotonic() < give_up
             time.sleep(0.02)
@@ -686,7 +686,7 @@ def test_a_port_that_is_taken_is_a_trouble_until_it_is_free(
     one = Console(server, ConsoleSettings(listen=listen), again=0.05)
     one.start()
     try:
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 60
         while TROUBLE not in server.reported and time.monotonic() < give_up:
             time.sleep(0.01)
         assert listen in server.reported[TROUBLE] and "Mail goes on" in server.reported[TROUBLE]

@@ -58,9 +58,9 @@ async def serve(salmon: Salmon, watcher: Watcher, enough: int, *agents: dict[str
         running = asyncio.create_task(daemon.run())
         while len(watcher.reports) < enough:
             watcher.ended.clear()
-            await asyncio.wait_for(watcher.ended.wait(), 20)
+            await asyncio.wait_for(watcher.ended.wait(), 60)
         daemon.stop()
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, 60)
 
 
 def test_a_plugin_holds_an_agent_back(salmon: Salmon, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +210,7 @@ def test_who_asks_the_server_is_answered_also_when_that_fails(
         await control.start()
         reader, writer = await asyncio.open_unix_connection(str(path))
         writer.write(request_line + b"\n")
-        answers = await asyncio.wait_for(reader.read(), 10)
+        answers = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         assert "the server could not do that" in json.loads(answers)["error"]
         await control.stop()
@@ -223,7 +223,7 @@ def test_a_look_at_a_disk_that_hangs_is_the_only_one(salmon: Salmon) -> None:
 
     def hangs(live: object) -> Findings:
         looks.append(live)
-        go.wait(20)
+        go.wait(60)
         return Findings([], [])
 
     async def main() -> None:
@@ -239,11 +239,11 @@ def test_a_look_at_a_disk_that_hangs_is_the_only_one(salmon: Salmon) -> None:
             asking = [asyncio.ensure_future(daemon._look_together()) for _ in range(3)]
             await asyncio.sleep(0)
             go.set()
-            one, *others = await asyncio.wait_for(asyncio.gather(*asking), 20)
+            one, *others = await asyncio.wait_for(asyncio.gather(*asking), 60)
             assert all(other is one for other in others) and len(looks) == 1
             await asyncio.gather(*daemon._scheduled)
             daemon._look_after()
-            await asyncio.wait_for(asyncio.gather(*daemon._scheduled), 20)
+            await asyncio.wait_for(asyncio.gather(*daemon._scheduled), 60)
             assert len(looks) == 2
 
     asyncio.run(main())

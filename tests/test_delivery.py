@@ -407,7 +407,7 @@ class Slow:
     def __call__(self, message: MailRequest) -> None:
         if b"slow" in message.Data:
             self.began.set()
-            if not self.go.wait(20):
+            if not self.go.wait(60):
                 raise SMTPError(554, "no one has let it go")
 
 
@@ -609,7 +609,7 @@ def test_a_slow_handler_does_not_hold_up_the_answer_to_the_message_before(
     seen = []
 
     def slow(message: MailRequest) -> None:
-        seen.append((answered.wait(20), "to=<fast@example.org>" in caplog.text))
+        seen.append((answered.wait(60), "to=<fast@example.org>" in caplog.text))
 
     salmon.handle("slow@.*", slow)
     fast = transaction(MESSAGE, "fast@example.org")

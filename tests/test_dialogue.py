@@ -36,7 +36,7 @@ async def in_every_way(provider: Dialogue) -> None:
     provider.writer.write(b"RCPT TO:<b@example.org>\r\nBDAT %d LAST\r\n" % len(SECRET) + SECRET)
     provider.writer.write(b"NOOP between\r\nDATA\r\n" + SECRET)
     provider.say("QUIT")
-    await asyncio.wait_for(provider.reader.read(), 10)
+    await asyncio.wait_for(provider.reader.read(), 60)
 
 
 def test_a_word_of_a_message_is_never_in_the_dialogue(

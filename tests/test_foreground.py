@@ -115,16 +115,19 @@ def test_nothing_is_said_of_a_server_that_cannot_listen(project: Project) -> Non
     )
 
 
+def next_of(project: Project) -> dict[str, str | None]:
+    """By agent, when its next collection is due; nothing before the server plans them."""
+    done = project.run("agents", "--json")
+    return {row["agent"]: row["next"] for row in map(json.loads, done.stdout.splitlines())}
+
+
 def test_a_journal_that_no_one_reads_any_more_ends_no_server(project: Project) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     process = subprocess.Popen(RUN, cwd=project.folder, stdout=theirs, stderr=theirs)
     os.close(theirs)
     try:
-        wait_for(lambda: answers(project), process)
-        done = project.run("agents", "--json")
-        rows = {row["agent"]: row["next"] for row in map(json.loads, done.stdout.splitlines())}
-        assert rows["isp"] is not None
+        wait_for(lambda: next_of(project).get("isp"), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:

@@ -474,7 +474,7 @@ def test_one_that_hangs_up_at_once(
     connected = threading.Event()
 
     def hangs_up(call: Call) -> None:
-        assert connected.wait(20)
+        assert connected.wait(60)
         call.reset()
 
     def connect_and_wait(server: nexthop.Server) -> socket.socket:
@@ -599,7 +599,7 @@ def test_a_connection_that_was_closed_meanwhile_costs_nothing(
     with next_host(closes, script) as server:
         use(monkeypatch, server)
         assert deliver().code == 250
-        assert closed.wait(20)
+        assert closed.wait(60)
         assert deliver().code == 250
     assert said(caplog) == []
 
@@ -889,7 +889,7 @@ def test_a_message_that_is_given_up_in_the_middle_ends_with_a_reset(
     def stands_still(call: Call) -> None:
         call.greet()
         call.up_to_data()
-        assert given_up.wait(20)
+        assert given_up.wait(60)
         with pytest.raises(ConnectionResetError):
             while call.socket.recv(1_000_000):
                 pass

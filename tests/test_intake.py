@@ -429,7 +429,7 @@ def test_handlers_that_run_at_the_same_time_hold_each_its_own(salmon: Salmon) ->
     meeting = threading.Barrier(3)
 
     def handler(message: MailRequest, **captures: str) -> None:
-        meeting.wait(20)
+        meeting.wait(60)
         hold(message)
 
     route(".*")(stateless(nolocking(handler)))

@@ -150,7 +150,7 @@ def dialogue(salmon: Salmon, work: Callable[[Listener, Any, Any], Awaitable[None
     async def main() -> None:
         async with listener(salmon) as one:
             reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
-            await asyncio.wait_for(work(one, reader, writer), 20)
+            await asyncio.wait_for(work(one, reader, writer), 60)
             writer.close()
 
     asyncio.run(main())

@@ -300,7 +300,7 @@ def test_who_says_a_request_slowly_keeps_no_one_from_asking(
     serving.start()
     port = serving.port or 0
     with socket.create_connection(("127.0.0.1", port), 10) as slow:
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + 60
         with contextlib.suppress(ConnectionError):
             while time.monotonic() < give_up:
                 slow.sendall(b"G")

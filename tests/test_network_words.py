@@ -250,7 +250,7 @@ def relay_says(*lines: bytes) -> Iterator[int]:
         yield listening.getsockname()[1]
         with contextlib.suppress(OSError):
             listening.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+        thread.join(60)
 
 
 @pytest.mark.parametrize(

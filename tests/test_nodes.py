@@ -141,7 +141,7 @@ def test_failed_logins_count_on_all_hosts(salmon: Salmon, monkeypatch: pytest.Mo
         async with called(one.odmr) as customer:
             assert (await log_in(customer, password="wrong"))[:3] == "421"
         reader, writer = await asyncio.open_connection("127.0.0.1", two.odmr)
-        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"421 4.7.0 ")
+        assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"421 4.7.0 ")
         writer.close()
 
     on_two(salmon, work)

@@ -430,12 +430,12 @@ def test_of_messages_under_way_exactly_the_answered_are_gone(
         reader, writer = await reversed_roles(provider)
         heard = b""
         while heard.count(b" LAST\r\nx\r\n") < len(keys):  # all of them, unanswered
-            heard += await asyncio.wait_for(reader.read(65536), 20)
+            heard += await asyncio.wait_for(reader.read(65536), 60)
         # MAIL, RCPT, BDAT, and RSET before the next.
         said = "250 ok\r\n" * (4 * answered + 1) + last
         writer.write(said.encode())
         writer.write_eof()
-        while await asyncio.wait_for(reader.read(65536), 20):
+        while await asyncio.wait_for(reader.read(65536), 60):
             pass
         writer.close()
         left.extend(keys[answered:])
@@ -448,7 +448,7 @@ def test_a_silent_customer_is_left(tmp_path: Path) -> None:
     async def work(held: Holding, provider: Provider) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
         writer.write(b"NOOP\r\n")
-        assert await asyncio.wait_for(reader.read(), 20) != b"", "it closed before its greeting"
+        assert await asyncio.wait_for(reader.read(), 60) != b"", "it closed before its greeting"
         writer.close()
 
     with_provider(tmp_path, work, timeout=0.2)
@@ -462,13 +462,13 @@ def test_a_tls_handshake_that_fails_takes_no_place(
         for _ in range(3):
             reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
             writer.write(b"EHLO plain\r\n" * 10)
-            await asyncio.wait_for(reader.read(), 20)
+            await asyncio.wait_for(reader.read(), 60)
             writer.close()
         context = ssl.create_default_context(cafile=str(CERTIFICATE))
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", provider.port, ssl=context, server_hostname="localhost"
         )
-        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"220 ")
+        assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"220 ")
         writer.close()
 
     with_provider(tmp_path, work, tls="implicit", max_sessions=1)

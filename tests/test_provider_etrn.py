@@ -91,7 +91,7 @@ async def take(server: Dialogue, answer: str = "250 taken") -> tuple[list[str], 
     server.say("354 go on")
     content = b""
     while not content.endswith(b"\r\n.\r\n"):
-        content += await asyncio.wait_for(server.reader.readline(), 20)
+        content += await asyncio.wait_for(server.reader.readline(), 60)
     server.say(answer)
     return recipients, re.sub(rb"^\.", b"", content[:-3], flags=re.MULTILINE)
 
@@ -324,7 +324,7 @@ def test_any_number_of_requests_leave_threads_for_others(
         # More than a pool of threads has on any machine.
         asking = [asyncio.create_task(answer("example.org", "mx")) for _ in range(40)]
         await here.until(looks.is_set)
-        await asyncio.wait_for(asyncio.to_thread(int), 20)
+        await asyncio.wait_for(asyncio.to_thread(int), 60)
         may_look.set()
         codes = [reply.code for reply in await asyncio.gather(*asking)]
         assert sorted(codes) == [250] * 39 + [253]

@@ -294,7 +294,7 @@ def test_outbox_is_where_they_wait(salmon: Salmon) -> None:
     refused: dict[str, Reply] = {"b@example.org": Reply(550, "no")}
     told: Callable[..., Reply | None] = notices.refused
     assert told(Envelope("ann@example.net", ("b@example.org",)), refused, MESSAGE) is None
-    outbox.wait(20)
+    outbox.wait(60)
     [(sender, to, text)] = salmon.relayed
     assert (sender, to) == ("<>", "ann@example.net")
     assert "Action: failed" in text

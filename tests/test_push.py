@@ -236,7 +236,7 @@ def test_a_network_that_goes_silent_is_noticed(salmon: Salmon, direction: Direct
         home.proxy.stall(direction)
         home.put()
         await home.handled(1)
-        assert session not in home.provider.sessions
+        await home.until(lambda: session not in home.provider.sessions)
 
     at_home(salmon, work, keepalive=1)
 

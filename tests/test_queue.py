@@ -252,7 +252,7 @@ def test_it_may_be_stopped_from_another_thread(salmon: Salmon) -> None:
     salmon.handle(".*", lambda request: consumer.stop())
     thread = threading.Thread(target=consumer.start)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     assert inbound() == []
 
@@ -312,9 +312,9 @@ def test_a_relay_that_says_nothing_does_not_hold_the_consumer(salmon: Salmon) ->
     thread = threading.Thread(target=consumer.start)
     thread.start()
     try:
-        assert asked.wait(20)
+        assert asked.wait(60)
         consumer.stop()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
         assert inbound() == []
     finally:
@@ -475,7 +475,7 @@ class Hanging:
         self._go.set()
         for thread in threading.enumerate():
             if thread.name == "handlers":
-                thread.join(20)
+                thread.join(60)
                 assert not thread.is_alive()
 
 
@@ -587,7 +587,7 @@ def test_threads_that_make_a_queue_at_the_same_time(tmp_path: Path) -> None:
     ready = threading.Barrier(8)
 
     def make(number: int) -> None:
-        ready.wait(20)
+        ready.wait(60)
         for one in range(20):
             open_queue(tmp_path / str(one))
 
@@ -614,10 +614,10 @@ def test_what_a_closed_thread_was_to_sync_is_synced_all_the_same(tmp_path: Path)
 
     def hold() -> None:
         held.set()
-        let_go.wait(10)
+        let_go.wait(60)
 
     threads.submit(hold)
-    assert held.wait(10)
+    assert held.wait(60)
     messages = [maildir.Unsynced(inbound, b"Subject: x\n\n%d\n" % number) for number in range(4)]
     threading.Timer(0.2, threads.close).start()  # the shares of the others have not begun
     kept = maildir.keep_together(messages, threads)

@@ -75,7 +75,7 @@ def test_salmon_start_as_a_daemon_and_salmon_stop(project: Project) -> None:
         text + f"receiver_config = {{'host': '127.0.0.1', 'port': {project.receiver_port}}}\n"
     )
     environment = {**os.environ, "ISP_PASSWORD": "x"}
-    subprocess.run([*salmon, "start"], cwd=project.folder, env=environment, check=True, timeout=20)
+    subprocess.run([*salmon, "start"], cwd=project.folder, env=environment, check=True, timeout=60)
     pid_file = project.folder / "run/smtp.pid"
     wait_for(lambda: answers(project))
     pid = int(pid_file.read_text())
@@ -85,7 +85,7 @@ def test_salmon_start_as_a_daemon_and_salmon_stop(project: Project) -> None:
         second = project.run("run", ISP_PASSWORD="x")
         assert second.returncode == 1
         assert "error: another server runs in this project" in second.stderr
-        subprocess.run([*salmon, "stop"], cwd=project.folder, check=True, timeout=20)
+        subprocess.run([*salmon, "stop"], cwd=project.folder, check=True, timeout=60)
         wait_for(lambda: not Path(f"/proc/{pid}").exists())
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -114,7 +114,7 @@ def test_a_message_in_hand_is_finished_before_the_end(project: Project) -> None:
     with provider(slow) as port:
         project.configure(isp(port))
         with server(project, RUN) as process:
-            assert half.wait(20)
+            assert half.wait(60)
             process.send_signal(signal.SIGTERM)
             wait_for(lambda: b"stopping on signal" in project_log(project))
             stopped.set()
@@ -201,7 +201,7 @@ def test_a_server_that_fails_ends_with_a_status_and_the_reason(
         env={**os.environ, "ISP_PASSWORD": "x"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 1
     assert words in done.stderr
@@ -226,7 +226,7 @@ def test_a_server_that_cannot_start_says_why_in_the_log(project: Project) -> Non
             env={**os.environ, "ISP_PASSWORD": "x"},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
         )
     assert done.returncode == 1
     for told in (done.stderr, project_log(project).decode()):
@@ -275,7 +275,7 @@ def test_salmon_start_with_a_wrong_key_leaves_the_reason(project: Project) -> No
         cwd=project.folder,
         env={**os.environ, "ISP_PASSWORD": "x"},
         check=True,
-        timeout=20,
+        timeout=60,
     )
     wait_for(lambda: words in (project.folder / "logs/salmon.err").read_text())
     wait_for(lambda: words.encode() in project_log(project))
@@ -328,7 +328,7 @@ def test_a_stale_pid_file_is_explained(project: Project) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
         )
         return done.returncode, done.stdout
 
@@ -444,10 +444,10 @@ def test_two_processes_never_collect_from_one_agent_at_once(project: Project) ->
             cwd=project.folder,
             stdout=subprocess.DEVNULL,
         )
-        assert held.wait(20)
+        assert held.wait(60)
         second = project.run("collect", "isp", "--json")
         done.set()
-        assert first.wait(20) == 0
+        assert first.wait(60) == 0
     assert second.returncode == 1
     assert json.loads(second.stdout)["outcome"] == "busy"
 
@@ -473,7 +473,7 @@ def test_a_server_that_is_killed_within_a_message_ends_the_session_in_words(
     with server(project, command) as process, smtplib.SMTP("127.0.0.1", port) as client:
         begin_a_message(client)
         process.kill()
-        process.wait(20)
+        process.wait(60)
         assert client.getreply()[0] == 421
         with server(project, command):
             for line in ("RCPT TO:<bob@example.org>", "DATA", "QUIT"):
@@ -493,7 +493,7 @@ def test_under_starttls_a_server_that_is_killed_says_nothing(project: Project) -
         client.starttls(context=ssl.create_default_context(cafile=CERTIFICATE))
         begin_a_message(client)
         process.kill()
-        process.wait(20)
+        process.wait(60)
         with pytest.raises(smtplib.SMTPServerDisconnected):
             client.getreply()
 

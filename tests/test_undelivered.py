@@ -322,7 +322,7 @@ def test_a_slow_handler_does_not_get_it_once_more_when_it_has_returned(
     [one] = retry.retry([key])
     assert not one.done and "the handler still runs" in one.remark
     go.set()
-    assert turn.acquire(timeout=10)
+    assert turn.acquire(timeout=60)
     turn.release()
     assert list(retry.retry([key])) == [Retried(key, True)]
     assert len(salmon.handled) == 1
@@ -334,7 +334,7 @@ def test_a_slow_handler_that_fails_in_the_end_is_asked_again(
     go = threading.Event()
 
     def waits_and_fails(message: MailRequest) -> None:
-        go.wait(10)
+        go.wait(60)
         raise SMTPError(451, "not today")
 
     salmon.handle(".*", waits_and_fails)
@@ -343,7 +343,7 @@ def test_a_slow_handler_that_fails_in_the_end_is_asked_again(
     key = kept(salmon, "b@example.org")
     list(retry.retry([key]))
     go.set()
-    assert turn.acquire(timeout=10)
+    assert turn.acquire(timeout=60)
     turn.release()
     assert list(retry.retry([key])) == [Retried(key, False, "deferred with 451 not today")]
     assert len(salmon.handled) == 2
@@ -411,7 +411,7 @@ def test_a_notification_goes_to_the_relay_and_not_to_the_handlers(
     salmon.handle(".*")
     [one] = retry.retry([given_up])
     assert one.done and "unsent" in one.remark
-    retry._outbox.wait(10)
+    retry._outbox.wait(60)
     assert [whose for _, whose, _ in salmon.relayed] == ["ann@example.net"]
     assert salmon.handled == []
 
@@ -427,7 +427,7 @@ def test_what_only_says_that_it_is_a_notification_never_goes_to_the_relay(
     [one] = retry.retry([key])
     assert not one.done and "--to ADDRESS" in one.remark and salmon.handled == []
     assert list(retry.retry([key], to="bob@example.org")) == [Retried(key, True)]
-    retry._outbox.wait(10)
+    retry._outbox.wait(60)
     assert salmon.relayed == [] and len(salmon.handled) == 1
 
 

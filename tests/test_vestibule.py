@@ -62,7 +62,7 @@ def with_listener(work: Callable[[int, Listener], Awaitable[None]], most: int) -
         )
         await one.start()
         await asyncio.wait_for(work(one.port, one), 30)
-        await asyncio.wait_for(one.stop(5), 10)
+        await asyncio.wait_for(one.stop(5), 60)
         while KEPT:
             KEPT.pop().close()
 
@@ -118,6 +118,6 @@ def test_a_stop_ends_those_that_shake_hands() -> None:
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
     try:
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), 60)
     except ConnectionResetError:
         return b""

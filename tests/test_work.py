@@ -135,7 +135,7 @@ def work_of(
         # In one write, and all answers in few reads: the provider is not what we count.
         said = [_transaction(next(_numbers)) for _ in range(messages)]
         provider.say(b"".join(said) + b"QUIT")
-        answers = await asyncio.wait_for(provider.reader.read(), 20)
+        answers = await asyncio.wait_for(provider.reader.read(), 60)
         assert answers.count(b"250 ") == 3 * messages
 
     async def main() -> None:

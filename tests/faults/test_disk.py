@@ -230,7 +230,7 @@ def test_a_slow_disk_is_deferred_and_not_stored_twice(
     fsync = os.fsync
 
     def slowly(descriptor: int) -> None:
-        assert synced.wait(20)
+        assert synced.wait(60)
         fsync(descriptor)
 
     async def script(provider: Dialogue) -> None:

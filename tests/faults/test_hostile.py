@@ -276,7 +276,7 @@ def test_a_flood_behind_the_answer_to_atrn_is_not_kept_while_plugins_get_ready(
         @hookimpl
         def connection_reversed(self) -> None:
             nonlocal peak
-            assert flooded.wait(20)
+            assert flooded.wait(60)
             peak = tracemalloc.get_traced_memory()[1]
 
     async def script(provider: Dialogue) -> None:
@@ -561,7 +561,7 @@ def test_a_browser_on_the_listening_port_hears_one_line(salmon: Salmon) -> None:
                 b"EHLO x\r\nMAIL FROM:<a@example.net>\r\nRCPT TO:<b@example.org>\r\n"
                 b"DATA\r\nevil\r\n.\r\nQUIT\r\n"
             )
-            heard = await asyncio.wait_for(reader.read(), 20)
+            heard = await asyncio.wait_for(reader.read(), 60)
             assert [line[:4] for line in heard.splitlines()] == [b"220 ", b"421 "]
             writer.close()
 

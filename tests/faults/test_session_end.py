@@ -247,13 +247,13 @@ async def ends_in_words(provider: Dialogue) -> None:
     provider.writer.write(b"more of the message, which no one reads\r\n" * 10_000)
     await provider.hear(LAST_WORDS)
     provider.say("QUIT")
-    rest = (await asyncio.wait_for(provider.reader.read(), 20)).decode()
+    rest = (await asyncio.wait_for(provider.reader.read(), 60)).decode()
     assert set(rest.splitlines()) == {LAST_WORDS}
 
 
 async def is_reset(provider: Dialogue) -> None:
     with pytest.raises(ConnectionResetError):
-        await asyncio.wait_for(provider.reader.read(), 20)
+        await asyncio.wait_for(provider.reader.read(), 60)
 
 
 Killing = Callable[[Dialogue, KillableProcess], Awaitable[None]]

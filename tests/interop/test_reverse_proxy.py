@@ -112,7 +112,7 @@ def nginx(folder: Path, console: int, oauth: int) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def test_who_has_logged_in_at_nginx_is_in_and_no_one_else(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Browser:
         return self.ask("POST", path, body, {key: one for key, one in given.items() if one})
 
     def ask(self, method: str, path: str, body: str | None, headers: dict[str, str]) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         given = {"host": self.host, **{name.replace("_", "-"): v for name, v in headers.items()}}
         if self.jar and "cookie" not in given:
             given["cookie"] = "; ".join(f"{name}={value}" for name, value in self.jar.items())
@@ -164,7 +164,7 @@ def console(project: Path, **settings: Any) -> Iterator[Consoled]:
 
 def started(project: Path) -> Running:
     """Where it listens, when it does."""
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while (running := Running.read(project)) is None:
         assert time.monotonic() < give_up, "the console has not started"
         time.sleep(0.01)

@@ -55,7 +55,7 @@ class Customer(ABC):
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(20)
+            self._process.wait(60)
         shutil.rmtree(self.folder)
 
     @property

@@ -18,7 +18,7 @@ class Dialogue:
         self.heard: list[str] = []
 
     async def hear(self, expected: str = "") -> str:
-        line = (await asyncio.wait_for(self.reader.readline(), 20)).decode()
+        line = (await asyncio.wait_for(self.reader.readline(), 60)).decode()
         self.heard.append(line.rstrip("\r\n"))
         assert line.startswith(expected), f"heard {line!r}, not {expected!r}"
         return line.rstrip("\r\n")
@@ -32,11 +32,11 @@ class Dialogue:
 
     async def silence(self) -> None:
         """The other side closes without another word."""
-        assert await asyncio.wait_for(self.reader.read(), 20) == b""
+        assert await asyncio.wait_for(self.reader.read(), 60) == b""
 
     async def left(self) -> None:
         """The other side says QUIT, or nothing, and closes."""
-        if line := (await asyncio.wait_for(self.reader.readline(), 20)):
+        if line := (await asyncio.wait_for(self.reader.readline(), 60)):
             assert line == b"QUIT\r\n", line
             self.say("221 bye")
             await self.silence()
@@ -53,7 +53,7 @@ class Dialogue:
 
     async def ignore(self) -> None:
         """Answer nothing until the other side closes."""
-        await asyncio.wait_for(self.reader.read(), 20)
+        await asyncio.wait_for(self.reader.read(), 60)
 
     def say(self, *lines: str | bytes) -> None:
         for line in lines:
@@ -139,7 +139,7 @@ async def scripted(*scripts: Script, tls: ssl.SSLContext | None = None) -> Async
     server = await asyncio.start_server(serve, "localhost", 0, family=2, ssl=tls)
     async with server:
         yield server.sockets[0].getsockname()[1]
-        await asyncio.wait_for(asyncio.gather(*running), 20)
+        await asyncio.wait_for(asyncio.gather(*running), 60)
     if errors:
         raise errors[0]
     assert calls == len(scripts), f"{calls} connections, {len(scripts)} scripts"

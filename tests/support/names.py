@@ -29,7 +29,7 @@ def name_server(zone: Mapping[tuple[str, str], list[str]]) -> Iterator[dns.resol
         yield resolver
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        thread.join(60)
 
 
 def _serve(server: socket.socket, zone: Mapping[tuple[str, str], list[str]]) -> None:

@@ -57,7 +57,7 @@ def waits_for(event: threading.Event) -> Callable[[MailRequest], None]:
     """A handler that waits for an event, and defers the mail if nothing sets it."""
 
     def action(message: MailRequest) -> None:
-        if not event.wait(10):
+        if not event.wait(60):
             raise SMTPError(451, "what this handler waits for did not happen")
 
     return action

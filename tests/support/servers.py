@@ -110,7 +110,7 @@ class Program(ABC):
     ) -> None:
         if self._process is not None:
             self.stop(self._process)
-            self._process.wait(20)
+            self._process.wait(60)
             # What it forked and did not wait for.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

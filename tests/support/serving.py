@@ -15,7 +15,7 @@ from support.project import Project
 
 def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
     """Until something that another process does can be seen."""
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while not what():
         assert process is None or process.poll() is None, "the server has ended"
         assert time.monotonic() < give_up, "it did not happen"
@@ -50,7 +50,7 @@ def server(project: Project, command: list[str]) -> Iterator[subprocess.Popen[by
         # Coverage has what it ran only if it may end by itself.
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         finally:
             process.kill()
             process.wait()
@@ -63,6 +63,6 @@ def answers(project: Project) -> bool:
 
 
 def ended_with(project: Project, process: subprocess.Popen[bytes]) -> int:
-    code = process.wait(20)
+    code = process.wait(60)
     assert not (project.folder / "run/revsmtp.sock").exists()
     return code
