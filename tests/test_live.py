@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from typing import Any
 
@@ -649,6 +650,25 @@ def test_a_session_that_breaks_while_a_large_message_is_made_ready(
         assert (await asyncio.wait_for(sending, PATIENCE))[-1].code == 250
         monkeypatch.undo()
         await ends.until(lambda: ends.handled == ["large"] and ends.held == 0)
+
+    both_ends(salmon, work)
+
+
+def test_what_the_disk_has_lost_of_a_message_does_not_go_through(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Home keeps nothing of it; here it is the file that is synced which counts."""
+    salmon.handle(".*")
+    read = os.pread
+
+    async def work(ends: Ends) -> None:
+        session = await ends.open()
+        data = message("large", 600_000)
+        monkeypatch.setattr(os, "pread", lambda *which: bytes(len(read(*which))))
+        assert "held as" in (await ends.send(data))[-1].text
+        assert session not in ends.sessions
+        await ends.until(lambda: ends.handled == ["large"] and ends.held == 0)
+        assert ends.salmon.handled[0].Data.endswith(data.replace(b"\r\n", b"\n").rstrip(b"\n"))
 
     both_ends(salmon, work)
 

@@ -212,20 +212,29 @@ def test_where_a_file_gets_no_name_afterwards_it_is_copied(
     assert left() == []
 
 
-def test_what_the_disk_has_lost_is_not_copied(
-    salmon: Salmon, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("names", "named"), [(("b", "c"), True), (("b",), False)])
+def test_what_the_disk_has_lost_is_in_no_copy_and_in_no_queue(
+    salmon: Salmon, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], named: bool
 ) -> None:
-    read = os.pread
+    """The system says so once: who asks again hears that all is well."""
+    sync, failed = os.fsync, list[int]()
 
-    def lost(descriptor: int, octets: int, start: int) -> bytes:
-        return bytes(len(read(descriptor, octets, start)))
+    def fails_once(descriptor: int) -> None:
+        if not failed and "inbound/tmp" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            failed.append(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
 
-    monkeypatch.setattr(os, "pread", lost)
-    recipients = ("b@example.org", "c@example.org")
+    def no_link(*arguments: Any, **keys: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    if not named:
+        monkeypatch.setattr(os, "link", no_link)
+    recipients = [f"{one}@example.org" for one in names]
     heard, _ = exchange(salmon, *recipients, data=LARGE, delivery="queue")
     assert heard[0].startswith("451 4.3.0 could not be written")
-    assert stored() == {"b@example.org": LINES}
-    assert left() == []
+    assert (stored(), left(), len(failed)) == ({}, [], 1)
 
 
 def test_a_folder_that_is_deleted_meanwhile(

@@ -189,6 +189,7 @@ class Begun:
     def __init__(self, target: Any) -> None:
         self._queue = target
         self._octets = 0
+        self._lost: OSError | None = None
         self._descriptor, self._path = _create_unnamed(target.mbox)
         # No descriptor outlives a message that someone forgot to drop.
         self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -201,13 +202,22 @@ class Begun:
         self._octets += octets
 
     def read(self, start: int) -> Iterator[bytes]:
-        """What is there of it, in pieces, from this octet on."""
+        """What is there of it, in pieces, from this octet on; synced first, for a disk that fails
+        may lose what was not, and says so once."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._lost = error
+            raise
         while piece := os.pread(self._descriptor, READ, start):
             start += len(piece)
             yield piece
 
     def finish(self, *pieces: bytes) -> Unsynced:
         """With these it is whole.  Whatever comes of that, this is not to be used again."""
+        if self._lost is not None:
+            self.drop()
+            raise self._lost
         path = self._path
         if path is None:
             try:

@@ -8,6 +8,7 @@ comes back.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -742,6 +743,23 @@ def test_large_messages_are_not_in_the_rows_that_come_and_go(nodes: Nodes) -> No
     node.settle([Settled(key, ["b@acme.example"])])
     assert whole(node.load([other])[other]) == data
     node.settle([Settled(other, ["b@other.example"])])
+    assert nodes.rows("SELECT count(*) FROM hold_chunks") == [(0,)]
+
+
+def test_what_the_disk_has_lost_of_a_message_is_not_held(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes into the database from a file that is not synced."""
+    node = nodes.start()
+    spool = node.spool()
+    spool.write(b"x" * MIB)
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda *which: bytes(len(read(*which))))
+    coming = arrival("b@acme.example")
+    coming = Arrival(coming.envelope, coming.accounts, coming.content, spool)
+    with pytest.raises(OSError, match="what was written is not what is read"):
+        node.put([coming])
+    assert node.listing() == []
     assert nodes.rows("SELECT count(*) FROM hold_chunks") == [(0,)]
 
 

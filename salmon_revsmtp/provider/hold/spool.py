@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import weakref
 from collections.abc import Iterator
@@ -66,7 +67,13 @@ class FileSpool:
         if not self.traits.streams or self.descriptor is None:
             return None
         ascii_ = self.traits.ascii and head.isascii()
-        return OpenFile(head, os.dup(self.descriptor), self.size, ascii_)
+        return self.open(head, ascii_)
+
+    def open(self, head: bytes, ascii_: bool) -> OpenFile:
+        """``head`` and then all of it, to be sent."""
+        self.check()
+        assert self.descriptor is not None
+        return OpenFile(head, os.dup(self.descriptor), self.size, self.digest, ascii_)
 
     def read(self) -> bytes:
         return b"".join(self.pieces())
@@ -76,7 +83,7 @@ class FileSpool:
         self.check()
         if self.descriptor is None:
             raise FileNotFoundError(errno.ENOENT, "it has been discarded", str(self.path))
-        yield from _pieces(self.descriptor)
+        yield from _pieces(self.descriptor, self.digest)
 
     def check(self) -> None:
         """Raises what went wrong."""
@@ -93,23 +100,36 @@ class FileSpool:
 
 class OpenFile:
     """A message that is sent from a file that may get another name, or none; it is open until no
-    one has this any more."""
+    one has this any more.
 
-    def __init__(self, head: bytes, descriptor: int, size: int, ascii_: bool) -> None:
+    ``size``, ``digest``  the file's octets, and their SHA-256.
+    """
+
+    def __init__(
+        self, head: bytes, descriptor: int, size: int, digest: bytes, ascii_: bool
+    ) -> None:
         self.size, self.ascii = len(head) + size, ascii_
-        self._head, self._descriptor = head, descriptor
+        self._head, self._descriptor, self._digest = head, descriptor, digest
         weakref.finalize(self, os.close, descriptor)
 
     def pieces(self) -> Iterator[bytes]:
         yield self._head
-        yield from _pieces(self._descriptor)
+        yield from _pieces(self._descriptor, self._digest)
 
     def beginning(self, octets: int) -> bytes:
         return (self._head + os.pread(self._descriptor, octets, 0))[:octets]
 
 
-def _pieces(descriptor: int) -> Iterator[bytes]:
-    at = 0
+def _pieces(descriptor: int, digest: bytes) -> Iterator[bytes]:
+    """All of a file.  The last piece comes if it is what was written: a disk that fails may have
+    lost what was not synced yet.  Raises :class:`OSError`."""
+    read, at, last = hashlib.sha256(), 0, b""
     while piece := os.pread(descriptor, READ, at):
+        if last:
+            yield last
+        read.update(piece)
         at += len(piece)
-        yield piece
+        last = piece
+    if read.digest() != digest:
+        raise OSError(errno.EIO, "what was written is not what is read")
+    yield last

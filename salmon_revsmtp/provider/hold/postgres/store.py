@@ -53,7 +53,7 @@ from salmon_revsmtp.provider.hold.records import (
     recipients_of,
     said_text,
 )
-from salmon_revsmtp.provider.hold.spool import FileSpool, OpenFile
+from salmon_revsmtp.provider.hold.spool import FileSpool
 from salmon_revsmtp.provider.hold.store import (
     Arrival,
     Held,
@@ -346,8 +346,7 @@ class PostgresStore:
                 if spool.size != size:
                     self._lost(key)
                 elif streams:
-                    assert spool.descriptor is not None
-                    found[key] = OpenFile(b"", os.dup(spool.descriptor), size, ascii_)
+                    found[key] = spool.open(b"", ascii_)
                 else:
                     found[key] = spool.read()
             finally:
