@@ -29,6 +29,7 @@ from support.servers import free_port
 from support.serving import RUN, server
 from support.terminal import on_a_terminal
 
+from salmon_revsmtp import hookimpl
 from salmon_revsmtp.cli.output import has_colours
 from salmon_revsmtp.customer.agent import Agent, Check
 from salmon_revsmtp.customer.collection import Collection
@@ -36,9 +37,11 @@ from salmon_revsmtp.customer.settings import AgentSettings
 from salmon_revsmtp.delivery.router import undeliverable_queue
 from salmon_revsmtp.delivery.sample import sample_warning
 from salmon_revsmtp.files import LITTLE_ROOM, NO_ROOM, Room, room_in
+from salmon_revsmtp.hooks import HookFailedError
 from salmon_revsmtp.journal.collections import Entry, Journal
 from salmon_revsmtp.journal.file import JournalFile
 from salmon_revsmtp.net.outcome import Deferred, Outcome
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server import checks, reaching
 from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
 from salmon_revsmtp.service.policy import Service
@@ -717,8 +720,58 @@ def test_agents_are_tried_at_the_same_time_and_told_of_in_order(
     valid = configuration(agent_keys(1, name="one"), agent_keys(1, name="two"))
     told: list[Finding] = []
     enabled = {"one": True, "two": True}
-    asyncio.run(reaching.reached(valid, {}, enabled, None, False, told.append))
+    asyncio.run(reaching.reached(valid, [], {}, enabled, None, False, told.append))
     assert [one.subject for one in told] == ["settings.relay", "one", "two"]
+
+
+def test_the_console_and_the_metrics_are_to_listen_too(project: Project) -> None:
+    port = free_port()
+    project.configure()
+    settings = project.folder / "config/settings.py"
+    kept = settings.read_text()
+    settings.write_text(
+        kept + f"console = {{'listen': '127.0.0.1:{port}'}}\n"
+        f"metrics = {{'listen': '127.0.0.1:{port}'}}\n"
+    )
+    rows = [json.loads(line) for line in project.run("check", "--json").stdout.splitlines()]
+    assert [(row["result"], row["text"]) for row in rows if row["check"] == "listen"] == [
+        (OK, "console can listen there"),
+        (WARNING, "metrics is to listen there, and so is console; give one another port"),
+    ]
+    with socket.create_server(("127.0.0.1", port)):
+        settings.write_text(kept + f"console = {{'listen': '127.0.0.1:{port}'}}\n")
+        found = check(project)
+    taken = found["listen", f"127.0.0.1:{port}"]
+    assert taken.result == WARNING
+    assert "Address already in use; another program has" in taken.text
+    assert taken.text.endswith("; mail goes on without it")
+    assert found["summary", ""].text.startswith("the server can start; ")
+    skipped = check(project, "--offline")["listen", f"127.0.0.1:{port}"]
+    assert skipped.result == SKIPPED
+
+
+def _fails() -> None:
+    raise OSError("no such file")
+
+
+@pytest.mark.parametrize(
+    ("say", "words"),
+    [
+        (lambda: [("127.0.0.1", "x")], "plugin=odd hook=list_addresses returned no pairs"),
+        (lambda: 5, "plugin=odd hook=list_addresses returned no pairs"),
+        (_fails, "plugin=odd hook=list_addresses raised OSError: no such file"),
+    ],
+)
+def test_a_plugin_that_cannot_say_where_it_listens(say: Callable[[], Any], words: str) -> None:
+    class Odd:
+        @hookimpl
+        def list_addresses(self) -> Any:
+            return say()
+
+    plugins = Plugins()
+    plugins.register(Odd(), "odd")
+    with pytest.raises((HookFailedError, ValueError), match=words):
+        reaching.places_of_plugins(plugins, sys)
 
 
 def test_a_disabled_agent_is_not_dialled(project: Project, receiver: Callable[[], None]) -> None:

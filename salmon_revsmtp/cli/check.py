@@ -18,9 +18,11 @@ from salmon_revsmtp.foreign import printable
 
 if TYPE_CHECKING:
     from salmon_revsmtp.customer.agent import Agent, Check
+    from salmon_revsmtp.plugins.manager import Plugins
     from salmon_revsmtp.server.checks import Finding
     from salmon_revsmtp.server.configuration import Configuration
     from salmon_revsmtp.server.project import Project
+    from salmon_revsmtp.server.reaching import Place
 
 __all__ = ["check"]
 
@@ -41,9 +43,10 @@ def check(options: Options, name: str | None, offline: bool, as_json: bool) -> N
     """See whether it would work, without asking for mail.
 
     Without a NAME everything is looked at that can fail: the settings, the boot module, the
-    handlers, folders, the journal, the disk, the clock, certificates, the addresses to listen on,
-    the relay, what handlers need, such as the server that they hand mail on to, and each agent that
-    is enabled: it connects, does TLS, greets the server and logs in.
+    handlers, folders, the journal, the disk, the clock, certificates, the addresses to listen on
+    (the console's and the metrics', too), the relay, what handlers need, such as the server that
+    they hand mail on to, and each agent that is enabled: it connects, does TLS, greets the server
+    and logs in.
     `salmon start` goes into the background before it looks at any of that, so it cannot say on the
     terminal what is wrong.
 
@@ -120,14 +123,35 @@ def _look(
         kept = journal.state(agent.name).enabled
         enabled[agent.name] = bool(agent.settings.enabled if kept is None else kept)
     handlers = handler_checks(handler_modules(project))
+    listening = _places(project, configuration, plugins, tell)
     if offline:
-        for finding in skipped(configuration, handlers, enabled):
+        for finding in skipped(configuration, listening, handlers, enabled):
             tell(finding)
     else:
         relay = getattr(project.settings, "relay", None if booted else NOT_MADE)
         with _waiting(sum(enabled.values()), live):
-            run(reached(configuration, handlers, enabled, relay, runs, tell))
+            run(reached(configuration, listening, handlers, enabled, relay, runs, tell))
     return runs
+
+
+def _places(
+    project: Project,
+    configuration: Configuration,
+    plugins: Plugins,
+    tell: Callable[[Finding], None],
+) -> list[Place]:
+    """Where the server and its plugins are to listen."""
+    from salmon_revsmtp.hooks import HookFailedError
+    from salmon_revsmtp.server.checks import WARNING, Finding
+    from salmon_revsmtp.server.reaching import places, places_of_plugins
+
+    found = places(configuration)
+    try:
+        found += places_of_plugins(plugins, project.settings)
+    except (HookFailedError, ValueError) as error:
+        text = f"{error}; where plugins are to listen was not tried"
+        tell(Finding("listen", "plugins", WARNING, text))
+    return found
 
 
 def _server_started() -> float | None:

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from salmon_revsmtp.console.serving import Console
     from salmon_revsmtp.console.settings import ConsoleSettings
 
-__all__ = ["check_settings", "register_commands", "server_started", "server_stopping"]
+__all__ = [
+    "check_settings",
+    "list_addresses",
+    "register_commands",
+    "server_started",
+    "server_stopping",
+]
 
 # What comes with the extra.
 PACKAGES = ("jinja2", "starlette", "uvicorn")
@@ -36,6 +42,12 @@ def check_settings(settings: ModuleType) -> Sequence[str]:
     if settings_of(settings, problems) is not None and (missing := _missing()):
         problems.append(missing)
     return problems
+
+
+@hookimpl
+def list_addresses(settings: ModuleType) -> Sequence[tuple[str, int]]:
+    found = settings_of(settings, [])
+    return [] if found is None else [(found.address.host, found.address.port)]
 
 
 @hookimpl

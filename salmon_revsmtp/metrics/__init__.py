@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from salmon_revsmtp.metrics.serving import Serving
     from salmon_revsmtp.metrics.settings import MetricsSettings
 
-__all__ = ["check_settings", "exposition", "server_started", "server_stopping"]
+__all__ = ["check_settings", "exposition", "list_addresses", "server_started", "server_stopping"]
 
 MISSING = (
     "metrics: prometheus-client is not installed: pip install 'salmon-revsmtp[console]', or remove "
@@ -41,6 +41,12 @@ def check_settings(settings: ModuleType) -> Sequence[str]:
     if _settings(settings, problems) is not None and not _installed():
         problems.append(MISSING)
     return problems
+
+
+@hookimpl
+def list_addresses(settings: ModuleType) -> Sequence[tuple[str, int]]:
+    found = _settings(settings, [])
+    return [] if found is None or found.address is None else [found.address]
 
 
 @hookimpl

@@ -207,6 +207,12 @@ def check_settings(settings: ModuleType) -> Sequence[str] | None:
 
 
 @hookspec
+def list_addresses(settings: ModuleType) -> Iterable[tuple[str, int]] | None:
+    """Where the plugin is to listen, as hosts and ports: ``check`` says whether it can.  Mail goes
+    on where it cannot, so that is a warning."""
+
+
+@hookspec
 def server_started(server: Server) -> None:
     """The server listens and collects.  Each plugin has a thread of its own for this, which may
     block.  What is to go on as long as the server runs has a thread of the plugin's own, which this

@@ -11,18 +11,31 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from salmon_revsmtp.customer.agent import Agent, Check
 from salmon_revsmtp.delivery.relay import address_of, try_relay, why
 from salmon_revsmtp.net.listener import why_not_listen
 from salmon_revsmtp.net.outcome import CollectionError
+from salmon_revsmtp.plugins.manager import Plugins
 from salmon_revsmtp.server.checks import FAILED, OK, SKIPPED, WARNING, Finding
 from salmon_revsmtp.server.configuration import Configuration
 from salmon_revsmtp.service.policy import Service
 
-__all__ = ["NOT_MADE", "agent_finding", "handler_checks", "has_check", "reached", "skipped"]
+__all__ = [
+    "NOT_MADE",
+    "Place",
+    "agent_finding",
+    "handler_checks",
+    "has_check",
+    "places",
+    "places_of_plugins",
+    "reached",
+    "skipped",
+]
 
 #: What a module of handlers may have.
 HandlerCheck = Callable[[bool], "str | None"]
@@ -44,8 +57,53 @@ def has_check(agent: Agent) -> bool:
     return type(agent).check is not Agent.check
 
 
+@dataclass(frozen=True)
+class Place:
+    """An address to listen on.
+
+    ``name``    who listens there.
+    ``needed``  the server does not start without.
+    """
+
+    name: str
+    host: str
+    port: int
+    needed: bool = True
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host or "*"
+        return f"{host}:{self.port}"
+
+
+def places(configuration: Configuration) -> list[Place]:
+    """Where the server is to listen."""
+    found = [
+        Place(f"service={name}", host, port)
+        for name, one in configuration.services.items()
+        for host, port in one.addresses
+    ]
+    if configuration.provider is not None:
+        found += [Place("provider", *address) for address, _ in configuration.provider.addresses]
+    return found
+
+
+def places_of_plugins(plugins: Plugins, settings: ModuleType) -> list[Place]:
+    """Where they are to listen.  Raises :class:`~salmon_revsmtp.hooks.HookFailedError`, and
+    :class:`ValueError` where one says what is no address."""
+    found: list[Place] = []
+    for name, addresses in plugins.ask_each("list_addresses", settings=settings):
+        try:
+            found += [Place(name, str(host), int(port), False) for host, port in addresses]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"plugin={name} hook=list_addresses returned no pairs of host and port"
+            ) from None
+    return found
+
+
 async def reached(
     configuration: Configuration,
+    listening: Sequence[Place],
     handlers: Mapping[str, HandlerCheck],
     enabled: Mapping[str, bool],
     relay: Any,
@@ -54,6 +112,7 @@ async def reached(
 ) -> None:
     """Try all of it, and ``tell`` of each in the order of the settings.
 
+    ``listening``  where the server and its plugins are to listen.
     ``handlers`` those that can be asked, by module.
     ``enabled``  by agent: what the journal and the settings say.
     ``relay``    Salmon's, or ``None``; :data:`NOT_MADE` where the boot module failed.
@@ -67,8 +126,11 @@ async def reached(
     def begin(work: Awaitable[Finding]) -> None:
         tasks.append(asyncio.ensure_future(work))
 
-    for name, host, port in _addresses(configuration):
-        begin(_address(name, host, port, running))
+    taken: dict[str, Place] = {}
+    for place in listening:
+        begin(_address(place, taken.get(str(place)), running))
+        if place.port:
+            taken.setdefault(str(place), place)
     begin(_relay(relay))
     for name, ask in handlers.items():
         begin(_handler(name, ask))
@@ -86,15 +148,13 @@ def handler_checks(modules: Iterable[Any]) -> dict[str, HandlerCheck]:
 
 def skipped(
     configuration: Configuration,
+    listening: Sequence[Place],
     handlers: Mapping[str, HandlerCheck],
     enabled: Mapping[str, bool],
 ) -> list[Finding]:
     """The same without the network."""
     offline = "not tried, as --offline says"
-    found = [
-        Finding("listen", _shown(host, port), SKIPPED, offline)
-        for _, host, port in _addresses(configuration)
-    ]
+    found = [Finding("listen", str(place), SKIPPED, offline) for place in listening]
     found.append(Finding("relay", "settings.relay", SKIPPED, offline))
     for name, ask in handlers.items():
         asked = _asked(name, ask, False)
@@ -108,37 +168,27 @@ def skipped(
 DISABLED = "disabled, so it was not tried"
 
 
-def _addresses(configuration: Configuration) -> list[tuple[str, str, int]]:
-    """Who listens where."""
-    found = [
-        (f"service={name}", *address)
-        for name, settings in configuration.services.items()
-        for address in settings.addresses
-    ]
-    if configuration.provider is not None:
-        found += [("provider", *address) for address, _ in configuration.provider.addresses]
-    return found
-
-
-def _shown(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
-
-
-async def _address(name: str, host: str, port: int, running: bool) -> Finding:
-    subject = _shown(host, port)
-    problem = await why_not_listen(name, host, port)
+async def _address(place: Place, before: Place | None, running: bool) -> Finding:
+    """``before`` is to listen there, too."""
+    subject, bad = str(place), FAILED if place.needed else WARNING
+    if before is not None:
+        text = f"{place.name} is to listen there, and so is {before.name}; give one another port"
+        return Finding("listen", subject, bad, text)
+    problem = await why_not_listen(place.name, place.host, place.port)
     if not running:
+        if problem and not place.needed:
+            problem += "; mail goes on without it"
         if problem:
-            return Finding("listen", subject, FAILED, problem)
-        return Finding("listen", subject, OK, f"{name} can listen there")
-    if problem or port == 0:
+            return Finding("listen", subject, bad, problem)
+        return Finding("listen", subject, OK, f"{place.name} can listen there")
+    if problem or place.port == 0:
         return Finding("listen", subject, OK, "the server that runs has it")
     return Finding(
         "listen",
         subject,
         WARNING,
-        f"{name} does not listen there, although the server runs; restart it after a change of the "
-        "settings",
+        f"{place.name} does not listen there, although the server runs; restart it after a change "
+        "of the settings",
     )
 
 
