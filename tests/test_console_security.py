@@ -315,6 +315,7 @@ def test_who_guesses_has_to_wait(here: Consoled) -> None:
     assert here.browser().get("/metrics", authorization=f"Basic {basic}").status == 401
     link = here.running.link().partition("/enter")[2]
     assert browser.get(f"/enter{link}").status == 303, "a link lets in all the same"
+    assert here.browser().log_in().status == 303, "and forgives what came before from there"
 
 
 def test_guesses_count_by_network_and_in_all_and_are_forgotten() -> None:
@@ -332,6 +333,18 @@ def test_guesses_count_by_network_and_in_all_and_are_forgotten() -> None:
     assert guard.wait("192.0.2.1") > 0, "whoever it is"
     guard.right("198.51.0.1")
     assert guard.wait("192.0.2.1") == 0
+
+
+def test_a_stranger_with_many_networks_keeps_no_one_out_who_was_let_in() -> None:
+    guard = Attempts(lambda: 0.0)
+    guard.right("2001:db8::1")
+    for number in range(attempts.MOST_IN_ALL):
+        guard.begin(f"198.51.{number % 256}.1")
+    assert guard.wait("192.0.2.1") > 0
+    assert guard.wait("2001:db8::2") == 0, "the same /64"
+    for _ in range(attempts.MOST):
+        guard.begin("2001:db8::1")
+    assert guard.wait("2001:db8::1") > 0, "who guesses from there has to wait, too"
 
 
 def test_many_checks_at_the_same_time_are_made_a_few_at_a_time(

@@ -249,6 +249,7 @@ class _Gate:
     async def enter(self, request: Request) -> Response:
         """Someone has followed a link of ``salmon-revsmtp console``."""
         if self._door.links.take(request.query_params.get("token", "")):
+            self._door.attempts.right(request.state.visit.address)
             return self._come_in(request, "/")
         if request.state.session is not None:
             return self._to(request, "/")

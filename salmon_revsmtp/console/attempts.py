@@ -11,7 +11,8 @@ __all__ = ["Attempts"]
 
 # Failed logins count for so many seconds.
 WINDOW = 900.0
-# After so many from one network there it has to wait; after so many from everywhere, everyone.
+# After so many from one network there it has to wait; after so many from everywhere, everyone but
+# those who have been let in: a stranger with many networks does not keep the owner out.
 MOST, MOST_IN_ALL = 10, 200
 # Networks that are remembered.
 NETWORKS = 10_000
@@ -24,15 +25,15 @@ class Attempts:
         self._clock = clock
         self._failed: OrderedDict[str, deque[float]] = OrderedDict()
         self._all: deque[float] = deque(maxlen=MOST_IN_ALL)
+        self._let_in: OrderedDict[str, None] = OrderedDict()
 
     def wait(self, address: str) -> float:
         """Seconds until someone may try; 0: now."""
-        mine = self._recent(self._failed.get(_network(address), deque()))
-        waits = [
-            found[0] + WINDOW - self._clock()
-            for found, most in ((mine, MOST), (self._recent(self._all), MOST_IN_ALL))
-            if len(found) >= most
-        ]
+        network = _network(address)
+        counted = [(self._recent(self._failed.get(network, deque())), MOST)]
+        if network not in self._let_in:
+            counted.append((self._recent(self._all), MOST_IN_ALL))
+        waits = [found[0] + WINDOW - self._clock() for found, most in counted if len(found) >= most]
         return max(waits, default=0.0)
 
     def begin(self, address: str) -> None:
@@ -47,11 +48,15 @@ class Attempts:
             self._failed.popitem(last=False)
 
     def right(self, address: str) -> None:
-        """It was right: what came before from there is forgiven."""
-        mine = self._failed.pop(_network(address), deque())
-        for one in mine:
+        """Someone is let in: what came before from there is forgiven."""
+        network = _network(address)
+        for one in self._failed.pop(network, deque()):
             if one in self._all:
                 self._all.remove(one)
+        self._let_in[network] = None
+        self._let_in.move_to_end(network)
+        if len(self._let_in) > NETWORKS:
+            self._let_in.popitem(last=False)
 
     def _recent(self, found: deque[float]) -> deque[float]:
         while found and found[0] < self._clock() - WINDOW:
