@@ -27,6 +27,7 @@ from support.names import name_server
 from support.terminal import on_a_terminal
 from support.tls import CERTIFICATE
 
+from salmon_revsmtp import hookimpl
 from salmon_revsmtp.cli.main import cli
 from salmon_revsmtp.cli.options import Options, terminal
 from salmon_revsmtp.console import check_settings
@@ -790,15 +791,17 @@ def asked(
         yield
 
 
-def in_process(*arguments: str | Path) -> tuple[int, str]:
+def in_process(*arguments: str | Path, plugins: Plugins | None = None) -> tuple[int, str]:
     here = Path.cwd()
+    options = Options()
+    options.plugins = plugins
     before = {name for name in sys.modules if name.partition(".")[0] == "config"}
     assert not before
     path = list(sys.path)
     ours = logging.getLogger("salmon_revsmtp")
     level = ours.level
     try:
-        result = CliRunner().invoke(cli, [str(one) for one in arguments], obj=Options())
+        result = CliRunner().invoke(cli, [str(one) for one in arguments], obj=options)
     finally:
         ours.setLevel(level)
         ours.removeHandler(terminal)
@@ -846,6 +849,43 @@ def test_dns_records_are_printed_and_each_is_looked_up(
     assert "found: 10 mail.example.org." in said
     assert "found: 192.0.2.1 is host1.example.com." in said
     assert "found: no SPF record" in said
+
+
+def test_dns_records_of_accounts_elsewhere_and_of_those_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        @hookimpl
+        def find_account(self, name: str) -> None:
+            return None
+
+        @hookimpl
+        def list_accounts(self) -> Iterator[dict[str, Any]]:
+            yield {"name": "one", "password": "x", "domains": ["one.example", "example.org"]}
+            yield {"name": "two", "password": "x", "domains": ["two.example"]}
+
+    plugins = Plugins.load()
+    plugins.register(Elsewhere(), "elsewhere")
+    monkeypatch.setenv("ACME_PASSWORD", "x")
+    provider(tmp_path / "p")
+
+    def domains(*more: str) -> list[tuple[str, str]]:
+        _, said = in_process("--chdir", tmp_path / "p", "provider", "dns", *more, plugins=plugins)
+        return re.findall(r"(ok|not yet) +(\S+)\. +MX ", said)
+
+    there = {**ZONE, ("two.example.", "MX"): ["5 mx.example.net."]}
+    with asked(monkeypatch, there):
+        assert domains() == [
+            ("ok", "example.org"),
+            ("not yet", "one.example"),
+            ("ok", "two.example"),
+        ]
+        assert domains("Two.Example.", "three.example") == [
+            ("ok", "two.example"),
+            ("not yet", "three.example"),
+        ]
+        status, said = in_process("--chdir", tmp_path / "p", "provider", "dns", "a@two.example")
+        assert status == 2 and "did you mean 'two.example'?" in said
 
 
 def test_a_name_server_that_does_not_answer_is_said(

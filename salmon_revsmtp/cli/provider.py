@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -177,19 +179,24 @@ def _elsewhere(project: Project, configuration: Configuration, name: str) -> Acc
 
 
 @provider.command()
+@click.argument("domains", metavar="[DOMAIN]...", nargs=-1)
 @json_option
 @with_options
-def dns(options: Options, as_json: bool) -> None:
+def dns(options: Options, domains: Sequence[str], as_json: bool) -> None:
     """See whether the DNS records that the provider needs are there.
 
     These are the host's address, its name for that address (PTR), the MX record of each domain, and
-    an SPF record, because senders are told of what does not arrive.
+    an SPF record, because senders are told of what does not arrive. The domains are those of all
+    accounts, wherever these are; with DOMAINs only those, such as the ones of an account to be.
     """
     from salmon_revsmtp.init.records import PLACE, own_addresses, records
 
-    _, configuration = options.open()
+    project, configuration = options.open()
     hostname = hostname_of(provider_of(configuration))
-    domains = [domain for one in configuration.accounts for domain in one.domains]
+    if domains:
+        domains = [_domain(one) for one in domains]
+    else:
+        domains = _domains_of_accounts(options, project, configuration)
     holding = [one for one in configuration.services.values() if one.delivery == "hold"]
     listen = [address for one in holding for address in one.listen]
     findings = looked_up(hostname, list(records(hostname, domains, listen, own_addresses())))
@@ -204,6 +211,30 @@ def dns(options: Options, as_json: bool) -> None:
         show_findings(findings)
     if not all(one.right for one in findings):
         sys.exit(ATTENTION)
+
+
+def _domain(given: str) -> str:
+    from salmon_revsmtp.net.address import domain_name
+
+    try:
+        return domain_name(given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _domains_of_accounts(
+    options: Options, project: Project, configuration: Configuration
+) -> list[str]:
+    from salmon_revsmtp.provider.lookups import AccountsUnavailableError, Lookups
+
+    found = [domain for one in configuration.accounts for domain in one.domains]
+    if configuration.elsewhere:
+        with contextlib.closing(Lookups(options.load_plugins(), project.settings)) as lookups:
+            try:
+                found += [domain for _, one in lookups.listing() for domain in one.domains]
+            except AccountsUnavailableError as error:
+                raise click.ClickException(str(error)) from None
+    return list(dict.fromkeys(found))
 
 
 provider.add_command(accounts)
