@@ -455,8 +455,15 @@ STEPS = {
 )
 @pytest.mark.parametrize("answers_quit", [True, False])
 def test_a_provider_that_says_no_is_left_with_quit(
-    salmon: Salmon, tls: str, step: str, answer: str, answers_quit: bool
+    salmon: Salmon,
+    monkeypatch: pytest.MonkeyPatch,
+    tls: str,
+    step: str,
+    answer: str,
+    answers_quit: bool,
 ) -> None:
+    monkeypatch.setattr("salmon_revsmtp.net.client.GOODBYE", 60.0)
+
     async def script(provider: Dialogue) -> None:
         for one in ("greeting", "EHLO", "STARTTLS", "AUTH CRAM-MD5"):
             if one == "STARTTLS" and tls == "none":
@@ -475,7 +482,7 @@ def test_a_provider_that_says_no_is_left_with_quit(
     report = collect_from(salmon, script, tls=tls)
     assert report.outcome is (Outcome.DEFERRED if answer[0] == "4" else Outcome.REFUSED)
     assert report.error is not None and answer in report.error
-    assert report.seconds < 3
+    assert report.seconds < 30
 
 
 @pytest.mark.parametrize("offers", ["250 STARTTLS", "250 AUTH PLAIN", "250 SIZE"])
@@ -501,7 +508,7 @@ def test_a_provider_that_does_not_answer_quit_is_not_waited_for_long(
 
     report = collect_from(salmon, script)
     assert report.outcome is Outcome.REFUSED
-    assert report.seconds < 10
+    assert report.seconds < 30
 
 
 def test_a_server_that_closes_without_a_greeting_names_the_keys(salmon: Salmon) -> None:
