@@ -750,6 +750,13 @@ def test_the_console_and_the_metrics_are_to_listen_too(project: Project) -> None
     assert skipped.result == SKIPPED
 
 
+def test_a_plugin_that_listens_on_what_is_no_name() -> None:
+    place = reaching.Place("odd", "a" * 300, 70, needed=False)
+    found = asyncio.run(reaching._address(place, None, False))
+    assert found.result == WARNING
+    assert found.text.startswith(f"odd cannot listen on {place}: ")
+
+
 def _fails() -> None:
     raise OSError("no such file")
 
@@ -759,6 +766,9 @@ def _fails() -> None:
     [
         (lambda: [("127.0.0.1", "x")], "plugin=odd hook=list_addresses returned no pairs"),
         (lambda: 5, "plugin=odd hook=list_addresses returned no pairs"),
+        (lambda: (1 / 0 for _ in range(2)), "returned no pairs of host and port: division by zero"),
+        (lambda: [("127.0.0.1", 70000)], "plugin=odd hook=list_addresses returned '127.0.0.1:7"),
+        (lambda: [("a\0", 70)], "plugin=odd hook=list_addresses returned 'a"),
         (_fails, "plugin=odd hook=list_addresses raised OSError: no such file"),
     ],
 )

@@ -48,6 +48,8 @@ AGENT_PATIENCE = 60.0
 # Seconds that the relay has for each answer.
 RELAY_PATIENCE = 10.0
 
+MOST_PORT = 65535
+
 # In the place of a relay that the boot module would have made.
 NOT_MADE = object()
 
@@ -93,11 +95,15 @@ def places_of_plugins(plugins: Plugins, settings: ModuleType) -> list[Place]:
     found: list[Place] = []
     for name, addresses in plugins.ask_each("list_addresses", settings=settings):
         try:
-            found += [Place(name, str(host), int(port), False) for host, port in addresses]
-        except (TypeError, ValueError):
+            listed = [Place(name, str(host), int(port), False) for host, port in addresses]
+        except Exception as error:  # it may be a generator
             raise ValueError(
-                f"plugin={name} hook=list_addresses returned no pairs of host and port"
+                f"plugin={name} hook=list_addresses returned no pairs of host and port: {error}"
             ) from None
+        for place in listed:
+            if not 0 <= place.port <= MOST_PORT or "\0" in place.host:
+                raise ValueError(f"plugin={name} hook=list_addresses returned {str(place)!r}")
+        found += listed
     return found
 
 
@@ -174,7 +180,10 @@ async def _address(place: Place, before: Place | None, running: bool) -> Finding
     if before is not None:
         text = f"{place.name} is to listen there, and so is {before.name}; give one another port"
         return Finding("listen", subject, bad, text)
-    problem = await why_not_listen(place.name, place.host, place.port)
+    try:
+        problem = await why_not_listen(place.name, place.host, place.port)
+    except ValueError as error:  # a name that no resolver takes
+        problem = f"{place.name} cannot listen on {place}: {error}"
     if not running:
         if problem and not place.needed:
             problem += "; mail goes on without it"
