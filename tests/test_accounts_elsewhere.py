@@ -312,7 +312,7 @@ def test_an_account_that_changes_between_login_and_atrn(salmon: Salmon) -> None:
 def test_nothing_is_refused_for_good_because_a_plugin_cannot_tell(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    monkeypatch.setattr(lookups, "PATIENCE", 0.5)
+    monkeypatch.setattr(lookups, "PATIENCE", 2.0)
     shelf, go = Shelf(account("acme", "example.org")), threading.Event()
     good = shelf.accounts["acme"]
     if how == "raises":

@@ -372,7 +372,7 @@ def test_a_handler_that_hangs_holds_up_its_own_thread_only(salmon: Salmon) -> No
         assert answer.startswith("250 ")
         await provider.quit()
 
-    collected(salmon, script, handler_timeout=1)
+    collected(salmon, script, handler_timeout=2)
     assert to(salmon).count("slow") == 1
     assert to(salmon).count("quick") == 15
 

@@ -273,7 +273,7 @@ def test_a_plugin_that_hangs_costs_its_message_an_answer(salmon: Salmon) -> None
         assert [one.envelope.recipients for one in here.held()] == [("b@example.org",)]
 
     try:
-        in_the_world(salmon, work, plugins=plugins, handler_timeout=0.5)
+        in_the_world(salmon, work, plugins=plugins, handler_timeout=2)
     finally:
         takes.go.set()
 

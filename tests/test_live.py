@@ -280,7 +280,7 @@ def test_recipients_of_several_accounts_are_checked_and_held(
 def test_a_recipient_that_takes_too_long_is_accepted_and_held(
     salmon: Salmon, plugins: Plugins, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "RECIPIENT_IN", 0.5)
+    monkeypatch.setattr(live, "RECIPIENT_IN", 2.0)
     salmon.handle(".*")
 
     async def work(ends: Ends) -> None:
@@ -307,7 +307,7 @@ def test_a_recipient_that_takes_too_long_is_accepted_and_held(
 def test_a_message_that_takes_too_long_is_held_and_handled_once(
     salmon: Salmon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "MESSAGE_IN", 0.5)
+    monkeypatch.setattr(live, "MESSAGE_IN", 2.0)
     go = threading.Event()
     salmon.handle("slow@.*", waits_for(go))
     salmon.handle("b@.*")

@@ -1118,7 +1118,7 @@ def test_a_provider_that_is_silent_behind_its_mail_is_left_after_the_timeout(
         assert (await provider.send(MESSAGE)).startswith("250")
         await provider.silence()
 
-    report = collect_from(salmon, script, no_more_mail, timeout=0.3)
+    report = collect_from(salmon, script, no_more_mail, timeout=1.5)
     assert (report.outcome, report.messages) == (Outcome.COLLECTED, 1)
 
 

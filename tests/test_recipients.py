@@ -361,7 +361,7 @@ def test_a_plugin_is_not_asked_for_strangers(
 def test_a_plugin_that_hangs_costs_its_recipient_an_answer_and_no_one_else_time(
     salmon: Salmon, plugins: Plugins, decides: Decides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipients, "DECIDE_IN", 1.0)
+    monkeypatch.setattr(recipients, "DECIDE_IN", 3.0)
     salmon.handle(".*")
 
     async def work(port: int) -> None:

@@ -242,7 +242,7 @@ def test_a_slow_disk_is_deferred_and_not_stored_twice(
 
     async def main() -> None:
         async with scripted(script, no_more_mail) as port:
-            service = {"hostname": "x", "delivery": "queue", "handler_timeout": 0.3}
+            service = {"hostname": "x", "delivery": "queue", "handler_timeout": 1.5}
             await collect(salmon, agent_keys(port), default=service)
 
     with monkeypatch.context() as patch:

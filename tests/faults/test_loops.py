@@ -144,7 +144,7 @@ def test_a_handler_that_mails_to_our_own_listener_waits_no_longer_than_its_timeo
 
     async def main() -> None:
         plugins = Plugins.load()
-        service = {"hostname": "x", "listen": "127.0.0.1:0", "handler_timeout": 0.4}
+        service = {"hostname": "x", "listen": "127.0.0.1:0", "handler_timeout": 1.5}
         valid = configuration(agent_keys(366), plugins=plugins, default=service)
         with Collector(valid, plugins, lambda: salmon.relay) as collector:
             [listener] = await collector.listeners()
