@@ -29,6 +29,7 @@ from salmon_revsmtp.customer import schedule
 from salmon_revsmtp.provider import connection
 from salmon_revsmtp.server import collector
 from salmon_revsmtp.service.listening import listeners
+from salmon_revsmtp.smtp.content import whole
 from salmon_revsmtp.smtp.replies import Reply
 
 # One recipient; two, with a reply for each; one more of them, who refuses; a message that goes by a
@@ -73,10 +74,14 @@ class Trials:
         return Counter((str(one["Subject"]), str(one.To)) for one in self.ends.salmon.handled)
 
     def _in_store(self) -> set[tuple[str, str]]:
+        """What is held: a message that is let go of meanwhile is not."""
         store = self.ends.provider.store
+        held = store.listing(messages=1000)
+        contents = store.load([one.key for one in held])
         return {
-            (self.ends.provider.data(one).partition(b"Subject: ")[2].split()[0].decode(), to)
-            for one in store.listing(messages=1000)
+            (whole(contents[one.key]).partition(b"Subject: ")[2].split()[0].decode(), to)
+            for one in held
+            if one.key in contents
             for to in one.envelope.recipients
         }
 
