@@ -64,8 +64,10 @@ def test_a_handler_that_mails_back_does_not_make_a_collection_endless(
     salmon.handle("robot@.*", answers)
     world.mail(MESSAGE, "robot@example.org")
     report = world.collect()
-    assert (report.outcome, report.sessions, report.messages) == (Outcome.COLLECTED, 7, 7)
-    assert len(salmon.handled) == 7, "each once"
+    assert (report.outcome, report.sessions) == (Outcome.COLLECTED, 7)
+    # An answer may still come in the session of the message that it answers.
+    assert report.messages == len(salmon.handled) >= 7, "each once"
+    assert len(world.mailed) == len(salmon.handled) + 1
     assert "does a handler mail back into a domain that is collected?" in caplog.text
     assert len(world.held) == 1, "the next collection's"
 
