@@ -666,7 +666,7 @@ def test_what_the_disk_has_lost_of_a_message_does_not_go_through(
         data = message("large", 600_000)
         monkeypatch.setattr(os, "pread", lambda *which: bytes(len(read(*which))))
         assert "held as" in (await ends.send(data))[-1].text
-        assert session not in ends.sessions
+        await ends.until(lambda: session not in ends.sessions)
         await ends.until(lambda: ends.handled == ["large"] and ends.held == 0)
         assert ends.salmon.handled[0].Data.endswith(data.replace(b"\r\n", b"\n").rstrip(b"\n"))
 
